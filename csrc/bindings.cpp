@@ -1,0 +1,60 @@
+// The Python module gralora_ext._C: what was built and what is in use. The operations themselves are reached through
+// torch.ops.gralora_ext (registration.cpp, in this same library), so that torch.compile and autograd see them.
+#include <ATen/Parallel.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <vector>
+
+#include "cpu/capability.h"
+
+namespace {
+
+#define GRALORA_TEXT(x) #x
+#define GRALORA_TEXT_OF(macro) GRALORA_TEXT(macro)
+
+// _loader.py reads this mark in the file, before it loads a library that was built for another torch.
+constexpr char kBuiltForTorch[] = "gralora_ext built for torch " GRALORA_TEXT_OF(GRALORA_TORCH_VERSION);
+
+std::string compiler() {
+#if defined(__clang__)
+  return "clang " __clang_version__;
+#elif defined(__GNUC__)
+  return "gcc " __VERSION__;
+#else
+  return "unknown";
+#endif
+}
+
+pybind11::dict build() {
+  pybind11::dict info;
+  info["mark"] = kBuiltForTorch;
+  info["torch"] = GRALORA_TEXT_OF(GRALORA_TORCH_VERSION);
+  info["compiler"] = compiler();
+  info["cxx_standard"] = static_cast<long>(__cplusplus);
+  info["python"] = PY_VERSION;
+  info["cuda_archs"] = std::vector<std::string>();
+  return info;
+}
+
+std::vector<std::string> compiled_capabilities() {
+  std::vector<std::string> names;
+  for (const gralora::cpu::Capability capability : gralora::cpu::compiled_capabilities()) {
+    names.emplace_back(gralora::cpu::capability_name(capability));
+  }
+  return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "What the native half of gralora_ext was built with, and what it uses on this machine.";
+  m.def(
+      "cpu_capability", [] { return std::string(gralora::cpu::capability_name(gralora::cpu::capability())); },
+      "The instruction set that the kernels use: 'default', 'avx2' or 'avx512'.");
+  m.def("compiled_capabilities", &compiled_capabilities, "The instruction sets that this build holds, in rising order.");
+  m.def(
+      "num_threads", [] { return at::get_num_threads(); }, "torch's number of threads, which the kernels use too.");
+  m.def("build", &build, "The torch, Python, compiler and C++ standard of the build, and its CUDA architectures.");
+}

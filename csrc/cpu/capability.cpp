@@ -1,0 +1,106 @@
+#include "cpu/capability.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#if defined(GRALORA_HAVE_AVX2) || defined(GRALORA_HAVE_AVX512)
+#include <cpuid.h>
+#endif
+
+namespace gralora::cpu {
+namespace {
+
+constexpr Capability kAll[] = {Capability::Default, Capability::Avx2, Capability::Avx512};
+
+#if defined(GRALORA_HAVE_AVX2) || defined(GRALORA_HAVE_AVX512)
+// By cpuid: older compilers do not know this name in __builtin_cpu_supports.
+bool has_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+
+// __builtin_cpu_supports also asks whether the system saves the wide registers.
+bool runs_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }
+
+bool runs_avx512() {
+  return runs_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+bool is_compiled(Capability capability) {
+  switch (capability) {
+    case Capability::Default:
+      return true;
+    case Capability::Avx2:
+#ifdef GRALORA_HAVE_AVX2
+      return true;
+#else
+      return false;
+#endif
+    case Capability::Avx512:
+#ifdef GRALORA_HAVE_AVX512
+      return true;
+#else
+      return false;
+#endif
+  }
+  return false;
+}
+
+bool processor_runs(Capability capability) {
+#if defined(GRALORA_HAVE_AVX2) || defined(GRALORA_HAVE_AVX512)
+  if (capability == Capability::Avx2) return runs_avx2();
+  if (capability == Capability::Avx512) return runs_avx512();
+#endif
+  return capability == Capability::Default;
+}
+
+Capability cap_from_environment() {
+  const char* value = std::getenv("GRALORA_EXT_CPU_CAPABILITY");
+  if (value == nullptr || *value == '\0') return Capability::Avx512;
+  for (const Capability capability : kAll) {
+    if (std::string(value) == capability_name(capability)) return capability;
+  }
+  throw std::invalid_argument(
+      std::string("GRALORA_EXT_CPU_CAPABILITY must be default, avx2 or avx512, or unset, but it is '") + value + "'");
+}
+
+Capability choose() {
+  const Capability cap = cap_from_environment();
+  Capability best = Capability::Default;
+  for (const Capability capability : kAll) {
+    if (capability <= cap && is_compiled(capability) && processor_runs(capability)) best = capability;
+  }
+  return best;
+}
+
+}  // namespace
+
+const char* capability_name(Capability capability) {
+  switch (capability) {
+    case Capability::Default:
+      return "default";
+    case Capability::Avx2:
+      return "avx2";
+    case Capability::Avx512:
+      return "avx512";
+  }
+  return "unknown";
+}
+
+std::vector<Capability> compiled_capabilities() {
+  std::vector<Capability> compiled;
+  for (const Capability capability : kAll) {
+    if (is_compiled(capability)) compiled.push_back(capability);
+  }
+  return compiled;
+}
+
+Capability capability() {
+  static const Capability chosen = choose();
+  return chosen;
+}
+
+}  // namespace gralora::cpu

@@ -1,0 +1,22 @@
+// Which instruction set the kernels use: the best that this build holds and this processor (with its system) can run,
+// capped by the environment variable GRALORA_EXT_CPU_CAPABILITY.
+#pragma once
+
+#include <vector>
+
+namespace gralora::cpu {
+
+// In rising order; a processor that runs one runs those before it.
+enum class Capability { Default, Avx2, Avx512 };
+
+// "default", "avx2" or "avx512".
+const char* capability_name(Capability capability);
+
+// The instruction sets that the kernels were compiled for, in rising order; Default is always there.
+std::vector<Capability> compiled_capabilities();
+
+// Chosen at the first call and fixed for the life of the process. Throws std::invalid_argument where the environment
+// variable holds another word than the three names.
+Capability capability();
+
+}  // namespace gralora::cpu

@@ -1,0 +1,48 @@
+// The run-time choice of the instruction set: each pass goes to the kernels compiled for the capability in use.
+#include "../gralora.h"
+#include "capability.h"
+
+namespace gralora::cpu {
+
+#define GRALORA_DECLARE_KERNELS(isa)        \
+  namespace isa {                           \
+  void forward(const ForwardParams& p);     \
+  void backward(const BackwardParams& p);   \
+  void merge(const MergeParams& p);         \
+  }
+
+GRALORA_DECLARE_KERNELS(isa_default)
+#ifdef GRALORA_HAVE_AVX2
+GRALORA_DECLARE_KERNELS(isa_avx2)
+#endif
+#ifdef GRALORA_HAVE_AVX512
+GRALORA_DECLARE_KERNELS(isa_avx512)
+#endif
+
+namespace {
+
+struct Kernels {
+  void (*forward)(const ForwardParams&);
+  void (*backward)(const BackwardParams&);
+  void (*merge)(const MergeParams&);
+};
+
+Kernels kernels() {
+  switch (capability()) {
+#ifdef GRALORA_HAVE_AVX512
+    case Capability::Avx512: return {isa_avx512::forward, isa_avx512::backward, isa_avx512::merge};
+#endif
+#ifdef GRALORA_HAVE_AVX2
+    case Capability::Avx2: return {isa_avx2::forward, isa_avx2::backward, isa_avx2::merge};
+#endif
+    default: return {isa_default::forward, isa_default::backward, isa_default::merge};
+  }
+}
+
+}  // namespace
+
+void forward(const ForwardParams& p) { kernels().forward(p); }
+void backward(const BackwardParams& p) { kernels().backward(p); }
+void merge(const MergeParams& p) { kernels().merge(p); }
+
+}  // namespace gralora::cpu

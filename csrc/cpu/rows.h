@@ -1,0 +1,87 @@
+// Reading activations and parameters into the accumulation type: in place where the memory already has it, else converted
+// panel by panel into scratch that stays in L1/L2.
+#pragma once
+
+#include <type_traits>
+
+#include "../gralora.h"
+#include "memory.h"
+#include "microkernel.h"
+#include "philox.h"
+
+namespace gralora::cpu::GRALORA_ISA {
+
+template <class Acc>
+struct DTypeOf;
+template <>
+struct DTypeOf<float> {
+  static constexpr DType value = DType::f32;
+};
+template <>
+struct DTypeOf<double> {
+  static constexpr DType value = DType::f64;
+};
+
+// Calls f with a null pointer of the element type.
+template <class F>
+inline void for_dtype(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::f32: return f(static_cast<float*>(nullptr));
+    case DType::bf16: return f(static_cast<bf16*>(nullptr));
+    case DType::f16: return f(static_cast<f16*>(nullptr));
+    case DType::f64: return f(static_cast<double*>(nullptr));
+  }
+}
+
+inline int64_t row_offset(const Rows& rows, int64_t t) {
+  int64_t offset = 0;
+  for (int d = rows.leading_dims - 1; d > 0; d--) {
+    offset += t % rows.sizes[d] * rows.strides[d];
+    t /= rows.sizes[d];
+  }
+  return rows.leading_dims > 0 ? offset + t * rows.strides[0] : 0;
+}
+
+template <class Acc, class T>
+inline void convert_row(const T* from, int64_t stride, int64_t count, Acc* to) {
+  int64_t i = 0;
+  if (stride == 1)
+    for (; i + kWidth<Acc> <= count; i += kWidth<Acc>) store<Acc>(to + i, load<Acc>(from + i));
+  for (; i < count; i++) to[i] = to_acc<Acc>(from[i * stride]);
+}
+
+template <class Acc>
+struct Panel {
+  const Acc* data;
+  int64_t ld;
+};
+
+// x[t0 .. t0+count, i0 .. i0+width) with dropout applied. `scratch` holds count * round_up(width, W) elements, `factor`
+// width of them. With whole_vectors a row may be read up to a multiple of W: what is beyond its width is then zero.
+// `logical_width` is the width of the whole row of x, which numbers the elements for the mask.
+template <class Acc>
+Panel<Acc> read_rows(const Rows& x, int64_t t0, int64_t count, int64_t i0, int64_t width, int64_t logical_width,
+                     bool whole_vectors, const Mask& mask, Acc* scratch, Acc* factor) {
+  const bool padding = whole_vectors && width % kWidth<Acc> != 0;
+  if (x.dtype == DTypeOf<Acc>::value && x.column_stride == 1 && x.leading_dims <= 1 && !mask.on && !padding) {
+    const int64_t ld = x.leading_dims == 1 ? x.strides[0] : 0;
+    return {static_cast<const Acc*>(x.data) + t0 * ld + i0, ld};
+  }
+  const int64_t ld = round_up(width, kWidth<Acc>);
+  for_dtype(x.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    for (int64_t m = 0; m < count; m++) {
+      const T* row = static_cast<const T*>(x.data) + row_offset(x, t0 + m) + i0 * x.column_stride;
+      Acc* to = scratch + m * ld;
+      convert_row<Acc>(row, x.column_stride, width, to);
+      for (int64_t i = width; i < ld; i++) to[i] = Acc(0);
+      if (mask.on) {
+        mask.factors(uint64_t((t0 + m) * logical_width + i0), width, factor);
+        for (int64_t i = 0; i < width; i++) to[i] *= factor[i];
+      }
+    }
+  });
+  return {scratch, ld};
+}
+
+}  // namespace gralora::cpu::GRALORA_ISA

@@ -1,0 +1,199 @@
+// Vectors of the accumulation type, one width per instruction set, and the loads and stores that convert.
+//
+// The kernel files are compiled once per instruction set (GRALORA_CPU_CAPABILITY); everything here lives in a namespace of
+// that set, and no standard-library template is used, so that the linker can never mix code of two sets.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#ifndef GRALORA_CPU_CAPABILITY
+#error "define GRALORA_CPU_CAPABILITY: default, avx2 or avx512"
+#endif
+#define GRALORA_ISA_CONCAT(name) isa_##name
+#define GRALORA_ISA_NAMESPACE(name) GRALORA_ISA_CONCAT(name)
+#define GRALORA_ISA GRALORA_ISA_NAMESPACE(GRALORA_CPU_CAPABILITY)
+
+namespace gralora::cpu::GRALORA_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+constexpr int kVectorRegisters = 32;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+constexpr int kVectorRegisters = 16;
+#else
+constexpr int kVectorBytes = 16;
+constexpr int kVectorRegisters = 16;
+#endif
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+template <class T, int W>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(W * sizeof(T))));
+};
+
+template <class Acc>
+constexpr int kWidth = kVectorBytes / int(sizeof(Acc));
+template <class Acc>
+using Vec = typename VectorOf<Acc, kWidth<Acc>>::type;
+
+template <class To, class From>
+inline To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// ---------------------------------------------------------------- one element
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
+inline float to_float(f16 x) {
+  // The exponent is rebiased by a multiplication, which also normalises subnormals; 0x7c00 marks infinity and NaN.
+  const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
+  uint32_t value = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
+  if ((x.bits & 0x7c00) == 0x7c00) value = magnitude | 0x7f800000u;
+  return bit_cast<float>(value | uint32_t(x.bits & 0x8000) << 16);
+}
+
+template <class Acc, class T>
+inline Acc to_acc(T x) {
+  return Acc(to_float(x));
+}
+template <class Acc>
+inline Acc to_acc(double x) {
+  return Acc(x);
+}
+
+template <class T>
+struct FromFloat;
+template <>
+struct FromFloat<float> {
+  static float of(float x) { return x; }
+};
+template <>
+struct FromFloat<bf16> {
+  static bf16 of(float x) {
+    const uint32_t u = bit_cast<uint32_t>(x);
+    if (x != x) return {uint16_t(u >> 16 | 0x40)};
+    return {uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16)};
+  }
+};
+template <>
+struct FromFloat<f16> {
+  static f16 of(float x) {
+    const uint32_t u = bit_cast<uint32_t>(x), sign = u >> 16 & 0x8000, magnitude = u & 0x7fffffff;
+    if (magnitude > 0x7f800000u) return {uint16_t(sign | 0x7e00 | (magnitude >> 13 & 0x1ff))};
+    if (magnitude >= 0x477ff000u) return {uint16_t(sign | 0x7c00)};  // 65520 and above round to infinity
+    if (magnitude < 0x38800000u) {  // below 2^-14: adding 0.5 leaves the subnormal in the low bits, rounded to even
+      const float shifted = bit_cast<float>(magnitude) + 0.5f;
+      return {uint16_t(sign | (bit_cast<uint32_t>(shifted) - 0x3f000000u))};
+    }
+    return {uint16_t(sign | ((magnitude - 0x38000000u + 0xfff + (magnitude >> 13 & 1)) >> 13))};
+  }
+};
+
+template <class T, class Acc>
+inline T from_acc(Acc x) {
+  return FromFloat<T>::of(float(x));
+}
+template <>
+inline double from_acc<double, double>(double x) {
+  return x;
+}
+template <>
+inline double from_acc<double, float>(float x) {
+  return x;
+}
+
+// ---------------------------------------------------------------- one vector
+
+template <class Acc>
+inline Vec<Acc> broadcast(Acc x) {
+  return x - Vec<Acc>{};
+}
+
+template <class Acc, class T>
+struct Access {
+  static Vec<Acc> load(const T* p) {
+    Vec<Acc> v;
+    for (int i = 0; i < kWidth<Acc>; i++) v[i] = to_acc<Acc>(p[i]);
+    return v;
+  }
+  static void store(T* p, Vec<Acc> v) {
+    for (int i = 0; i < kWidth<Acc>; i++) p[i] = from_acc<T>(Acc(v[i]));
+  }
+};
+
+template <class Acc>
+struct Access<Acc, Acc> {
+  static Vec<Acc> load(const Acc* p) {
+    Vec<Acc> v;
+    memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static void store(Acc* p, Vec<Acc> v) { memcpy(p, &v, sizeof v); }
+};
+
+template <>
+struct Access<float, bf16> {
+  typedef typename VectorOf<uint16_t, kWidth<float>>::type Half;
+  typedef typename VectorOf<uint32_t, kWidth<float>>::type Word;
+  static Vec<float> load(const bf16* p) {
+    Half half;
+    memcpy(&half, p, sizeof half);
+    return bit_cast<Vec<float>>(__builtin_convertvector(half, Word) << 16);
+  }
+  static void store(bf16* p, Vec<float> v) {
+    const Word u = bit_cast<Word>(v);
+    const Word nan = bit_cast<Word>(v != v);
+    const Word rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16, quiet = u >> 16 | 0x40;
+    const Half half = __builtin_convertvector((nan & quiet) | (~nan & rounded), Half);
+    memcpy(p, &half, sizeof half);
+  }
+};
+
+#if defined(__AVX512F__)
+template <>
+struct Access<float, f16> {
+  static Vec<float> load(const f16* p) {
+    return Vec<float>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+  }
+  static void store(f16* p, Vec<float> v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(__m512(v), _MM_FROUND_TO_NEAREST_INT));
+  }
+};
+#elif defined(__F16C__)
+template <>
+struct Access<float, f16> {
+  static Vec<float> load(const f16* p) {
+    return Vec<float>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  static void store(f16* p, Vec<float> v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(__m256(v), _MM_FROUND_TO_NEAREST_INT));
+  }
+};
+#endif
+
+template <class Acc, class T>
+inline Vec<Acc> load(const T* p) {
+  return Access<Acc, T>::load(p);
+}
+template <class Acc, class T>
+inline void store(T* p, Vec<Acc> v) {
+  Access<Acc, T>::store(p, v);
+}
+
+}  // namespace gralora::cpu::GRALORA_ISA

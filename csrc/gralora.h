@@ -1,0 +1,97 @@
+// The vocabulary that ops, CPU kernels and (later) CUDA kernels share: plain structs, no torch, no CUDA headers.
+//
+//   T  tokens: all leading dimensions of x flattened        k  the grid is k x k blocks
+//   N  in_features          M  out_features                 r  rank of the adapter, rb = r/k the rank of one block
+//   h  rank of the plain LoRA beside it (0: none)           s  scaling
+//
+//   H[t,n,c] = sum_i x[t, n*N/k + i] * A[n,i,c]             U[t,j,n*rb+q] = H[t,n,j*rb+q]   (the block exchange)
+//   y[t, j*M/k + o] = base[t, j*M/k + o] + s * sum_c U[t,j,c] * B[j,c,o]  (+ s * (x Ag^T) Bg^T)
+//
+// Sums are taken in the accumulation type: float, or double where any tensor is float64.
+#pragma once
+
+#include <cstdint>
+
+namespace gralora {
+
+enum class DType : int8_t { f32, bf16, f16, f64 };
+
+constexpr int kMaxLeadingDims = 8;
+
+// An activation [T, width] of any strides: T is `sizes` flattened (row-major), strides are in elements.
+struct Rows {
+  void* data = nullptr;
+  DType dtype = DType::f32;
+  int64_t column_stride = 1;
+  int leading_dims = 0;
+  int64_t sizes[kMaxLeadingDims] = {};
+  int64_t strides[kMaxLeadingDims] = {};
+};
+
+// A parameter [blocks, rows, columns] of any strides (elements); data == nullptr: absent.
+struct Param {
+  void* data = nullptr;
+  DType dtype = DType::f32;
+  int64_t block_stride = 0;
+  int64_t row_stride = 0;
+  int64_t column_stride = 0;
+};
+
+struct Shape {
+  int64_t T = 0, N = 0, M = 0, k = 1, r = 1, h = 0;
+};
+
+// Inverted dropout on x with the mask of Philox-4x32-10 over (seed, row-major element index); p == 0: off.
+struct Dropout {
+  double p = 0.0;
+  const int64_t* seed = nullptr;  // one element, on the tensors' device
+};
+
+// Parameters in the layout of PEFT: A [k, N/k, r], B [k, r, M/k], A_general [1, h, N], B_general [1, M, h].
+struct Adapter {
+  Param A, B, A_general, B_general;
+};
+
+// y = base + ...; writes u [T, k*r + h] (accumulation type, contiguous): U, then x Ag^T.
+struct ForwardParams {
+  Shape shape;
+  Adapter adapter;
+  Rows x, base, y;
+  void* u = nullptr;
+  double scaling = 1.0;
+  Dropout dropout;
+  bool accumulate_f64 = false;
+  int threads = 1;
+};
+
+// Writes (=) the gradients whose data is not null; reads u as forward wrote it.
+struct BackwardParams {
+  Shape shape;
+  Adapter adapter;
+  Rows grad_y, x, grad_x;
+  const void* u = nullptr;
+  Adapter grad;
+  double scaling = 1.0;
+  Dropout dropout;
+  bool accumulate_f64 = false;
+  int threads = 1;
+};
+
+// W[j*M/k + o, n*N/k + i] (+)= s * sum_q A[n,i,j*rb+q] * B[j,n*rb+q,o]  (+ s * Bg Ag); W is [M, N] by its strides.
+struct MergeParams {
+  Shape shape;  // T is not used
+  Adapter adapter;
+  Param weight;             // block_stride is not used
+  bool accumulate = true;   // false: W is overwritten, never read
+  double scaling = 1.0;
+  bool accumulate_f64 = false;
+  int threads = 1;
+};
+
+namespace cpu {
+void forward(const ForwardParams& p);
+void backward(const BackwardParams& p);
+void merge(const MergeParams& p);
+}  // namespace cpu
+
+}  // namespace gralora

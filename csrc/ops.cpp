@@ -1,0 +1,179 @@
+// Per op: check -> allocate -> fill Params -> launch.
+#include "ops.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+
+#include "checks.h"
+#include "gralora.h"
+
+namespace gralora {
+namespace {
+
+DType dtype_of(const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kBFloat16: return DType::bf16;
+    case at::kHalf: return DType::f16;
+    case at::kDouble: return DType::f64;
+    default: return DType::f32;
+  }
+}
+
+bool any_double(std::initializer_list<const at::Tensor*> tensors) {
+  for (const at::Tensor* tensor : tensors)
+    if (tensor->scalar_type() == at::kDouble) return true;
+  return false;
+}
+
+at::TensorOptions accumulation_options(const at::Tensor& like, bool f64) {
+  return like.options().dtype(f64 ? at::kDouble : at::kFloat);
+}
+
+// Leading dimensions of one element vanish and those that lie as one are joined; false: too many are left.
+bool fill_rows(const at::Tensor& tensor, Rows& rows) {
+  rows = Rows{};
+  rows.data = const_cast<void*>(tensor.const_data_ptr());
+  rows.dtype = dtype_of(tensor);
+  rows.column_stride = tensor.stride(-1);
+  for (int64_t d = 0; d + 1 < tensor.dim(); d++) {
+    const int64_t size = tensor.size(d), stride = tensor.stride(d);
+    if (size == 1) continue;
+    const int last = rows.leading_dims - 1;
+    if (last >= 0 && rows.strides[last] == size * stride) {
+      rows.sizes[last] *= size, rows.strides[last] = stride;
+      continue;
+    }
+    if (rows.leading_dims == kMaxLeadingDims) return false;
+    rows.sizes[rows.leading_dims] = size, rows.strides[rows.leading_dims++] = stride;
+  }
+  return true;
+}
+
+// A tensor whose dimensions fill_rows can hold: itself, or a contiguous copy where they are too scattered.
+at::Tensor as_rows(const at::Tensor& tensor) {
+  Rows rows;
+  return fill_rows(tensor, rows) ? tensor : tensor.contiguous();
+}
+
+Rows rows_of(const at::Tensor& tensor) {
+  Rows rows;
+  TORCH_INTERNAL_ASSERT(fill_rows(tensor, rows));
+  return rows;
+}
+
+Param param_of(const at::Tensor& tensor) {
+  Param p;
+  p.data = const_cast<void*>(tensor.const_data_ptr());
+  p.dtype = dtype_of(tensor);
+  p.column_stride = tensor.stride(-1), p.row_stride = tensor.stride(-2);
+  p.block_stride = tensor.dim() == 3 ? tensor.stride(0) : 0;
+  return p;
+}
+
+Adapter adapter_of(const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,
+                   const OptionalTensor& B_general) {
+  Adapter adapter{param_of(A), param_of(B), {}, {}};
+  if (A_general.has_value()) adapter.A_general = param_of(*A_general), adapter.B_general = param_of(*B_general);
+  return adapter;
+}
+
+// Below this many multiply-adds, waking the other threads costs more than they save.
+constexpr int64_t kSerialWork = 1 << 18;
+
+int threads_for(int64_t multiply_adds) {
+  return multiply_adds < kSerialWork || at::in_parallel_region() ? 1 : at::get_num_threads();
+}
+
+Dropout dropout_of(double p, const OptionalTensor& seed) {
+  return p > 0.0 ? Dropout{p, seed->const_data_ptr<int64_t>()} : Dropout{};
+}
+
+void merge_into(const at::Tensor& weight, const Shape& shape, const at::Tensor& A, const at::Tensor& B,
+                const OptionalTensor& A_general, const OptionalTensor& B_general, double scaling, bool fan_in_fan_out,
+                bool accumulate) {
+  if (weight.numel() == 0) return;
+  MergeParams p;
+  p.shape = shape;
+  p.adapter = adapter_of(A, B, A_general, B_general);
+  p.weight = param_of(fan_in_fan_out ? weight.t() : weight);
+  p.accumulate = accumulate;
+  p.scaling = scaling;
+  p.accumulate_f64 = any_double({&weight, &A});
+  p.threads = threads_for(shape.M * shape.N * (shape.r / shape.k + shape.h));
+  cpu::merge(p);
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> forward_cpu(const at::Tensor& x, const at::Tensor& base, const at::Tensor& A,
+                                               const at::Tensor& B, const OptionalTensor& A_general,
+                                               const OptionalTensor& B_general, const OptionalTensor& seed,
+                                               double scaling, double dropout_p) {
+  const Shape shape = check_forward(x, base, A, B, A_general, B_general, seed, scaling, dropout_p);
+  const at::Tensor x_rows = as_rows(x), base_rows = as_rows(base);
+  ForwardParams p;
+  p.accumulate_f64 = any_double({&x, &base, &A});
+  at::Tensor y = at::empty_like(base_rows);
+  at::Tensor u = at::empty({shape.T, shape.k * shape.r + shape.h}, accumulation_options(x, p.accumulate_f64));
+  p.shape = shape;
+  p.adapter = adapter_of(A, B, A_general, B_general);
+  p.x = rows_of(x_rows), p.base = rows_of(base_rows), p.y = rows_of(y);
+  p.u = u.mutable_data_ptr();
+  p.scaling = scaling;
+  p.dropout = dropout_of(dropout_p, seed);
+  p.threads = threads_for(shape.T * (shape.r + shape.h) * (shape.N + shape.M));
+  if (shape.T > 0) cpu::forward(p);
+  return {y, u};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_cpu(
+    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& u, const at::Tensor& A, const at::Tensor& B,
+    const OptionalTensor& A_general, const OptionalTensor& B_general, const OptionalTensor& seed, double scaling,
+    double dropout_p, std::array<bool, 5> needs) {
+  const Shape shape = check_backward(grad, x, u, A, B, A_general, B_general, seed, scaling, dropout_p);
+  const at::Tensor grad_rows = as_rows(grad), x_rows = as_rows(x);
+  const auto gradient = [](bool wanted, const at::Tensor& of) {
+    return wanted ? at::empty_like(of) : at::empty({0}, of.options());
+  };
+  const at::Tensor absent = at::empty({0}, A.options());
+  const at::Tensor dx = gradient(needs[0], x_rows);
+  const at::Tensor dA = gradient(needs[1], A), dB = gradient(needs[2], B);
+  const at::Tensor dA_general = A_general.has_value() ? gradient(needs[3], *A_general) : absent;
+  const at::Tensor dB_general = B_general.has_value() ? gradient(needs[4], *B_general) : absent;
+
+  BackwardParams p;
+  p.shape = shape;
+  p.adapter = adapter_of(A, B, A_general, B_general);
+  p.grad_y = rows_of(grad_rows), p.x = rows_of(x_rows);
+  p.u = u.const_data_ptr();
+  if (needs[0]) p.grad_x = rows_of(dx);
+  if (needs[1]) p.grad.A = param_of(dA);
+  if (needs[2]) p.grad.B = param_of(dB);
+  if (needs[3] && A_general.has_value()) p.grad.A_general = param_of(dA_general);
+  if (needs[4] && B_general.has_value()) p.grad.B_general = param_of(dB_general);
+  p.scaling = scaling;
+  p.dropout = dropout_of(dropout_p, seed);
+  p.accumulate_f64 = u.scalar_type() == at::kDouble;
+  p.threads = threads_for(2 * shape.T * (shape.r + shape.h) * (shape.N + shape.M));
+  cpu::backward(p);
+  return {dx, dA, dB, dA_general, dB_general};
+}
+
+void merge_cpu(at::Tensor weight, const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,
+               const OptionalTensor& B_general, double scaling, bool fan_in_fan_out) {
+  const Shape shape = check_merge(weight, A, B, A_general, B_general, scaling, fan_in_fan_out);
+  merge_into(weight, shape, A, B, A_general, B_general, scaling, fan_in_fan_out, true);
+  if (!weight.is_inference()) weight.unsafeGetTensorImpl()->bump_version();
+}
+
+at::Tensor delta_weight_cpu(const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,
+                            const OptionalTensor& B_general, double scaling, bool fan_in_fan_out) {
+  const Shape shape = check_adapter(A, B, A_general, B_general, scaling);
+  const at::Tensor weight = fan_in_fan_out ? at::empty({shape.N, shape.M}, A.options())
+                                           : at::empty({shape.M, shape.N}, A.options());
+  merge_into(weight, shape, A, B, A_general, B_general, scaling, fan_in_fan_out, false);
+  return weight;
+}
+
+}  // namespace gralora

@@ -1,0 +1,34 @@
+// The schemas and the tables of kernels; nothing else.
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/library.h>
+
+#include "ops.h"
+
+TORCH_LIBRARY(gralora_ext, m) {
+  m.def(
+      "gralora(Tensor x, Tensor base, Tensor A, Tensor B, Tensor? A_general, Tensor? B_general, Tensor? seed, "
+      "float scaling, float dropout_p) -> (Tensor y, Tensor u)");
+  m.def(
+      "gralora_backward(Tensor grad, Tensor x, Tensor u, Tensor A, Tensor B, Tensor? A_general, Tensor? B_general, "
+      "Tensor? seed, float scaling, float dropout_p, bool[5] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "merge_(Tensor(a!) weight, Tensor A, Tensor B, Tensor? A_general, Tensor? B_general, float scaling, "
+      "bool fan_in_fan_out) -> ()");
+  m.def(
+      "delta_weight(Tensor A, Tensor B, Tensor? A_general, Tensor? B_general, float scaling, bool fan_in_fan_out) "
+      "-> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(gralora_ext, CPU, m) {
+  m.impl("gralora", &gralora::forward_cpu);
+  m.impl("gralora_backward", &gralora::backward_cpu);
+  m.impl("merge_", &gralora::merge_cpu);
+  m.impl("delta_weight", &gralora::delta_weight_cpu);
+}
+
+TORCH_LIBRARY_IMPL(gralora_ext, Autograd, m) {
+  m.impl("gralora", &gralora::forward_autograd);
+  m.impl("gralora_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("merge_", torch::autograd::autogradNotImplementedFallback());
+  m.impl("delta_weight", torch::autograd::autogradNotImplementedFallback());
+}

@@ -1,0 +1,92 @@
+"""Loads the extension and gives its ops fake implementations, so that torch.compile and FakeTensor see their shapes.
+
+The autograd of the forward op is in C++ (``csrc/autograd.cpp``): a Python one would cost more than a decode step.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from ._loader import load
+
+load()
+
+
+def _accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+@torch.library.register_fake("gralora_ext::gralora")
+def _(
+    x: Tensor,
+    base: Tensor,
+    A: Tensor,
+    B: Tensor,
+    A_general: Optional[Tensor],
+    B_general: Optional[Tensor],
+    seed: Optional[Tensor],
+    scaling: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    k, block_in, r = A.shape
+    if x.shape[-1] != k * block_in:
+        raise ValueError(f"gralora_ext: x must be [..., N] = [..., {k * block_in}], but has shape {list(x.shape)}")
+    if base.shape[-1] != B.shape[0] * B.shape[2] or base.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            f"gralora_ext: base must be [..., M] = [..., {B.shape[0] * B.shape[2]}] with x's leading dimensions, "
+            f"but has shape {list(base.shape)} beside x of shape {list(x.shape)}"
+        )
+    h = 0 if A_general is None else A_general.shape[0]
+    tokens = 1
+    for size in x.shape[:-1]:
+        tokens = tokens * size
+    return torch.empty_like(base), x.new_empty((tokens, k * r + h), dtype=_accumulation_dtype(x, base, A))
+
+
+@torch.library.register_fake("gralora_ext::gralora_backward")
+def _(
+    grad: Tensor,
+    x: Tensor,
+    u: Tensor,
+    A: Tensor,
+    B: Tensor,
+    A_general: Optional[Tensor],
+    B_general: Optional[Tensor],
+    seed: Optional[Tensor],
+    scaling: float,
+    dropout_p: float,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    def gradient(wanted: bool, of: Optional[Tensor]) -> Tensor:
+        return torch.empty_like(of) if wanted and of is not None else (A if of is None else of).new_empty(0)
+
+    return tuple(gradient(n, t) for n, t in zip(needs, (x, A, B, A_general, B_general), strict=True))
+
+
+@torch.library.register_fake("gralora_ext::merge_")
+def _(
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    A_general: Optional[Tensor],
+    B_general: Optional[Tensor],
+    scaling: float,
+    fan_in_fan_out: bool,
+) -> None:
+    return None
+
+
+@torch.library.register_fake("gralora_ext::delta_weight")
+def _(
+    A: Tensor,
+    B: Tensor,
+    A_general: Optional[Tensor],
+    B_general: Optional[Tensor],
+    scaling: float,
+    fan_in_fan_out: bool,
+) -> Tensor:
+    n, m = A.shape[0] * A.shape[1], B.shape[0] * B.shape[2]
+    return A.new_empty((n, m) if fan_in_fan_out else (m, n))

@@ -1,0 +1,108 @@
+"""The contract of the three operations; shapes, dtypes and devices are checked by the C++ ops (``csrc/checks.h``).
+
+Letters: T tokens (all leading dimensions of x), N in_features, M out_features, k the grid, r the rank, rb = r/k,
+h the rank of the plain LoRA beside it, s the scaling. Source of the method: GraLoRA, arXiv 2505.20355.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from . import _registrations  # noqa: F401  loads the extension and registers the fake implementations
+from .reference import draw_seed
+
+_gralora = torch.ops.gralora_ext.gralora.default
+_merge_ = torch.ops.gralora_ext.merge_.default
+_delta_weight = torch.ops.gralora_ext.delta_weight.default
+
+
+def gralora(
+    x: Tensor,
+    base: Tensor,
+    A: Tensor,
+    B: Tensor,
+    *,
+    scaling: float,
+    A_general: Optional[Tensor] = None,
+    B_general: Optional[Tensor] = None,
+    dropout_p: float = 0.0,
+    training: bool = True,
+) -> Tensor:
+    """Adds the GraLoRA path of ``x`` to ``base``; differentiable in all tensors.
+
+    ``H[t,n,c] = Σ_i x[t, n·N/k+i] A[n,i,c]``, ``U[t,j,n·rb+q] = H[t,n,j·rb+q]``,
+    ``y[t, j·M/k+o] = base[t, j·M/k+o] + s Σ_c U[t,j,c] B[j,c,o] (+ s (x Agᵀ) Bgᵀ)``.
+
+    Args:
+        x: ``[..., N]``, any rank ≥ 1, any strides; float32, bfloat16, float16 or float64.
+        base: ``[..., M]`` with x's leading dimensions; the output of the frozen layer.
+        A: ``[k, N/k, r]``.
+        B: ``[k, r, M/k]``, in A's dtype.
+        scaling: s, a plain number.
+        A_general: ``[h, N]``, or None where h = 0; in A's dtype.
+        B_general: ``[M, h]``, or None where h = 0; in A's dtype.
+        dropout_p: probability in [0, 1) of zeroing an element of x; the others are scaled by 1/(1 - p).
+        training: dropout is applied only where this is true.
+
+    Returns:
+        y ``[..., M]`` in base's dtype. Sums are taken in float32 (float64 where a tensor is float64), rounded once.
+
+    Raises:
+        ValueError: a shape, a device or a value does not fit; the message names the argument and what it was.
+        TypeError: a dtype is not one of the four, or A, B, A_general and B_general differ in dtype.
+    """
+    seed = None
+    if training and dropout_p != 0.0:
+        seed = draw_seed(x.device)
+    return _gralora(x, base, A, B, A_general, B_general, seed, scaling, dropout_p if training else 0.0)[0]
+
+
+def merge_(
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    *,
+    scaling: float,
+    A_general: Optional[Tensor] = None,
+    B_general: Optional[Tensor] = None,
+    fan_in_fan_out: bool = False,
+) -> Tensor:
+    """Adds the adapter to ``weight`` in place, reading and writing each weight once.
+
+    ``W[j·M/k+o, n·N/k+i] += s Σ_q A[n,i,j·rb+q] B[j,n·rb+q,o] (+ s Bg Ag)``; not differentiable.
+
+    Args:
+        weight: ``[M, N]`` (``[N, M]`` with ``fan_in_fan_out``), any strides, any of the four dtypes.
+        A, B, scaling, A_general, B_general: as in :func:`gralora`. A negative ``scaling`` unmerges.
+        fan_in_fan_out: the weight is stored transposed, as in transformers' ``Conv1D``.
+
+    Returns:
+        ``weight``, the same tensor.
+
+    Raises:
+        ValueError, TypeError: as :func:`gralora`.
+    """
+    with torch.no_grad():
+        _merge_(weight, A, B, A_general, B_general, scaling, fan_in_fan_out)
+    return weight
+
+
+def delta_weight(
+    A: Tensor,
+    B: Tensor,
+    *,
+    scaling: float,
+    A_general: Optional[Tensor] = None,
+    B_general: Optional[Tensor] = None,
+    fan_in_fan_out: bool = False,
+) -> Tensor:
+    """The weight that :func:`merge_` would add, as a new tensor in A's dtype: ``[M, N]``, or ``[N, M]`` with
+    ``fan_in_fan_out``. Not differentiable.
+
+    Args, raises: as :func:`merge_`.
+    """
+    with torch.no_grad():
+        return _delta_weight(A, B, A_general, B_general, scaling, fan_in_fan_out)
