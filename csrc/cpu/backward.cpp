@@ -25,8 +25,8 @@ void run(const BackwardParams& p) {
   if (!want_A && p.grad_x.data == nullptr) return;
 
   Panels<Acc> Bt, Bg;
-  Bt.prepare(transposed(p.adapter.B), k, M / k, r, p.threads);
-  if (h > 0) Bg.prepare(blocks_of_rows(p.adapter.B_general, M / k), k, M / k, h, p.threads);
+  Bt.prepare(transposed(p.adapter.B), k, M / k, r, T, p.threads);
+  if (h > 0) Bg.prepare(blocks_of_rows(p.adapter.B_general, M / k), k, M / k, h, T, p.threads);
   Buffer<Acc> dH(T * (k * r + h));
   Project<Acc>{T, M, k, r, h, p.grad_y, no_mask, Bt, Bg, Acc(p.scaling), dH.get()}.run(p.threads);
 
@@ -38,14 +38,19 @@ void run(const BackwardParams& p) {
 
   if (p.grad_x.data != nullptr) {
     Panels<Acc> At, Ag;
-    At.prepare(transposed(p.adapter.A), k, r, N / k, p.threads);
-    if (h > 0) Ag.prepare(blocks_of_columns(p.adapter.A_general, N / k), k, h, N / k, p.threads);
+    At.prepare(transposed(p.adapter.A), k, r, N / k, T, p.threads);
+    if (h > 0) Ag.prepare(blocks_of_columns(p.adapter.A_general, N / k), k, h, N / k, T, p.threads);
     Expand<Acc>{T, N, k, r, h, dH.get(), At, Ag, Acc(1), mask, Rows{}, p.grad_x}.run(p.threads);
   }
 }
 
 }  // namespace
 
-void backward(const BackwardParams& p) { p.accumulate_f64 ? run<double>(p) : run<float>(p); }
+void backward(const BackwardParams& p) {
+  if constexpr (kHasFloat64) {
+    if (p.accumulate_f64) return run<double>(p);
+  }
+  run<float>(p);
+}
 
 }  // namespace gralora::cpu::GRALORA_ISA

@@ -1,4 +1,5 @@
-// The run-time choice of the instruction set: each pass goes to the kernels compiled for the capability in use.
+// The run-time choice of the instruction set: each pass goes to the kernels compiled for the capability in use, float64
+// to the portable ones, which alone hold it.
 #include "../gralora.h"
 #include "capability.h"
 
@@ -27,8 +28,8 @@ struct Kernels {
   void (*merge)(const MergeParams&);
 };
 
-Kernels kernels() {
-  switch (capability()) {
+Kernels kernels(bool accumulate_f64) {
+  switch (accumulate_f64 ? Capability::Default : capability()) {
 #ifdef GRALORA_HAVE_AVX512
     case Capability::Avx512: return {isa_avx512::forward, isa_avx512::backward, isa_avx512::merge};
 #endif
@@ -41,8 +42,8 @@ Kernels kernels() {
 
 }  // namespace
 
-void forward(const ForwardParams& p) { kernels().forward(p); }
-void backward(const BackwardParams& p) { kernels().backward(p); }
-void merge(const MergeParams& p) { kernels().merge(p); }
+void forward(const ForwardParams& p) { kernels(p.accumulate_f64).forward(p); }
+void backward(const BackwardParams& p) { kernels(p.accumulate_f64).backward(p); }
+void merge(const MergeParams& p) { kernels(p.accumulate_f64).merge(p); }
 
 }  // namespace gralora::cpu

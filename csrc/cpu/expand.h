@@ -27,7 +27,7 @@ struct Expand {
   Rows y;
 
   void run(int threads) const {
-    for_dtype(y.dtype, [&](auto* type) { run_typed<std::remove_pointer_t<decltype(type)>>(threads); });
+    for_dtype<Acc>(y.dtype, [&](auto* type) { run_typed<std::remove_pointer_t<decltype(type)>>(threads); });
   }
 
  private:
@@ -70,26 +70,37 @@ struct Expand {
     for_column_tiles<Acc>(round_up(columns, kWidth<Acc>), [&](auto nv, int64_t c) {
       constexpr int NV = decltype(nv)::value;
       Vec<Acc> acc[MR][NV] = {};
-      multiply<Acc, MR, NV>(r, ranks + j * r, ldu, 1, Q.row(j, 0) + o0 + c, Q.ld(), acc);
-      if (h > 0) multiply<Acc, MR, NV>(h, ranks + k * r, ldu, 1, G.row(j, 0) + o0 + c, G.ld(), acc);
+      multiply<Acc, MR, NV>(r, ranks + j * r, ldu, 1, Q.at(j, 0, o0 + c), Q.ld(), acc);
+      if (h > 0) multiply<Acc, MR, NV>(h, ranks + k * r, ldu, 1, G.at(j, 0, o0 + c), G.ld(), acc);
+      if (unit && c + NV * kWidth<Acc> <= columns) {
+        store_tile<MR, NV, Y>(acc, from, to, c, mask.on ? factor + c : nullptr, columns);
+        return;
+      }
       for (int m = 0; m < MR; m++)
         for (int v = 0; v < NV; v++) {
           const int64_t o = c + v * kWidth<Acc>;
-          const Acc* f = mask.on ? factor + m * columns + o : nullptr;
-          if (unit && o + kWidth<Acc> <= columns)
-            store_vector<Y>(acc[m][v], from[m] == nullptr ? nullptr : from[m] + o, to[m] + o, f);
-          else
-            store_elements<Y>(acc[m][v], from[m], to[m], o, smaller(kWidth<Acc>, columns - o), f);
+          store_elements<Y>(acc[m][v], from[m], to[m], o, smaller(kWidth<Acc>, columns - o),
+                            mask.on ? factor + m * columns + o : nullptr);
         }
     });
   }
 
-  template <class Y>
-  void store_vector(Vec<Acc> sum, const Y* from, Y* to, const Acc* f) const {
-    sum *= scale;
-    if (f != nullptr) sum *= load<Acc>(f);
-    if (from != nullptr) sum += load<Acc>(from);
-    store<Acc>(to, sum);
+  // All of base is loaded before y is stored: rows that lie 4096 bytes apart would make each load wait for a store.
+  template <int MR, int NV, class Y>
+  void store_tile(Vec<Acc> (&sum)[MR][NV], const Y* const (&from)[MR], Y* const (&to)[MR], int64_t c, const Acc* factor,
+                  int64_t factor_stride) const {
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; m++)
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; v++) {
+        sum[m][v] *= scale;
+        if (factor != nullptr) sum[m][v] *= load<Acc>(factor + m * factor_stride + v * kWidth<Acc>);
+        if (base.data != nullptr) sum[m][v] += load<Acc>(from[m] + c + v * kWidth<Acc>);
+      }
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; m++)
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; v++) store<Acc>(to[m] + c + v * kWidth<Acc>, sum[m][v]);
   }
 
   template <class Y>

@@ -9,11 +9,11 @@ template <class Acc>
 void run(const ForwardParams& p) {
   const auto [T, N, M, k, r, h] = p.shape;
   Panels<Acc> A, Ag, B, Bg;
-  A.prepare(p.adapter.A, k, N / k, r, p.threads);
-  B.prepare(p.adapter.B, k, r, M / k, p.threads);
+  A.prepare(p.adapter.A, k, N / k, r, T, p.threads);
+  B.prepare(p.adapter.B, k, r, M / k, T, p.threads);
   if (h > 0) {
-    Ag.prepare(blocks_of_rows(transposed(p.adapter.A_general), N / k), k, N / k, h, p.threads);
-    Bg.prepare(transposed(blocks_of_rows(p.adapter.B_general, M / k)), k, h, M / k, p.threads);
+    Ag.prepare(blocks_of_rows(transposed(p.adapter.A_general), N / k), k, N / k, h, T, p.threads);
+    Bg.prepare(transposed(blocks_of_rows(p.adapter.B_general, M / k)), k, h, M / k, T, p.threads);
   }
   Acc* u = static_cast<Acc*>(p.u);
   Project<Acc>{T, N, k, r, h, p.x, Mask(p.dropout), A, Ag, Acc(1), u}.run(p.threads);
@@ -22,6 +22,11 @@ void run(const ForwardParams& p) {
 
 }  // namespace
 
-void forward(const ForwardParams& p) { p.accumulate_f64 ? run<double>(p) : run<float>(p); }
+void forward(const ForwardParams& p) {
+  if constexpr (kHasFloat64) {
+    if (p.accumulate_f64) return run<double>(p);
+  }
+  run<float>(p);
+}
 
 }  // namespace gralora::cpu::GRALORA_ISA

@@ -45,14 +45,13 @@ struct Project {
   template <int MR>
   void add_chunk(int64_t t0, int64_t n, int64_t chunk, Acc* sum, Acc* scratch) const {
     const int64_t first = chunk * kChunk, length = smaller(kChunk, block_width() - first);
-    const Panel<Acc> xs = read_rows<Acc>(x, t0, MR, n * block_width() + first, length, width, false, mask, scratch,
+    const Panel<Acc> xs = read_rows<Acc>(x, t0, MR, n * block_width() + first, length, width, mask, scratch,
                                          scratch + kMaxRows * kChunk);
     const auto add = [&](const Panels<Acc>& panels, int64_t columns, Acc* to) {
-      const Acc* panel = panels.row(n, first);
       for_column_tiles<Acc>(round_up(columns, kWidth<Acc>), [&](auto nv, int64_t c) {
         constexpr int NV = decltype(nv)::value;
         Vec<Acc> acc[MR][NV] = {};
-        multiply<Acc, MR, NV>(length, xs.data, xs.ld, 1, panel + c, panels.ld(), acc);
+        multiply<Acc, MR, NV>(length, xs.data, xs.ld, 1, panels.at(n, first, c), panels.ld(), acc);
         for (int m = 0; m < MR; m++)
           for (int v = 0; v < NV; v++) {
             Acc* at = to + m * sums() + c + v * kWidth<Acc>;

@@ -5,7 +5,6 @@
 #include <type_traits>
 
 #include "../gralora.h"
-#include "memory.h"
 #include "microkernel.h"
 #include "philox.h"
 
@@ -22,14 +21,15 @@ struct DTypeOf<double> {
   static constexpr DType value = DType::f64;
 };
 
-// Calls f with a null pointer of the element type.
-template <class F>
+// Calls f with a null pointer of the element type. Where a tensor is float64, sums are too: never float64 beside float.
+template <class Acc, class F>
 inline void for_dtype(DType dtype, F&& f) {
   switch (dtype) {
     case DType::f32: return f(static_cast<float*>(nullptr));
     case DType::bf16: return f(static_cast<bf16*>(nullptr));
     case DType::f16: return f(static_cast<f16*>(nullptr));
-    case DType::f64: return f(static_cast<double*>(nullptr));
+    case DType::f64:
+      if constexpr (sizeof(Acc) == sizeof(double)) return f(static_cast<double*>(nullptr));
   }
 }
 
@@ -56,32 +56,50 @@ struct Panel {
   int64_t ld;
 };
 
-// x[t0 .. t0+count, i0 .. i0+width) with dropout applied. `scratch` holds count * round_up(width, W) elements, `factor`
-// width of them. With whole_vectors a row may be read up to a multiple of W: what is beyond its width is then zero.
-// `logical_width` is the width of the whole row of x, which numbers the elements for the mask.
+// x[t0 .. t0+count, i0 .. i0+width) with dropout applied, `scratch` of count * width elements, `factor` of width.
+// `logical_width` is the width of the whole row of x, which numbers the elements for the mask. Rows that lie a multiple of
+// kConflict bytes apart are copied too: they would share the same few sets of L1.
 template <class Acc>
 Panel<Acc> read_rows(const Rows& x, int64_t t0, int64_t count, int64_t i0, int64_t width, int64_t logical_width,
-                     bool whole_vectors, const Mask& mask, Acc* scratch, Acc* factor) {
-  const bool padding = whole_vectors && width % kWidth<Acc> != 0;
-  if (x.dtype == DTypeOf<Acc>::value && x.column_stride == 1 && x.leading_dims <= 1 && !mask.on && !padding) {
+                     const Mask& mask, Acc* scratch, Acc* factor) {
+  constexpr int64_t kConflict = 1024;
+  if (x.dtype == DTypeOf<Acc>::value && x.column_stride == 1 && x.leading_dims <= 1 && !mask.on) {
     const int64_t ld = x.leading_dims == 1 ? x.strides[0] : 0;
-    return {static_cast<const Acc*>(x.data) + t0 * ld + i0, ld};
+    if (count == 1 || ld * int64_t(sizeof(Acc)) % kConflict != 0)
+      return {static_cast<const Acc*>(x.data) + t0 * ld + i0, ld};
   }
-  const int64_t ld = round_up(width, kWidth<Acc>);
-  for_dtype(x.dtype, [&](auto* type) {
+  for_dtype<Acc>(x.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     for (int64_t m = 0; m < count; m++) {
       const T* row = static_cast<const T*>(x.data) + row_offset(x, t0 + m) + i0 * x.column_stride;
-      Acc* to = scratch + m * ld;
-      convert_row<Acc>(row, x.column_stride, width, to);
-      for (int64_t i = width; i < ld; i++) to[i] = Acc(0);
-      if (mask.on) {
-        mask.factors(uint64_t((t0 + m) * logical_width + i0), width, factor);
-        for (int64_t i = 0; i < width; i++) to[i] *= factor[i];
+      convert_row<Acc>(row, x.column_stride, width, scratch + m * width);
+      if (!mask.on) continue;
+      mask.factors(uint64_t((t0 + m) * logical_width + i0), width, factor);
+      for (int64_t i = 0; i < width; i++) scratch[m * width + i] *= factor[i];
+    }
+  });
+  return {scratch, width};
+}
+
+// The same, cut into tiles: to[(i / kTile) * count * kTile + t * kTile + i % kTile], padded with zeros.
+template <class Acc>
+void read_tiles(const Rows& x, int64_t t0, int64_t count, int64_t i0, int64_t width, int64_t logical_width,
+                const Mask& mask, Acc* to, Acc* factor) {
+  for_dtype<Acc>(x.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    for (int64_t t = 0; t < count; t++) {
+      const T* row = static_cast<const T*>(x.data) + row_offset(x, t0 + t) + i0 * x.column_stride;
+      if (mask.on) mask.factors(uint64_t((t0 + t) * logical_width + i0), width, factor);
+      for (int64_t c = 0; c < width; c += kTile<Acc>) {
+        const int64_t columns = smaller(kTile<Acc>, width - c);
+        Acc* tile = to + c * count + t * kTile<Acc>;
+        convert_row<Acc>(row + c * x.column_stride, x.column_stride, columns, tile);
+        if (mask.on)
+          for (int64_t i = 0; i < columns; i++) tile[i] *= factor[c + i];
+        for (int64_t i = columns; i < kTile<Acc>; i++) tile[i] = Acc(0);
       }
     }
   });
-  return {scratch, ld};
 }
 
 }  // namespace gralora::cpu::GRALORA_ISA

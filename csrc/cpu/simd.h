@@ -20,6 +20,13 @@
 
 namespace gralora::cpu::GRALORA_ISA {
 
+// float64 serves gradient checks and is not tuned: only the portable kernels hold it, which halves the build.
+#if defined(__AVX512F__) || defined(__AVX2__)
+constexpr bool kHasFloat64 = false;
+#else
+constexpr bool kHasFloat64 = true;
+#endif
+
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
 constexpr int kVectorRegisters = 32;

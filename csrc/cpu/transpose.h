@@ -1,0 +1,45 @@
+// A W x W block transposed in registers: log2(W) rounds, each exchanging the off-diagonal halves of pairs of rows.
+#pragma once
+
+#include "simd.h"
+
+namespace gralora::cpu::GRALORA_ISA {
+
+template <class Acc>
+struct LaneMaskOf;
+template <>
+struct LaneMaskOf<float> {
+  typedef typename VectorOf<uint32_t, kWidth<float>>::type type;
+};
+template <>
+struct LaneMaskOf<double> {
+  typedef typename VectorOf<uint64_t, kWidth<double>>::type type;
+};
+
+// to[i*to_stride + c] = from[c*from_stride + i] for i, c = 0 .. W-1
+template <class Acc, class T>
+inline void transpose_block(const T* from, int64_t from_stride, Acc* to, int64_t to_stride) {
+  constexpr int W = kWidth<Acc>;
+  using LaneMask = typename LaneMaskOf<Acc>::type;
+  Vec<Acc> row[W];
+#pragma GCC unroll 16
+  for (int c = 0; c < W; c++) row[c] = load<Acc>(from + c * from_stride);
+#pragma GCC unroll 4
+  for (int step = 1; step < W; step *= 2) {
+    LaneMask upper{}, lower{};
+    for (int lane = 0; lane < W; lane++) {
+      upper[lane] = lane & step ? W + lane - step : lane;
+      lower[lane] = lane & step ? W + lane : lane + step;
+    }
+#pragma GCC unroll 16
+    for (int c = 0; c < W; c++) {
+      if (c & step) continue;
+      const Vec<Acc> a = row[c], b = row[c + step];
+      row[c] = __builtin_shuffle(a, b, upper), row[c + step] = __builtin_shuffle(a, b, lower);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < W; i++) store<Acc>(to + i * to_stride, row[i]);
+}
+
+}  // namespace gralora::cpu::GRALORA_ISA
