@@ -1,0 +1,233 @@
+"""The sources and flags of the native extension, written once and used by all three builds.
+
+``setup.py`` and ``_loader.py`` (JIT) load this file; ``CMakeLists.txt`` runs it (``--cmake``). It stands alone: only the
+standard library is needed, so that it can also say in one sentence what is missing, torch included.
+
+Kernel files are torch-free and compiled once per instruction set, which torch's builders cannot do (they know one set of
+flags per extension). So :func:`compile_kernels` makes those objects with ninja first, and they are linked like libraries.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+INCLUDE_DIR = "csrc"
+
+# Compiled once, with torch's own flags (they choose the C++ standard).
+COMMON_SOURCES = [
+    "csrc/registration.cpp",
+    "csrc/ops.cpp",
+    "csrc/autograd.cpp",
+    "csrc/bindings.cpp",
+    "csrc/cpu/capability.cpp",
+    "csrc/cpu/dispatch.cpp",
+]
+# Compiled once per capability; they include no torch header.
+KERNEL_SOURCES = ["csrc/cpu/forward.cpp", "csrc/cpu/backward.cpp", "csrc/cpu/merge.cpp"]
+
+# In rising order: the linker keeps the first copy of a shared inline function, so the portable one must come first.
+X86_CAPABILITY_FLAGS = {
+    "default": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": [
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
+        "-mprefer-vector-width=512",
+    ],
+}
+
+INSTALL_COMMAND = "pip install --no-build-isolation ."
+
+
+class BuildError(RuntimeError):
+    """What the machine lacks to build the extension: one sentence that ends with the command that mends it."""
+
+
+NO_TORCH = (
+    "gralora_ext is compiled against the torch in use, and this Python has none: "
+    f"run `pip install torch`, then `{INSTALL_COMMAND}` (without build isolation, or pip hides that torch again)."
+)
+
+
+def capability_flags(machine: str | None = None) -> dict[str, list[str]]:
+    """Capability name -> the flags of its instruction set; only ``default`` where ``machine`` is not x86-64."""
+    machine = (machine or platform.machine()).lower()
+    return X86_CAPABILITY_FLAGS if machine in ("x86_64", "amd64") else {"default": []}
+
+
+def cxx_flags() -> list[str]:
+    """Flags of every file, the user's CPPFLAGS, CFLAGS and CXXFLAGS last.
+
+    ``-fopenmp`` is for compiling only: linking it would bring a second OpenMP runtime beside torch's.
+    """
+    flags = ["-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+    flags += ["-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra"]
+    flags += ["-O0", "-g"] if os.environ.get("DEBUG", "").upper() in ("1", "ON", "YES", "TRUE") else ["-O3"]
+    if os.environ.get("GRALORA_EXT_WERROR") == "1":
+        flags.append("-Werror")
+    return flags + [
+        flag for name in ("CPPFLAGS", "CFLAGS", "CXXFLAGS") for flag in shlex.split(os.environ.get(name, ""))
+    ]
+
+
+def common_flags(torch_version: str, machine: str | None = None) -> list[str]:
+    """Flags of COMMON_SOURCES. The version on the command line makes ninja compile anew for another torch.
+
+    GCC 12 warns of overflows where torch's autograd headers fill a ``std::vector<bool>``; there are none.
+    """
+    have = [f"-DGRALORA_HAVE_{name.upper()}" for name in capability_flags(machine) if name != "default"]
+    quiet = ["-Wno-array-bounds", "-Wno-stringop-overflow"]
+    return [*cxx_flags(), *quiet, *have, f"-DGRALORA_TORCH_VERSION={torch_version}"]
+
+
+def kernel_flags(capability: str, machine: str | None = None) -> list[str]:
+    """Flags of KERNEL_SOURCES for one capability."""
+    isa = capability_flags(machine)[capability]
+    return ["-std=c++17", *cxx_flags(), f"-DGRALORA_CPU_CAPABILITY={capability}", *isa]
+
+
+def want_cuda(setting: str, torch_cuda: str | None, cuda_home: str | None, root: Path = ROOT) -> bool:
+    """Whether to compile the CUDA half: ``GRALORA_EXT_CUDA`` against what torch and the machine have.
+
+    ``setting`` is auto, 0 or 1; ``torch_cuda`` is ``torch.version.cuda`` and ``cuda_home`` torch's ``CUDA_HOME``. A GPU is
+    never asked for: builds also run where there is none.
+    """
+    if setting not in ("auto", "0", "1"):
+        raise BuildError(f"GRALORA_EXT_CUDA must be auto, 0 or 1, but it is '{setting}': run `unset GRALORA_EXT_CUDA`.")
+    has_sources = (root / "csrc" / "cuda").is_dir()
+    if setting != "1":
+        return setting == "auto" and has_sources and bool(torch_cuda and cuda_home)
+    if not has_sources:
+        raise BuildError(
+            "GRALORA_EXT_CUDA=1, but this release of gralora_ext has no CUDA kernels yet: "
+            "run `unset GRALORA_EXT_CUDA` to build for the CPU."
+        )
+    if not torch_cuda:
+        raise BuildError(
+            "GRALORA_EXT_CUDA=1, but this torch is CPU-only: run `pip install torch` for a CUDA build of it."
+        )
+    if not cuda_home:
+        raise BuildError(
+            "GRALORA_EXT_CUDA=1, but no CUDA toolkit (nvcc) was found: "
+            "install one and run `export CUDA_HOME=<its folder>`, or `unset GRALORA_EXT_CUDA`."
+        )
+    return True
+
+
+def compiler() -> list[str]:
+    """The C++ compiler, ``$CXX`` or ``c++``, as torch's own builders choose it."""
+    return shlex.split(os.environ.get("CXX", "")) or ["c++"]
+
+
+def check_tools() -> None:
+    """Raises :class:`BuildError` unless a usable compiler and ninja are there; puts ninja's wheel on PATH if need be."""
+    cxx = compiler()
+    wanted = "run `apt-get install g++` (or your system's equivalent), or set CXX to an installed g++."
+    try:
+        macros = subprocess.run(
+            [*cxx, "-dM", "-E", "-x", "c++", os.devnull], capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        raise BuildError(f"gralora_ext needs a C++ compiler, and '{shlex.join(cxx)}' does not run: {wanted}") from None
+    if "__clang__" in macros and sys.platform == "linux":
+        raise BuildError(
+            f"gralora_ext needs GCC, because clang ('{shlex.join(cxx)}') would bring a second OpenMP runtime "
+            f"beside torch's: {wanted}"
+        )
+    if shutil.which("ninja") is None:
+        # ninja's wheel puts the program beside Python, which is not on PATH when a venv is used without activating it.
+        spec = importlib.util.find_spec("ninja")
+        if spec is None:
+            raise BuildError("gralora_ext needs ninja to compile: run `pip install ninja`.")
+        import ninja
+
+        os.environ["PATH"] = os.pathsep.join((ninja.BIN_DIR, os.environ.get("PATH", os.defpath)))
+
+
+def compile_kernels(build_dir: Path, root: Path = ROOT) -> list[Path]:
+    """Compiles KERNEL_SOURCES for each capability into ``build_dir`` (only what changed); returns the objects in order."""
+    build_dir = build_dir.resolve()
+    build_dir.mkdir(parents=True, exist_ok=True)
+    rules = [
+        "ninja_required_version = 1.3",
+        f"cxx = {shlex.join(compiler())}",
+        "rule compile",
+        "  command = $cxx -MMD -MF $out.d -fPIC $flags -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+    ]
+    objects = []
+    for capability in capability_flags():
+        flags = [f"-I{root / INCLUDE_DIR}", *kernel_flags(capability)]
+        for source in KERNEL_SOURCES:
+            objects.append(build_dir / f"{Path(source).stem}.{capability}.o")
+            path = str(root / source).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+            rules += [f"build {objects[-1].name}: compile {path}", "  flags = " + shlex.join(flags).replace("$", "$$")]
+    ninja_file = build_dir / "build.ninja"
+    text = "\n".join(rules) + "\n"
+    if not ninja_file.exists() or ninja_file.read_text() != text:
+        ninja_file.write_text(text)
+    jobs = os.environ.get("MAX_JOBS", "")
+    command = ["ninja", *(["-j", jobs] if jobs.isdigit() else [])]
+    try:
+        subprocess.run(command, cwd=build_dir, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True)
+    except subprocess.CalledProcessError as error:
+        raise RuntimeError(compile_failure(error.stdout)) from None
+    return objects
+
+
+def compile_failure(ninja_output: str) -> str:
+    """A message with the beginning of the first failure in ninja's output."""
+    lines = ninja_output[max(ninja_output.find("FAILED: "), 0) :].splitlines()
+    return "\n".join(["the compiler refused a source of gralora_ext:", *lines[:40]])
+
+
+def torch_standard() -> str:
+    """The C++ standard that torch's own builder passes, such as ``20`` (CMake's torch target does not carry it)."""
+    spec = importlib.util.find_spec("torch.utils.cpp_extension")
+    found = re.search(r"-std=c\+\+(\d+)", Path(spec.origin).read_text()) if spec and spec.origin else None
+    return found.group(1) if found else "17"
+
+
+def cmake(machine: str | None = None) -> str:
+    """The lists above as CMake ``set`` commands, and where torch's CMake files are."""
+    try:
+        import torch
+    except ImportError:
+        raise BuildError(NO_TORCH) from None
+
+    def command(name: str, values: list[str]) -> str:
+        return f"set({name} {' '.join(f'[==[{value}]==]' for value in values)})\n"
+
+    lines = [
+        command("GRALORA_COMMON_SOURCES", COMMON_SOURCES),
+        command("GRALORA_KERNEL_SOURCES", KERNEL_SOURCES),
+        command("GRALORA_INCLUDE_DIR", [INCLUDE_DIR]),
+        command("GRALORA_COMMON_FLAGS", common_flags(torch.__version__, machine)),
+        command("GRALORA_CAPABILITIES", list(capability_flags(machine))),
+        command("GRALORA_TORCH_PREFIX", [torch.utils.cmake_prefix_path]),
+        command("GRALORA_TORCH_LIB", [str(Path(torch.__file__).parent / "lib")]),
+        command("GRALORA_TORCH_STANDARD", [torch_standard()]),
+    ]
+    lines += [
+        command(f"GRALORA_KERNEL_FLAGS_{name}", kernel_flags(name, machine)) for name in capability_flags(machine)
+    ]
+    return "".join(lines)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] != ["--cmake"]:
+        sys.exit("usage: _build_config.py --cmake [MACHINE]")
+    sys.path.pop(0)  # this file's folder: its modules are not top-level ones
+    try:
+        sys.stdout.write(cmake(*sys.argv[2:3]))
+    except BuildError as error:
+        sys.exit(str(error))

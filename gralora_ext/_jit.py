@@ -1,0 +1,59 @@
+"""The development build: ``torch.utils.cpp_extension.load`` from the source tree, again whenever a source changed."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch.utils import cpp_extension
+
+from . import _build_config as config
+
+
+def build_directory() -> Path:
+    """One folder per source tree, Python and torch, under torch's own cache (``TORCH_EXTENSIONS_DIR``)."""
+    parent = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+    key = f"{config.ROOT}\n{sys.version}\n{torch.__file__}\n{torch.__version__}"
+    return Path(parent) / f"gralora_ext-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+
+
+@contextmanager
+def _only_one_process(folder: Path) -> Iterator[None]:
+    """Holds the folder's lock. The system frees it when a process dies, which torch's own lock file does not survive."""
+    with open(folder / "gralora_ext.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        (folder / "lock").unlink(missing_ok=True)
+        yield
+
+
+def compile_and_load() -> ModuleType:
+    """Compiles what changed and returns ``_C``, which is also put where the prebuilt one would be imported from."""
+    config.check_tools()
+    config.want_cuda(os.environ.get("GRALORA_EXT_CUDA", "auto"), torch.version.cuda, cpp_extension.CUDA_HOME)
+    folder = build_directory()
+    folder.mkdir(parents=True, exist_ok=True)
+    with _only_one_process(folder):
+        kernels = config.compile_kernels(folder / "kernels")
+        library = folder / "_C.so"
+        if library.exists() and any(path.stat().st_mtime > library.stat().st_mtime for path in kernels):
+            library.unlink()  # torch's ninja file does not know these objects, and would not link again
+        try:
+            module = cpp_extension.load(
+                "_C",
+                [str(config.ROOT / source) for source in config.COMMON_SOURCES],
+                extra_cflags=config.common_flags(torch.__version__),
+                extra_ldflags=[str(path) for path in kernels],
+                extra_include_paths=[str(config.ROOT / config.INCLUDE_DIR)],
+                build_directory=str(folder),
+            )
+        except RuntimeError as error:
+            raise RuntimeError(config.compile_failure(str(error))) from None
+    sys.modules[f"{__package__}._C"] = module
+    return module

@@ -1,0 +1,5 @@
+"""The command line: ``gralora-ext finetune`` and ``gralora-ext info``."""
+
+from .main import main
+
+__all__ = ["main"]

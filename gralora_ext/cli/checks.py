@@ -1,0 +1,88 @@
+"""What must be in order before a job starts, and the little that depends on how and where the program runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import logging
+import os
+import shlex
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+from .errors import JobError, first_sentence
+from .files import LOCK, PARTIAL
+from .options import SETTINGS
+
+NEEDED = ("torch", "transformers", "peft", "accelerate", "safetensors", "matplotlib", "tqdm")
+
+
+def check_packages() -> None:
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise JobError(f"finetune needs {', '.join(missing)}: `pip install {' '.join(missing)}`")
+
+
+def check_output(folder: Path) -> None:
+    """A folder that holds other things than an earlier job's is not ours to write into."""
+    if folder.exists() and not folder.is_dir():
+        raise JobError(f"--output: {folder} is not a folder")
+    if folder.is_dir() and not (folder / SETTINGS).is_file():
+        others = [p.name for p in sorted(folder.iterdir()) if p.name != LOCK and not p.name.startswith(PARTIAL)]
+        if others:
+            raise JobError(f"--output: {folder} holds other files ({others[0]}), and is not of an earlier finetune job")
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise JobError(f"--output: {folder} cannot be written, since {existing} cannot")
+
+
+def check_backend(backend: str) -> None:
+    """That the layers can be built: PEFT has GraLoRA, and the extension loads."""
+    import peft
+
+    if backend != "lora" and not hasattr(peft, "GraloraConfig"):
+        raise JobError(f"peft {peft.__version__} has no GraLoRA: `pip install -U peft`, or --backend lora")
+    if backend == "fused":
+        try:
+            import gralora_ext.ops  # noqa: F401  loads the native extension
+        except (ImportError, RuntimeError, ValueError) as error:
+            raise JobError(f"{first_sentence(error, 600)} (--backend peft runs without it)") from error
+
+
+def device(options: argparse.Namespace) -> str:
+    """``cuda`` where it is there and the backend has kernels for it, else ``cpu``; or what ``--device`` says."""
+    import torch
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise JobError("--device cuda: torch sees no CUDA device here")
+    if options.device != "auto":
+        return options.device
+    if not torch.cuda.is_available():
+        return "cpu"
+    if options.backend != "fused":
+        return "cuda"
+    from gralora_ext import build_info
+
+    return "cuda" if build_info()["cuda_archs"] else "cpu"
+
+
+def quiet_libraries() -> None:
+    """The job tells what it does in its own words; errors of the libraries still come through."""
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+
+
+def command() -> str:
+    """How this program was called, for the commands that it tells the user to type."""
+    called = Path(sys.argv[0])
+    if called.name != "gralora-ext":
+        return f"{shlex.quote(sys.executable)} -m gralora_ext"
+    found = shutil.which("gralora-ext")
+    return "gralora-ext" if found and called.exists() and os.path.samefile(found, called) else shlex.quote(str(called))

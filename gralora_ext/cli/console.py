@@ -1,0 +1,64 @@
+"""What the job tells while it runs: lines on stdout, and a progress bar where stderr is a terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+LINE_SECONDS = 2.0  # without a terminal: the least time between two lines of progress
+
+
+class Console:
+    """Each line carries the seconds since the start."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start
+
+    def say(self, text: str) -> None:
+        tqdm.write(f"[{self.seconds:6.1f} s] {text}", file=sys.stdout)
+        sys.stdout.flush()
+
+    @contextmanager
+    def bar(self, what: str, total: int, done: int = 0, *, first: bool = False) -> Iterator[Bar]:
+        """Progress of ``what`` from ``done`` to ``total``; ``first``: where it is lines, the first step has one too."""
+        bar = Bar(self, what, total, done, first)
+        try:
+            yield bar
+        finally:
+            if bar.shown:
+                bar.shown.close()
+
+
+class Bar:
+    """A bar on a terminal, lines elsewhere."""
+
+    def __init__(self, console: Console, what: str, total: int, done: int, first: bool):
+        self.console = console
+        self.what, self.total, self.started_at = what, total, done
+        self.start = time.perf_counter()
+        self.last_line = 0.0 if first else self.start
+        self.shown: tqdm | None = None
+        if sys.stderr.isatty():
+            self.shown = tqdm(total=total, initial=done, desc=what, file=sys.stderr, leave=first, dynamic_ncols=True)
+
+    def update(self, done: int, note: str = "") -> None:
+        if self.shown is not None:
+            self.shown.set_postfix_str(note, refresh=False)
+            self.shown.update(done - self.shown.n)
+            return
+        now = time.perf_counter()
+        if now - self.last_line < LINE_SECONDS and not (note and done == self.total):
+            return
+        self.last_line = now
+        left = (now - self.start) / max(1, done - self.started_at) * (self.total - done)
+        self.console.say(
+            f"{self.what} {done}/{self.total}{': ' + note if note else ''}{f', {left:,.0f} s left' if left else ''}"
+        )

@@ -1,0 +1,84 @@
+"""The console script ``gralora-ext``: finds the subcommand, and turns errors into one sentence and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+from .checks import check_packages
+from .errors import JobError, Stopped, first_sentence
+from .signals import stopper
+
+USAGE = """\
+usage: gralora-ext COMMAND [options]
+
+  finetune   fine-tune a causal language model with GraLoRA (gralora-ext finetune --help)
+  info       what is built, installed and in use, and what to do if something is missing
+
+  --help     this text
+  --version  the version of gralora_ext
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs ``argv`` (the command line where None) and returns the exit code; never raises but for ``--help``'s exit."""
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        code = _dispatch(arguments)
+        sys.stdout.flush()
+        return code
+    except JobError as error:
+        return _fail(arguments, str(error), 2)
+    except Stopped as stop:
+        print(f"stopped by {stop.name} before anything was trained; run the same command again", file=sys.stderr)
+        return stop.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: nothing more to flush
+        return 141
+    except Exception as error:  # noqa: BLE001  a user gets one sentence, and the traceback for the asking
+        return _fail(arguments, f"{type(error).__name__}: {first_sentence(error)}", 1)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    # Each command is imported where it is called: finetune needs packages that info only reports on.
+    name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    if name == "finetune":
+        from .options import parse
+
+        options = parse(rest)
+        check_packages()
+        stopper.install()
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # what fails there, the job tells in one sentence
+        # Threads that spin while they wait starve each other where cores are shared: small operations then take tens of
+        # times as long. The OpenMP runtime reads this when torch loads it.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        from .finetune import run
+
+        return run(options)
+    if name == "info":
+        from .info import run as info
+
+        return info(rest)
+    if name in ("--version", "-V"):
+        import gralora_ext
+
+        print(f"gralora-ext {gralora_ext.__version__}")
+        return 0
+    if name in ("--help", "-h", "help"):
+        print(USAGE, end="")
+        return 0
+    if not name:
+        print(USAGE, end="", file=sys.stderr)
+        return 2
+    raise JobError(f"unknown command '{name}'; the commands are finetune and info")
+
+
+def _fail(arguments: list[str], message: str, code: int) -> int:
+    if "--debug" in arguments:
+        traceback.print_exc()
+    hint = " (--debug shows where)" if code == 1 and "--debug" not in arguments else ""
+    print(f"gralora-ext: error: {message}{hint}", file=sys.stderr)
+    return code

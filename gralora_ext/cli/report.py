@@ -1,0 +1,97 @@
+"""What is told of a job at its end: metrics.json, and loss.png drawn from it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "safetensors",
+    "tokenizers",
+    "datasets",
+    "gguf",
+    "matplotlib",
+)
+
+
+def versions() -> dict[str, str]:
+    """Of this package, of Python, and of the packages that a job uses, where they are installed."""
+    import gralora_ext
+
+    found = {"gralora_ext": gralora_ext.__version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def peak_memory_mib() -> dict[str, float]:
+    """The greatest memory that this process has held: ``host``, and ``cuda`` where CUDA was used."""
+    import torch
+
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
+    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        peak["cuda"] = torch.cuda.max_memory_allocated() / 2**20
+    return {name: round(value, 1) for name, value in peak.items()}
+
+
+def draw(metrics: dict[str, Any], path: Path) -> None:
+    """The training loss of each step, and the held-out loss where it was measured."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    losses, held_out = metrics["losses"], metrics["eval_losses"]
+    axes.plot(
+        [e["step"] for e in losses],
+        [e["loss"] for e in losses],
+        color="0.6",
+        marker="." if len(losses) < 60 else None,
+        linewidth=1,
+        label="training (one batch each)",
+    )
+    axes.plot(
+        [e["step"] for e in held_out],
+        [e["loss"] for e in held_out],
+        color="tab:blue",
+        marker="o",
+        linewidth=2,
+        label=f"held out ({metrics['eval_rows']} rows)",
+    )
+    for point in held_out:
+        axes.annotate(
+            f"{point['loss']:.3f}",
+            (point["step"], point["loss"]),
+            xytext=(0, 8),
+            textcoords="offset points",
+            ha="center",
+            color="tab:blue",
+        )
+    config = metrics["config"]
+    grid = "" if config["backend"] == "lora" else f", k = {config['k']}"
+    hybrid = f", hybrid_r = {config['hybrid_r']}" if config["hybrid_r"] else ""
+    axes.set_title(
+        f"{Path(metrics['model']).name} on {Path(metrics['data']).name}\n"
+        f"backend {config['backend']}, r = {config['r']}{grid}{hybrid}, lr = {config['lr']:g}, "
+        f"{metrics['tokens_per_second']:,.0f} tokens/s",
+        fontsize=10,
+    )
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss per answer token (nats)")
+    axes.margins(y=0.12)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path)

@@ -1,0 +1,131 @@
+"""The fused layer: PEFT's GraLoRA layer, its parameters untouched and its arithmetic done by :mod:`gralora_ext.ops`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.gralora.layer import Linear
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor
+
+from .. import ops
+
+
+class GraloraLinear(Linear):
+    """``y = base_layer(x) + Σ_adapters s·exchange(x_n A_n) B_j (+ s·(x Agᵀ) Bgᵀ)``, one kernel per active adapter.
+
+    Built by :class:`~gralora_ext.tuner.GraloraModel`, or made in place of PEFT's layer by
+    :func:`~gralora_ext.tuner.accelerate`. It differs from PEFT's layer in this: x may have any rank ≥ 1 (PEFT: 2 or 3);
+    the adapter computes in float32 without a cast copy of x; the block part and the hybrid part share one dropout mask
+    (PEFT draws two); a merge rounds once; ``get_delta_weight`` is not differentiable.
+    """
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        """The layer's output in x's dtype.
+
+        Args:
+            x: ``[..., N]``.
+            args, kwargs: passed on to the base layer.
+            adapter_names: not supported, see Raises.
+
+        Raises:
+            ValueError: ``adapter_names`` was given, the adapter is on another device than x, or
+                :func:`gralora_ext.ops.gralora` refuses a shape.
+            TypeError: :func:`gralora_ext.ops.gralora` refuses a dtype.
+        """
+        refuse_adapter_names(adapter_names)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result = self.base_layer(x, *args, **kwargs)
+        if not self.disable_adapters and not self.merged:
+            for name in self.active_adapters:
+                if name in self.gralora_A:
+                    self._check_device("the input", x, name)
+                    dropout = self.gralora_dropout[name]
+                    p = getattr(dropout, "p", 0.0)  # an adapter without dropout has an nn.Identity here
+                    result = ops.gralora(x, result, **self._operands(name), dropout_p=p, training=dropout.training)
+        return result.to(x.dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Adds the adapters' weights to the base weight in place, one after the other.
+
+        Args:
+            safe_merge: merge into a copy and keep it only if it is finite; an adapter that fails leaves the base weight
+                as it was before this adapter, with the adapters before it in the list merged.
+            adapter_names: the adapters to merge; None means the active ones.
+
+        Raises:
+            ValueError: the merged weight is not finite (``safe_merge``), or weight and adapter are not on one device.
+            TypeError: the base weight is not a floating-point tensor.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.gralora_A:
+                continue
+            weight = self._mergeable_weight(name)
+            if safe_merge:
+                merged = weight.detach().clone()
+                self._add_to(merged, name)
+                if not torch.isfinite(merged).all():
+                    raise ValueError(f"adapter {name!r} would give NaN or infinite weights, and was not merged")
+                self.get_base_layer().weight.data = merged
+            else:
+                self._add_to(weight, name)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Subtracts the merged adapters from the base weight again; exact up to the rounding of the weight's dtype."""
+        if not self.merged:
+            return super().unmerge()  # PEFT's warning that there is nothing to do
+        while self.merged_adapters:
+            name = self.merged_adapters[-1]
+            if name in self.gralora_A:
+                self._add_to(self._mergeable_weight(name), name, sign=-1.0)
+            self.merged_adapters.pop()
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The weight that :meth:`merge` adds: ``[M, N]`` (``[N, M]`` with fan_in_fan_out), in the adapter's dtype."""
+        return ops.delta_weight(**self._operands(adapter), fan_in_fan_out=self.fan_in_fan_out)
+
+    def _operands(self, adapter: str) -> dict[str, Any]:
+        """The adapter's tensors as they are stored, and its scaling: the arguments that the three ops share."""
+        hybrid = self.hybrid_r[adapter] > 0
+        return {
+            "A": self.gralora_A[adapter],
+            "B": self.gralora_B[adapter],
+            "A_general": self.gralora_A_general[adapter].weight if hybrid else None,
+            "B_general": self.gralora_B_general[adapter].weight if hybrid else None,
+            "scaling": self.scaling[adapter],
+        }
+
+    def _add_to(self, weight: Tensor, adapter: str, sign: float = 1.0) -> None:
+        operands = self._operands(adapter)
+        operands["scaling"] *= sign
+        ops.merge_(weight, **operands, fan_in_fan_out=self.fan_in_fan_out)
+
+    def _mergeable_weight(self, adapter: str) -> Tensor:
+        weight = self.get_base_layer().weight
+        self._check_device("the base weight", weight, adapter)
+        if not weight.is_floating_point():
+            raise TypeError(
+                f"merging needs a floating-point base weight, got {weight.dtype}; dequantize the base model first"
+            )
+        return weight
+
+    def _check_device(self, name: str, tensor: Tensor, adapter: str) -> None:
+        # Where one of them is on meta, the dispatcher would pick the fake kernel, which computes nothing in silence.
+        device = self.gralora_A[adapter].device
+        if tensor.device != device:
+            raise ValueError(
+                f"{name} is on {tensor.device}, but adapter {adapter!r} is on {device}: move the model to one device, "
+                "or load the weights of what is on meta"
+            )
+
+
+def refuse_adapter_names(adapter_names: list[str] | None) -> None:
+    """Raises a ValueError for ``adapter_names``, which PEFT's GraLoRA takes and ignores, giving wrong results."""
+    if adapter_names is not None:
+        raise ValueError(
+            f"adapter_names: one adapter per sample is not supported by GraLoRA, got {adapter_names!r}; "
+            "call model.set_adapter(name) and run the samples of each adapter as a batch of their own"
+        )

@@ -1,0 +1,151 @@
+"""Putting the fused tuner in and out of use: for the models PEFT is going to build, and for those it has built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import MethodType, TracebackType
+from typing import final
+
+from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftType
+from peft.tuners import gralora as stock
+from peft.tuners.gralora.layer import Linear
+from torch import nn
+
+from .layer import GraloraLinear
+from .model import GraloraModel
+
+
+def _install(tuner: type[stock.GraloraModel]) -> type[stock.GraloraModel]:
+    """Makes ``tuner`` the one that PEFT looks up for its GRALORA type, and returns the one before it."""
+    previous = PEFT_TYPE_TO_TUNER_MAPPING[PeftType.GRALORA]
+    PEFT_TYPE_TO_TUNER_MAPPING[PeftType.GRALORA] = tuner
+    return previous
+
+
+@final
+class Activation:
+    """What :func:`enable` returns. Leaving a ``with`` block over it puts back the tuner that was there before."""
+
+    def __init__(self) -> None:
+        self._before_call: type[stock.GraloraModel] | None = _install(GraloraModel)
+        self._before_block: list[type[stock.GraloraModel]] = []
+
+    def __enter__(self) -> Activation:
+        # `with enable():` has already displaced the earlier tuner in the call; an object used again has not.
+        previous = _install(GraloraModel)
+        if previous is GraloraModel and self._before_call is not None:
+            previous = self._before_call
+        self._before_call = None
+        self._before_block.append(previous)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _install(self._before_block.pop())
+
+
+def enable() -> Activation:
+    """From here on PEFT builds fused layers for ``GraloraConfig``, in this process; models already built stay as they are.
+
+    Calling it again changes nothing. ``with gralora_ext.enable():`` limits it to a block (blocks may be nested): at its
+    end the tuner of before the block is back. Models built inside keep their fused layers.
+    """
+    return Activation()
+
+
+def disable() -> None:
+    """From here on PEFT builds its own GraLoRA layers again; models already built stay as they are."""
+    if PEFT_TYPE_TO_TUNER_MAPPING[PeftType.GRALORA] is GraloraModel:
+        _install(stock.GraloraModel)
+
+
+@dataclass(frozen=True, repr=False)
+class Report:
+    """What :func:`accelerate` or :func:`restore` did.
+
+    Attributes:
+        converted: the number of layers whose class was changed.
+        skipped: ``(module name, reason)`` of each GraLoRA layer left as it was.
+    """
+
+    converted: int
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        lines = [f"{self.converted} GraLoRA layers converted, {len(self.skipped)} skipped"]
+        return "\n".join(lines + [f"  {name or '(the model itself)'}: {reason}" for name, reason in self.skipped])
+
+
+def accelerate(model: nn.Module) -> Report:
+    """Turns the GraLoRA layers that PEFT built in ``model`` into fused ones, in place.
+
+    Parameters, optimizer state, hooks, merged and active adapters and state_dict keys stay; adapters added later are
+    fused too. Layers that are fused already count neither as converted nor as skipped, so a second call reports 0. The
+    base layers may be quantized, as only their output is used (merging, though, needs a floating-point weight). Skipped,
+    with the reason: subclasses of PEFT's layer, and layers whose forward or dropout is not PEFT's.
+
+    Args:
+        model: a PeftModel, a model after ``inject_adapter_in_model``, or any module that holds such a model.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    return _convert(model, Linear, GraloraLinear, stock.GraloraModel, GraloraModel)
+
+
+def restore(model: nn.Module) -> Report:
+    """Turns the fused layers of ``model`` into PEFT's own ones, in place: :func:`accelerate` undone.
+
+    It does so with every fused layer, also one built after :func:`enable`. Args, raises: as :func:`accelerate`.
+    """
+    return _convert(model, GraloraLinear, Linear, GraloraModel, stock.GraloraModel)
+
+
+def _convert(
+    model: nn.Module, source: type, target: type, source_tuner: type[nn.Module], target_tuner: type[nn.Module]
+) -> Report:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    converted, skipped = 0, []
+    for name, module in model.named_modules():
+        if type(module) is source_tuner:
+            module.__class__ = target_tuner
+        elif isinstance(module, stock.GraloraLayer) and type(module) is not target:
+            reason = _obstacle(module, source)
+            if reason:
+                skipped.append((name, reason))
+            else:
+                _change_class(module, source, target)
+                converted += 1
+    return Report(converted, skipped)
+
+
+def _obstacle(module: nn.Module, source: type) -> str | None:
+    """Why the class of ``module`` may not be changed from ``source``, or None where it may."""
+    if type(module) is not source:
+        return f"its class {type(module).__qualname__} is not {source.__module__}.{source.__qualname__} itself"
+    if not hasattr(module.get_base_layer(), "weight"):
+        return f"its base layer {type(module.get_base_layer()).__qualname__} has no weight"
+    unknown = [d for d in module.gralora_dropout.values() if type(d) not in (nn.Dropout, nn.Identity)]
+    if unknown:
+        return f"its dropout is a {type(unknown[0]).__qualname__}, not torch.nn.Dropout"
+    if "forward" in vars(module) and not _instance_forwards(module, source):
+        return f"its forward has been replaced by {vars(module)['forward']!r}"
+    return None
+
+
+def _instance_forwards(module: nn.Module, source: type) -> list[str]:
+    """The attributes of the instance that hold ``source``'s forward, bound to it.
+
+    Accelerate's hooks put it into ``_old_forward`` and their own function into ``forward``; their removal leaves it in
+    ``forward``. A change of class alone would not reach either.
+    """
+    attributes = ((name, vars(module).get(name)) for name in ("forward", "_old_forward"))
+    return [name for name, value in attributes if getattr(value, "__func__", None) is source.forward]
+
+
+def _change_class(module: nn.Module, source: type, target: type) -> None:
+    for name in _instance_forwards(module, source):
+        setattr(module, name, MethodType(target.forward, module))
+    module.__class__ = target

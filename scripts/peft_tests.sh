@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Runs PEFT's own tests on GraLoRA twice, with PEFT's tuner and with ours, and fails if a test that passes with PEFT's
+# tuner does not pass with ours, or if our layer was hardly called. About one minute.
+#
+# usage: scripts/peft_tests.sh [PYTHON]     PYTHON: an interpreter with gralora_ext[peft-tests] installed; default python
+#
+# The tests are those of the installed PEFT release, from its source distribution, which is kept in the user's cache.
+# Some of them want models from a hub: they fail both ways without one, quickly, as the hub is not asked
+# (HF_HUB_OFFLINE=0 lets it be asked).
+set -euo pipefail
+
+repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=$("${1:-python}" -c 'import sys; print(sys.executable)')
+export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
+export PYTHONPATH="$repo/tests${PYTHONPATH:+:$PYTHONPATH}"
+
+"$python" -c 'import attr, datasets, diffusers, gralora_ext.tuner, pytest, scipy' || {
+    echo "peft_tests.sh: something to import is missing; run: $python -m pip install --no-build-isolation '$repo[peft-tests]'" >&2
+    exit 2
+}
+
+version=$("$python" -c 'import peft; print(peft.__version__)')
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/gralora_ext
+sources=$cache/peft-$version
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+if [ ! -d "$sources" ]; then
+    "$python" -m pip download --quiet --no-deps --no-binary :all: --dest "$work" "peft==$version"
+    tar -xzf "$work/peft-$version.tar.gz" -C "$work"
+    touch "$work/peft-$version/tests/__init__.py" # the source distribution leaves it out, and the tests import each other
+    mkdir -p "$cache"
+    mv "$work/peft-$version" "$cache/" 2>/dev/null || [ -d "$sources" ] # another run may have been first
+fi
+
+cd "$sources"
+for tuner in stock fused; do
+    echo "== PEFT $version, its tests on GraLoRA, tuner: $tuner"
+    # pytest exits with 1 where tests fail: the comparison below decides about them. Other exits are errors.
+    "$python" -m pytest -o addopts= -p no:cacheprovider -p peft_plugin -q -rN --tb=no --disable-warnings -k gralora \
+        --gralora-tuner="$tuner" --gralora-report="$work/$tuner.json" \
+        tests/test_custom_models.py tests/test_initialization.py tests/test_config.py || [ $? -eq 1 ]
+done
+"$python" "$repo/tests/peft_plugin.py" "$work/stock.json" "$work/fused.json"

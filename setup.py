@@ -1,0 +1,70 @@
+"""Builds ``gralora_ext._C``; sources, flags and every decision are in ``gralora_ext/_build_config.py``."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import setuptools
+from setuptools import Extension, setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def load_build_config():
+    """The module by its file: importing the package would want the extension that is about to be built."""
+    spec = importlib.util.spec_from_file_location("_build_config", ROOT / "gralora_ext" / "_build_config.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+config = load_build_config()
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # pip does not look at pyproject's `requires` without isolation
+    raise SystemExit(
+        f"error: gralora_ext needs setuptools 77 or newer to build, and this is {setuptools.__version__}: "
+        f"run `pip install --upgrade setuptools`, then `{config.INSTALL_COMMAND}`."
+    )
+
+try:
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension
+except ImportError:  # an sdist needs no torch
+    from setuptools.command.build_ext import build_ext as BuildExtension
+
+    torch = None
+
+
+class BuildGralora(BuildExtension):
+    """torch's builder, with the kernel objects made first and one sentence where something is missing."""
+
+    def run(self):
+        try:
+            if torch is None:
+                raise config.BuildError(config.NO_TORCH)
+            config.check_tools()
+            config.want_cuda(os.environ.get("GRALORA_EXT_CUDA", "auto"), torch.version.cuda, CUDA_HOME)
+        except config.BuildError as error:
+            raise SystemExit(f"error: {error}") from None
+        super().run()
+
+    def build_extensions(self):
+        (extension,) = self.extensions
+        # Not in build_temp, which an editable install makes anew each time: these objects know no torch and no Python.
+        kernels = config.compile_kernels(ROOT / "build" / "kernels")
+        extension.extra_objects = [str(path) for path in kernels]
+        super().build_extensions()
+
+
+def extension():
+    if torch is None:
+        return Extension("gralora_ext._C", config.COMMON_SOURCES)
+    flags = config.common_flags(torch.__version__)
+    ext = CppExtension("gralora_ext._C", config.COMMON_SOURCES, extra_compile_args=flags)
+    # As system headers, torch's own warnings are not ours.
+    ext.extra_compile_args += [f"-isystem{path}" for path in ext.include_dirs]
+    ext.include_dirs = [str(ROOT / config.INCLUDE_DIR)]
+    return ext
+
+
+setup(ext_modules=[extension()], cmdclass={"build_ext": BuildGralora})

@@ -1,0 +1,114 @@
+"""What the tests of the command line share: a tiny model and its data, and the program as a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gralora_ext
+
+WORDS = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen")
+
+
+def make_model(folder: Path) -> Path:
+    """A random Llama of two layers with a byte-level tokenizer; every width divides by 2 and 4, and none by 3."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.3,  # large enough for an adapter to learn much in a few steps
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def make_data(file: Path, rows: int = 48) -> Path:
+    """Questions about words, each with the answer that it asks for."""
+    lines = []
+    for i in range(rows):
+        word = WORDS[i % len(WORDS)]
+        lines.append(json.dumps({"question": f"{i % 5} times {word}?", "answer": " ".join([word] * (i % 5)) or "none"}))
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return file
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """This process's environment, with the gralora_ext that the tests import and no hub to wait for."""
+    paths = [str(Path(gralora_ext.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        **changes,
+    }
+
+
+def start(*arguments: object, cwd: Path, **options: Any) -> subprocess.Popen[str]:
+    """``gralora-ext`` with ``arguments``, its output unbuffered in pipes."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "gralora_ext", *map(str, arguments)],
+        cwd=cwd,
+        env=options.pop("env", environment()),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **options,
+    )
+
+
+def finish(process: subprocess.Popen[str], read: str = "") -> subprocess.CompletedProcess[str]:
+    """Waits for the end; ``read`` is what was taken from its stdout before."""
+    out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, read + out, err)
+
+
+def run(*arguments: object, cwd: Path, code: int = 0, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Runs the program to its end, which must come with ``code`` and, whatever the code, without a traceback."""
+    result = finish(start(*arguments, cwd=cwd, **options))
+    assert result.returncode == code, f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
+    assert "Traceback" not in result.stderr
+    return result
+
+
+def stop_at(text: str, signum: signal.Signals, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Runs the program, and sends it ``signum`` when a line of its output holds ``text``."""
+    process = start(*arguments, cwd=cwd)
+    assert process.stdout is not None
+    read = ""
+    for line in process.stdout:
+        read += line
+        if text in line:
+            process.send_signal(signum)
+            break
+    return finish(process, read)
+
+
+def sentence(result: subprocess.CompletedProcess[str]) -> str:
+    """The one line that a failed run must have left on stderr."""
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    return lines[0]

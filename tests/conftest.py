@@ -1,0 +1,25 @@
+"""Fixtures shared by all tests, and hypothesis' profiles.
+
+``deterministic`` (the default) draws the same cases in every run; ``--hypothesis-profile explore`` draws new ones.
+"""
+
+from __future__ import annotations
+
+import os
+
+# A thread that spins on a busy machine takes the time of the one it waits for. OpenMP reads this when torch loads it.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("deterministic", derandomize=True, deadline=None, database=None, print_blob=True)
+settings.register_profile("explore", deadline=None, print_blob=True)
+settings.load_profile("deterministic")
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The device on which the operations are tested."""
+    return torch.device("cpu")

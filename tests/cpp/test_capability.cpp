@@ -1,0 +1,45 @@
+// The run-time choice of the instruction set. usage: test_capability WORD, where WORD is what the environment variable
+// GRALORA_EXT_CPU_CAPABILITY holds, or "refused" where it holds a word that must be refused.
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "check.h"
+#include "cpu/capability.h"
+
+using gralora::cpu::Capability;
+
+namespace {
+
+void check_refused() {
+  try {
+    gralora::cpu::capability();
+    EXPECT(!"a wrong word was taken");
+  } catch (const std::invalid_argument& error) {
+    const std::string message = error.what();
+    EXPECT(message.find("GRALORA_EXT_CPU_CAPABILITY") != std::string::npos);
+    EXPECT(message.find("avx512") != std::string::npos);
+    EXPECT(message.find("sse9") != std::string::npos);
+  }
+}
+
+void check_chosen(const char* cap) {
+  const std::vector<Capability> compiled = gralora::cpu::compiled_capabilities();
+  EXPECT(!compiled.empty() && compiled.front() == Capability::Default);
+  const Capability chosen = gralora::cpu::capability();
+  bool is_compiled = false, is_capped = false;
+  for (const Capability capability : compiled) {
+    is_compiled |= capability == chosen;
+    is_capped |= std::strcmp(gralora::cpu::capability_name(capability), cap) == 0 && chosen <= capability;
+  }
+  EXPECT(is_compiled);
+  EXPECT(is_capped);
+  EXPECT(gralora::cpu::capability() == chosen);
+}
+
+}  // namespace
+
+int main(int, char** argv) {
+  std::strcmp(argv[1], "refused") == 0 ? check_refused() : check_chosen(argv[1]);
+  return check::result();
+}

@@ -1,0 +1,165 @@
+// The kernels against the formulas of gralora.h written as plain loops in double, for a grid of small shapes.
+#include <cmath>
+#include <random>
+#include <vector>
+
+#include "check.h"
+#include "gralora.h"
+
+using namespace gralora;
+
+namespace {
+
+using Vector = std::vector<float>;
+
+struct Case {
+  int64_t T, N, M, k, r, h;
+};
+
+constexpr Case kCases[] = {{1, 4, 4, 1, 1, 0},  {5, 12, 20, 2, 4, 0},    {7, 33, 66, 3, 6, 2},
+                           {40, 64, 48, 8, 8, 0}, {130, 70, 90, 5, 10, 3}, {3, 520, 8, 4, 32, 16}};
+constexpr double kScaling = 0.75;
+constexpr double kTolerance = 1e-5;  // float sums of up to 520 products of standard normals, relative in norm
+
+std::mt19937 generator(7);
+
+Vector random_vector(int64_t count) {
+  std::normal_distribution<float> normal;
+  Vector values(count);
+  for (float& value : values) value = normal(generator);
+  return values;
+}
+
+double relative_error(const Vector& got, const std::vector<double>& want) {
+  double difference = 0.0, norm = 0.0;
+  for (size_t i = 0; i < want.size(); i++) {
+    difference += (got[i] - want[i]) * (got[i] - want[i]);
+    norm += want[i] * want[i];
+  }
+  return std::sqrt(difference / norm);
+}
+
+Rows rows(Vector& values, int64_t T, int64_t width) {
+  Rows rows;
+  rows.data = values.data();
+  rows.leading_dims = 1;
+  rows.sizes[0] = T;
+  rows.strides[0] = width;
+  return rows;
+}
+
+Param param(Vector& values, int64_t rows, int64_t columns) {
+  return {values.data(), DType::f32, rows * columns, columns, 1};
+}
+
+// An adapter of random values, and its dense form dW [M, N] (without the scaling) by the formula of merge.
+struct Fixture {
+  Case c;
+  Vector A, B, A_general, B_general;
+  std::vector<double> dense;
+
+  explicit Fixture(const Case& shape)
+      : c(shape),
+        A(random_vector(c.N * c.r)),
+        B(random_vector(c.r * c.M)),
+        A_general(random_vector(c.h * c.N)),
+        B_general(random_vector(c.M * c.h)),
+        dense(c.M * c.N, 0.0) {
+    const int64_t rb = c.r / c.k, n_width = c.N / c.k, m_width = c.M / c.k;
+    for (int64_t row = 0; row < c.M; row++) {
+      for (int64_t column = 0; column < c.N; column++) {
+        const int64_t j = row / m_width, o = row % m_width, n = column / n_width;
+        double& sum = dense[row * c.N + column];
+        for (int64_t q = 0; q < rb; q++) {
+          sum += double(A[column * c.r + j * rb + q]) * B[(j * c.r + n * rb + q) * m_width + o];
+        }
+        for (int64_t g = 0; g < c.h; g++) sum += double(B_general[row * c.h + g]) * A_general[g * c.N + column];
+      }
+    }
+  }
+
+  Shape shape() const { return {c.T, c.N, c.M, c.k, c.r, c.h}; }
+
+  Adapter adapter() {
+    Adapter adapter{param(A, c.N / c.k, c.r), param(B, c.r, c.M / c.k), {}, {}};
+    if (c.h > 0) adapter.A_general = param(A_general, c.h, c.N), adapter.B_general = param(B_general, c.M, c.h);
+    return adapter;
+  }
+};
+
+Vector run_forward(Fixture& f, Vector& x, Vector& base, Vector& u, int threads) {
+  Vector y(base.size());
+  ForwardParams p;
+  p.shape = f.shape();
+  p.adapter = f.adapter();
+  p.x = rows(x, f.c.T, f.c.N);
+  p.base = rows(base, f.c.T, f.c.M);
+  p.y = rows(y, f.c.T, f.c.M);
+  p.u = u.data();
+  p.scaling = kScaling;
+  p.threads = threads;
+  cpu::forward(p);
+  return y;
+}
+
+void test_forward_is_the_dense_product(const Case& c) {
+  Fixture f(c);
+  Vector x = random_vector(c.T * c.N), base = random_vector(c.T * c.M), u(c.T * (c.k * c.r + c.h));
+  std::vector<double> want(base.begin(), base.end());
+  for (int64_t t = 0; t < c.T; t++) {
+    for (int64_t m = 0; m < c.M; m++) {
+      for (int64_t n = 0; n < c.N; n++) want[t * c.M + m] += kScaling * f.dense[m * c.N + n] * x[t * c.N + n];
+    }
+  }
+  const Vector y = run_forward(f, x, base, u, 1);
+  EXPECT(relative_error(y, want) < kTolerance);
+  EXPECT(run_forward(f, x, base, u, 3) == y);
+}
+
+void test_backward_to_x_is_the_transposed_product(const Case& c) {
+  Fixture f(c);
+  Vector x = random_vector(c.T * c.N), base = random_vector(c.T * c.M), u(c.T * (c.k * c.r + c.h));
+  run_forward(f, x, base, u, 1);
+  Vector grad = random_vector(c.T * c.M), dx(x.size());
+  std::vector<double> want(x.size(), 0.0);
+  for (int64_t t = 0; t < c.T; t++) {
+    for (int64_t m = 0; m < c.M; m++) {
+      for (int64_t n = 0; n < c.N; n++) want[t * c.N + n] += kScaling * f.dense[m * c.N + n] * grad[t * c.M + m];
+    }
+  }
+  BackwardParams p;
+  p.shape = f.shape();
+  p.adapter = f.adapter();
+  p.grad_y = rows(grad, c.T, c.M);
+  p.x = rows(x, c.T, c.N);
+  p.grad_x = rows(dx, c.T, c.N);
+  p.u = u.data();
+  p.scaling = kScaling;
+  cpu::backward(p);
+  EXPECT(relative_error(dx, want) < kTolerance);
+}
+
+void test_merge_adds_the_dense_weight(const Case& c) {
+  Fixture f(c);
+  Vector weight = random_vector(c.M * c.N);
+  std::vector<double> want(weight.begin(), weight.end());
+  for (size_t i = 0; i < want.size(); i++) want[i] += kScaling * f.dense[i];
+  MergeParams p;
+  p.shape = f.shape();
+  p.adapter = f.adapter();
+  p.weight = param(weight, c.M, c.N);
+  p.scaling = kScaling;
+  cpu::merge(p);
+  EXPECT(relative_error(weight, want) < kTolerance);
+}
+
+}  // namespace
+
+int main() {
+  for (const Case& c : kCases) {
+    test_forward_is_the_dense_product(c);
+    test_backward_to_x_is_the_transposed_product(c);
+    test_merge_adds_the_dense_weight(c);
+  }
+  return check::result();
+}

@@ -1,0 +1,89 @@
+"""A pytest plugin for running PEFT's own tests with PEFT's tuner or with ours; see ``scripts/peft_tests.sh``.
+
+``pytest -p peft_plugin --gralora-tuner=fused --gralora-report=FILE`` writes the outcome of every test and the number of
+times that a fused layer was called. ``python peft_plugin.py STOCK.json FUSED.json`` compares two such files and exits with
+1 where a test that passes with PEFT's tuner does not pass with ours, or where our layer was hardly called.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+MIN_CALLS = 200
+
+
+class Recorder:
+    """Collects the outcome of each test and counts the calls of fused layers."""
+
+    def __init__(self, report: Path) -> None:
+        self.report = report
+        self.outcomes: dict[str, str] = {}
+        self.calls = 0
+
+    def count_call(self, module: Any, inputs: Any) -> None:
+        from gralora_ext.tuner import GraloraLinear
+
+        self.calls += isinstance(module, GraloraLinear)
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        # A test has passed where its call has, unless its set-up or tear-down fails; a skip is reported by the set-up.
+        if report.when == "call" or report.outcome != "passed":
+            self.outcomes[report.nodeid] = report.outcome
+
+    def pytest_sessionfinish(self) -> None:
+        self.report.write_text(json.dumps({"calls": self.calls, "outcomes": self.outcomes}, indent=1))
+
+
+def pytest_addoption(parser: Any) -> None:
+    parser.addoption("--gralora-tuner", choices=("stock", "fused"), default="stock")
+    parser.addoption("--gralora-report", type=Path, required=True)
+
+
+def pytest_configure(config: Any) -> None:
+    recorder = Recorder(config.getoption("--gralora-report"))
+    config.pluginmanager.register(recorder)
+    if config.getoption("--gralora-tuner") == "fused":
+        from torch.nn.modules.module import register_module_forward_pre_hook
+
+        from gralora_ext.tuner import enable
+
+        enable()
+        register_module_forward_pre_hook(recorder.count_call)
+
+
+def compare(stock: dict[str, Any], fused: dict[str, Any]) -> list[str]:
+    """What is wrong with ``fused``, one line each; empty where all is well."""
+    worse = [
+        f"{fused['outcomes'].get(test, 'not run')} with our tuner, passed with PEFT's: {test}"
+        for test, outcome in stock["outcomes"].items()
+        if outcome == "passed" and fused["outcomes"].get(test) != "passed"
+    ]
+    if fused["calls"] < MIN_CALLS:
+        worse.append(f"our layer was called {fused['calls']} times, expected at least {MIN_CALLS}")
+    return worse
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Compares PEFT's test results with its own tuner and with ours.")
+    parser.add_argument("stock", type=Path)
+    parser.add_argument("fused", type=Path)
+    arguments = parser.parse_args()
+    stock, fused = (json.loads(path.read_text()) for path in (arguments.stock, arguments.fused))
+    for name, run in (("PEFT's tuner", stock), ("our tuner", fused)):
+        counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(Counter(run["outcomes"].values()).items()))
+        print(f"{name}: {counts}; fused layer called {run['calls']} times")
+    for test, outcome in stock["outcomes"].items():
+        if outcome == "failed":
+            print(f"fails without us, not counted: {test}")
+    worse = compare(stock, fused)
+    print("\n".join(worse) or "no test fails that passes without us")
+    return 1 if worse else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

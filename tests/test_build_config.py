@@ -1,0 +1,160 @@
+"""The one list of sources and flags, and the decisions that need no compiler."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import gralora_ext
+from gralora_ext import _build_config as config
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_every_source_file_is_listed_once() -> None:
+    listed = config.COMMON_SOURCES + config.KERNEL_SOURCES
+    assert sorted(listed) == sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp"))
+    assert len({Path(source).stem for source in listed}) == len(listed)  # torch names an object by its source's stem
+
+
+def test_kernels_include_no_torch_header() -> None:
+    for path in (ROOT / "csrc" / "cpu").iterdir():
+        includes = [line for line in path.read_text().splitlines() if line.startswith("#include")]
+        assert includes and not [line for line in includes if any(word in line for word in ("torch", "ATen", "c10"))]
+
+
+def test_no_flag_narrows_the_machine_or_the_maths() -> None:
+    flags = [*config.common_flags(torch.__version__)]
+    for capability in config.capability_flags():
+        flags += config.kernel_flags(capability)
+    assert "-fopenmp" in flags
+    assert not [flag for flag in flags if flag.startswith(("-march", "-mtune", "-ffast-math", "-Ofast", "-funsafe"))]
+    assert not [flag for flag in config.common_flags(torch.__version__) if flag.startswith("-std")]
+
+
+@pytest.mark.parametrize(
+    ("machine", "capabilities"),
+    [
+        ("x86_64", ["default", "avx2", "avx512"]),
+        ("AMD64", ["default", "avx2", "avx512"]),
+        ("aarch64", ["default"]),
+        ("arm64", ["default"]),
+        ("ppc64le", ["default"]),
+    ],
+)
+def test_capabilities_of_a_machine(machine: str, capabilities: list[str]) -> None:
+    assert list(config.capability_flags(machine)) == capabilities
+    have = [flag for flag in config.common_flags("2.13.0", machine) if flag.startswith("-DGRALORA_HAVE_")]
+    assert have == [f"-DGRALORA_HAVE_{name.upper()}" for name in capabilities[1:]]
+    assert not [flag for flag in config.kernel_flags("default", machine) if flag.startswith("-m")]
+
+
+def test_the_users_flags_come_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXXFLAGS", "-O1 -DNAME='two words'")
+    flags = config.cxx_flags()
+    assert flags[-2:] == ["-O1", "-DNAME=two words"]
+    assert flags.index("-O3") < flags.index("-O1")
+
+
+@pytest.mark.parametrize(("debug", "level"), [("", "-O3"), ("0", "-O3"), ("1", "-O0"), ("on", "-O0")])
+def test_debug_switches_optimisation_off(debug: str, level: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXXFLAGS", raising=False)
+    monkeypatch.setenv("DEBUG", debug)
+    flags = config.cxx_flags()
+    assert [flag for flag in flags if flag.startswith("-O")] == [level]
+    assert ("-g" in flags) == (level == "-O0")
+
+
+@pytest.mark.parametrize(
+    ("setting", "torch_cuda", "cuda_home", "sources", "wanted"),
+    [
+        ("auto", "13.0", "/usr/local/cuda", True, True),
+        ("auto", None, "/usr/local/cuda", True, False),
+        ("auto", "13.0", None, True, False),
+        ("auto", "13.0", "/usr/local/cuda", False, False),
+        ("0", "13.0", "/usr/local/cuda", True, False),
+        ("1", "13.0", "/usr/local/cuda", True, True),
+    ],
+)
+def test_cuda_is_built_where_torch_and_toolkit_have_it(
+    setting: str, torch_cuda: str | None, cuda_home: str | None, sources: bool, wanted: bool, tmp_path: Path
+) -> None:
+    if sources:
+        (tmp_path / "csrc" / "cuda").mkdir(parents=True)
+    assert config.want_cuda(setting, torch_cuda, cuda_home, tmp_path) is wanted
+
+
+@pytest.mark.parametrize(
+    ("setting", "torch_cuda", "cuda_home", "sources", "message"),
+    [
+        ("1", "13.0", "/usr/local/cuda", False, "has no CUDA kernels yet"),
+        ("1", None, "/usr/local/cuda", True, "this torch is CPU-only"),
+        ("1", "13.0", None, True, "no CUDA toolkit"),
+        ("yes", "13.0", "/usr/local/cuda", True, "must be auto, 0 or 1, but it is 'yes'"),
+    ],
+)
+def test_cuda_that_cannot_be_built_is_refused_in_one_sentence(
+    setting: str, torch_cuda: str | None, cuda_home: str | None, sources: bool, message: str, tmp_path: Path
+) -> None:
+    if sources:
+        (tmp_path / "csrc" / "cuda").mkdir(parents=True)
+    with pytest.raises(config.BuildError, match=message) as error:
+        config.want_cuda(setting, torch_cuda, cuda_home, tmp_path)
+    assert "`" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_cmake_gets_the_same_lists() -> None:
+    script = ROOT / "gralora_ext" / "_build_config.py"
+    text = subprocess.run([sys.executable, script, "--cmake"], capture_output=True, text=True, check=True).stdout
+    lines = dict(line.removeprefix("set(").removesuffix(")").split(" ", 1) for line in text.splitlines())
+
+    def values(name: str) -> list[str]:
+        return lines[name].removeprefix("[==[").removesuffix("]==]").split("]==] [==[")
+
+    assert values("GRALORA_COMMON_SOURCES") == config.COMMON_SOURCES
+    assert values("GRALORA_KERNEL_SOURCES") == config.KERNEL_SOURCES
+    assert values("GRALORA_COMMON_FLAGS") == config.common_flags(torch.__version__)
+    assert values("GRALORA_CAPABILITIES") == list(config.capability_flags())
+    for capability in config.capability_flags():
+        assert values(f"GRALORA_KERNEL_FLAGS_{capability}") == config.kernel_flags(capability)
+    assert (Path(values("GRALORA_TORCH_PREFIX")[0]) / "Torch" / "TorchConfig.cmake").is_file()
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    code = (
+        "import json, sys, gralora_ext; print(json.dumps(sorted({'torch', 'peft', 'transformers'} & set(sys.modules))))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads(result.stdout) == []
+
+
+def test_public_names_are_there() -> None:
+    for name in gralora_ext.__all__:
+        assert name in dir(gralora_ext)
+        assert getattr(gralora_ext, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = gralora_ext.nothing
+
+
+def test_build_info_tells_what_is_in_use() -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        info = gralora_ext.build_info()
+    finally:
+        torch.set_num_threads(before)
+    assert info["problem"] is None
+    assert info["version"] == gralora_ext.__version__
+    assert info["torch"] == torch.__version__
+    assert info["torch_built_with"].split("+")[0].split(".")[:2] == torch.__version__.split("+")[0].split(".")[:2]
+    assert info["build"] in ("prebuilt", "jit") and Path(info["path"]).is_file()
+    assert info["cpu_capability"] in info["compiled_capabilities"]
+    assert info["compiled_capabilities"][0] == "default"
+    assert info["threads"] == 1
+    assert info["cuda_archs"] == []
+    assert info["peft"] and info["compiler"].startswith("gcc ")

@@ -1,0 +1,216 @@
+"""The wheel, the JIT build and the CMake build, all from one unpacked sdist, are the same extension."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import build_helpers as helpers
+import pytest
+
+pytestmark = pytest.mark.build
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("builds")
+
+
+@pytest.fixture(scope="module")
+def sdist(folder: Path) -> Path:
+    (folder / "sdist").mkdir()
+    return helpers.make_sdist(folder / "sdist")
+
+
+@pytest.fixture(scope="module")
+def tree(sdist: Path, folder: Path) -> Path:
+    return helpers.unpack(sdist, folder / "tree")
+
+
+@pytest.fixture(scope="module")
+def wheel_python(tree: Path, folder: Path) -> Path:
+    """An environment's Python with the wheel installed; the wheel was built from the sdist."""
+    python = helpers.make_environment(folder / "environment")
+    env = helpers.environment()
+    helpers.pip(python, "wheel", tree, "--wheel-dir", folder / "wheel", env=env, cwd=folder)
+    (wheel,) = (folder / "wheel").iterdir()
+    helpers.pip(python, "install", "--ignore-installed", wheel, env=env, cwd=folder)
+    return python
+
+
+@pytest.fixture(scope="module")
+def jit_env(tree: Path, folder: Path) -> dict[str, str]:
+    extensions = str(folder / "torch_extensions")
+    return helpers.environment(GRALORA_EXT_JIT="1", PYTHONPATH=str(tree), TORCH_EXTENSIONS_DIR=extensions)
+
+
+@pytest.fixture(scope="module")
+def cmake_build(tree: Path, folder: Path) -> Path:
+    env = helpers.environment()
+    build = folder / "cmake"
+    helpers.run("cmake", "-B", build, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}", env=env, cwd=tree)
+    helpers.run("cmake", "--build", build, env=env, cwd=tree)
+    return build
+
+
+@pytest.fixture(scope="module")
+def wheel(wheel_python: Path, folder: Path) -> dict[str, Any]:
+    return helpers.probe(wheel_python, env=helpers.environment(), cwd=folder)
+
+
+@pytest.fixture(scope="module")
+def jit(jit_env: dict[str, str], folder: Path) -> dict[str, Any]:
+    return helpers.probe(env=jit_env, cwd=folder)
+
+
+@pytest.fixture(scope="module")
+def cmake(cmake_build: Path, folder: Path) -> dict[str, Any]:
+    """The probe with CMake's library beside the Python half of the package."""
+    place = folder / "cmake_package"
+    helpers.copy_package(place)
+    helpers.run("cmake", "--install", cmake_build, "--prefix", place, env=helpers.environment(), cwd=folder)
+    return helpers.probe(env=helpers.environment(PYTHONPATH=str(place)), cwd=folder)
+
+
+def test_the_sdist_holds_every_source(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        held = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    wanted = ["setup.py", "pyproject.toml", "CMakeLists.txt", "LICENSE", "README.md"]
+    for pattern in (
+        "csrc/**/*",
+        "gralora_ext/**/*.py",
+        "gralora_ext/*.pyi",
+        "tests/**/*.py",
+        "tests/cpp/*",
+        "scripts/*",
+    ):
+        wanted += [str(p.relative_to(helpers.REPOSITORY)) for p in helpers.REPOSITORY.glob(pattern) if p.is_file()]
+    assert len(wanted) > 40
+    assert [name for name in wanted if name not in held] == []
+
+
+def test_the_wheel_works_in_another_folder(wheel: dict[str, Any], folder: Path) -> None:
+    assert Path(wheel["package"]).is_relative_to(folder / "environment")
+    assert wheel["info"]["build"] == "prebuilt"
+    assert wheel["info"]["problem"] is None
+    assert wheel["error"] < 1e-6
+
+
+def test_the_wheel_holds_no_sources(wheel_python: Path, folder: Path) -> None:
+    listing = helpers.run(
+        sys.executable, "-m", "zipfile", "-l", *(folder / "wheel").iterdir(), env={}, cwd=folder
+    ).stdout
+    assert "_C.cpython" in listing and "py.typed" in listing and "_C.pyi" in listing
+    assert not re.search(r"\.cpp|tests/", listing)
+
+
+def test_wheel_jit_and_cmake_give_the_same_bits(
+    wheel: dict[str, Any], jit: dict[str, Any], cmake: dict[str, Any]
+) -> None:
+    assert jit["info"]["build"] == "jit"
+    assert wheel["digest"] == jit["digest"]
+    assert wheel["digest"] == cmake["digest"]
+
+
+@pytest.mark.parametrize("build", ["wheel", "jit", "cmake"])
+def test_torch_openmp_runtime_is_the_only_one(build: str, request: pytest.FixtureRequest) -> None:
+    (runtime,) = request.getfixturevalue(build)["info"]["openmp"]
+    assert "torch" in Path(runtime).parts or "torch.libs" in Path(runtime).parts
+
+
+def test_cpp_unit_tests_pass(cmake_build: Path) -> None:
+    output = helpers.run("ctest", "--output-on-failure", env=helpers.environment(), cwd=cmake_build).stdout
+    assert int(re.search(r"100% tests passed, 0 tests failed out of (\d+)", output).group(1)) >= 4
+
+
+def test_cmake_compiles_kernels_with_the_flags_of_the_config(cmake_build: Path) -> None:
+    commands = json.loads((cmake_build / "compile_commands.json").read_text())
+    listed = helpers.run(
+        sys.executable,
+        "-c",
+        "import json, gralora_ext._build_config as c; "
+        "print(json.dumps({n: ' '.join(c.kernel_flags(n)) for n in c.capability_flags()}))",
+        env=helpers.environment(PYTHONPATH=str(helpers.REPOSITORY)),
+        cwd=cmake_build,
+    ).stdout
+    for capability, flags in json.loads(listed).items():
+        kernels = [c for c in commands if f"kernels_{capability}.dir" in c["command"]]
+        assert len(kernels) == 3 and all(flags in c["command"] for c in kernels)
+
+
+@pytest.mark.parametrize("cap", ["default", "avx2", "avx512"])
+def test_the_environment_caps_the_capability(cap: str, wheel_python: Path, wheel: dict[str, Any], folder: Path) -> None:
+    order = ["default", "avx2", "avx512"]
+    machine = {"AVX512": "avx512", "AVX2": "avx2"}.get(wheel["torch_capability"], "default")
+    capped = helpers.probe(wheel_python, env=helpers.environment(GRALORA_EXT_CPU_CAPABILITY=cap), cwd=folder)
+    assert capped["info"]["cpu_capability"] == order[min(order.index(cap), order.index(machine))]
+    assert capped["error"] < 1e-6
+
+
+def test_portable_code_holds_no_vector_extension(wheel: dict[str, Any]) -> None:
+    """A function outside the kernels' own namespaces must run on every x86-64: no AVX instruction (all begin with v).
+
+    This fails when the linker keeps an inline function that was compiled for a wider set.
+    """
+    if wheel["info"]["compiled_capabilities"] == ["default"]:
+        pytest.skip("no other instruction set is compiled for this processor")
+    command = ["objdump", "-d", "-C", "--no-show-raw-insn", wheel["info"]["path"]]
+    disassembly = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    wide_in: dict[str, set[str]] = {"portable": set(), "avx2": set(), "avx512": set()}
+    function = ""
+    for line in disassembly.splitlines():
+        if header := re.match(r"[0-9a-f]+ <(.*)>:$", line):
+            function = header.group(1)
+        elif re.match(r"\s*[0-9a-f]+:\s+v[a-z0-9]+\s", line):
+            kind = next((name for name in ("avx2", "avx512") if f"isa_{name}" in function), "portable")
+            wide_in[kind].add(function)
+    assert wide_in["avx2"] and wide_in["avx512"]
+    assert wide_in["portable"] == set()
+
+
+def test_jit_compiles_nothing_when_nothing_changed(jit: dict[str, Any], jit_env: dict[str, str], folder: Path) -> None:
+    library = Path(jit["info"]["path"])
+    before = library.stat().st_mtime_ns
+    start = time.monotonic()
+    assert helpers.probe(env=jit_env, cwd=folder)["digest"] == jit["digest"]
+    assert library.stat().st_mtime_ns == before
+    assert time.monotonic() - start < 20
+
+
+def test_jit_follows_a_changed_kernel_in_two_processes_at_once(
+    jit: dict[str, Any], jit_env: dict[str, str], tree: Path, folder: Path
+) -> None:
+    library = Path(jit["info"]["path"])
+    mark = b"a changed kernel"
+    assert mark not in library.read_bytes()
+    (library.parent / "lock").touch()  # what torch leaves behind when a process is killed while it builds
+    with open(tree / "csrc/cpu/merge.cpp", "a") as file:
+        file.write(f'\nnamespace {{ __attribute__((used)) const char kMark[] = "{mark.decode()}"; }}\n')
+    command = [sys.executable, "-c", helpers.PROBE]
+    pair = [
+        subprocess.Popen(command, env=jit_env, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for _ in range(2)
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], outputs
+    assert all(json.loads(output.splitlines()[-1])["digest"] == jit["digest"] for output in outputs)
+    assert mark in library.read_bytes()
+
+
+def test_editable_install_runs_from_the_tree(wheel_python: Path, tree: Path, folder: Path) -> None:
+    # After the wheel, whose objects it finds in the tree and does not compile again.
+    python = helpers.make_environment(folder / "editable")
+    env = helpers.environment()
+    helpers.pip(python, "install", "--ignore-installed", "--editable", tree, env=env, cwd=folder)
+    result = helpers.probe(python, env=env, cwd=folder)
+    assert Path(result["package"]).parent == tree / "gralora_ext"
+    assert result["info"]["build"] == "prebuilt"
+    console = shutil.which("gralora-ext", path=str(python.parent))
+    assert console and helpers.run(console, "--version", env=env, cwd=folder).stdout == "gralora-ext 0.1.0\n"

@@ -1,0 +1,122 @@
+"""Nothing half-written: staging, a failing disk, two jobs in one folder; and the order in which signals are obeyed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cli_helpers import environment
+
+from gralora_ext.cli.errors import JobError
+from gralora_ext.cli.files import locked, staged
+
+
+def tree(folder: Path) -> dict[str, str]:
+    return {str(p.relative_to(folder)): p.read_text() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_staged_work_replaces_files_and_folders_at_its_end(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "old").write_text("1")
+    (tmp_path / "f").write_text("2")
+    (tmp_path / "other").write_text("3")
+    with staged(tmp_path) as stage:
+        (stage / "a").mkdir()
+        (stage / "a" / "new").write_text("4")
+        (stage / "f").write_text("5")
+        assert {"a/old": "1", "f": "2"}.items() <= tree(tmp_path).items()
+    assert tree(tmp_path) == {"a/new": "4", "f": "5", "other": "3"}
+    assert {p.name for p in tmp_path.iterdir()} == {"a", "f", "other"}
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt()])
+def test_failed_work_leaves_the_folder_as_it_was(tmp_path, error):
+    (tmp_path / "f").write_text("1")
+    with pytest.raises(type(error)), staged(tmp_path) as stage:
+        (stage / "f").write_text("2")
+        raise error
+    assert tree(tmp_path) == {"f": "1"} and len(list(tmp_path.iterdir())) == 1
+
+
+def write_full_device(kind: str) -> None:
+    if kind == "python":
+        with open("/dev/full", "w") as file:
+            file.write("x" * 100_000)
+    elif kind == "torch":
+        torch.save(torch.zeros(100_000), "/dev/full")
+    else:
+        from tokenizers import Tokenizer, models
+
+        Tokenizer(models.BPE({f"t{i}": i for i in range(9999)}, [])).save("/dev/full")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("kind", ["python", "torch", "tokenizers"])
+def test_full_disk_is_one_sentence_whoever_writes(tmp_path, kind):
+    with pytest.raises(JobError, match="cannot be written: .* MiB are free") as error, staged(tmp_path):
+        write_full_device(kind)
+    assert str(tmp_path) in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_unwritable_place_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(JobError, match=f"cannot be written: {os.strerror(errno.ENOTDIR)}"),
+        staged(tmp_path / "file" / "x"),
+    ):
+        pass
+
+
+def test_second_job_in_a_folder_is_refused_and_leftovers_are_cleared(tmp_path):
+    (tmp_path / ".partial-dead").mkdir()
+    with locked(tmp_path, wait=False):
+        assert not (tmp_path / ".partial-dead").exists()
+        script = "import sys; from pathlib import Path; from gralora_ext.cli.files import locked\n"
+        script += "with locked(Path(sys.argv[1]), wait=False): pass"
+        result = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path)],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert "is in use by another gralora-ext job" in result.stderr
+
+
+HELD = """
+import os, signal, sys, time
+from gralora_ext.cli.errors import Stopped
+from gralora_ext.cli.signals import stopper
+stopper.install()
+try:
+    with stopper.held():
+        for signum in map(int, sys.argv[1:]):
+            os.kill(os.getpid(), signum)
+        time.sleep(0.1)
+        print("held to its end", flush=True)
+    print("not reached")
+except Stopped as stop:
+    print("stopped by", stop.name)
+    sys.exit(stop.exit_code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("signals", "code", "out"),
+    [
+        ([signal.SIGTERM], 143, "held to its end\nstopped by SIGTERM\n"),
+        ([signal.SIGINT], 130, "held to its end\nstopped by Ctrl-C\n"),
+        ([signal.SIGTERM, signal.SIGTERM], 143, ""),
+        ([signal.SIGTERM, signal.SIGINT], 130, ""),
+    ],
+)
+def test_first_signal_waits_for_held_work_and_the_second_does_not(signals, code, out):
+    command = [sys.executable, "-c", HELD, *(str(int(s)) for s in signals)]
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (code, out), result.stderr

@@ -1,0 +1,133 @@
+"""GGUF files: converted once into a cache, whose folders are checked before they are used."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from cli_helpers import make_data, run
+
+from gralora_ext.cli.errors import JobError
+from gralora_ext.cli.gguf import cache_folder, folder_of_gguf
+
+gguf = pytest.importorskip("gguf")
+
+
+def make_gguf(file: Path) -> Path:
+    """A Llama of one layer, in 32-wide Q8_0 blocks, with a byte-level tokenizer."""
+    import numpy as np
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    tokens = ["<unk>", "<s>", "</s>", *sorted(ByteLevel.alphabet()), "at"]
+    width, inner = 64, 96
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_context_length(128)
+    writer.add_embedding_length(width)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(1e4)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3, 3, *[1] * (len(tokens) - 3)])
+    writer.add_token_merges(["a t"])
+    writer.add_unk_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    generator = np.random.default_rng(0)
+
+    def add(name: str, *shape: int) -> None:
+        values = generator.standard_normal(shape).astype(np.float32) * 0.1
+        if len(shape) == 1:
+            writer.add_tensor(name, values + 1)
+        else:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
+
+    add("token_embd.weight", len(tokens), width)
+    add("output.weight", len(tokens), width)
+    add("output_norm.weight", width)
+    for name, shape in {
+        "attn_norm": (width,),
+        "ffn_norm": (width,),
+        "attn_q": (width, width),
+        "attn_k": (width // 2, width),
+        "attn_v": (width // 2, width),
+        "attn_output": (width, width),
+        "ffn_gate": (inner, width),
+        "ffn_up": (inner, width),
+        "ffn_down": (width, inner),
+    }.items():
+        add(f"blk.0.{name}.weight", *shape)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_conversion_happens_once_and_stock_transformers_loads_it(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    said: list[str] = []
+    folder = folder_of_gguf(make_gguf(tmp_path / "m.gguf"), said.append)
+    assert folder.parent == cache_folder() == tmp_path / "cache" / "gralora_ext"
+    assert len(said) == 1 and "converting m.gguf" in said[0]
+    assert folder_of_gguf(tmp_path / "m.gguf", said.append) == folder and len(said) == 1
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert not hasattr(model.config, "quantization_config")
+    assert (
+        AutoTokenizer.from_pretrained(folder)
+        .decode(AutoTokenizer.from_pretrained(folder)("a cat")["input_ids"])
+        .endswith("a cat")
+    )
+    assert all(path.stat().st_mode & 0o444 == 0o444 & ~os.umask(os.umask(0)) for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("damage", ["flipped byte", "cut", "missing file", "no list"])
+def test_damaged_cache_is_noticed_and_made_again(tmp_path, damage):
+    said: list[str] = []
+    folder = folder_of_gguf(make_gguf(tmp_path / "m.gguf"), said.append)
+    weights = folder / "model.safetensors"
+    content = weights.read_bytes()
+    if damage == "flipped byte":
+        weights.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    elif damage == "cut":
+        weights.write_bytes(content[:-1])
+    elif damage == "missing file":
+        (folder / "config.json").unlink()
+    else:
+        (folder / "gralora_ext.json").unlink()
+    assert folder_of_gguf(tmp_path / "m.gguf", said.append) == folder
+    assert any("damaged" in text for text in said)
+    assert weights.read_bytes() == content
+
+
+def test_file_that_is_no_gguf_is_one_sentence_and_leaves_no_cache(tmp_path):
+    (tmp_path / "m.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(JobError, match=r"m\.gguf cannot be read as a GGUF model: "):
+        folder_of_gguf(tmp_path / "m.gguf", print)
+    assert [p.name for p in cache_folder().iterdir()] == [".lock"]
+
+
+def test_job_on_a_gguf_file_names_a_base_that_loads(tmp_path):
+    make_gguf(tmp_path / "m.gguf")
+    make_data(tmp_path / "d.jsonl")
+    job = ("--model", "m.gguf", "--data", "d.jsonl", "--steps", 2, "--max-length", 64, "--sample-tokens", 4)
+    run("finetune", *job, "--dtype", "bf16", cwd=tmp_path)
+    output = tmp_path / "runs" / "m-d"
+    base = json.loads((output / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert Path(base).is_absolute() and (Path(base) / "config.json").is_file()
+    assert json.loads((output / "merged" / "config.json").read_text())["dtype"] == "bfloat16"

@@ -1,0 +1,51 @@
+"""``gralora-ext info``: what is built and in use, and what to do about what is missing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from build_helpers import copy_package
+from cli_helpers import environment, run
+
+import gralora_ext
+
+
+def test_info_prints_build_and_packages(tmp_path):
+    result = run("info", cwd=tmp_path)
+    lines = {line.split()[0]: line.split(maxsplit=1)[1] for line in result.stdout.splitlines() if line.startswith("  ")}
+    info = gralora_ext.build_info()
+    assert lines["version"] == gralora_ext.__version__
+    assert lines["build"] == info["build"] != "none"
+    assert lines["cpu_capability"] == info["cpu_capability"]
+    assert "transformers" in lines
+
+
+def test_info_without_the_extension_tells_how_to_build_it(tmp_path):
+    copy_package(tmp_path)
+    env = environment(PYTHONPATH=str(tmp_path), GRALORA_EXT_JIT="0")
+    command = [sys.executable, "-m", "gralora_ext"]
+    info = subprocess.run([*command, "info"], env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert info.returncode == 2 and info.stderr == ""
+    assert "to mend" in info.stdout and "pip install --no-build-isolation ." in info.stdout
+    (tmp_path / "d.jsonl").write_text('{"question": "q", "answer": "a"}\n' * 9)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    job = ("finetune", "--data", "d.jsonl", "--model", "model")
+    job = subprocess.run([*command, *job], env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert job.returncode == 2 and "--backend peft runs without it" in job.stderr
+    assert len(job.stderr.splitlines()) == 1
+
+
+def test_version_and_help_need_no_heavy_import(tmp_path):
+    code = (
+        "import sys; from gralora_ext.cli import main; code = main(sys.argv[1:]); print(code, 'torch' in sys.modules)"
+    )
+    for arguments, text in (("--version", gralora_ext.__version__), ("--help", "finetune")):
+        command = [sys.executable, "-c", code, arguments]
+        result = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert text in result.stdout and result.stdout.splitlines()[-1] == "0 False"
+
+
+def test_no_command_shows_the_usage(tmp_path):
+    assert "usage: gralora-ext COMMAND" in run(cwd=tmp_path, code=2).stderr

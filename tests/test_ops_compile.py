@@ -1,0 +1,180 @@
+"""What torch's own machinery asks of an operation: opcheck, fake tensors, torch.compile, export, transforms."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import LAYOUTS, Case, assert_near, same_bits, value_and_gradients
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+
+from gralora_ext import ops
+
+native = torch.ops.gralora_ext
+SMALL = Case(leading=(3,), n=5, m=3, rb=2)
+CASES = {
+    "fp32-2d": SMALL,
+    "fp32-1d-hybrid": replace(SMALL, leading=(), h=2),
+    "bf16-3d-hybrid": replace(SMALL, leading=(2, 3), h=2, x_dtype=torch.bfloat16, base_dtype=torch.bfloat16),
+    "fp16-empty": replace(SMALL, leading=(0,), x_dtype=torch.float16, base_dtype=torch.float16),
+    "fp64-column_stride": replace(
+        SMALL, leading=(2, 3), x_layout="column_stride", base_layout="column_stride", grad_layout="row_slice"
+    ).uniform(torch.float64),
+    "fp32-transposed-hybrid": replace(SMALL, leading=(2, 3), h=2, x_layout="transposed", base_layout="transposed"),
+}
+each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+
+
+def forward_arguments(case: Case, dropout_p: float, device: torch.device, requires_grad: bool) -> tuple:
+    tensors = {name: t.requires_grad_(requires_grad) for name, t in case.inputs(device).tensors.items()}
+    x, base, A, B = (tensors[name] for name in ("x", "base", "A", "B"))
+    seed = torch.tensor([7], device=device) if dropout_p else None
+    return x, base, A, B, tensors.get("A_general"), tensors.get("B_general"), seed, 0.5, dropout_p
+
+
+def backward_arguments(case: Case, dropout_p: float, device: torch.device) -> tuple:
+    forward = forward_arguments(case, dropout_p, device, False)
+    u = native.gralora(*forward)[1]
+    x, _, *rest = forward
+    return case.inputs(device).grad, x, u, *rest, [True, True, True, bool(case.h), bool(case.h)]
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5], ids=["", "dropout"])
+@each_case
+def test_opcheck_passes_gralora(case: Case, dropout_p: float, device: torch.device) -> None:
+    torch.library.opcheck(native.gralora.default, forward_arguments(case, dropout_p, device, True))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5], ids=["", "dropout"])
+@each_case
+def test_opcheck_passes_gralora_backward(case: Case, dropout_p: float, device: torch.device) -> None:
+    torch.library.opcheck(native.gralora_backward.default, backward_arguments(case, dropout_p, device))
+
+
+@pytest.mark.parametrize("fan_in_fan_out", [False, True], ids=["", "fan_in_fan_out"])
+@each_case
+def test_opcheck_passes_merge_and_delta_weight(case: Case, fan_in_fan_out: bool, device: torch.device) -> None:
+    _, _, *adapter, _, scaling, _ = forward_arguments(case, 0.0, device, False)
+    torch.library.opcheck(native.delta_weight.default, (*adapter, scaling, fan_in_fan_out))
+    weight = native.delta_weight(*adapter, 1.0, fan_in_fan_out).to(case.base_dtype)
+    torch.library.opcheck(native.merge_.default, (weight, *adapter, scaling, fan_in_fan_out))
+
+
+@pytest.mark.parametrize("leading", [(), (0, 2), (5,), (2, 3, 4)], ids=lambda s: f"{s}")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fake_results_have_the_sizes_strides_and_dtypes_of_real_ones(
+    layout: str, leading: tuple[int, ...], device: torch.device
+) -> None:
+    layouts = {"x_layout": layout, "base_layout": layout, "adapter_layout": layout, "grad_layout": layout}
+    case = replace(SMALL, leading=leading, h=2, x_dtype=torch.bfloat16, base_dtype=torch.float16, **layouts)
+    for op, arguments in (
+        (native.gralora, forward_arguments(case, 0.5, device, False)),
+        (native.gralora_backward, backward_arguments(case, 0.5, device)),
+        (native.delta_weight, (*forward_arguments(case, 0.0, device, False)[2:6], 0.5, False)),
+    ):
+        real = op(*arguments)
+        with FakeTensorMode() as mode:
+            fake = op(*(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments))
+        for r, f in zip(*((t,) if isinstance(t, Tensor) else t for t in (real, fake)), strict=True):
+            assert (f.shape, f.dtype, f.device) == (r.shape, r.dtype, r.device)
+            assert f.stride() == r.stride() or r.numel() == 0  # torch's own empty_like differs there
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3], ids=["", "dropout"])
+@each_case
+def test_compiled_forward_and_backward_are_the_eager_ones_without_a_graph_break(
+    case: Case, dropout_p: float, device: torch.device
+) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(ops.gralora, backend="aot_eager", fullgraph=True)
+    inputs = case.inputs(device)
+    torch.manual_seed(9)
+    eager = value_and_gradients(ops.gralora, inputs, dropout_p=dropout_p)
+    torch.manual_seed(9)
+    traced = value_and_gradients(compiled, inputs, dropout_p=dropout_p)
+    assert all(same_bits(traced[name], eager[name]) for name in eager)
+
+
+def test_one_compiled_graph_serves_every_number_of_tokens(device: torch.device) -> None:
+    torch.compiler.reset()
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, example: list[Tensor]) -> object:
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(ops.gralora, backend=count, fullgraph=True, dynamic=True)
+    for tokens in (7, 30, 301):
+        inputs = replace(SMALL, leading=(2, tokens), h=2).inputs(device)
+        y = compiled(**inputs.tensors, scaling=0.5)
+        assert same_bits(y, ops.gralora(**inputs.tensors, scaling=0.5))
+    assert len(graphs) == 1
+
+
+def test_compiled_merge_writes_the_weight(device: torch.device) -> None:
+    torch.compiler.reset()
+    adapter = SMALL.inputs(device).adapter()
+
+    def merged_and_doubled(weight: Tensor) -> Tensor:
+        ops.merge_(weight, **adapter, scaling=0.5)
+        return weight * 2
+
+    weights = [torch.ones(6, 10, device=device) for _ in range(2)]
+    doubled = torch.compile(merged_and_doubled, backend="aot_eager", fullgraph=True)(weights[0])
+    assert same_bits(doubled, merged_and_doubled(weights[1]))
+    assert same_bits(*weights)
+
+
+class Layer(nn.Module):
+    """A linear layer with an adapter, as ``torch.export`` takes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(10, 6)
+        self.A, self.B = (nn.Parameter(t) for t in SMALL.inputs().adapter().values())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.gralora(x, self.base(x), self.A, self.B, scaling=0.5)
+
+
+def test_exported_program_keeps_the_op_and_gives_its_results(device: torch.device) -> None:
+    layer = Layer().to(device)
+    x = torch.randn(4, 10, device=device)
+    dynamic = {"x": {0: torch.export.Dim("tokens", min=2, max=100)}}
+    exported = torch.export.export(layer, (x,), dynamic_shapes=dynamic)
+    assert any(node.target is native.gralora.default for node in exported.graph.nodes)
+    longer = torch.randn(57, 10, device=device)
+    assert_near("y", exported.module()(longer), layer(longer).double())
+
+
+def test_autocast_leaves_the_dtypes_alone(device: torch.device) -> None:
+    inputs = SMALL.inputs(device)
+    with torch.autocast(device.type, torch.bfloat16):
+        y = ops.gralora(**inputs.tensors, scaling=0.5)
+    assert same_bits(y, ops.gralora(**inputs.tensors, scaling=0.5))
+
+
+def test_forward_mode_differentiation_is_refused(device: torch.device) -> None:
+    inputs = SMALL.inputs(device)
+    with forward_ad.dual_level(), pytest.raises((RuntimeError, NotImplementedError)):
+        inputs.tensors["x"] = forward_ad.make_dual(inputs.tensors["x"], torch.ones_like(inputs.tensors["x"]))
+        ops.gralora(**inputs.tensors, scaling=0.5)
+
+
+def test_functional_grad_is_right_or_refused(device: torch.device) -> None:
+    """``torch.func`` may decline an op written in C++; a wrong gradient is what must not come."""
+    inputs = SMALL.inputs(device)
+    x, base, A, B = inputs.tensors.values()
+    expected = value_and_gradients(ops.gralora, inputs)["A"]
+
+    def loss(A: Tensor) -> Tensor:
+        return (ops.gralora(x, base, A, B, scaling=inputs.scaling) * inputs.grad).sum()
+
+    try:
+        gradient = torch.func.grad(loss)(A)
+    except (RuntimeError, NotImplementedError):
+        return
+    assert torch.allclose(gradient, expected)

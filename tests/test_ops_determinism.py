@@ -1,0 +1,152 @@
+"""The same bits for any number of threads, no growth over many calls, and every CPU capability within tolerance."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import NAMES, Case, cases, run_python, same_bits, threads, value_and_gradients
+from hypothesis import given, settings
+
+from gralora_ext import ops
+
+DTYPES = [torch.float32, torch.bfloat16]
+CAPABILITIES = ["default", "avx2", "avx512"]
+
+
+def results_with(count: int, case: Case, device: torch.device, dropout_p: float) -> dict[str, torch.Tensor]:
+    with threads(count):
+        torch.manual_seed(case.seed)
+        return value_and_gradients(ops.gralora, case.inputs(device), dropout_p=dropout_p)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3], ids=["", "dropout"])
+@pytest.mark.parametrize("h", [0, 5], ids=["", "hybrid"])
+@pytest.mark.parametrize("k", [1, 2, 4])
+@pytest.mark.parametrize("leading", [(517,), (2, 3, 83), (4,)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+def test_results_do_not_depend_on_the_number_of_threads(
+    dtype: torch.dtype, leading: tuple[int, ...], k: int, h: int, dropout_p: float, device: torch.device
+) -> None:
+    case = Case(leading, k, 384 // k, 640 // k, 16 // k, h, x_dtype=dtype, base_dtype=dtype)
+    one = results_with(1, case, device, dropout_p)
+    for count in (2, 3):
+        many = results_with(count, case, device, dropout_p)
+        assert all(same_bits(many[name], one[name]) for name in one)
+
+
+@given(case=cases())
+@settings(max_examples=60)
+def test_results_do_not_depend_on_the_number_of_threads_in_random_cases(case: Case, device: torch.device) -> None:
+    one, three = (results_with(count, case, device, 0.2) for count in (1, 3))
+    assert all(same_bits(three[name], one[name]) for name in one)
+
+
+@pytest.mark.parametrize("fan_in_fan_out", [False, True], ids=["", "fan_in_fan_out"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+def test_merge_does_not_depend_on_the_number_of_threads(
+    dtype: torch.dtype, fan_in_fan_out: bool, device: torch.device
+) -> None:
+    case = Case(k=2, n=193, m=257, rb=8, h=3)
+    adapter = case.inputs(device).adapter()
+    options = {"scaling": 0.5, "fan_in_fan_out": fan_in_fan_out}
+    shape = (386, 514) if fan_in_fan_out else (514, 386)
+    merged, deltas = [], []
+    for count in (1, 2, 3):
+        with threads(count):
+            weight = torch.linspace(-1, 1, 386 * 514).to(device, dtype).view(shape)
+            merged.append(ops.merge_(weight, **adapter, **options))
+            deltas.append(ops.delta_weight(**adapter, **options))
+    assert all(same_bits(merged[0], other) for other in merged[1:])
+    assert all(same_bits(deltas[0], other) for other in deltas[1:])
+
+
+def test_repeated_calls_give_the_same_bits(device: torch.device) -> None:
+    case = Case((259,), 4, 96, 80, 4, 3, x_dtype=torch.bfloat16, base_dtype=torch.bfloat16)
+    first = results_with(torch.get_num_threads(), case, device, 0.3)
+    for _ in range(20):
+        again = results_with(torch.get_num_threads(), case, device, 0.3)
+        assert all(same_bits(again[name], first[name]) for name in first)
+
+
+@pytest.mark.parametrize("leading", [(64,), (0,)], ids=str)
+def test_results_do_not_depend_on_what_new_memory_holds(leading: tuple[int, ...], device: torch.device) -> None:
+    """Results are written and never added to what an allocation happens to hold: here torch fills each with NaN."""
+    case = Case(leading, 2, 31, 33, 4, 3)
+    clean = results_with(1, case, device, 0.2)
+    clean["dW"] = ops.delta_weight(**case.inputs(device).adapter(), scaling=0.5)
+    torch.use_deterministic_algorithms(True)
+    try:
+        filled = results_with(1, case, device, 0.2)
+        filled["dW"] = ops.delta_weight(**case.inputs(device).adapter(), scaling=0.5)
+        assert torch.empty(3, device=device).isnan().all()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(same_bits(filled[name], clean[name]) for name in clean)
+
+
+def test_calls_from_several_threads_do_not_disturb_each_other(device: torch.device) -> None:
+    sizes = [Case((200 + 7 * n,), 2, 48, 40 + n, 4, n % 3) for n in range(4)]
+
+    def gradients_twice(case: Case) -> bool:
+        first, again = (value_and_gradients(ops.gralora, case.inputs(device)) for _ in range(2))
+        return all(same_bits(again[name], alone[case][name]) and same_bits(first[name], again[name]) for name in first)
+
+    alone = {case: value_and_gradients(ops.gralora, case.inputs(device)) for case in sizes}
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(gradients_twice, sizes * 10))
+
+
+def test_ten_thousand_calls_grow_the_process_by_less_than_4_mib() -> None:
+    grown = run_python(
+        """
+import torch
+from helpers import Case
+from gralora_ext import ops
+
+inputs = Case((8,), 2, 16, 24, 4, 2).inputs()
+leaves = {name: t.requires_grad_() for name, t in inputs.tensors.items()}
+weight = torch.zeros(48, 32)
+
+def calls(count):
+    for _ in range(count):
+        y = ops.gralora(**leaves, scaling=0.5, dropout_p=0.1)
+        torch.autograd.grad(y, list(leaves.values()), inputs.grad)
+        ops.merge_(weight, **inputs.adapter(), scaling=0.5)
+        ops.delta_weight(**inputs.adapter(), scaling=0.5)
+
+def resident():
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * 4096
+
+calls(1000)
+before = resident()
+calls(10_000)
+print(resident() - before)
+""",
+        timeout=170,
+    )
+    assert int(grown) < 4 * 2**20
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_each_cpu_capability_passes_the_tests_of_dtypes_sizes_and_rounding(capability: str) -> None:
+    names = ("forward", "backward", "merge", "dropout")
+    files = [str(Path(__file__).with_name(f"test_ops_{name}.py")) for name in names]
+    printed = run_python(
+        f"""
+import sys, pytest
+from gralora_ext import build_info
+print(build_info()["cpu_capability"], flush=True)
+names = "gradients_are_right or 16_bit or both_masks or merge_takes_every"
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", names, *{files}]))
+""",
+        GRALORA_EXT_CPU_CAPABILITY=capability,
+        OMP_NUM_THREADS="1",
+    )
+    machine = torch.backends.cpu.get_cpu_capability().lower()
+    highest = machine if machine in CAPABILITIES else "default"
+    assert printed.split()[0] == min(capability, highest, key=CAPABILITIES.index)
+    assert " passed" in printed

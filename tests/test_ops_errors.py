@@ -1,0 +1,181 @@
+"""Every wrong argument raises the right type, and the message names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers import Case, same_bits
+from torch import Tensor
+
+from gralora_ext import ops
+
+# k = 2, N = 8, M = 10, r = 6, h = 3, T = 7
+GOOD = Case(n=4, m=5, rb=3, h=3)
+
+
+def like(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
+
+
+# name → (what is changed in a good call, error, what the message holds). Of the adapter, for all three ops:
+ADAPTER_ERRORS = {
+    "A_2d": ({"A": like(8, 6)}, ValueError, ["A", "k, N/k, r", "8, 6"]),
+    "B_2d": ({"B": like(6, 10)}, ValueError, ["B", "k, r, M/k", "6, 10"]),
+    "A_empty": ({"A": like(2, 4, 0)}, ValueError, ["A", "2, 4, 0"]),
+    "rank_not_divisible_by_k": ({"A": like(2, 4, 5), "B": like(2, 5, 5)}, ValueError, ["rank", "divisible", "5", "2"]),
+    "B_of_another_k": ({"B": like(5, 6, 2)}, ValueError, ["B", "2, 6", "5, 6, 2"]),
+    "B_of_another_rank": ({"B": like(2, 4, 5)}, ValueError, ["B", "2, 6", "2, 4, 5"]),
+    "A_int": ({"A": like(2, 4, 6, dtype=torch.int32)}, TypeError, ["A", "float32", "(?i)int"]),
+    "A_complex": ({"A": like(2, 4, 6, dtype=torch.complex64)}, TypeError, ["A", "float32", "(?i)complex"]),
+    "B_int": ({"B": like(2, 6, 5, dtype=torch.int64)}, TypeError, ["B", "float32", "(?i)long|int64"]),
+    "B_of_another_dtype": (
+        {"B": like(2, 6, 5, dtype=torch.float64)},
+        TypeError,
+        ["B", "A", "(?i)float", "(?i)double|64"],
+    ),
+    "A_general_alone": ({"B_general": None}, ValueError, ["A_general", "B_general", "None"]),
+    "B_general_alone": ({"A_general": None}, ValueError, ["A_general", "B_general", "None"]),
+    "A_general_1d": ({"A_general": like(8)}, ValueError, ["A_general", "h, N", "[8]"]),
+    "A_general_of_another_N": ({"A_general": like(3, 9)}, ValueError, ["A_general", "8", "3, 9"]),
+    "A_general_transposed": ({"A_general": like(8, 3)}, ValueError, ["A_general", "h, 8", "8, 3"]),
+    "B_general_of_another_M": ({"B_general": like(11, 3)}, ValueError, ["B_general", "10, 3", "11, 3"]),
+    "B_general_of_another_h": ({"B_general": like(10, 2)}, ValueError, ["B_general", "10, 3", "10, 2"]),
+    "general_of_another_dtype": (
+        {"A_general": like(3, 8, dtype=torch.float16)},
+        TypeError,
+        ["A_general", "(?i)float", "(?i)half|16"],
+    ),
+    "B_on_another_device": ({"B": like(2, 6, 5, device="meta")}, ValueError, ["B", "cpu", "meta"]),
+    "A_general_on_another_device": (
+        {"A_general": like(3, 8, device="meta")},
+        ValueError,
+        ["A_general", "cpu", "meta"],
+    ),
+    "scaling_nan": ({"scaling": math.nan}, ValueError, ["scaling", "finite", "nan"]),
+    "scaling_infinite": ({"scaling": math.inf}, ValueError, ["scaling", "finite", "inf"]),
+}
+GRALORA_ERRORS = {
+    "x_of_another_width": ({"x": like(7, 9)}, ValueError, ["x", "8", "7, 9"]),
+    "x_0d": ({"x": like()}, ValueError, ["x", r"\.\.\., N", "[]"]),
+    "base_of_another_width": ({"base": like(7, 8)}, ValueError, ["base", "10", "7, 8"]),
+    "base_of_other_tokens": ({"base": like(6, 10)}, ValueError, ["base", "7, 8", "6, 10"]),
+    "base_of_another_rank": ({"base": like(1, 7, 10)}, ValueError, ["base", "7, 8", "1, 7, 10"]),
+    "base_0d": ({"base": like()}, ValueError, ["base", r"\.\.\., M", "[]"]),
+    "x_int": ({"x": like(7, 8, dtype=torch.int64)}, TypeError, ["x", "float32", "(?i)long|int64"]),
+    "base_bool": ({"base": like(7, 10, dtype=torch.bool)}, TypeError, ["base", "float32", "(?i)bool"]),
+    "x_on_another_device": ({"x": like(7, 8, device="meta")}, ValueError, ["x", "cpu", "meta"]),
+    "base_on_another_device": ({"base": like(7, 10, device="meta")}, ValueError, ["base", "cpu", "meta"]),
+    "A_on_another_device": ({"A": like(2, 4, 6, device="meta")}, ValueError, ["cpu", "meta"]),
+    "dropout_p_negative": ({"dropout_p": -0.25}, ValueError, ["dropout_p", r"\[0, 1\)", "-0.25"]),
+    "dropout_p_one": ({"dropout_p": 1.0}, ValueError, ["dropout_p", r"\[0, 1\)", "1"]),
+    "dropout_p_above_one": ({"dropout_p": 1.5}, ValueError, ["dropout_p", r"\[0, 1\)", "1.5"]),
+    "dropout_p_nan": ({"dropout_p": math.nan}, ValueError, ["dropout_p", r"\[0, 1\)", "nan"]),
+}
+MERGE_ERRORS = {
+    "weight_transposed": ({"weight": like(8, 10)}, ValueError, ["weight", "10, 8", "8, 10"]),
+    "weight_not_transposed": ({"fan_in_fan_out": True}, ValueError, ["weight", "8, 10", "10, 8"]),
+    "weight_3d": ({"weight": like(1, 10, 8)}, ValueError, ["weight", "10, 8", "1, 10, 8"]),
+    "weight_int": ({"weight": like(10, 8, dtype=torch.int8)}, TypeError, ["weight", "float32", "(?i)char|int8"]),
+    "weight_on_another_device": ({"weight": like(10, 8, device="meta")}, ValueError, ["weight", "cpu", "meta"]),
+}
+
+
+def each(errors: dict) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(("change", "error", "parts"), errors.values(), ids=errors.keys())
+
+
+def assert_refused(call: Callable[..., object], arguments: dict, error: type[Exception], parts: list[str]) -> None:
+    kept = {name: t.clone() for name, t in arguments.items() if isinstance(t, Tensor) and t.device.type == "cpu"}
+    with pytest.raises(error) as raised:
+        call(**arguments)
+    message = str(raised.value)
+    for part in parts:
+        pattern = part if re.search(r"[\\|(]", part) else re.escape(part)
+        pattern = rf"\b{pattern}\b" if part.isidentifier() else pattern
+        assert re.search(pattern, message), f"{part!r} is not in {message!r}"
+    assert all(same_bits(arguments[name], t) for name, t in kept.items())
+
+
+@each({**ADAPTER_ERRORS, **GRALORA_ERRORS})
+def test_gralora_refuses(change: dict, error: type[Exception], parts: list[str]) -> None:
+    arguments = {**GOOD.inputs().tensors, "scaling": 0.5, **change}
+    assert_refused(ops.gralora, arguments, error, parts)
+
+
+@each({**ADAPTER_ERRORS, **GRALORA_ERRORS})
+def test_gralora_refuses_where_gradients_are_recorded(change: dict, error: type[Exception], parts: list[str]) -> None:
+    tensors = {name: t.requires_grad_() for name, t in GOOD.inputs().tensors.items()}
+    assert_refused(ops.gralora, {**tensors, "scaling": 0.5, **change}, error, parts)
+
+
+@each({**ADAPTER_ERRORS, **MERGE_ERRORS})
+def test_merge_refuses_and_leaves_the_weight_as_it_was(change: dict, error: type[Exception], parts: list[str]) -> None:
+    arguments = {"weight": torch.ones(10, 8), **GOOD.inputs().adapter(), "scaling": 0.5, **change}
+    version = arguments["weight"]._version
+    assert_refused(ops.merge_, arguments, error, parts)
+    assert arguments["weight"]._version == version
+
+
+@each(ADAPTER_ERRORS)
+def test_delta_weight_refuses(change: dict, error: type[Exception], parts: list[str]) -> None:
+    assert_refused(ops.delta_weight, {**GOOD.inputs().adapter(), "scaling": 0.5, **change}, error, parts)
+
+
+def test_merge_refuses_a_weight_whose_elements_share_memory() -> None:
+    weight = torch.ones(1, 8).expand(10, 8)
+    assert_refused(
+        ops.merge_,
+        {"weight": weight, **GOOD.inputs().adapter(), "scaling": 0.5},
+        (ValueError, RuntimeError),
+        ["memory"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("seed", "error", "parts"),
+    [
+        (None, ValueError, ["seed", "None"]),
+        (torch.zeros(2, dtype=torch.int64), ValueError, ["seed", "one element", "[2]"]),
+        (torch.zeros(1), TypeError, ["seed", "int64", "(?i)float"]),
+        (torch.zeros(1, dtype=torch.int64, device="meta"), ValueError, ["seed", "cpu", "meta"]),
+    ],
+    ids=["none", "two", "float", "meta"],
+)
+def test_raw_op_refuses_a_wrong_seed(seed: Tensor | None, error: type[Exception], parts: list[str]) -> None:
+    x, base, *adapter = GOOD.inputs().tensors.values()
+
+    def call(seed: Tensor | None) -> object:
+        return torch.ops.gralora_ext.gralora(x, base, *adapter, seed, 0.5, 0.25)
+
+    assert_refused(call, {"seed": seed}, error, parts)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "parts"),
+    [
+        ({"grad": like(7, 9)}, ValueError, ["grad", "10", "7, 9"]),
+        ({"grad": like(6, 10)}, ValueError, ["grad", "7, 8", "6, 10"]),
+        ({"u": like(7, 12)}, ValueError, ["u", "7, 15", "7, 12"]),
+        ({"u": like(7, 15, dtype=torch.float16)}, TypeError, ["u", "(?i)float", "(?i)half|16"]),
+        ({"x": like(7, 9)}, ValueError, ["x", "8", "7, 9"]),
+    ],
+    ids=["grad_width", "grad_tokens", "u_width", "u_dtype", "x_width"],
+)
+def test_raw_backward_refuses(change: dict, error: type[Exception], parts: list[str]) -> None:
+    x, base, *adapter = GOOD.inputs().tensors.values()
+    u = torch.ops.gralora_ext.gralora(x, base, *adapter, None, 0.5, 0.0)[1]
+
+    def call(grad: Tensor, x: Tensor, u: Tensor) -> object:
+        return torch.ops.gralora_ext.gralora_backward(grad, x, u, *adapter, None, 0.5, 0.0, [True] * 5)
+
+    assert_refused(call, {"grad": torch.ones_like(base), "x": x, "u": u, **change}, error, parts)
+
+
+def test_sparse_input_is_refused() -> None:
+    tensors = GOOD.inputs().tensors
+    with pytest.raises((TypeError, NotImplementedError), match="gralora"):
+        ops.gralora(**{**tensors, "x": tensors["x"].to_sparse()}, scaling=0.5)
