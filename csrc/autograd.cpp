@@ -25,7 +25,9 @@ auto backward_op() {
   return op;
 }
 
-bool requires_grad(const OptionalTensor& tensor) { return tensor.has_value() && tensor->requires_grad(); }
+// Backward or forward mode: the latter has no derivative here, and goes the recorded way to get torch's error for it.
+bool differentiated(const at::Tensor& tensor) { return tensor.requires_grad() || tensor._fw_grad(0).defined(); }
+bool differentiated(const OptionalTensor& tensor) { return tensor.has_value() && differentiated(*tensor); }
 
 OptionalTensor optional(const at::Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : OptionalTensor();
@@ -76,8 +78,8 @@ std::tuple<at::Tensor, at::Tensor> forward_autograd(const at::Tensor& x, const a
                                                     const OptionalTensor& B_general, const OptionalTensor& seed,
                                                     double scaling, double dropout_p) {
   const bool recorded = at::GradMode::is_enabled() &&
-                        (x.requires_grad() || base.requires_grad() || A.requires_grad() || B.requires_grad() ||
-                         requires_grad(A_general) || requires_grad(B_general));
+                        (differentiated(x) || differentiated(base) || differentiated(A) || differentiated(B) ||
+                         differentiated(A_general) || differentiated(B_general));
   if (!recorded) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return forward_op().call(x, base, A, B, A_general, B_general, seed, scaling, dropout_p);

@@ -1,6 +1,7 @@
 // Argument checks, one function per op, for all devices. They name the argument, what was expected and what came.
 #pragma once
 
+#include <ATen/MemoryOverlap.h>
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
@@ -110,6 +111,9 @@ inline Shape check_backward(const at::Tensor& grad, const at::Tensor& x, const a
   TORCH_CHECK_VALUE(u.dim() == 2 && u.size(0) == s.T && u.size(1) == s.k * s.r + s.h && u.is_contiguous(),
                     "gralora_ext: u must be what the forward op returned, contiguous [", s.T, ", ", s.k * s.r + s.h,
                     "], but has shape ", u.sizes());
+  TORCH_CHECK_VALUE(u.device() == A.device(), "gralora_ext: u must be on ", A.device(), ", but is on ", u.device());
+  TORCH_CHECK_TYPE(u.scalar_type() == at::kFloat || u.scalar_type() == at::kDouble,
+                   "gralora_ext: u must be float32 or float64, as the forward op returned it, but is ", u.scalar_type());
   return s;
 }
 
@@ -122,6 +126,9 @@ inline Shape check_merge(const at::Tensor& weight, const at::Tensor& A, const at
   TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(0) == rows && weight.size(1) == columns,
                     "gralora_ext: weight must be ", fan_in_fan_out ? "[N, M]" : "[M, N]", " = [", rows, ", ", columns,
                     "] to go with A and B, but has shape ", weight.sizes());
+  TORCH_CHECK_VALUE(at::has_internal_overlap(weight) != at::MemOverlap::Yes,
+                    "gralora_ext: the elements of weight must not share memory, but it has shape ", weight.sizes(),
+                    " and strides ", weight.strides());
   return s;
 }
 

@@ -114,16 +114,17 @@ std::tuple<at::Tensor, at::Tensor> forward_cpu(const at::Tensor& x, const at::Te
   const at::Tensor x_rows = as_rows(x), base_rows = as_rows(base);
   ForwardParams p;
   p.accumulate_f64 = any_double({&x, &base, &A});
-  at::Tensor y = at::empty_like(base_rows);
+  const at::Tensor y = at::empty_like(base), y_rows = as_rows(y);
   at::Tensor u = at::empty({shape.T, shape.k * shape.r + shape.h}, accumulation_options(x, p.accumulate_f64));
   p.shape = shape;
   p.adapter = adapter_of(A, B, A_general, B_general);
-  p.x = rows_of(x_rows), p.base = rows_of(base_rows), p.y = rows_of(y);
+  p.x = rows_of(x_rows), p.base = rows_of(base_rows), p.y = rows_of(y_rows);
   p.u = u.mutable_data_ptr();
   p.scaling = scaling;
   p.dropout = dropout_of(dropout_p, seed);
   p.threads = threads_for(shape.T * (shape.r + shape.h) * (shape.N + shape.M));
   if (shape.T > 0) cpu::forward(p);
+  if (!y_rows.is_same(y)) y.copy_(y_rows);
   return {y, u};
 }
 
@@ -136,18 +137,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_
   const auto gradient = [](bool wanted, const at::Tensor& of) {
     return wanted ? at::empty_like(of) : at::empty({0}, of.options());
   };
-  const at::Tensor absent = at::empty({0}, A.options());
-  const at::Tensor dx = gradient(needs[0], x_rows);
+  const at::Tensor dx = gradient(needs[0], x), dx_rows = as_rows(dx);
   const at::Tensor dA = gradient(needs[1], A), dB = gradient(needs[2], B);
-  const at::Tensor dA_general = A_general.has_value() ? gradient(needs[3], *A_general) : absent;
-  const at::Tensor dB_general = B_general.has_value() ? gradient(needs[4], *B_general) : absent;
+  const at::Tensor dA_general = gradient(needs[3] && A_general.has_value(), A_general.value_or(A));
+  const at::Tensor dB_general = gradient(needs[4] && B_general.has_value(), B_general.value_or(B));
 
   BackwardParams p;
   p.shape = shape;
   p.adapter = adapter_of(A, B, A_general, B_general);
   p.grad_y = rows_of(grad_rows), p.x = rows_of(x_rows);
   p.u = u.const_data_ptr();
-  if (needs[0]) p.grad_x = rows_of(dx);
+  if (needs[0]) p.grad_x = rows_of(dx_rows);
   if (needs[1]) p.grad.A = param_of(dA);
   if (needs[2]) p.grad.B = param_of(dB);
   if (needs[3] && A_general.has_value()) p.grad.A_general = param_of(dA_general);
@@ -157,6 +157,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_
   p.accumulate_f64 = u.scalar_type() == at::kDouble;
   p.threads = threads_for(2 * shape.T * (shape.r + shape.h) * (shape.N + shape.M));
   cpu::backward(p);
+  if (!dx_rows.is_same(dx)) dx.copy_(dx_rows);
   return {dx, dA, dB, dA_general, dB_general};
 }
 

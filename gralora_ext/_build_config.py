@@ -207,6 +207,8 @@ def cmake(machine: str | None = None) -> str:
     def command(name: str, values: list[str]) -> str:
         return f"set({name} {' '.join(f'[==[{value}]==]' for value in values)})\n"
 
+    torch_folder = Path(torch.__file__).parent
+    include = torch_folder / "include"
     lines = [
         command("GRALORA_COMMON_SOURCES", COMMON_SOURCES),
         command("GRALORA_KERNEL_SOURCES", KERNEL_SOURCES),
@@ -214,7 +216,9 @@ def cmake(machine: str | None = None) -> str:
         command("GRALORA_COMMON_FLAGS", common_flags(torch.__version__, machine)),
         command("GRALORA_CAPABILITIES", list(capability_flags(machine))),
         command("GRALORA_TORCH_PREFIX", [torch.utils.cmake_prefix_path]),
-        command("GRALORA_TORCH_LIB", [str(Path(torch.__file__).parent / "lib")]),
+        command("GRALORA_TORCH_CUDA", [torch.version.cuda or ""]),
+        command("GRALORA_TORCH_LIB", [str(torch_folder / "lib")]),
+        command("GRALORA_TORCH_INCLUDE", [str(include), str(include / "torch/csrc/api/include")]),
         command("GRALORA_TORCH_STANDARD", [torch_standard()]),
     ]
     lines += [

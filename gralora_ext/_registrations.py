@@ -15,6 +15,17 @@ from ._loader import load
 load()
 
 
+def _check_devices(**tensors: Optional[Tensor]) -> None:
+    """A fake kernel is also what torch picks where one of several tensors is on meta: then nothing would be computed."""
+    devices = {name: t.device for name, t in tensors.items() if t is not None}
+    expected = devices["A"]
+    for name, device in devices.items():
+        if device != expected:
+            raise ValueError(
+                f"gralora_ext: all tensors must be on one device, but {name} is on {device} where {expected} was expected"
+            )
+
+
 def _accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
@@ -31,6 +42,7 @@ def _(
     scaling: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
+    _check_devices(x=x, base=base, A=A, B=B, A_general=A_general, B_general=B_general, seed=seed)
     k, block_in, r = A.shape
     if x.shape[-1] != k * block_in:
         raise ValueError(f"gralora_ext: x must be [..., N] = [..., {k * block_in}], but has shape {list(x.shape)}")
@@ -60,6 +72,8 @@ def _(
     dropout_p: float,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
+    _check_devices(grad=grad, x=x, u=u, A=A, B=B, A_general=A_general, B_general=B_general, seed=seed)
+
     def gradient(wanted: bool, of: Optional[Tensor]) -> Tensor:
         return torch.empty_like(of) if wanted and of is not None else (A if of is None else of).new_empty(0)
 
@@ -76,7 +90,7 @@ def _(
     scaling: float,
     fan_in_fan_out: bool,
 ) -> None:
-    return None
+    _check_devices(weight=weight, A=A, B=B, A_general=A_general, B_general=B_general)
 
 
 @torch.library.register_fake("gralora_ext::delta_weight")
@@ -88,5 +102,6 @@ def _(
     scaling: float,
     fan_in_fan_out: bool,
 ) -> Tensor:
+    _check_devices(A=A, B=B, A_general=A_general, B_general=B_general)
     n, m = A.shape[0] * A.shape[1], B.shape[0] * B.shape[2]
     return A.new_empty((n, m) if fan_in_fan_out else (m, n))

@@ -83,8 +83,9 @@ def make_sdist(folder: Path) -> Path:
     """The sdist of the repository, made by setuptools' own hook."""
     # From a copy: the hook leaves files beside the sources, and other tests read those.
     copy = folder / "copy"
-    patterns = (".git", ".venv", "venv", "build", "dist", "*.egg-info", "__pycache__", "*.so", ".*_cache", "outputs", "runs")
-    shutil.copytree(REPOSITORY, copy, ignore=shutil.ignore_patterns(*patterns), symlinks=True)
+    left = (".git", ".*venv", "venv", "build", "dist", "runs", "*.egg-info", "__pycache__", "*.so", ".*_cache")
+    ignore = shutil.ignore_patterns(*left)
+    shutil.copytree(REPOSITORY, copy, ignore=ignore, symlinks=True)
     hook = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
     run(sys.executable, "-c", hook, env=environment(), cwd=copy)
     (sdist,) = folder.glob("*.tar.gz")

@@ -15,7 +15,7 @@ import pytest
 from cli_helpers import environment, make_data, make_model, run, sentence, stop_at
 
 STEPS = 40
-# Dropout, two passes in a step and two epochs: whatever a resumed job could continue wrongly takes part.
+# Dropout, two passes in a step, several epochs and a short last step in each: whatever a resumed job could continue wrongly takes part.
 JOB = (
     "--steps",
     STEPS,
@@ -37,11 +37,13 @@ JOB += ("--max-length", 64, "--eval-every", 15, "--save-every", 7, "--sample-tok
 STOCK = """
 import json, sys, warnings
 warnings.simplefilter("error")
+warnings.simplefilter("ignore", FutureWarning)  # PEFT's use of names that transformers is giving up
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 output = sys.argv[1]
-base = json.load(open(f"{output}/adapter/adapter_config.json"))["base_model_name_or_path"]
+with open(f"{output}/adapter/adapter_config.json") as file:
+    base = json.load(file)["base_model_name_or_path"]
 tokenizer = AutoTokenizer.from_pretrained(f"{output}/merged")
 ids = tokenizer("4 times cat?\\n", return_tensors="pt")["input_ids"]
 adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), f"{output}/adapter").eval()
@@ -140,7 +142,7 @@ def test_results_load_in_stock_libraries_and_agree(work, unbroken):
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    assert "warn" not in result.stderr.lower()
+    assert result.stderr == ""
     found = json.loads(result.stdout.splitlines()[-1])
     assert found["merged"] <= 1e-4
     assert found["plain"] > 0.01, "the adapter has learned nothing, so the comparison shows nothing"
@@ -157,6 +159,17 @@ def test_sigterm_saves_a_checkpoint_and_tells_how_to_go_on(stopped):
     assert not (output / "metrics.json").exists() and not list(output.rglob(".partial-*"))
 
 
+def same_end(ours: Path, theirs: Path) -> None:
+    """The same losses and the same adapter, to the last bit."""
+    values = metrics(ours), metrics(theirs)
+    for name in ("losses", "eval_losses"):
+        first, second = ([(e["step"], e["loss"]) for e in v[name]] for v in values)
+        assert first == second
+    assert values[0]["samples"] == values[1]["samples"]
+    weights = [folder / "adapter" / "adapter_model.safetensors" for folder in (ours, theirs)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
 def test_resumed_job_ends_like_the_unbroken_one(work, unbroken, stopped):
     resumed = work / "resumed"
     shutil.copytree(stopped[0], resumed)
@@ -166,13 +179,20 @@ def test_resumed_job_ends_like_the_unbroken_one(work, unbroken, stopped):
     # What the stopped job told the user to type, but for the copied folder: the settings come from the file in there.
     assert "finetune --config stopped/finetune.json --resume`" in stopped[1].stderr
     result = run("finetune", "--config", "resumed/finetune.json", "--output", "resumed", "--resume", cwd=work)
-    assert "resuming from" in result.stdout
-    ours, theirs = metrics(resumed), metrics(unbroken[0])
-    for name in ("losses", "eval_losses"):
-        assert [(e["step"], e["loss"]) for e in ours[name]] == [(e["step"], e["loss"]) for e in theirs[name]]
-    assert ours["samples"] == theirs["samples"]
-    weights = [folder / "adapter" / "adapter_model.safetensors" for folder in (resumed, unbroken[0])]
-    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert "resuming from resumed/checkpoints/checkpoint-" in result.stdout
+    same_end(resumed, unbroken[0])
+    assert not list(resumed.rglob(".partial-*"))
+
+
+@pytest.mark.parametrize("done", [35, 40])
+def test_job_resumed_in_a_later_epoch_or_after_its_last_step_ends_like_the_unbroken_one(work, unbroken, done):
+    late = work / f"late{done}"
+    (late / "checkpoints").mkdir(parents=True)
+    shutil.copy(unbroken[0] / "finetune.json", late)
+    shutil.copytree(unbroken[0] / "checkpoints" / f"checkpoint-{done}", late / "checkpoints" / f"checkpoint-{done}")
+    result = run(*arguments(late.name, "--resume"), cwd=work)
+    assert f"{done} of 40 steps done" in result.stdout
+    same_end(late, unbroken[0])
 
 
 def test_resume_refuses_settings_that_change_the_numbers(work, stopped):

@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from helpers import NAMES, assert_near, same_bits
+from peft.helpers import disable_input_dtype_casting
 from peft.tuners.gralora.layer import Linear as StockLinear
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -132,6 +133,13 @@ def test_forward_is_the_base_layer_and_one_op_without_casts_or_copies() -> None:
     with torch.no_grad(), Names():
         layer(x)
     assert seen == ["aten::t", "aten::addmm", "gralora_ext::gralora"]
+
+
+def test_pefts_switch_for_input_casting_is_accepted() -> None:
+    model, x = adapted("fused", dtype=torch.bfloat16), rows(4, dtype=torch.bfloat16)
+    with disable_input_dtype_casting(model):
+        assert same_bits(model(x), model(x.clone()))
+    assert model.base_model.model.first.cast_input_dtype_enabled
 
 
 def test_dropout_is_one_mask_for_both_parts_and_follows_the_mode_and_the_seed() -> None:

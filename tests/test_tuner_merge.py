@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from helpers import MERGE_MISROUNDED, NAMES, same_bits
+from peft import convert_to_lora
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from tuner_helpers import (
     Conv1DMlp,
     Mlp,
+    Single,
     adapted,
     assert_same_output,
     config,
@@ -193,3 +195,11 @@ def test_base_weight_that_cannot_take_a_merge_gives_an_error(safe: bool) -> None
     with pytest.raises(TypeError, match="uint8"):
         layer.merge(safe_merge=safe)
     assert not layer.merged
+
+
+def test_pefts_conversion_to_lora_keeps_the_delta_weight() -> None:
+    model = adapted("fused", Single, target_modules=["first"], r=4)
+    lora, state = convert_to_lora(model, rank=8)  # k·r, so that nothing is cut off
+    A, B = (state[f"base_model.model.first.lora_{name}.weight"] for name in "AB")
+    delta = model.base_model.model.first.get_delta_weight("default")
+    torch.testing.assert_close(lora.lora_alpha / lora.r * (B @ A), delta, rtol=0, atol=1e-5)  # PEFT's SVD is in float32

@@ -74,6 +74,15 @@ def test_activation_may_be_used_again() -> None:
         with activation, activation:
             assert active() is GraloraModel
         assert active() is StockModel
+    enable()
+    with activation:
+        pass
+    assert active() is GraloraModel, "what counts is the tuner at the entry of the block"
+    second = enable()
+    disable()
+    with second:
+        assert active() is GraloraModel
+    assert active() is StockModel
 
 
 def test_disable_leaves_the_tuner_of_someone_else(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,7 +94,7 @@ struct Expand {
 #pragma GCC unroll 2
       for (int v = 0; v < NV; v++) {
         sum[m][v] *= scale;
-        if (factor != nullptr) sum[m][v] *= load<Acc>(factor + m * factor_stride + v * kWidth<Acc>);
+        if (factor != nullptr) sum[m][v] = drop<Acc>(sum[m][v], load<Acc>(factor + m * factor_stride + v * kWidth<Acc>));
         if (base.data != nullptr) sum[m][v] += load<Acc>(from[m] + c + v * kWidth<Acc>);
       }
 #pragma GCC unroll 16
@@ -107,7 +107,7 @@ struct Expand {
   void store_elements(Vec<Acc> sum, const Y* from, Y* to, int64_t o, int64_t count, const Acc* f) const {
     for (int64_t i = 0; i < count; i++) {
       Acc value = sum[i] * scale;
-      if (f != nullptr) value *= f[i];
+      if (f != nullptr) value = drop<Acc>(value, f[i]);
       if (from != nullptr) value += to_acc<Acc>(from[(o + i) * base.column_stride]);
       to[(o + i) * y.column_stride] = from_acc<Y>(value);
     }

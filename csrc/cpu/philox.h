@@ -59,6 +59,16 @@ inline void philox_4x32_10(uint64_t seed, uint64_t first, Words (&words)[4]) {
   words[2] = __builtin_shuffle(c, d, even), words[3] = __builtin_shuffle(c, d, odd);
 }
 
+// v * factor, and 0 where the factor is 0, whatever v is: a dropped infinity leaves no trace.
+template <class Acc>
+inline Vec<Acc> drop(Vec<Acc> v, Vec<Acc> factor) {
+  return factor != Vec<Acc>{} ? v * factor : Vec<Acc>{};
+}
+template <class Acc>
+inline Acc drop(Acc v, Acc factor) {
+  return factor != Acc(0) ? v * factor : Acc(0);
+}
+
 struct Mask {
   bool on = false;
   uint64_t seed = 0;

@@ -51,6 +51,14 @@ inline void convert_row(const T* from, int64_t stride, int64_t count, Acc* to) {
 }
 
 template <class Acc>
+inline void drop_row(Acc* row, const Acc* factor, int64_t count) {
+  int64_t i = 0;
+  for (; i + kWidth<Acc> <= count; i += kWidth<Acc>)
+    store<Acc>(row + i, drop<Acc>(load<Acc>(row + i), load<Acc>(factor + i)));
+  for (; i < count; i++) row[i] = drop<Acc>(row[i], factor[i]);
+}
+
+template <class Acc>
 struct Panel {
   const Acc* data;
   int64_t ld;
@@ -75,7 +83,7 @@ Panel<Acc> read_rows(const Rows& x, int64_t t0, int64_t count, int64_t i0, int64
       convert_row<Acc>(row, x.column_stride, width, scratch + m * width);
       if (!mask.on) continue;
       mask.factors(uint64_t((t0 + m) * logical_width + i0), width, factor);
-      for (int64_t i = 0; i < width; i++) scratch[m * width + i] *= factor[i];
+      drop_row(scratch + m * width, factor, width);
     }
   });
   return {scratch, width};
@@ -94,8 +102,7 @@ void read_tiles(const Rows& x, int64_t t0, int64_t count, int64_t i0, int64_t wi
         const int64_t columns = smaller(kTile<Acc>, width - c);
         Acc* tile = to + c * count + t * kTile<Acc>;
         convert_row<Acc>(row + c * x.column_stride, x.column_stride, columns, tile);
-        if (mask.on)
-          for (int64_t i = 0; i < columns; i++) tile[i] *= factor[c + i];
+        if (mask.on) drop_row(tile, factor + c, columns);
         for (int64_t i = columns; i < kTile<Acc>; i++) tile[i] = Acc(0);
       }
     }

@@ -59,7 +59,7 @@ def locked(folder: Path, *, wait: bool) -> Iterator[None]:
             ) from None
         except OSError:
             pass  # some network file systems have no locks: the user then sees to it that jobs do not share a folder
-        for path in folder.glob(f"{PARTIAL}*"):
+        for path in list(folder.rglob(f"{PARTIAL}*")):
             shutil.rmtree(path, ignore_errors=True)
         yield
 

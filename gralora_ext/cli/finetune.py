@@ -108,6 +108,7 @@ class Job:
 
     def train(self) -> None:
         """From the start or the checkpoint to the last step, with samples and held-out loss before and after."""
+        from .model import load_adapter
         from .results import answers
 
         o, say = self.options, self.console.say
@@ -115,7 +116,7 @@ class Job:
             write_json(stage / SETTINGS, settings(o))
         trainer = self._trainer()
         if self.checkpoint is not None:
-            self.checkpoints.adopt(self.checkpoint)
+            load_adapter(self.model, self.checkpoint)
             say(f"resuming from {self.checkpoint}, {self.done} of {self.steps} steps done")
         if not self.history.samples:
             say(f"{SAMPLES} sample answers of the model as it is")
@@ -201,6 +202,7 @@ class Job:
             self._refuse(", ".join(f"--{n.replace('_', '-')} {then.get(n)} (now {now.get(n)})" for n in other))
         if state["data_digest"] != self.state["data_digest"]:
             self._refuse(f"other rows than {self.data_name} has now")
+        self.checkpoints.adopt(self.checkpoint)
         self.done = int(self.checkpoint.name.rsplit("-", 1)[1])
         self.history = History(state["history"])
 

@@ -149,6 +149,15 @@ def add_adapter(model: Any, options: Any) -> Any:
     return peft.get_peft_model(model, config)
 
 
+def load_adapter(model: Any, folder: Path) -> None:
+    """Puts the weights of a saved adapter into ``model``, which has one of the same shape."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    result = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+    if result.unexpected_keys:
+        raise JobError(f"{folder} is not a checkpoint of this adapter: it has {result.unexpected_keys[0]}")
+
+
 def _check_widths(layers: list[tuple[str, torch.nn.Module]], k: int) -> None:
     for name, module in layers:
         for width in module.weight.shape:

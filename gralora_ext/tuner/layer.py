@@ -21,6 +21,9 @@ class GraloraLinear(Linear):
     (PEFT draws two); a merge rounds once; ``get_delta_weight`` is not differentiable.
     """
 
+    # Read by peft.helpers.disable_input_dtype_casting, which fails on PEFT's own layer; this one never casts its input.
+    cast_input_dtype_enabled: bool = True
+
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """The layer's output in x's dtype.
 

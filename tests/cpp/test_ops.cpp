@@ -1,7 +1,10 @@
 // The ops through torch's dispatcher, from C++: registered, differentiable, and equal to the formula in torch's own ops.
+// usage: test_ops LIBRARY, the library that registers them.
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <dlfcn.h>
 
+#include <cstdio>
 #include <tuple>
 
 #include "check.h"
@@ -67,7 +70,11 @@ void test_delta_weight() {
 
 }  // namespace
 
-int main() {
+int main(int, char** argv) {
+  if (dlopen(argv[1], RTLD_NOW | RTLD_LOCAL) == nullptr) {
+    std::printf("%s\n", dlerror());
+    return 1;
+  }
   test_forward_and_gradients();
   test_merge_is_in_place();
   test_delta_weight();
