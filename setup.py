@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import setuptools
@@ -38,6 +39,11 @@ except ImportError:  # an sdist needs no torch
 class BuildGralora(BuildExtension):
     """torch's builder, with the kernel objects made first and one sentence where something is missing."""
 
+    def finalize_options(self):
+        super().finalize_options()
+        # Always in the tree: an editable install would take a temporary folder and compile everything anew each time.
+        self.build_temp = str(ROOT / "build" / f"temp.{self.plat_name}-{sys.implementation.cache_tag}")
+
     def run(self):
         try:
             if torch is None:
@@ -50,7 +56,7 @@ class BuildGralora(BuildExtension):
 
     def build_extensions(self):
         (extension,) = self.extensions
-        # Not in build_temp, which an editable install makes anew each time: these objects know no torch and no Python.
+        # Shared by all Pythons, and all versions of torch: these objects know neither.
         kernels = config.compile_kernels(ROOT / "build" / "kernels")
         extension.extra_objects = [str(path) for path in kernels]
         super().build_extensions()

@@ -12,9 +12,8 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 auto forward_op() {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("gralora_ext::gralora", "")
-                             .typed<decltype(forward_cpu)>();
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("gralora_ext::gralora", "").typed<decltype(forward_cpu)>();
   return op;
 }
 
@@ -59,9 +58,9 @@ struct Gralora : torch::autograd::Function<Gralora> {
                                        hybrid && ctx->needs_input_grad(4), hybrid && ctx->needs_input_grad(5)};
     if (ctx->needs_input_grad(1)) result[1] = grad;
     if (!(needs[0] || needs[1] || needs[2] || needs[3] || needs[4])) return result;
-    auto [dx, dA, dB, dA_general, dB_general] = backward_op().call(
-        grad, saved[0], saved[5], saved[1], saved[2], A_general, B_general, optional(saved[6]),
-        ctx->saved_data["scaling"].toDouble(), ctx->saved_data["dropout_p"].toDouble(), needs);
+    auto [dx, dA, dB, dA_general, dB_general] =
+        backward_op().call(grad, saved[0], saved[5], saved[1], saved[2], A_general, B_general, optional(saved[6]),
+                           ctx->saved_data["scaling"].toDouble(), ctx->saved_data["dropout_p"].toDouble(), needs);
     if (needs[0]) result[0] = dx;
     if (needs[1]) result[2] = dA;
     if (needs[2]) result[3] = dB;
@@ -77,9 +76,9 @@ std::tuple<at::Tensor, at::Tensor> forward_autograd(const at::Tensor& x, const a
                                                     const at::Tensor& B, const OptionalTensor& A_general,
                                                     const OptionalTensor& B_general, const OptionalTensor& seed,
                                                     double scaling, double dropout_p) {
-  const bool recorded = at::GradMode::is_enabled() &&
-                        (differentiated(x) || differentiated(base) || differentiated(A) || differentiated(B) ||
-                         differentiated(A_general) || differentiated(B_general));
+  const bool recorded =
+      at::GradMode::is_enabled() && (differentiated(x) || differentiated(base) || differentiated(A) ||
+                                     differentiated(B) || differentiated(A_general) || differentiated(B_general));
   if (!recorded) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return forward_op().call(x, base, A, B, A_general, B_general, seed, scaling, dropout_p);

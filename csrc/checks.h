@@ -21,8 +21,8 @@ inline bool is_floating(at::ScalarType type) {
 inline void check_tensor(const at::Tensor& tensor, const char* name, const at::Device& device) {
   TORCH_CHECK_TYPE(is_floating(tensor.scalar_type()), "gralora_ext: ", name,
                    " must be float32, bfloat16, float16 or float64, but is ", tensor.scalar_type());
-  TORCH_CHECK_TYPE(tensor.layout() == at::kStrided, "gralora_ext: ", name, " must be a dense tensor, but its layout is ",
-                   tensor.layout());
+  TORCH_CHECK_TYPE(tensor.layout() == at::kStrided, "gralora_ext: ", name,
+                   " must be a dense tensor, but its layout is ", tensor.layout());
   TORCH_CHECK_VALUE(tensor.device() == device, "gralora_ext: all tensors must be on one device, but ", name, " is on ",
                     tensor.device(), " where ", device, " was expected");
 }
@@ -39,12 +39,13 @@ inline Shape check_adapter(const at::Tensor& A, const at::Tensor& B, const Optio
   TORCH_CHECK_VALUE(A.numel() > 0, "gralora_ext: A must have k, N/k and r of at least 1, but has shape ", A.sizes());
   TORCH_CHECK_VALUE(s.r % s.k == 0, "gralora_ext: the rank r of A must be divisible by k, but r is ", s.r, " and k is ",
                     s.k);
-  TORCH_CHECK_VALUE(B.size(0) == s.k && B.size(1) == s.r && B.size(2) > 0, "gralora_ext: B must be [k, r, M/k] = [", s.k,
-                    ", ", s.r, ", M/k] to go with A of shape ", A.sizes(), ", but has shape ", B.sizes());
-  TORCH_CHECK_TYPE(B.scalar_type() == A.scalar_type(), "gralora_ext: B must have A's dtype ", A.scalar_type(), ", but is ",
-                   B.scalar_type());
-  TORCH_CHECK_VALUE(A_general.has_value() == B_general.has_value(), "gralora_ext: A_general and B_general must be given ",
-                    "together, but ", A_general.has_value() ? "B_general" : "A_general", " is None");
+  TORCH_CHECK_VALUE(B.size(0) == s.k && B.size(1) == s.r && B.size(2) > 0, "gralora_ext: B must be [k, r, M/k] = [",
+                    s.k, ", ", s.r, ", M/k] to go with A of shape ", A.sizes(), ", but has shape ", B.sizes());
+  TORCH_CHECK_TYPE(B.scalar_type() == A.scalar_type(), "gralora_ext: B must have A's dtype ", A.scalar_type(),
+                   ", but is ", B.scalar_type());
+  TORCH_CHECK_VALUE(A_general.has_value() == B_general.has_value(),
+                    "gralora_ext: A_general and B_general must be given ", "together, but ",
+                    A_general.has_value() ? "B_general" : "A_general", " is None");
   if (A_general.has_value()) {
     check_tensor(*A_general, "A_general", A.device());
     check_tensor(*B_general, "B_general", A.device());
@@ -112,8 +113,11 @@ inline Shape check_backward(const at::Tensor& grad, const at::Tensor& x, const a
                     "gralora_ext: u must be what the forward op returned, contiguous [", s.T, ", ", s.k * s.r + s.h,
                     "], but has shape ", u.sizes());
   TORCH_CHECK_VALUE(u.device() == A.device(), "gralora_ext: u must be on ", A.device(), ", but is on ", u.device());
-  TORCH_CHECK_TYPE(u.scalar_type() == at::kFloat || u.scalar_type() == at::kDouble,
-                   "gralora_ext: u must be float32 or float64, as the forward op returned it, but is ", u.scalar_type());
+  const bool f64 =
+      grad.scalar_type() == at::kDouble || x.scalar_type() == at::kDouble || A.scalar_type() == at::kDouble;
+  TORCH_CHECK_TYPE(u.scalar_type() == at::kDouble || (u.scalar_type() == at::kFloat && !f64),
+                   "gralora_ext: u must be as the forward op returned it, ", f64 ? "float64" : "float32 or float64",
+                   ", but is ", u.scalar_type());
   return s;
 }
 

@@ -81,8 +81,8 @@ struct BackwardParams {
 struct MergeParams {
   Shape shape;  // T is not used
   Adapter adapter;
-  Param weight;             // block_stride is not used
-  bool accumulate = true;   // false: W is overwritten, never read
+  Param weight;            // block_stride is not used
+  bool accumulate = true;  // false: W is overwritten, never read
   double scaling = 1.0;
   bool accumulate_f64 = false;
   int threads = 1;

@@ -171,8 +171,8 @@ void merge_cpu(at::Tensor weight, const at::Tensor& A, const at::Tensor& B, cons
 at::Tensor delta_weight_cpu(const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,
                             const OptionalTensor& B_general, double scaling, bool fan_in_fan_out) {
   const Shape shape = check_adapter(A, B, A_general, B_general, scaling);
-  const at::Tensor weight = fan_in_fan_out ? at::empty({shape.N, shape.M}, A.options())
-                                           : at::empty({shape.M, shape.N}, A.options());
+  const at::Tensor weight =
+      fan_in_fan_out ? at::empty({shape.N, shape.M}, A.options()) : at::empty({shape.M, shape.N}, A.options());
   merge_into(weight, shape, A, B, A_general, B_general, scaling, fan_in_fan_out, false);
   return weight;
 }

@@ -5,8 +5,6 @@ The autograd of the forward op is in C++ (``csrc/autograd.cpp``): a Python one w
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 
@@ -15,7 +13,7 @@ from ._loader import load
 load()
 
 
-def _check_devices(**tensors: Optional[Tensor]) -> None:
+def _check_devices(**tensors: Tensor | None) -> None:
     """A fake kernel is also what torch picks where one of several tensors is on meta: then nothing would be computed."""
     devices = {name: t.device for name, t in tensors.items() if t is not None}
     expected = devices["A"]
@@ -36,9 +34,9 @@ def _(
     base: Tensor,
     A: Tensor,
     B: Tensor,
-    A_general: Optional[Tensor],
-    B_general: Optional[Tensor],
-    seed: Optional[Tensor],
+    A_general: Tensor | None,
+    B_general: Tensor | None,
+    seed: Tensor | None,
     scaling: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor]:
@@ -65,16 +63,16 @@ def _(
     u: Tensor,
     A: Tensor,
     B: Tensor,
-    A_general: Optional[Tensor],
-    B_general: Optional[Tensor],
-    seed: Optional[Tensor],
+    A_general: Tensor | None,
+    B_general: Tensor | None,
+    seed: Tensor | None,
     scaling: float,
     dropout_p: float,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
     _check_devices(grad=grad, x=x, u=u, A=A, B=B, A_general=A_general, B_general=B_general, seed=seed)
 
-    def gradient(wanted: bool, of: Optional[Tensor]) -> Tensor:
+    def gradient(wanted: bool, of: Tensor | None) -> Tensor:
         return torch.empty_like(of) if wanted and of is not None else (A if of is None else of).new_empty(0)
 
     return tuple(gradient(n, t) for n, t in zip(needs, (x, A, B, A_general, B_general), strict=True))
@@ -85,8 +83,8 @@ def _(
     weight: Tensor,
     A: Tensor,
     B: Tensor,
-    A_general: Optional[Tensor],
-    B_general: Optional[Tensor],
+    A_general: Tensor | None,
+    B_general: Tensor | None,
     scaling: float,
     fan_in_fan_out: bool,
 ) -> None:
@@ -97,8 +95,8 @@ def _(
 def _(
     A: Tensor,
     B: Tensor,
-    A_general: Optional[Tensor],
-    B_general: Optional[Tensor],
+    A_general: Tensor | None,
+    B_general: Tensor | None,
     scaling: float,
     fan_in_fan_out: bool,
 ) -> Tensor:

@@ -6,8 +6,6 @@ h the rank of the plain LoRA beside it, s the scaling. Source of the method: Gra
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 
@@ -26,8 +24,8 @@ def gralora(
     B: Tensor,
     *,
     scaling: float,
-    A_general: Optional[Tensor] = None,
-    B_general: Optional[Tensor] = None,
+    A_general: Tensor | None = None,
+    B_general: Tensor | None = None,
     dropout_p: float = 0.0,
     training: bool = True,
 ) -> Tensor:
@@ -66,8 +64,8 @@ def merge_(
     B: Tensor,
     *,
     scaling: float,
-    A_general: Optional[Tensor] = None,
-    B_general: Optional[Tensor] = None,
+    A_general: Tensor | None = None,
+    B_general: Tensor | None = None,
     fan_in_fan_out: bool = False,
 ) -> Tensor:
     """Adds the adapter to ``weight`` in place, reading and writing each weight once.
@@ -95,8 +93,8 @@ def delta_weight(
     B: Tensor,
     *,
     scaling: float,
-    A_general: Optional[Tensor] = None,
-    B_general: Optional[Tensor] = None,
+    A_general: Tensor | None = None,
+    B_general: Tensor | None = None,
     fan_in_fan_out: bool = False,
 ) -> Tensor:
     """The weight that :func:`merge_` would add, as a new tensor in A's dtype: ``[M, N]``, or ``[N, M]`` with

@@ -7,8 +7,6 @@ Source of the method: GraLoRA, arXiv 2505.20355.
 
 from __future__ import annotations
 
-from typing import Optional
-
 import torch
 from torch import Tensor
 
@@ -17,7 +15,7 @@ _PHILOX_W = (0x9E3779B9, 0xBB67AE85)
 _LOW32 = 0xFFFFFFFF
 
 
-def _compute_dtype(*tensors: Optional[Tensor]) -> torch.dtype:
+def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
@@ -75,18 +73,18 @@ def gralora(
     B: Tensor,
     *,
     scaling: float,
-    A_general: Optional[Tensor] = None,
-    B_general: Optional[Tensor] = None,
+    A_general: Tensor | None = None,
+    B_general: Tensor | None = None,
     dropout_p: float = 0.0,
     training: bool = True,
-    seed: Optional[Tensor] = None,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """Adds the GraLoRA path of ``x`` to ``base``: ``y = base + s·exchange(x_n A_n) B_j (+ s·(x Agᵀ) Bgᵀ)``.
 
     Shapes: ``x [..., N]``, ``base [..., M]``, ``A [k, N/k, r]``, ``B [k, r, M/k]``, ``A_general [h, N]``,
     ``B_general [M, h]``; returns ``[..., M]`` in ``base``'s dtype. ``seed`` is drawn where dropout is on and none is given.
     """
-    k, _, r = A.shape
+    k = A.shape[0]
     dtype = _compute_dtype(x, base, A, B, A_general, B_general)
     xd = x.to(dtype)
     if training and dropout_p > 0.0:
@@ -104,8 +102,8 @@ def delta_weight(
     B: Tensor,
     *,
     scaling: float,
-    A_general: Optional[Tensor] = None,
-    B_general: Optional[Tensor] = None,
+    A_general: Tensor | None = None,
+    B_general: Tensor | None = None,
     fan_in_fan_out: bool = False,
 ) -> Tensor:
     """``dW[j·M/k + o, n·N/k + i] = s·Σ_q A[n, i, j·rb + q] · B[j, n·rb + q, o] (+ s·Bg Ag)`` in ``A``'s dtype.
@@ -130,8 +128,8 @@ def merge_(
     B: Tensor,
     *,
     scaling: float,
-    A_general: Optional[Tensor] = None,
-    B_general: Optional[Tensor] = None,
+    A_general: Tensor | None = None,
+    B_general: Tensor | None = None,
     fan_in_fan_out: bool = False,
 ) -> Tensor:
     """Adds :func:`delta_weight` to ``weight [M, N]`` (``[N, M]`` with ``fan_in_fan_out``) in place, rounding once."""

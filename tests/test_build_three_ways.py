@@ -209,12 +209,12 @@ def test_jit_follows_a_changed_kernel_in_two_processes_at_once(
 
 
 def test_editable_install_runs_from_the_tree(wheel_python: Path, tree: Path, folder: Path) -> None:
-    # After the wheel, whose objects it finds in the tree and does not compile again.
-    python = helpers.make_environment(folder / "editable")
+    # Last, and in the wheel's place: with the same paths, the wheel's objects serve, and little is compiled again.
     env = helpers.environment()
-    helpers.pip(python, "install", "--ignore-installed", "--editable", tree, env=env, cwd=folder)
-    result = helpers.probe(python, env=env, cwd=folder)
+    helpers.run(wheel_python, "-m", "pip", "uninstall", "--yes", "gralora_ext", env=env, cwd=folder)
+    helpers.pip(wheel_python, "install", "--ignore-installed", "--editable", tree, env=env, cwd=folder)
+    result = helpers.probe(wheel_python, env=env, cwd=folder)
     assert Path(result["package"]).parent == tree / "gralora_ext"
     assert result["info"]["build"] == "prebuilt"
-    console = shutil.which("gralora-ext", path=str(python.parent))
+    console = shutil.which("gralora-ext", path=str(wheel_python.parent))
     assert console and helpers.run(console, "--version", env=env, cwd=folder).stdout == "gralora-ext 0.1.0\n"

@@ -15,10 +15,17 @@ void run(const BackwardParams& p) {
   const Adapter& grad = p.grad;
 
   if (grad.B.data != nullptr || grad.B_general.data != nullptr)
-    WeightGradient<Acc>{T,       M,      k,
-                        r,       h,      static_cast<const Acc*>(p.u),
-                        p.grad_y, no_mask, Acc(p.scaling),
-                        grad.B,  transposed(blocks_of_rows(grad.B_general, M / k))}
+    WeightGradient<Acc>{T,
+                        M,
+                        k,
+                        r,
+                        h,
+                        static_cast<const Acc*>(p.u),
+                        p.grad_y,
+                        no_mask,
+                        Acc(p.scaling),
+                        grad.B,
+                        transposed(blocks_of_rows(grad.B_general, M / k))}
         .run(p.threads);
 
   const bool want_A = grad.A.data != nullptr || grad.A_general.data != nullptr;
@@ -31,9 +38,8 @@ void run(const BackwardParams& p) {
   Project<Acc>{T, M, k, r, h, p.grad_y, no_mask, Bt, Bg, Acc(p.scaling), dH.get()}.run(p.threads);
 
   if (want_A)
-    WeightGradient<Acc>{T,   N,    k,      r,
-                        h,   dH.get(), p.x, mask,
-                        Acc(1), transposed(grad.A), blocks_of_columns(grad.A_general, N / k)}
+    WeightGradient<Acc>{
+        T, N, k, r, h, dH.get(), p.x, mask, Acc(1), transposed(grad.A), blocks_of_columns(grad.A_general, N / k)}
         .run(p.threads);
 
   if (p.grad_x.data != nullptr) {

@@ -31,8 +31,7 @@ bool runs_avx512() {
 
 bool is_compiled(Capability capability) {
   switch (capability) {
-    case Capability::Default:
-      return true;
+    case Capability::Default: return true;
     case Capability::Avx2:
 #ifdef GRALORA_HAVE_AVX2
       return true;
@@ -80,12 +79,9 @@ Capability choose() {
 
 const char* capability_name(Capability capability) {
   switch (capability) {
-    case Capability::Default:
-      return "default";
-    case Capability::Avx2:
-      return "avx2";
-    case Capability::Avx512:
-      return "avx512";
+    case Capability::Default: return "default";
+    case Capability::Avx2: return "avx2";
+    case Capability::Avx512: return "avx512";
   }
   return "unknown";
 }

@@ -5,11 +5,11 @@
 
 namespace gralora::cpu {
 
-#define GRALORA_DECLARE_KERNELS(isa)        \
-  namespace isa {                           \
-  void forward(const ForwardParams& p);     \
-  void backward(const BackwardParams& p);   \
-  void merge(const MergeParams& p);         \
+#define GRALORA_DECLARE_KERNELS(isa)      \
+  namespace isa {                         \
+  void forward(const ForwardParams& p);   \
+  void backward(const BackwardParams& p); \
+  void merge(const MergeParams& p);       \
   }
 
 GRALORA_DECLARE_KERNELS(isa_default)

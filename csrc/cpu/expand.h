@@ -60,9 +60,9 @@ struct Expand {
     const Y* from[MR];
     for (int m = 0; m < MR; m++) {
       to[m] = static_cast<Y*>(y.data) + row_offset(y, t0 + m) + start * y.column_stride;
-      from[m] = base.data == nullptr ? nullptr
-                                     : static_cast<const Y*>(base.data) + row_offset(base, t0 + m) +
-                                           start * base.column_stride;
+      from[m] = base.data == nullptr
+                    ? nullptr
+                    : static_cast<const Y*>(base.data) + row_offset(base, t0 + m) + start * base.column_stride;
       if (mask.on) mask.factors(uint64_t((t0 + m) * width + start), columns, factor + m * columns);
     }
     const bool unit = y.column_stride == 1 && (base.data == nullptr || base.column_stride == 1);
@@ -94,7 +94,8 @@ struct Expand {
 #pragma GCC unroll 2
       for (int v = 0; v < NV; v++) {
         sum[m][v] *= scale;
-        if (factor != nullptr) sum[m][v] = drop<Acc>(sum[m][v], load<Acc>(factor + m * factor_stride + v * kWidth<Acc>));
+        if (factor != nullptr)
+          sum[m][v] = drop<Acc>(sum[m][v], load<Acc>(factor + m * factor_stride + v * kWidth<Acc>));
         if (base.data != nullptr) sum[m][v] += load<Acc>(from[m] + c + v * kWidth<Acc>);
       }
 #pragma GCC unroll 16

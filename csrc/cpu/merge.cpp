@@ -105,7 +105,8 @@ void run(const MergeParams& p) {
     Bgt.prepare(transposed(blocks_of_rows(p.adapter.B_general, M / k)), k, h, M / k, N, p.threads);
   }
   const auto run_oriented = [&](const Merge<Acc>& merge) {
-    for_dtype<Acc>(p.weight.dtype, [&](auto* type) { merge.template run<std::remove_pointer_t<decltype(type)>>(p.threads); });
+    for_dtype<Acc>(p.weight.dtype,
+                   [&](auto* type) { merge.template run<std::remove_pointer_t<decltype(type)>>(p.threads); });
   };
   if (along_N)
     run_oriented({N, M, k, r, h, transposed(p.weight), At, Ag, B, Bgt, Acc(p.scaling), p.accumulate});

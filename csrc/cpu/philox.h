@@ -53,7 +53,7 @@ inline void philox_4x32_10(uint64_t seed, uint64_t first, Words (&words)[4]) {
     low[lane] = uint32_t(group + i / 2 + (i % 2) * kWords), high[lane] = low[lane] + 2;
     even[lane] = uint32_t(group + i % 2 + (i / 2) * kWords), odd[lane] = even[lane] + 2;
   }
-  const Words a = __builtin_shuffle(c0, c1, low), b = __builtin_shuffle(c2, c3, low);    // c0 c1 of p = 0, then of p = 1
+  const Words a = __builtin_shuffle(c0, c1, low), b = __builtin_shuffle(c2, c3, low);  // c0 c1 of p = 0, then of p = 1
   const Words c = __builtin_shuffle(c0, c1, high), d = __builtin_shuffle(c2, c3, high);  // likewise p = 2, 3
   words[0] = __builtin_shuffle(a, b, even), words[1] = __builtin_shuffle(a, b, odd);
   words[2] = __builtin_shuffle(c, d, even), words[3] = __builtin_shuffle(c, d, odd);

@@ -45,8 +45,8 @@ struct Project {
   template <int MR>
   void add_chunk(int64_t t0, int64_t n, int64_t chunk, Acc* sum, Acc* scratch) const {
     const int64_t first = chunk * kChunk, length = smaller(kChunk, block_width() - first);
-    const Panel<Acc> xs = read_rows<Acc>(x, t0, MR, n * block_width() + first, length, width, mask, scratch,
-                                         scratch + kMaxRows * kChunk);
+    const Panel<Acc> xs =
+        read_rows<Acc>(x, t0, MR, n * block_width() + first, length, width, mask, scratch, scratch + kMaxRows * kChunk);
     const auto add = [&](const Panels<Acc>& panels, int64_t columns, Acc* to) {
       for_column_tiles<Acc>(round_up(columns, kWidth<Acc>), [&](auto nv, int64_t c) {
         constexpr int NV = decltype(nv)::value;

@@ -102,8 +102,7 @@ struct WeightGradient {
     for (int64_t i = 0; i < whole_columns; i += W)
       for (int64_t c = 0; c < whole_ranks; c += W) {
         transpose_block<Acc>(sums + c * padded + i, padded, block, W);
-        for (int64_t m = 0; m < W; m++)
-          store<Acc>(out + (i + m) * stride + c, scale * load<Acc>(block + m * W));
+        for (int64_t m = 0; m < W; m++) store<Acc>(out + (i + m) * stride + c, scale * load<Acc>(block + m * W));
       }
     for (int64_t i = 0; i < columns; i++)
       for (int64_t c = i < whole_columns ? whole_ranks : 0; c < ranks; c++)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -47,7 +48,9 @@ class Bar:
         self.last_line = 0.0 if first else self.start
         self.shown: tqdm | None = None
         if sys.stderr.isatty():
-            self.shown = tqdm(total=total, initial=done, desc=what, file=sys.stderr, leave=first, dynamic_ncols=True)
+            # Some pseudo-terminals have no width: tqdm would then show nothing, and this gives 80 columns.
+            width = shutil.get_terminal_size().columns
+            self.shown = tqdm(total=total, initial=done, desc=what, file=sys.stderr, leave=first, ncols=width)
 
     def update(self, done: int, note: str = "") -> None:
         if self.shown is not None:

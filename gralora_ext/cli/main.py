@@ -52,6 +52,8 @@ def _dispatch(arguments: list[str]) -> int:
         check_packages()
         stopper.install()
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # what fails there, the job tells in one sentence
+        if not sys.stderr.isatty():
+            os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars; the job's own are lines then
         # Threads that spin while they wait starve each other where cores are shared: small operations then take tens of
         # times as long. The OpenMP runtime reads this when torch loads it.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -18,9 +18,9 @@ inline int result() {
 }  // namespace check
 
 #define EXPECT(condition)                                                        \
-  do {                                                                          \
-    if (!(condition)) {                                                         \
+  do {                                                                           \
+    if (!(condition)) {                                                          \
       std::printf("%s:%d: EXPECT(%s) failed\n", __FILE__, __LINE__, #condition); \
-      ++check::failures();                                                      \
-    }                                                                           \
+      ++check::failures();                                                       \
+    }                                                                            \
   } while (false)

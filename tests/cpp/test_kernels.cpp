@@ -16,7 +16,7 @@ struct Case {
   int64_t T, N, M, k, r, h;
 };
 
-constexpr Case kCases[] = {{1, 4, 4, 1, 1, 0},  {5, 12, 20, 2, 4, 0},    {7, 33, 66, 3, 6, 2},
+constexpr Case kCases[] = {{1, 4, 4, 1, 1, 0},    {5, 12, 20, 2, 4, 0},    {7, 33, 66, 3, 6, 2},
                            {40, 64, 48, 8, 8, 0}, {130, 70, 90, 5, 10, 3}, {3, 520, 8, 4, 32, 16}};
 constexpr double kScaling = 0.75;
 constexpr double kTolerance = 1e-5;  // float sums of up to 520 products of standard normals, relative in norm

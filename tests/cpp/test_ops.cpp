@@ -22,8 +22,7 @@ auto op(const char* name) {
 
 // dW [M, N]: einsum over the blocks' ranks, as in reference.py.
 at::Tensor dense(const at::Tensor& A, const at::Tensor& B) {
-  const at::Tensor blocks =
-      at::einsum("nijq,jnqo->joni", {A.unflatten(2, {k, r / k}), B.unflatten(1, {k, r / k})});
+  const at::Tensor blocks = at::einsum("nijq,jnqo->joni", {A.unflatten(2, {k, r / k}), B.unflatten(1, {k, r / k})});
   return kScaling * blocks.reshape({M, N});
 }
 
