@@ -36,7 +36,7 @@ set_up() {
     choose_environment
     local pip=("$python" -m pip --disable-pip-version-check install --quiet)
     say "1/3 installing torch and the build tools into $environment"
-    "${pip[@]}" 'torch>=2.6' 'setuptools>=77' wheel ninja
+    "${pip[@]}" 'torch>=2.7' 'setuptools>=77' wheel ninja
     "$python" - "$repo/gralora_ext" <<'CHECK' || exit 2
 import sys
 sys.path.insert(0, sys.argv[1])

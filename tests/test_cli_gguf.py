@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from cli_helpers import make_data, run
+from torch.utils.cpp_extension import get_default_build_root
 
 from gralora_ext.cli.errors import JobError
 from gralora_ext.cli.gguf import cache_folder, folder_of_gguf
@@ -21,7 +22,7 @@ def make_gguf(file: Path) -> Path:
     import numpy as np
     from tokenizers.pre_tokenizers import ByteLevel
 
-    tokens = ["<unk>", "<s>", "</s>", *sorted(ByteLevel.alphabet()), "at"]
+    tokens = ["<unk>", "<s>", "</s>", *sorted(ByteLevel.alphabet()), "at", "cat"]
     width, inner = 64, 96
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_context_length(128)
@@ -36,7 +37,7 @@ def make_gguf(file: Path) -> Path:
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_types([3, 3, 3, *[1] * (len(tokens) - 3)])
-    writer.add_token_merges(["a t"])
+    writer.add_token_merges(["a t", "c at"])
     writer.add_unk_token_id(0)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
@@ -74,6 +75,8 @@ def make_gguf(file: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
+    # The development build lies in a cache too, and should not be made again here.
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 

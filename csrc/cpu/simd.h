@@ -127,15 +127,10 @@ inline double from_acc<double, float>(float x) {
 
 // ---------------------------------------------------------------- one vector
 
-template <class Acc>
-inline Vec<Acc> broadcast(Acc x) {
-  return x - Vec<Acc>{};
-}
-
 template <class Acc, class T>
 struct Access {
   static Vec<Acc> load(const T* p) {
-    Vec<Acc> v;
+    Vec<Acc> v{};
     for (int i = 0; i < kWidth<Acc>; i++) v[i] = to_acc<Acc>(p[i]);
     return v;
   }
@@ -147,7 +142,7 @@ struct Access {
 template <class Acc>
 struct Access<Acc, Acc> {
   static Vec<Acc> load(const Acc* p) {
-    Vec<Acc> v;
+    Vec<Acc> v{};
     memcpy(&v, p, sizeof v);
     return v;
   }

@@ -55,11 +55,9 @@ def folder_of_gguf(path: Path, say: Any) -> Path:
 def _convert(path: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from .model import dtype_argument
-
     try:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **dtype_argument(torch.float32))
+        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     except Exception as error:  # the reader of GGUF files raises whatever a damaged one makes it stumble over
         raise JobError(f"{path} cannot be read as a GGUF model: {first_sentence(error)}") from error
     # The weights are plain float32 now; the marks of the quantized file would make save_pretrained and Trainer refuse.

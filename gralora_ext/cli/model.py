@@ -52,9 +52,7 @@ def load(source: Source, dtype: str, say: Any) -> tuple[Any, Any]:
     try:
         AutoConfig.from_pretrained(place)  # first, since a hub that does not answer is then asked once
         tokenizer = AutoTokenizer.from_pretrained(place)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            place, output_loading_info=True, **dtype_argument(DTYPES[dtype])
-        )
+        model, info = AutoModelForCausalLM.from_pretrained(place, output_loading_info=True, dtype=DTYPES[dtype])
     except Exception as error:  # the hub, the network, safetensors and tokenizers all raise their own
         what = "" if Path(place).is_dir() else "it is neither a folder nor a file here, and as a name on the hub: "
         raise JobError(f"--model {source.name} cannot be loaded: {what}{first_sentence(error)}") from error
@@ -62,14 +60,6 @@ def load(source: Source, dtype: str, say: Any) -> tuple[Any, Any]:
         missing = sorted(info["missing_keys"])
         raise JobError(f"--model {source.name} lacks {len(missing)} of its weights, such as {missing[0]}")
     return model, tokenizer
-
-
-def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """The keyword that ``from_pretrained`` calls ``dtype`` since transformers 4.56."""
-    import transformers
-
-    version = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
-    return {"dtype" if version >= (4, 56) else "torch_dtype": dtype}
 
 
 def parse_targets(words: list[str]) -> str | list[str]:

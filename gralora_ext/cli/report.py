@@ -84,7 +84,7 @@ def draw(metrics: dict[str, Any], path: Path) -> None:
     grid = "" if config["backend"] == "lora" else f", k = {config['k']}"
     hybrid = f", hybrid_r = {config['hybrid_r']}" if config["hybrid_r"] else ""
     axes.set_title(
-        f"{Path(metrics['model']).name} on {Path(metrics['data']).name}\n"
+        f"{' on '.join(Path(metrics[what]).name.split(' (')[0] for what in ('model', 'data'))}\n"
         f"backend {config['backend']}, r = {config['r']}{grid}{hybrid}, lr = {config['lr']:g}, "
         f"{metrics['tokens_per_second']:,.0f} tokens/s",
         fontsize=10,

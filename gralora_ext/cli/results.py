@@ -9,7 +9,7 @@ import torch
 
 from .data import Encoder
 from .errors import JobError
-from .model import DTYPES, dtype_argument
+from .model import DTYPES
 
 # The greatest difference between the logits of merged and adapter + base, over the greatest logit. Merging rounds each
 # weight once more, and the sums run in another order: 1e-6 to 1e-5 in float32. In bfloat16 the rounding is as coarse as the
@@ -63,7 +63,7 @@ def write_merged(
     merged = model.merge_and_unload()
     merged.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    loaded = AutoModelForCausalLM.from_pretrained(folder, **dtype_argument(DTYPES[dtype])).to(expected.device)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype]).to(expected.device)
     difference, largest = (logits(loaded) - expected).abs().max().item(), expected.abs().max().item()
     if not difference <= MERGED_TOLERANCE[dtype] * largest:
         raise JobError(
