@@ -139,7 +139,8 @@ def test_install_without_torch(tree: Path, tmp_path: Path) -> None:
     for folder in map(Path, sys.path):
         for name in ("pip", "setuptools", "setuptools-*.dist-info", "_distutils_hack", "ninja"):
             for path in folder.glob(name):
-                (tools / path.name).symlink_to(path)
+                if not (tools / path.name).is_symlink():  # a folder may stand on the path twice
+                    (tools / path.name).symlink_to(path)
     python = helpers.make_environment(tmp_path / "bare", str(tools))
     sentence = pip_error(python, tree)
     assert "run `pip install torch`, then `pip install --no-build-isolation .`" in sentence

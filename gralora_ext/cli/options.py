@@ -143,7 +143,7 @@ def build_parser(prog: str = "gralora-ext finetune") -> argparse.ArgumentParser:
 
     training = parser.add_argument_group("training")
     add = training.add_argument
-    add("--steps", type=_whole(1), metavar="N", help="optimizer steps (default: 24)")
+    add("--steps", type=_whole(1), metavar="N", help="optimizer steps (default: 30)")
     add("--epochs", type=_positive, metavar="X", help="passes over the data, in place of --steps")
     add("--batch-size", type=_whole(1), metavar="N", default=4, help="rows in a forward pass")
     add("--grad-accum", type=_whole(1), metavar="N", default=1, help="forward passes in a step")
@@ -201,7 +201,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if options.backend != "lora" and options.r % options.k:
         raise JobError(f"--k {options.k} does not divide --r {options.r}")
     if options.steps is None and options.epochs is None:
-        options.steps = 24
+        options.steps = 30
     if options.alpha is None:
         options.alpha = 2 * (options.r + options.hybrid_r)
     options.dtype = {"float32": "fp32", "bfloat16": "bf16"}.get(options.dtype, options.dtype)

@@ -79,6 +79,7 @@ def draw(metrics: dict[str, Any], path: Path) -> None:
             textcoords="offset points",
             ha="center",
             color="tab:blue",
+            bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},
         )
     config = metrics["config"]
     grid = "" if config["backend"] == "lora" else f", k = {config['k']}"
