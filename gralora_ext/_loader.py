@@ -49,7 +49,12 @@ def kind() -> str:
 
 
 def _prebuilt() -> ModuleType:
-    path = next((p for p in sorted(PACKAGE.glob("_C.*")) if p.name.removeprefix("_C") in _SUFFIXES), None)
+    path = _find(PACKAGE)
+    if path is None and (config.ROOT / config.INCLUDE_DIR).is_dir():
+        # In a checkout Python finds the sources before the installed package: take the extension of the latter.
+        path = next(filter(None, (_find(Path(entry) / PACKAGE.name) for entry in sys.path)), None)
+        if path is not None:
+            sys.modules[__package__].__path__.append(str(path.parent))
     if path is None:
         others = sorted(p.name for p in PACKAGE.glob("_C.*.so"))
         seen = f" (it was built for another Python: {', '.join(others)})" if others else ""
@@ -68,6 +73,11 @@ def _prebuilt() -> ModuleType:
         if "undefined symbol" not in str(error):
             raise
         raise RuntimeError(f"{_other_torch(built_for)} ({error})") from error
+
+
+def _find(folder: Path) -> Path | None:
+    """The extension in ``folder`` that this Python can load."""
+    return next((p for p in sorted(folder.glob("_C.*")) if p.name.removeprefix("_C") in _SUFFIXES), None)
 
 
 def _minor(version: str) -> list[str]:

@@ -103,6 +103,15 @@ def test_the_wheel_works_in_another_folder(wheel: dict[str, Any], folder: Path) 
     assert wheel["error"] < 1e-6
 
 
+def test_in_a_checkout_the_installed_extension_serves_the_sources(
+    wheel_python: Path, wheel: dict[str, Any], tree: Path, folder: Path
+) -> None:
+    result = helpers.probe(wheel_python, env=helpers.environment(PYTHONPATH=str(tree)), cwd=tree)
+    assert Path(result["package"]).parent == tree / "gralora_ext"
+    assert Path(result["info"]["path"]).is_relative_to(folder / "environment")
+    assert result["digest"] == wheel["digest"]
+
+
 def test_the_wheel_holds_no_sources(wheel_python: Path, folder: Path) -> None:
     listing = helpers.run(
         sys.executable, "-m", "zipfile", "-l", *(folder / "wheel").iterdir(), env={}, cwd=folder
