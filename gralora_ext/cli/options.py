@@ -149,7 +149,7 @@ def build_parser(prog: str = "gralora-ext finetune") -> argparse.ArgumentParser:
     add("--grad-accum", type=_whole(1), metavar="N", default=1, help="forward passes in a step")
     add("--lr", type=_positive, metavar="X", default=1e-3, help="the highest learning rate")
     add("--lr-schedule", choices=SCHEDULES, default="linear", help="how it falls to 0 over the steps, or stays")
-    add("--warmup-steps", type=_whole(0), metavar="N", default=2, help="the steps over which it rises from 0")
+    add("--warmup-steps", type=_whole(0), metavar="N", default=0, help="the steps over which it rises from 0")
     add("--max-length", type=_whole(2), metavar="N", default=384, help="tokens of a row; longer ones are cut")
     add(
         "--seed",
