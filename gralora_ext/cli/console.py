@@ -48,9 +48,17 @@ class Bar:
         self.last_line = 0.0 if first else self.start
         self.shown: tqdm | None = None
         if sys.stderr.isatty():
-            # Some pseudo-terminals have no width: tqdm would then show nothing, and this gives 80 columns.
-            width = shutil.get_terminal_size().columns
-            self.shown = tqdm(total=total, initial=done, desc=what, file=sys.stderr, leave=first, ncols=width)
+            # Some pseudo-terminals have no size: tqdm would then show nothing, and this says 80 x 24.
+            size = shutil.get_terminal_size()
+            self.shown = tqdm(
+                total=total,
+                initial=done,
+                desc=what,
+                file=sys.stderr,
+                leave=first,
+                ncols=size.columns,
+                nrows=size.lines,
+            )
 
     def update(self, done: int, note: str = "") -> None:
         if self.shown is not None:
@@ -63,5 +71,5 @@ class Bar:
         self.last_line = now
         left = (now - self.start) / max(1, done - self.started_at) * (self.total - done)
         self.console.say(
-            f"{self.what} {done}/{self.total}{': ' + note if note else ''}{f', {left:,.0f} s left' if left else ''}"
+            f"{self.what} {done}/{self.total}{': ' + note if note else ''}{f', {left:,.0f} s left' if left >= 1 else ''}"
         )
