@@ -55,6 +55,7 @@ GOOD = '{"question": "q", "answer": "a"}'
         ('{"question": "q", "reply": "a"}', "'answer' (--answer-field) is missing; the row has 'question', 'reply'"),
         ('{"question": 7, "answer": "a"}', "'question' (--prompt-field) must be a text, got int"),
         ('{"question": "q", "answer": " "}', "'answer' (--answer-field) must be a text, got an empty text"),
+        (r'{"question": "q", "answer": "\ud83d"}', "has half of a surrogate pair"),
         (b'{"question": "\xff", "answer": "a"}', "not UTF-8 text"),
         ("[" * 100_000, "not a JSON object"),
     ],

@@ -8,6 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from cli_helpers import make_data, make_model, run, sentence
 
 from gralora_ext.cli import main
@@ -72,6 +73,11 @@ JOB = ("finetune", "--model", "model", "--data", "data.jsonl", "--output", "out"
         (("--output", "model"), "--output: model holds other files"),
         (("--output", "text.txt/out"), "--output: text.txt/out cannot be written, since "),
         (("--dtype", "int4"), "argument --dtype: invalid choice: 'int4'"),
+        pytest.param(
+            ("--device", "cuda"),
+            "--device cuda: torch sees no CUDA device here",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here"),
+        ),
         (("--config", "nowhere.yaml"), "nowhere.yaml cannot be read"),
     ],
 )

@@ -222,6 +222,8 @@ def test_ctrl_c_before_the_first_step_leaves_nothing(work):
 
 
 def test_resume_without_a_checkpoint_starts_from_the_first_step(work, unbroken):
+    (work / "fresh" / "checkpoints" / "checkpoint-9").mkdir(parents=True)  # torn: it does not count
+    (work / "fresh" / "finetune.json").write_text("{}")
     result = run(*arguments("fresh", "--resume", "--steps", 2, "--backend", "lora"), cwd=work)
     assert "no checkpoint" in result.stdout
     values = metrics(work / "fresh")

@@ -112,6 +112,8 @@ def _pair(row: Any, fields: tuple[str, str], where: str) -> tuple[str, str]:
         if not isinstance(value, str) or not value.strip():
             got = "an empty text" if isinstance(value, str) else type(value).__name__
             raise JobError(f"{where}: the field '{name}' ({option}) must be a text, got {got}")
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            raise JobError(f"{where}: the field '{name}' ({option}) has half of a surrogate pair, which is no text")
         values.append(value)
     return values[0], values[1]
 

@@ -72,6 +72,7 @@ class Job:
         if o.resume:
             self._resume()
         check_backend(o.backend)
+        self.device = device(o)
 
     def prepare(self) -> None:
         """The model with its adapter, the examples, and the number of steps."""
@@ -176,7 +177,7 @@ class Job:
         o = self.options
         return FinetuneTrainer(
             self.model,
-            arguments(o, self.steps, use_cpu=device(o) == "cpu"),
+            arguments(o, self.steps, use_cpu=self.device == "cpu"),
             self.train_examples,
             self.held_out_examples,
             self.encoder,

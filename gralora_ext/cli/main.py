@@ -24,6 +24,9 @@ usage: gralora-ext COMMAND [options]
 def main(argv: list[str] | None = None) -> int:
     """Runs ``argv`` (the command line where None) and returns the exit code; never raises but for ``--help``'s exit."""
     arguments = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a model may answer what the terminal's encoding does not have
     try:
         code = _dispatch(arguments)
         sys.stdout.flush()

@@ -18,10 +18,11 @@ MERGED_TOLERANCE = {"fp32": 1e-4, "bf16": 0.2}
 
 
 def answers(model: Any, tokenizer: Any, encoder: Encoder, prompts: list[str], tokens: int) -> list[str]:
-    """The model's greedy answers, at most ``tokens`` long."""
+    """The model's greedy answers, at most ``tokens`` long; the beginning of a prompt that leaves no room is cut."""
     from transformers import GenerationConfig
 
-    starts = [encoder.prompt(prompt) for prompt in prompts]
+    positions = getattr(model.config, "max_position_embeddings", None) or 2**31
+    starts = [encoder.prompt(prompt)[-min(encoder.max_length, positions - 1) :] for prompt in prompts]
     width = max(map(len, starts))
     device = next(model.parameters()).device
     ids = torch.tensor([[encoder.pad] * (width - len(s)) + s for s in starts], device=device)
@@ -29,7 +30,7 @@ def answers(model: Any, tokenizer: Any, encoder: Encoder, prompts: list[str], to
     ends = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     config = GenerationConfig(
-        max_new_tokens=tokens,
+        max_new_tokens=min(tokens, positions - width),
         do_sample=False,
         pad_token_id=encoder.pad,
         eos_token_id=sorted(ends) or None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import shutil
 import time
 from pathlib import Path
@@ -46,14 +45,12 @@ class Checkpoints:
         self._ours: set[str] = set()
 
     def last(self) -> Path | None:
-        found = [
-            (int(m[1]), p) for p in self.folder.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))
-        ]
-        return max((n, p) for n, p in found if (p / STATE).is_file())[1] if found else None
+        whole = [p for p in self.folder.glob("checkpoint-*") if (p / STATE).is_file()]
+        return max(whole, key=_step, default=None)
 
     def last_of_run(self) -> Path | None:
         """The newest checkpoint that this run wrote or went on from."""
-        return max((self.folder / n for n in self._ours), key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
+        return max((self.folder / name for name in self._ours), key=_step, default=None)
 
     def adopt(self, checkpoint: Path) -> None:
         """The job goes on from this one: it belongs to the run, and is not cleared as an earlier run's."""
@@ -62,11 +59,14 @@ class Checkpoints:
     def clear(self, newest: str) -> None:
         """Keeps the newest ones of this run; those of an earlier run have been superseded."""
         self._ours.add(newest)
-        order = sorted(self._ours, key=lambda name: int(name.rsplit("-", 1)[1]))
-        self._ours = set(order[-self.keep :])
+        self._ours = set(sorted(self._ours, key=lambda name: _step(Path(name)))[-self.keep :])
         for path in self.folder.glob("checkpoint-*"):
             if path.name not in self._ours:
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rsplit("-", 1)[1])
 
 
 def arguments(options: Any, steps: int, use_cpu: bool) -> TrainingArguments:
