@@ -17,6 +17,12 @@ auto forward_op() {
   return op;
 }
 
+auto forward_into_op() {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("gralora_ext::gralora_", "").typed<decltype(forward_into_cpu)>();
+  return op;
+}
+
 auto backward_op() {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("gralora_ext::gralora_backward", "")
@@ -32,23 +38,26 @@ OptionalTensor optional(const at::Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : OptionalTensor();
 }
 
-struct Gralora : torch::autograd::Function<Gralora> {
-  static variable_list forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& base, const at::Tensor& A,
-                               const at::Tensor& B, const OptionalTensor& A_general, const OptionalTensor& B_general,
-                               const OptionalTensor& seed, double scaling, double dropout_p) {
+template <bool into_base>
+struct Gralora : torch::autograd::Function<Gralora<into_base>> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& base, const at::Tensor& A,
+                            const at::Tensor& B, const OptionalTensor& A_general, const OptionalTensor& B_general,
+                            const OptionalTensor& seed, double scaling, double dropout_p, at::Tensor* u_out) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, u] = forward_op().call(x, base, A, B, A_general, B_general, seed, scaling, dropout_p);
+    auto [y, u] = (into_base ? forward_into_op() : forward_op())
+                      .call(x, base, A, B, A_general, B_general, seed, scaling, dropout_p);
     const auto kept = [](const OptionalTensor& tensor) { return tensor.value_or(at::Tensor()); };
     ctx->save_for_backward({x, A, B, kept(A_general), kept(B_general), u, kept(seed)});
     ctx->saved_data["scaling"] = scaling;
     ctx->saved_data["dropout_p"] = dropout_p;
-    ctx->mark_non_differentiable({u});
-    ctx->set_materialize_grads(false);
-    return {y, u};
+    *u_out = u;
+    // A tensor of its own on base's memory: were it base itself, a base that is a view would bring CopySlices into the
+    // graph, which copies the whole gradient.
+    return into_base ? y.detach() : y;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(9);
+    variable_list result(10);
     const at::Tensor& grad = grads[0];
     if (!grad.defined()) return result;
     const variable_list saved = ctx->get_saved_variables();
@@ -70,21 +79,45 @@ struct Gralora : torch::autograd::Function<Gralora> {
   }
 };
 
+template <bool into_base>
+std::tuple<at::Tensor, at::Tensor> forward_recorded_or_not(const at::Tensor& x, const at::Tensor& base,
+                                                           const at::Tensor& A, const at::Tensor& B,
+                                                           const OptionalTensor& A_general,
+                                                           const OptionalTensor& B_general, const OptionalTensor& seed,
+                                                           double scaling, double dropout_p) {
+  const bool recorded =
+      at::GradMode::is_enabled() && (differentiated(x) || differentiated(base) || differentiated(A) ||
+                                     differentiated(B) || differentiated(A_general) || differentiated(B_general));
+  if (!recorded) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return (into_base ? forward_into_op() : forward_op())
+        .call(x, base, A, B, A_general, B_general, seed, scaling, dropout_p);
+  }
+  TORCH_CHECK(!(into_base && base.is_leaf() && base.requires_grad()),
+              "gralora_ext: base is a leaf that requires grad, so y cannot be written into it");
+  at::Tensor u;
+  const at::Tensor y = Gralora<into_base>::apply(x, base, A, B, A_general, B_general, seed, scaling, dropout_p, &u);
+  return {y, u};
+}
+
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor> forward_autograd(const at::Tensor& x, const at::Tensor& base, const at::Tensor& A,
                                                     const at::Tensor& B, const OptionalTensor& A_general,
                                                     const OptionalTensor& B_general, const OptionalTensor& seed,
                                                     double scaling, double dropout_p) {
-  const bool recorded =
-      at::GradMode::is_enabled() && (differentiated(x) || differentiated(base) || differentiated(A) ||
-                                     differentiated(B) || differentiated(A_general) || differentiated(B_general));
-  if (!recorded) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    return forward_op().call(x, base, A, B, A_general, B_general, seed, scaling, dropout_p);
-  }
-  const variable_list outputs = Gralora::apply(x, base, A, B, A_general, B_general, seed, scaling, dropout_p);
-  return {outputs[0], outputs[1]};
+  return forward_recorded_or_not<false>(x, base, A, B, A_general, B_general, seed, scaling, dropout_p);
+}
+
+std::tuple<at::Tensor, at::Tensor> forward_into_autograd(const at::Tensor& x, const at::Tensor& base,
+                                                         const at::Tensor& A, const at::Tensor& B,
+                                                         const OptionalTensor& A_general,
+                                                         const OptionalTensor& B_general, const OptionalTensor& seed,
+                                                         double scaling, double dropout_p) {
+  auto result = forward_recorded_or_not<true>(x, base, A, B, A_general, B_general, seed, scaling, dropout_p);
+  // What has saved base for its backward gets torch's error, as with any in-place operation.
+  if (!base.is_inference()) base.unsafeGetTensorImpl()->bump_version();
+  return result;
 }
 
 }  // namespace gralora

@@ -99,6 +99,14 @@ inline Shape check_forward(const at::Tensor& x, const at::Tensor& base, const at
   return s;
 }
 
+// base, where the result is written into its memory
+inline void check_written(const at::Tensor& base, const at::Tensor& x) {
+  TORCH_CHECK_VALUE(at::has_internal_overlap(base) != at::MemOverlap::Yes,
+                    "gralora_ext: base must not overlap itself where y is written into it, but has strides ",
+                    base.strides());
+  TORCH_CHECK_VALUE(!base.is_alias_of(x), "gralora_ext: base must not share x's memory where y is written into it");
+}
+
 inline Shape check_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& u, const at::Tensor& A,
                             const at::Tensor& B, const OptionalTensor& A_general, const OptionalTensor& B_general,
                             const OptionalTensor& seed, double scaling, double dropout_p) {
@@ -109,9 +117,10 @@ inline Shape check_backward(const at::Tensor& grad, const at::Tensor& x, const a
   s.T = leading_size(x);
   TORCH_CHECK_VALUE(leading_size(grad) == s.T, "gralora_ext: grad must have x's leading dimensions, but x has shape ",
                     x.sizes(), " and grad has shape ", grad.sizes());
-  TORCH_CHECK_VALUE(u.dim() == 2 && u.size(0) == s.T && u.size(1) == s.k * s.r + s.h && u.is_contiguous(),
-                    "gralora_ext: u must be what the forward op returned, contiguous [", s.T, ", ", s.k * s.r + s.h,
-                    "], but has shape ", u.sizes());
+  TORCH_CHECK_VALUE(
+      u.dim() == 2 && (u.size(0) == s.T || u.size(0) == 0) && u.size(1) == s.k * s.r + s.h && u.is_contiguous(),
+      "gralora_ext: u must be what the forward op returned, contiguous [", s.T, ", ", s.k * s.r + s.h, "] or [0, ",
+      s.k * s.r + s.h, "], but has shape ", u.sizes());
   TORCH_CHECK_VALUE(u.device() == A.device(), "gralora_ext: u must be on ", A.device(), ", but is on ", u.device());
   const bool f64 =
       grad.scalar_type() == at::kDouble || x.scalar_type() == at::kDouble || A.scalar_type() == at::kDouble;

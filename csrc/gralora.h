@@ -52,7 +52,7 @@ struct Adapter {
   Param A, B, A_general, B_general;
 };
 
-// y = base + ...; writes u [T, k*r + h] (accumulation type, contiguous): U, then x Ag^T.
+// y = base + ..., y may be base; writes u [T, k*r + h] (accumulation type, contiguous): U, then x Ag^T.
 struct ForwardParams {
   Shape shape;
   Adapter adapter;
@@ -64,7 +64,7 @@ struct ForwardParams {
   int threads = 1;
 };
 
-// Writes (=) the gradients whose data is not null; reads u as forward wrote it.
+// Writes (=) the gradients whose data is not null; reads u as forward wrote it, or makes it again where it is null.
 struct BackwardParams {
   Shape shape;
   Adapter adapter;

@@ -5,6 +5,10 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "checks.h"
 #include "gralora.h"
 
@@ -89,6 +93,47 @@ Dropout dropout_of(double p, const OptionalTensor& seed) {
   return p > 0.0 ? Dropout{p, seed->const_data_ptr<int64_t>()} : Dropout{};
 }
 
+// Whether U is kept for backward. Beside a 16-bit x it must stay small, for PEFT's layer keeps a float copy of x there; where
+// the ranks are many, backward makes U again from x.
+bool keeps_u(const at::Tensor& x, const Shape& s) {
+  constexpr int64_t kShare = 16;
+  const int64_t ranks = s.k * s.r + s.h;
+  return x.element_size() > 2 || kShare * ranks <= s.N + ranks;
+}
+
+// A large result's memory is new each time, and a page fault per 4 KiB costs more than the kernel: ask for larger pages,
+// as NumPy does. Returns the tensor.
+at::Tensor advise_huge_pages(at::Tensor tensor) {
+#ifdef __linux__
+  constexpr uintptr_t kHugePage = 1 << 21;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()), end = begin + tensor.nbytes();
+  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  if (tensor.nbytes() >= 4 * kHugePage) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#endif
+  return tensor;
+}
+
+// Writes y, which may be base, and returns u.
+at::Tensor run_forward(const Shape& shape, const at::Tensor& x, const at::Tensor& base, const at::Tensor& y,
+                       const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,
+                       const OptionalTensor& B_general, const OptionalTensor& seed, double scaling, double dropout_p) {
+  const at::Tensor x_rows = as_rows(x), base_rows = as_rows(base), y_rows = y.is_same(base) ? base_rows : as_rows(y);
+  ForwardParams p;
+  p.accumulate_f64 = any_double({&x, &base, &A});
+  const auto options = accumulation_options(x, p.accumulate_f64);
+  const at::Tensor u = at::empty({shape.T, shape.k * shape.r + shape.h}, options);
+  p.shape = shape;
+  p.adapter = adapter_of(A, B, A_general, B_general);
+  p.x = rows_of(x_rows), p.base = rows_of(base_rows), p.y = rows_of(y_rows);
+  p.u = u.mutable_data_ptr();
+  p.scaling = scaling;
+  p.dropout = dropout_of(dropout_p, seed);
+  p.threads = threads_for(shape.T * (shape.r + shape.h) * (shape.N + shape.M));
+  if (shape.T > 0) cpu::forward(p);
+  if (!y_rows.is_same(y)) y.copy_(y_rows);
+  return keeps_u(x, shape) ? u : at::empty({0, u.size(1)}, options);
+}
+
 void merge_into(const at::Tensor& weight, const Shape& shape, const at::Tensor& A, const at::Tensor& B,
                 const OptionalTensor& A_general, const OptionalTensor& B_general, double scaling, bool fan_in_fan_out,
                 bool accumulate) {
@@ -111,21 +156,17 @@ std::tuple<at::Tensor, at::Tensor> forward_cpu(const at::Tensor& x, const at::Te
                                                const OptionalTensor& B_general, const OptionalTensor& seed,
                                                double scaling, double dropout_p) {
   const Shape shape = check_forward(x, base, A, B, A_general, B_general, seed, scaling, dropout_p);
-  const at::Tensor x_rows = as_rows(x), base_rows = as_rows(base);
-  ForwardParams p;
-  p.accumulate_f64 = any_double({&x, &base, &A});
-  const at::Tensor y = at::empty_like(base), y_rows = as_rows(y);
-  at::Tensor u = at::empty({shape.T, shape.k * shape.r + shape.h}, accumulation_options(x, p.accumulate_f64));
-  p.shape = shape;
-  p.adapter = adapter_of(A, B, A_general, B_general);
-  p.x = rows_of(x_rows), p.base = rows_of(base_rows), p.y = rows_of(y_rows);
-  p.u = u.mutable_data_ptr();
-  p.scaling = scaling;
-  p.dropout = dropout_of(dropout_p, seed);
-  p.threads = threads_for(shape.T * (shape.r + shape.h) * (shape.N + shape.M));
-  if (shape.T > 0) cpu::forward(p);
-  if (!y_rows.is_same(y)) y.copy_(y_rows);
-  return {y, u};
+  const at::Tensor y = advise_huge_pages(at::empty_like(base));
+  return {y, run_forward(shape, x, base, y, A, B, A_general, B_general, seed, scaling, dropout_p)};
+}
+
+std::tuple<at::Tensor, at::Tensor> forward_into_cpu(const at::Tensor& x, const at::Tensor& base, const at::Tensor& A,
+                                                    const at::Tensor& B, const OptionalTensor& A_general,
+                                                    const OptionalTensor& B_general, const OptionalTensor& seed,
+                                                    double scaling, double dropout_p) {
+  const Shape shape = check_forward(x, base, A, B, A_general, B_general, seed, scaling, dropout_p);
+  check_written(base, x);
+  return {base, run_forward(shape, x, base, base, A, B, A_general, B_general, seed, scaling, dropout_p)};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_cpu(
@@ -137,7 +178,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_
   const auto gradient = [](bool wanted, const at::Tensor& of) {
     return wanted ? at::empty_like(of) : at::empty({0}, of.options());
   };
-  const at::Tensor dx = gradient(needs[0], x), dx_rows = as_rows(dx);
+  const at::Tensor dx = advise_huge_pages(gradient(needs[0], x)), dx_rows = as_rows(dx);
   const at::Tensor dA = gradient(needs[1], A), dB = gradient(needs[2], B);
   const at::Tensor dA_general = gradient(needs[3] && A_general.has_value(), A_general.value_or(A));
   const at::Tensor dB_general = gradient(needs[4] && B_general.has_value(), B_general.value_or(B));
@@ -146,7 +187,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_
   p.shape = shape;
   p.adapter = adapter_of(A, B, A_general, B_general);
   p.grad_y = rows_of(grad_rows), p.x = rows_of(x_rows);
-  p.u = u.const_data_ptr();
+  p.u = u.size(0) == shape.T ? u.const_data_ptr() : nullptr;
   if (needs[0]) p.grad_x = rows_of(dx_rows);
   if (needs[1]) p.grad.A = param_of(dA);
   if (needs[2]) p.grad.B = param_of(dB);

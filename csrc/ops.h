@@ -11,11 +11,17 @@ namespace gralora {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// (y, u): y [..., M] in base's dtype and strides, u for backward in the accumulation type.
+// (y, u): y [..., M] in base's dtype and strides, u for backward in the accumulation type, or [0, k*r + h]: see keeps_u.
 std::tuple<at::Tensor, at::Tensor> forward_cpu(const at::Tensor& x, const at::Tensor& base, const at::Tensor& A,
                                                const at::Tensor& B, const OptionalTensor& A_general,
                                                const OptionalTensor& B_general, const OptionalTensor& seed,
                                                double scaling, double dropout_p);
+
+// The same with y in base's memory: (base, u).
+std::tuple<at::Tensor, at::Tensor> forward_into_cpu(const at::Tensor& x, const at::Tensor& base, const at::Tensor& A,
+                                                    const at::Tensor& B, const OptionalTensor& A_general,
+                                                    const OptionalTensor& B_general, const OptionalTensor& seed,
+                                                    double scaling, double dropout_p);
 
 // (dx, dA, dB, dA_general, dB_general); those not in `needs` are empty tensors of one dimension.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_cpu(
@@ -29,10 +35,15 @@ void merge_cpu(at::Tensor weight, const at::Tensor& A, const at::Tensor& B, cons
 at::Tensor delta_weight_cpu(const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,
                             const OptionalTensor& B_general, double scaling, bool fan_in_fan_out);
 
-// The autograd kernel of the forward op (autograd.cpp).
+// The autograd kernels of the forward ops (autograd.cpp).
 std::tuple<at::Tensor, at::Tensor> forward_autograd(const at::Tensor& x, const at::Tensor& base, const at::Tensor& A,
                                                     const at::Tensor& B, const OptionalTensor& A_general,
                                                     const OptionalTensor& B_general, const OptionalTensor& seed,
                                                     double scaling, double dropout_p);
+std::tuple<at::Tensor, at::Tensor> forward_into_autograd(const at::Tensor& x, const at::Tensor& base,
+                                                         const at::Tensor& A, const at::Tensor& B,
+                                                         const OptionalTensor& A_general,
+                                                         const OptionalTensor& B_general, const OptionalTensor& seed,
+                                                         double scaling, double dropout_p);
 
 }  // namespace gralora

@@ -8,6 +8,10 @@ TORCH_LIBRARY(gralora_ext, m) {
   m.def(
       "gralora(Tensor x, Tensor base, Tensor A, Tensor B, Tensor? A_general, Tensor? B_general, Tensor? seed, "
       "float scaling, float dropout_p) -> (Tensor y, Tensor u)");
+  // y in base's memory: the same sums, no allocation. Eager mode only; torch.compile makes its own choice of buffers.
+  m.def(
+      "gralora_(Tensor x, Tensor(a!) base, Tensor A, Tensor B, Tensor? A_general, Tensor? B_general, Tensor? seed, "
+      "float scaling, float dropout_p) -> (Tensor(a!) y, Tensor u)");
   m.def(
       "gralora_backward(Tensor grad, Tensor x, Tensor u, Tensor A, Tensor B, Tensor? A_general, Tensor? B_general, "
       "Tensor? seed, float scaling, float dropout_p, bool[5] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
@@ -21,6 +25,7 @@ TORCH_LIBRARY(gralora_ext, m) {
 
 TORCH_LIBRARY_IMPL(gralora_ext, CPU, m) {
   m.impl("gralora", &gralora::forward_cpu);
+  m.impl("gralora_", &gralora::forward_into_cpu);
   m.impl("gralora_backward", &gralora::backward_cpu);
   m.impl("merge_", &gralora::merge_cpu);
   m.impl("delta_weight", &gralora::delta_weight_cpu);
@@ -28,6 +33,7 @@ TORCH_LIBRARY_IMPL(gralora_ext, CPU, m) {
 
 TORCH_LIBRARY_IMPL(gralora_ext, Autograd, m) {
   m.impl("gralora", &gralora::forward_autograd);
+  m.impl("gralora_", &gralora::forward_into_autograd);
   m.impl("gralora_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("merge_", torch::autograd::autogradNotImplementedFallback());
   m.impl("delta_weight", torch::autograd::autogradNotImplementedFallback());

@@ -5,6 +5,8 @@ The autograd of the forward op is in C++ (``csrc/autograd.cpp``): a Python one w
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,7 +31,7 @@ def _accumulation_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 @torch.library.register_fake("gralora_ext::gralora")
-def _(
+def _fake_forward(
     x: Tensor,
     base: Tensor,
     A: Tensor,
@@ -50,10 +52,16 @@ def _(
             f"but has shape {list(base.shape)} beside x of shape {list(x.shape)}"
         )
     h = 0 if A_general is None else A_general.shape[0]
-    tokens = 1
+    ranks = k * r + h
+    tokens = 1 if x.element_size() > 2 or 16 * ranks <= x.shape[-1] + ranks else 0  # keeps_u in csrc/ops.cpp
     for size in x.shape[:-1]:
         tokens = tokens * size
-    return torch.empty_like(base), x.new_empty((tokens, k * r + h), dtype=_accumulation_dtype(x, base, A))
+    return torch.empty_like(base), x.new_empty((tokens, ranks), dtype=_accumulation_dtype(x, base, A))
+
+
+@torch.library.register_fake("gralora_ext::gralora_")
+def _(x: Tensor, base: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return base, _fake_forward(x, base, *others)[1]
 
 
 @torch.library.register_fake("gralora_ext::gralora_backward")

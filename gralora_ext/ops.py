@@ -13,6 +13,7 @@ from . import _registrations  # noqa: F401  loads the extension and registers th
 from .reference import draw_seed
 
 _gralora = torch.ops.gralora_ext.gralora.default
+_gralora_ = torch.ops.gralora_ext.gralora_.default
 _merge_ = torch.ops.gralora_ext.merge_.default
 _delta_weight = torch.ops.gralora_ext.delta_weight.default
 
@@ -52,10 +53,35 @@ def gralora(
         ValueError: a shape, a device or a value does not fit; the message names the argument and what it was.
         TypeError: a dtype is not one of the four, or A, B, A_general and B_general differ in dtype.
     """
-    seed = None
-    if training and dropout_p != 0.0:
-        seed = draw_seed(x.device)
-    return _gralora(x, base, A, B, A_general, B_general, seed, scaling, dropout_p if training else 0.0)[0]
+    if dropout_p != 0.0 and training:
+        return _gralora(x, base, A, B, A_general, B_general, draw_seed(x.device), scaling, dropout_p)[0]
+    return _gralora(x, base, A, B, A_general, B_general, None, scaling, 0.0)[0]
+
+
+def gralora_(
+    x: Tensor,
+    base: Tensor,
+    A: Tensor,
+    B: Tensor,
+    *,
+    scaling: float,
+    A_general: Tensor | None = None,
+    B_general: Tensor | None = None,
+    dropout_p: float = 0.0,
+    training: bool = True,
+) -> Tensor:
+    """:func:`gralora` written into ``base``, which saves an allocation of its size; the same bits. Eager mode only.
+
+    Args, raises: as :func:`gralora`; also a ValueError where ``base`` overlaps itself or shares x's memory, and a
+    RuntimeError where it is a leaf that requires grad. Like any in-place operation this raises an error in backward if
+    another operation has saved ``base``.
+
+    Returns:
+        y ``[..., M]``, a tensor on ``base``'s memory; use it in place of ``base``.
+    """
+    if dropout_p != 0.0 and training:
+        return _gralora_(x, base, A, B, A_general, B_general, draw_seed(x.device), scaling, dropout_p)[0]
+    return _gralora_(x, base, A, B, A_general, B_general, None, scaling, 0.0)[0]
 
 
 def merge_(

@@ -43,16 +43,18 @@ def philox_4x32_10(seed: int, counter: Tensor) -> Tensor:
 
 
 def dropout_mask(seed: Tensor, shape: tuple[int, ...] | torch.Size, dropout_p: float) -> Tensor:
-    """The keep mask of ``x`` (bool, ``shape``): element e is kept where its Philox word is ≥ round(p · 2³²).
+    """The keep mask of ``x`` (bool, ``shape``): element e is kept where its draw is ≥ round(p · 2¹⁶).
 
-    Element e (row-major index) takes word e % 4 of counter e // 4 under the key ``seed`` (one int64 element).
+    The draw of element e (row-major index) is half e % 8 of the four words of counter e // 8 under the key ``seed`` (one
+    int64 element); the halves of a word are counted from the low one. So p counts in steps of 2⁻¹⁶.
     """
     n = 1
     for size in shape:
         n *= size
-    counter = torch.arange((n + 3) // 4, dtype=torch.int64, device=seed.device)
-    words = philox_4x32_10(int(seed), counter).reshape(-1)[:n]
-    return (words >= min(round(dropout_p * 2**32), _LOW32)).reshape(shape)
+    counter = torch.arange((n + 7) // 8, dtype=torch.int64, device=seed.device)
+    words = philox_4x32_10(int(seed), counter)
+    draws = torch.stack((words & 0xFFFF, words >> 16), dim=-1).reshape(-1)[:n]
+    return (draws >= round(dropout_p * 2**16)).reshape(shape)
 
 
 def draw_seed(device: torch.device | str) -> Tensor:

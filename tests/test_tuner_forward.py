@@ -132,7 +132,23 @@ def test_forward_is_the_base_layer_and_one_op_without_casts_or_copies() -> None:
     layer, x = adapted("fused", dtype=torch.bfloat16, hybrid_r=3).base_model.model.first, rows(4, dtype=torch.bfloat16)
     with torch.no_grad(), Names():
         layer(x)
-    assert seen == ["aten::t", "aten::addmm", "gralora_ext::gralora"]
+    assert seen == ["aten::t", "aten::addmm", "gralora_ext::gralora_"]
+
+
+def test_forward_adds_into_the_base_layers_output_unless_a_hook_may_have_kept_it() -> None:
+    layer, x = adapted("fused", hybrid_r=3).base_model.model.first, rows(4)
+    outputs: list[torch.Tensor] = []
+    expected = layer(x)
+    real = layer.base_layer.forward
+    layer.base_layer.forward = lambda x: outputs.append(real(x)) or outputs[-1]
+    assert layer(x).data_ptr() == outputs[0].data_ptr()
+    del layer.base_layer.forward
+    handle = layer.base_layer.register_forward_hook(lambda module, args, output: outputs.append(output))
+    y = layer(x)
+    handle.remove()
+    assert y.data_ptr() != outputs[1].data_ptr()
+    assert same_bits(outputs[1], layer.base_layer(x))
+    assert same_bits(y, expected) and same_bits(outputs[0], expected)
 
 
 def test_pefts_switch_for_input_casting_is_accepted() -> None:

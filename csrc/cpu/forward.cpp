@@ -1,4 +1,7 @@
 // forward: U = exchange(x' A) and x' Ag^T (project), then y = base + s (U B + x' Ag^T Bg^T) (expand).
+//
+// Many tokens: a thread takes a segment through both passes, and nothing but u and y leaves its cache. Few: threads share
+// the columns instead, chunks of x first, strips of y then. Both give the same bits.
 #include "expand.h"
 #include "project.h"
 
@@ -6,27 +9,113 @@ namespace gralora::cpu::GRALORA_ISA {
 namespace {
 
 template <class Acc>
-void run(const ForwardParams& p) {
-  const auto [T, N, M, k, r, h] = p.shape;
-  Panels<Acc> A, Ag, B, Bg;
-  A.prepare(p.adapter.A, k, N / k, r, T, p.threads);
-  B.prepare(p.adapter.B, k, r, M / k, T, p.threads);
-  if (h > 0) {
-    Ag.prepare(blocks_of_rows(transposed(p.adapter.A_general), N / k), k, N / k, h, T, p.threads);
-    Bg.prepare(transposed(blocks_of_rows(p.adapter.B_general, M / k)), k, h, M / k, T, p.threads);
+struct Forward {
+  const ForwardParams& p;
+  Project<Acc> project;
+  Expand<Acc> expand;
+  int64_t strip;  // columns of B that are taken together
+
+  static constexpr int64_t kTokensPerThread = 64;  // below, threads share columns
+
+  explicit Forward(const ForwardParams& params)
+      : p(params),
+        project{p.shape.N,   p.shape.k,
+                p.shape.r,   p.shape.h,
+                p.x,         Mask(p.dropout),
+                p.adapter.A, blocks_of_rows(transposed(p.adapter.A_general), p.shape.N / p.shape.k),
+                Acc(1)},
+        expand{p.shape.M,      p.shape.k,
+               p.shape.r,      p.shape.h,
+               p.adapter.B,    transposed(blocks_of_rows(p.adapter.B_general, p.shape.M / p.shape.k)),
+               Acc(p.scaling), Mask(Dropout{}),
+               p.base,         p.y} {
+    const int64_t w = p.shape.M / p.shape.k;
+    strip = larger(kPanelElements / (p.shape.r + p.shape.h), 4 * kTile<Acc>);
+    strip = round_up(smaller(strip, w), kTile<Acc>);
   }
-  Acc* u = static_cast<Acc*>(p.u);
-  Project<Acc>{T, N, k, r, h, p.x, Mask(p.dropout), A, Ag, Acc(1), u}.run(p.threads);
-  Expand<Acc>{T, M, k, r, h, u, B, Bg, Acc(p.scaling), Mask(Dropout{}), p.base, p.y}.run(p.threads);
-}
+
+  Acc* u(int64_t t) const { return static_cast<Acc*>(p.u) + t * (p.shape.k * p.shape.r + p.shape.h); }
+
+  void run() {
+    if (p.threads == 1 || p.shape.T >= kTokensPerThread * p.threads)
+      run_by_tokens();
+    else
+      for (int64_t t0 = 0; t0 < p.shape.T; t0 += kSegment) run_by_columns(t0, smaller(kSegment, p.shape.T - t0));
+  }
+
+  void run_by_tokens() {
+    const int64_t T = p.shape.T, segments = round_up(ceil_div(T, kSegment), p.threads);
+    const int64_t tokens = round_up(ceil_div(T, segments), kMaxRows);
+    Scratch scratch;
+    const PerThread<Acc> buffers(scratch, p.threads, larger(project.segment_scratch(tokens), expand_scratch(tokens)));
+    parallel_items(ceil_div(T, tokens), p.threads, [&](int64_t item, int thread) {
+      const int64_t t0 = item * tokens, count = smaller(tokens, T - t0);
+      project.run_segment(t0, count, u(t0), buffers.of(thread));
+      for (int64_t j = 0; j < p.shape.k; j++) expand_block(t0, count, j, 0, p.shape.M / p.shape.k, buffers.of(thread));
+    });
+  }
+
+  void run_by_columns(int64_t t0, int64_t tokens) {
+    const int64_t w = p.shape.M / p.shape.k;
+    const int64_t chunks = project.chunks(), sums = project.sums();
+    strip = smaller(strip, larger(kTile<Acc>, round_up(ceil_div(p.shape.M, 4 * p.threads), kTile<Acc>)));
+    const int64_t strips = ceil_div(w, strip);
+    Scratch scratch;
+    const PerThread<Acc> buffers(
+        scratch, p.threads,
+        larger(project.panels_size(1) + kMaxRows * kRow<Acc> * 3 / 2, larger(sums, expand_scratch(tokens))));
+    Acc* partial = scratch.take<Acc>(chunks * tokens * sums);
+    parallel_items(chunks, p.threads, [&](int64_t chunk, int thread) {
+      const int64_t length = project.cut.length(chunk);
+      const auto panels = project.read_panels(chunk, 1, tokens, buffers.of(thread));
+      Acc* rows = buffers.of(thread) + project.panels_size(1);
+      uint16_t* draws = reinterpret_cast<uint16_t*>(rows + kMaxRows * kRow<Acc>);
+      for_row_groups(tokens, [&](auto mr, int64_t m) {
+        constexpr int MR = decltype(mr)::value;
+        read_block<Acc>(p.x, t0 + m, MR, project.cut.column(chunk), length, p.shape.N, project.mask, rows, draws);
+        project.template add_rows<MR>(panels, 0, length, rows, false, partial + (chunk * tokens + m) * sums, {});
+      });
+    });
+    parallel_items(tokens, tokens < 16 ? 1 : p.threads,
+                   [&](int64_t m, int thread) { project.reduce(partial, tokens, m, buffers.of(thread), u(t0 + m)); });
+    parallel_items(p.shape.k * strips, p.threads, [&](int64_t item, int thread) {
+      const int64_t first = item % strips * strip;
+      expand_block(t0, tokens, item / strips, first, smaller(first + strip, w), buffers.of(thread));
+    });
+  }
+
+  int64_t expand_scratch(int64_t tokens) const {
+    return expand.panels_size(strip) + tokens * (p.shape.r + p.shape.h) + kWidth<Acc>;
+  }
+
+  // Columns [first, last) of output block j
+  void expand_block(int64_t t0, int64_t count, int64_t j, int64_t first, int64_t last, Acc* scratch) const {
+    const int64_t start = j * (p.shape.M / p.shape.k), per_token = p.shape.r + p.shape.h;
+    Acc* ranks = scratch + expand.panels_size(strip);
+    expand.read_ranks(u(t0), j, count, ranks);
+    for_dtype<Acc>(p.y.dtype, [&](auto* type) {
+      using Y = std::remove_pointer_t<decltype(type)>;
+      for (int64_t column = first; column < last; column += strip) {
+        const int64_t columns = smaller(strip, last - column);
+        const auto panels = expand.read_panels(j, column, columns, count, scratch);
+        for_row_groups(count, [&](auto mr, int64_t m) {
+          constexpr int MR = decltype(mr)::value;
+          const int64_t t = t0 + m;
+          expand.template run_rows<MR, Y>(panels, t, j, column, columns, ranks + m * per_token, nullptr,
+                                          Ahead::of(p.base, m + MR < count ? t + MR : -1, start + column));
+        });
+      }
+    });
+  }
+};
 
 }  // namespace
 
 void forward(const ForwardParams& p) {
   if constexpr (kHasFloat64) {
-    if (p.accumulate_f64) return run<double>(p);
+    if (p.accumulate_f64) return Forward<double>(p).run();
   }
-  run<float>(p);
+  Forward<float>(p).run();
 }
 
 }  // namespace gralora::cpu::GRALORA_ISA

@@ -10,37 +10,69 @@
 
 namespace gralora::cpu::GRALORA_ISA {
 
-// Uninitialised memory, aligned to a cache line; made outside parallel regions, where a failure may be thrown.
-template <class Acc>
-class Buffer {
+// The scratch of one call: uninitialised, aligned to a cache line, taken before parallel regions, where a failure may be
+// thrown. The calling thread keeps the last block for its next call (up to kKept bytes): fresh memory would cost a page
+// fault per 4 KiB, often more than the arithmetic.
+class Scratch {
  public:
-  Buffer() = default;
-  explicit Buffer(int64_t count) { reserve(count); }
-  ~Buffer() { free(data_); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-
-  void reserve(int64_t count) {
-    free(data_);
-    data_ = static_cast<Acc*>(aligned_alloc(64, size_t(round_up(larger(count, 1) * int64_t(sizeof(Acc)), 64))));
-    if (data_ == nullptr) throw std::bad_alloc();
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() {
+    while (extra_ != nullptr) {
+      Extra* next = extra_->next;
+      free(extra_);
+      extra_ = next;
+    }
+    if (used_ > kept().bytes && used_ <= kKept) kept().renew(used_);
   }
-  Acc* get() const { return data_; }
+
+  template <class T>
+  T* take(int64_t count) {
+    const int64_t bytes = round_up(larger(count, 1) * int64_t(sizeof(T)), 64);
+    used_ += bytes;
+    if (used_ <= kept().bytes) return reinterpret_cast<T*>(kept().data + used_ - bytes);
+    auto* extra = static_cast<Extra*>(aligned_alloc(64, size_t(bytes + 64)));
+    if (extra == nullptr) throw std::bad_alloc();
+    extra->next = extra_, extra_ = extra;
+    return reinterpret_cast<T*>(reinterpret_cast<char*>(extra) + 64);
+  }
 
  private:
-  Acc* data_ = nullptr;
+  static constexpr int64_t kKept = 1 << 25;
+  struct Extra {
+    Extra* next;
+  };
+  struct Kept {
+    char* data = nullptr;
+    int64_t bytes = 0;
+    ~Kept() { free(data); }
+    void renew(int64_t size) {
+      free(data);
+      data = static_cast<char*>(aligned_alloc(64, size_t(size)));
+      bytes = data == nullptr ? 0 : size;
+    }
+  };
+  static Kept& kept() {
+    static thread_local Kept block;
+    return block;
+  }
+
+  Extra* extra_ = nullptr;
+  int64_t used_ = 0;
 };
 
 // One piece of scratch per thread, a cache line apart.
-template <class Acc>
-class ThreadBuffers {
+template <class T>
+class PerThread {
  public:
-  ThreadBuffers(int threads, int64_t count) : stride_(round_up(count + 64, 64)), all_(stride_ * threads) {}
-  Acc* of(int thread) const { return all_.get() + thread * stride_; }
+  PerThread(Scratch& scratch, int threads, int64_t count)
+      : stride_(round_up(count + 64, 64)), all_(scratch.take<T>(stride_ * threads)) {}
+  T* of(int thread) const { return all_ + thread * stride_; }
 
  private:
   int64_t stride_;
-  Buffer<Acc> all_;
+  T* all_;
 };
 
 // Calls f(item, thread) for each item, in any order and on any thread: items must write disjoint memory, and what one

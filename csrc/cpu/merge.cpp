@@ -1,8 +1,9 @@
 // merge: W[a*H + p, b*V + c] (+)= s * ( sum_q L[a][b*rb + q, p] * R[b][a*rb + q, c]  +  sum_c' Lg[p', c'] * Rg[c', c''] )
 //
 // W is cut into k x k blocks [H, V]. Two orientations give the same sum: rows of W along M (L = B, R = A^T), or along N
-// (L = A, R = B), whichever makes the columns of W unit stride. W is read and written once, in runs along its rows; the
-// only memory besides is R as a panel (r elements per column of W). Each weight is one sum in a fixed order, rounded once.
+// (L = A, R = B), whichever makes the columns of W unit stride. W is read and written once, in long runs along its rows;
+// beside it there are only a part of R as a panel in L2, and the ranks of a range of rows. Each weight is one sum in a fixed
+// order, rounded once.
 #include "panels.h"
 
 namespace gralora::cpu::GRALORA_ISA {
@@ -10,85 +11,93 @@ namespace {
 
 template <class Acc>
 struct Merge {
-  static constexpr int64_t kTileRows = 4 * kMaxRows;
-
   int64_t rows, columns, k, r, h;  // of W in this orientation
   Param W;
-  const Panels<Acc>& L;   // [k, r, rows/k]
-  const Panels<Acc>& Lg;  // [k, h, rows/k]
-  const Panels<Acc>& R;   // [k, r, columns/k]
-  const Panels<Acc>& Rg;  // [k, h, columns/k]
+  Param L, Lg;  // [k, r, rows/k], [k, h, rows/k]
+  Param R, Rg;  // [k, r, columns/k], [k, h, columns/k]
   Acc scale;
   bool accumulate;
 
+  static constexpr int64_t kRange = 48 * kMaxRows;  // rows that share a part of R, at most
+
   template <class Y>
   void run(int threads) const {
-    const int64_t H = rows / k, tiles = ceil_div(H, kTileRows), ranks = r / k + h;
-    const ThreadBuffers<Acc> buffers(threads, kMaxRows * ranks);
-    parallel_items(k * tiles, threads, [&](int64_t item, int thread) {
-      const int64_t a = item / tiles, first = item % tiles * kTileRows;
-      for_row_groups(smaller(kTileRows, H - first), [&](auto mr, int64_t m0) {
-        for (int64_t b = 0; b < k; b++) merge_rows<decltype(mr)::value, Y>(a, b, first + m0, buffers.of(thread));
-      });
+    const int64_t H = rows / k, V = columns / k, rb = r / k;
+    int64_t range = smaller(kRange, larger(kMaxRows, ceil_div(rows, 8 * threads)));
+    range = round_up(smaller(range, H), kMaxRows);
+    const int64_t strip = round_up(smaller(V, larger(kPanelElements / (rb + h), 4 * kTile<Acc>)), kTile<Acc>);
+    const int64_t panel = panel_size<Acc>(rb, strip) + panel_size<Acc>(h, strip), ranges = ceil_div(H, range);
+    Scratch scratch;
+    const PerThread<Acc> buffers(scratch, threads,
+                                 panel + (range + kTile<Acc>)*(rb + h) + panel_size<Acc>(rb + h, range));
+    parallel_items(k * ranges, threads, [&](int64_t item, int thread) {
+      const int64_t a = item / ranges, p0 = item % ranges * range, count = smaller(range, H - p0);
+      Acc* left = buffers.of(thread) + panel;
+      for (int64_t b = 0; b < k; b++) {
+        read_left(a, b, p0, count, left, left + (range + kTile<Acc>)*(rb + h));
+        for (int64_t c0 = 0; c0 < V; c0 += strip) {
+          const int64_t width = smaller(strip, V - c0);
+          const Panel<Acc> right = read_panel<Acc>(R, b, a * rb, rb, c0, width, count, buffers.of(thread));
+          Panel<Acc> general;
+          if (h > 0)
+            general = read_panel<Acc>(Rg, b, 0, h, c0, width, count, buffers.of(thread) + panel_size<Acc>(rb, strip));
+          Y* to = static_cast<Y*>(W.data) + (a * H + p0) * W.row_stride + (b * V + c0) * W.column_stride;
+          for_row_groups(count, [&](auto mr, int64_t m) {
+            merge_rows<decltype(mr)::value, Y>(left + m * (rb + h), right, general, width, to + m * W.row_stride);
+          });
+        }
+      }
     });
   }
 
  private:
-  // left[c][m] = the ranks of row p + m that meet column block b, then the general ranks
-  template <int MR>
-  void gather_left(int64_t a, int64_t b, int64_t p, Acc* left) const {
+  // The ranks of rows p0 .. p0+count that meet column block b, scaled, then the general ones: group by group, as the
+  // microkernel's `a` with row = 1 and step = MR.
+  void read_left(int64_t a, int64_t b, int64_t p0, int64_t count, Acc* left, Acc* panel) const {
     const int64_t rb = r / k;
-    const auto gather = [&](const Panels<Acc>& panels, int64_t rank0, int64_t ranks, Acc* to) {
-      for (int m = 0; m < MR; m++) {
-        const Acc* from = panels.at(a, rank0, p + m);
-        for (int64_t c = 0; c < ranks; c++) to[c * MR + m] = from[c * panels.ld()];
-      }
+    const auto read = [&](const Param& param, int64_t rank0, int64_t ranks, int64_t start) {
+      const Panel<Acc> from = read_panel<Acc>(param, a, rank0, ranks, p0, count, 0, panel);
+      for_row_groups(count, [&](auto mr, int64_t m0) {
+        constexpr int MR = decltype(mr)::value;
+        Acc* to = left + m0 * (rb + h) + start * MR;
+        for (int m = 0; m < MR; m++) {
+          const int64_t p = m0 + m;
+          const Acc* column = from.data + p / kTile<Acc> * from.tile + p % kTile<Acc>;
+          for (int64_t c = 0; c < ranks; c++) to[c * MR + m] = scale * column[c * from.ld];
+        }
+      });
     };
-    gather(L, b * rb, rb, left);
-    if (h > 0) gather(Lg, 0, h, left + rb * MR);
+    read(L, b * rb, rb, 0);
+    if (h > 0) read(Lg, 0, h, rb);
   }
 
   template <int MR, class Y>
-  void merge_rows(int64_t a, int64_t b, int64_t p, Acc* left) const {
-    const int64_t V = columns / k, rb = r / k;
-    gather_left<MR>(a, b, p, left);
-    Y* to = static_cast<Y*>(W.data) + (a * (rows / k) + p) * W.row_stride + b * V * W.column_stride;
-    for_column_tiles<Acc>(round_up(V, kWidth<Acc>), [&](auto nv, int64_t c) {
+  void merge_rows(const Acc* left, const Panel<Acc>& right, const Panel<Acc>& general, int64_t width, Y* to) const {
+    const int64_t rb = r / k;
+    for_column_tiles<Acc>(round_up(width, kWidth<Acc>), [&](auto nv, int64_t c) {
       constexpr int NV = decltype(nv)::value;
       Vec<Acc> acc[MR][NV] = {};
-      multiply<Acc, MR, NV>(rb, left, 1, MR, R.at(b, a * rb, c), R.ld(), acc);
-      if (h > 0) multiply<Acc, MR, NV>(h, left + rb * MR, 1, MR, Rg.at(b, 0, c), Rg.ld(), acc);
-      if (W.column_stride == 1 && c + NV * kWidth<Acc> <= V) {
-        add_tile<MR, NV, Y>(acc, to + c);
+      multiply<Acc, 1, MR>(rb, left, right.at(0, c), right.ld, acc);
+      if (h > 0) multiply<Acc, 1, MR>(h, left + rb * MR, general.at(0, c), general.ld, acc);
+      if (W.column_stride == 1 && c + NV * kWidth<Acc> <= width) {
+        // All weights of the tile are loaded before one is stored: see Expand::store_tile.
+        if (accumulate)
+          for_accumulators<MR, NV>(
+              [&](int m, int v) { acc[m][v] += load<Acc>(to + m * W.row_stride + c + v * kWidth<Acc>); });
+        for_accumulators<MR, NV>(
+            [&](int m, int v) { store<Acc>(to + m * W.row_stride + c + v * kWidth<Acc>, acc[m][v]); });
         return;
       }
-      for (int m = 0; m < MR; m++)
-        for (int v = 0; v < NV; v++) add_elements<Y>(acc[m][v], to + m * W.row_stride, c + v * kWidth<Acc>, V);
+      for_accumulators<MR, NV>(
+          [&](int m, int v) { add_elements<Y>(acc[m][v], to + m * W.row_stride, c + v * kWidth<Acc>, width); });
     });
   }
 
-  // All weights of the tile are loaded before one is stored: see Expand::store_tile.
-  template <int MR, int NV, class Y>
-  void add_tile(Vec<Acc> (&delta)[MR][NV], Y* to) const {
-#pragma GCC unroll 16
-    for (int m = 0; m < MR; m++)
-#pragma GCC unroll 2
-      for (int v = 0; v < NV; v++) {
-        delta[m][v] *= scale;
-        if (accumulate) delta[m][v] += load<Acc>(to + m * W.row_stride + v * kWidth<Acc>);
-      }
-#pragma GCC unroll 16
-    for (int m = 0; m < MR; m++)
-#pragma GCC unroll 2
-      for (int v = 0; v < NV; v++) store<Acc>(to + m * W.row_stride + v * kWidth<Acc>, delta[m][v]);
-  }
-
   template <class Y>
-  void add_elements(Vec<Acc> delta, Y* row, int64_t c, int64_t V) const {
-    for (int64_t i = 0; i < smaller(kWidth<Acc>, V - c); i++) {
+  __attribute__((noinline)) void add_elements(Vec<Acc> delta, Y* row, int64_t c, int64_t width) const {
+    for (int64_t i = 0; i < smaller(kWidth<Acc>, width - c); i++) {
       Y& weight = row[(c + i) * W.column_stride];
-      const Acc add = scale * delta[i];
-      weight = from_acc<Y>(accumulate ? Acc(to_acc<Acc>(weight) + add) : add);
+      weight = from_acc<Y>(accumulate ? Acc(to_acc<Acc>(weight) + delta[i]) : delta[i]);
     }
   }
 };
@@ -96,22 +105,16 @@ struct Merge {
 template <class Acc>
 void run(const MergeParams& p) {
   const int64_t N = p.shape.N, M = p.shape.M, k = p.shape.k, r = p.shape.r, h = p.shape.h;
+  const Adapter& adapter = p.adapter;
+  const Param At = transposed(adapter.A), B = adapter.B;
+  const Param Ag = blocks_of_columns(adapter.A_general, N / k);
+  const Param Bgt = transposed(blocks_of_rows(adapter.B_general, M / k));
   const bool along_N = p.weight.column_stride != 1 && p.weight.row_stride == 1;
-  Panels<Acc> At, Ag, B, Bgt;
-  At.prepare(transposed(p.adapter.A), k, r, N / k, M, p.threads);
-  B.prepare(p.adapter.B, k, r, M / k, N, p.threads);
-  if (h > 0) {
-    Ag.prepare(blocks_of_columns(p.adapter.A_general, N / k), k, h, N / k, M, p.threads);
-    Bgt.prepare(transposed(blocks_of_rows(p.adapter.B_general, M / k)), k, h, M / k, N, p.threads);
-  }
-  const auto run_oriented = [&](const Merge<Acc>& merge) {
-    for_dtype<Acc>(p.weight.dtype,
-                   [&](auto* type) { merge.template run<std::remove_pointer_t<decltype(type)>>(p.threads); });
-  };
-  if (along_N)
-    run_oriented({N, M, k, r, h, transposed(p.weight), At, Ag, B, Bgt, Acc(p.scaling), p.accumulate});
-  else
-    run_oriented({M, N, k, r, h, p.weight, B, Bgt, At, Ag, Acc(p.scaling), p.accumulate});
+  const Merge<Acc> merge =
+      along_N ? Merge<Acc>{N, M, k, r, h, transposed(p.weight), At, Ag, B, Bgt, Acc(p.scaling), p.accumulate}
+              : Merge<Acc>{M, N, k, r, h, p.weight, B, Bgt, At, Ag, Acc(p.scaling), p.accumulate};
+  for_dtype<Acc>(p.weight.dtype,
+                 [&](auto* type) { merge.template run<std::remove_pointer_t<decltype(type)>>(p.threads); });
 }
 
 }  // namespace

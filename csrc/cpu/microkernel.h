@@ -1,8 +1,9 @@
 // The one register-blocked multiplication that every pass uses, and how loops are cut for it.
 //
-//   acc[m][v] += sum_p a[m*a_row + p*a_k] * b[p*ldb + v*W .. + W)      p = 0 .. K-1, in this order
+//   acc[m][v] += sum_p a[m*row + p*step] * b[p*ldb + v*W .. + W)      p = 0 .. K-1, in this order
 //
-// One scalar of `a` is broadcast against NV vectors of a row of `b`; MR x NV accumulators stay in registers. The order of
+// The strides of `a` are compile-time constants: twelve rows at a run-time stride would need more address registers than
+// there are. `each(p)` is called every kSteps steps, for what can go on beside the arithmetic. One scalar of `a` is broadcast against NV vectors of a row of `b`; MR x NV accumulators stay in registers. The order of
 // the sum does not depend on MR, so a row's result does not depend on how rows are grouped or on the number of threads.
 #pragma once
 
@@ -17,20 +18,42 @@ constexpr int64_t kTile = 2 * kWidth<Acc>;  // columns of a full register tile (
 constexpr int kMaxRows = kVectorRegisters == 32 ? 12 : 6;
 static_assert(kMaxRows * 2 + 3 <= kVectorRegisters);
 
-template <class Acc, int MR, int NV>
-inline __attribute__((always_inline)) void multiply(int64_t K, const Acc* a, int64_t a_row, int64_t a_k, const Acc* b,
-                                                    int64_t ldb, Vec<Acc> (&acc)[MR][NV]) {
-  for (int64_t p = 0; p < K; p++) {
-    Vec<Acc> row[NV];
+constexpr int64_t kSteps = 16;
+
+template <class Acc, int row, int step, int MR, int NV, class Each>
+inline __attribute__((always_inline)) void multiply(int64_t K, const Acc* a, const Acc* b, int64_t ldb,
+                                                    Vec<Acc> (&acc)[MR][NV], Each&& each) {
+  for (int64_t p0 = 0; p0 < K; p0 += kSteps) {
+    each(p0);
+    const int64_t end = p0 + kSteps < K ? p0 + kSteps : K;
+#pragma GCC unroll 1
+    for (int64_t p = p0; p < end; p++) {
+      Vec<Acc> b_row[NV];
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; v++) row[v] = load<Acc>(b + p * ldb + v * kWidth<Acc>);
+      for (int v = 0; v < NV; v++) b_row[v] = load<Acc>(b + p * ldb + v * kWidth<Acc>);
 #pragma GCC unroll 16
-    for (int m = 0; m < MR; m++) {
-      const Acc scalar = a[m * a_row + p * a_k];
+      for (int m = 0; m < MR; m++) {
+        const Acc scalar = a[m * row + p * step];
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; v++) acc[m][v] += scalar * row[v];
+        for (int v = 0; v < NV; v++) acc[m][v] += scalar * b_row[v];
+      }
     }
   }
+}
+
+template <class Acc, int row, int step, int MR, int NV>
+inline __attribute__((always_inline)) void multiply(int64_t K, const Acc* a, const Acc* b, int64_t ldb,
+                                                    Vec<Acc> (&acc)[MR][NV]) {
+  multiply<Acc, row, step>(K, a, b, ldb, acc, [](int64_t) {});
+}
+
+// Loops over the accumulators must be unrolled, or the compiler keeps them in memory.
+template <int MR, int NV, class F>
+inline __attribute__((always_inline)) void for_accumulators(F&& f) {
+#pragma GCC unroll 16
+  for (int m = 0; m < MR; m++)
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; v++) f(m, v);
 }
 
 template <int n>
@@ -40,7 +63,7 @@ struct Int {
 
 // Calls f(Int<MR>, first_row) so that [0, rows) is covered by groups of at most kMaxRows.
 template <class F>
-inline void for_row_groups(int64_t rows, F&& f) {
+inline __attribute__((always_inline)) void for_row_groups(int64_t rows, F&& f) {
   int64_t m = 0;
   for (; m + kMaxRows <= rows; m += kMaxRows) f(Int<kMaxRows>{}, m);
   if constexpr (kMaxRows > 8) {
@@ -53,7 +76,7 @@ inline void for_row_groups(int64_t rows, F&& f) {
 
 // Calls f(Int<NV>, first_column) over `columns`, which is padded to a multiple of the vector width.
 template <class Acc, class F>
-inline void for_column_tiles(int64_t columns, F&& f) {
+inline __attribute__((always_inline)) void for_column_tiles(int64_t columns, F&& f) {
   int64_t c = 0;
   for (; c + kTile<Acc> <= columns; c += kTile<Acc>) f(Int<2>{}, c);
   if (c < columns) f(Int<1>{}, c);

@@ -5,129 +5,140 @@
 //
 // x' is x after dropout. Forward: x, A, Ag^T give U. Backward: g, B^T, Bg give dH, since the exchange is its own inverse.
 //
-// x is read once and u written once. A group of up to kMaxRows tokens walks along a row in chunks of kChunk; a chunk of x
-// stays in L1 for all ranks, a chunk of P in L2 for all tokens of a tile. Each chunk is summed by itself, then chunks are
-// added in their order: the result depends neither on the tile nor on the thread, and long sums lose less.
+// Blocks are cut into chunks of at most kChunk columns. Each chunk is summed by itself, then chunks are added in their
+// order: the result depends neither on the segment nor on the thread, and long sums lose less. P is made ready in runs of
+// chunks, each once for a segment of tokens, and streams from L2; groups of kMaxRows tokens walk along x, which comes from
+// memory in long runs (short ones on many rows would miss the TLB), a chunk at a time in L1.
 #pragma once
 
 #include "panels.h"
 
 namespace gralora::cpu::GRALORA_ISA {
 
+constexpr int64_t kSegment = 512;  // tokens that share a chunk of a parameter
+
+// The chunks of a width in k blocks, of nearly equal size.
+struct Chunks {
+  int64_t block_width, per_block, columns;
+  Chunks(int64_t width, int64_t k, int64_t tile)
+      : block_width(width / k),
+        per_block(ceil_div(block_width, kChunk)),
+        columns(round_up(ceil_div(block_width, per_block), tile)) {
+    per_block = ceil_div(block_width, columns);
+  }
+  int64_t block(int64_t chunk) const { return chunk / per_block; }
+  int64_t first(int64_t chunk) const { return chunk % per_block * columns; }  // within the block
+  int64_t length(int64_t chunk) const { return smaller(columns, block_width - first(chunk)); }
+  int64_t column(int64_t chunk) const { return block(chunk) * block_width + first(chunk); }
+  bool ends_block(int64_t chunk) const { return chunk % per_block == per_block - 1; }
+};
+
 template <class Acc>
 struct Project {
-  static constexpr int64_t kChunk = 256;
-  static constexpr int64_t kTileRows = 4 * kMaxRows;
-
-  int64_t T, width, k, r, h;
+  int64_t width, k, r, h;
   Rows x;
   Mask mask;
-  const Panels<Acc>& P;
-  const Panels<Acc>& G;
+  Param P;  // [k, w, r]
+  Param G;  // [k, w, h]
   Acc scale;
-  Acc* u;
+  Chunks cut = Chunks(width, k, kTile<Acc>);
 
-  int64_t block_width() const { return width / k; }
-  int64_t chunks() const { return ceil_div(block_width(), kChunk); }
+  int64_t chunks() const { return k * cut.per_block; }
   int64_t general_start() const { return round_up(r, kWidth<Acc>); }
   int64_t sums() const { return general_start() + round_up(h, kWidth<Acc>); }  // per token: ranks of a block, then h
+  int64_t panels_size() const { return panel_size<Acc>(kChunk, r) + panel_size<Acc>(kChunk, h); }
 
-  void run(int threads) const {
-    const int64_t tiles = ceil_div(T, kTileRows);
-    if (tiles >= 2 * threads || threads == 1)
-      run_by_tokens(tiles, threads);
-    else
-      run_by_chunks(threads);
+  int64_t run_length() const {  // chunks whose part of P and G fits in L2
+    return larger(1, smaller(cut.per_block, kPanelElements / ((r + h) * cut.columns)));
+  }
+  int64_t panels_size(int64_t chunks) const {
+    return panel_size<Acc>(chunks * cut.columns, r) + panel_size<Acc>(chunks * cut.columns, h);
   }
 
- private:
-  // sum[m, ...] += one chunk of tokens t0 .. t0+MR
+  struct Panels {
+    Panel<Acc> P, G;
+  };
+  // `count` chunks of one block
+  Panels read_panels(int64_t chunk, int64_t count, int64_t uses, Acc* scratch) const {
+    const int64_t b = cut.block(chunk), first = cut.first(chunk);
+    const int64_t rows = smaller(count * cut.columns, cut.block_width - first);
+    Panels panels{read_panel<Acc>(P, b, first, rows, 0, r, uses, scratch), {}};
+    if (h > 0) panels.G = read_panel<Acc>(G, b, first, rows, 0, h, uses, scratch + panel_size<Acc>(rows, r));
+    return panels;
+  }
+
+  // sum[m] (+)= the part of MR tokens of a chunk that lies at `row` of the panels
   template <int MR>
-  void add_chunk(int64_t t0, int64_t n, int64_t chunk, Acc* sum, Acc* scratch) const {
-    const int64_t first = chunk * kChunk, length = smaller(kChunk, block_width() - first);
-    const Panel<Acc> xs =
-        read_rows<Acc>(x, t0, MR, n * block_width() + first, length, width, mask, scratch, scratch + kMaxRows * kChunk);
-    const auto add = [&](const Panels<Acc>& panels, int64_t columns, Acc* to) {
+  void add_rows(const Panels& panels, int64_t row, int64_t length, const Acc* a, bool accumulate, Acc* sum,
+                Ahead ahead) const {
+    const auto add = [&](const Panel<Acc>& panel, int64_t columns, bool more, Acc* to) {
       for_column_tiles<Acc>(round_up(columns, kWidth<Acc>), [&](auto nv, int64_t c) {
         constexpr int NV = decltype(nv)::value;
         Vec<Acc> acc[MR][NV] = {};
-        multiply<Acc, MR, NV>(length, xs.data, xs.ld, 1, panels.at(n, first, c), panels.ld(), acc);
-        for (int m = 0; m < MR; m++)
-          for (int v = 0; v < NV; v++) {
-            Acc* at = to + m * sums() + c + v * kWidth<Acc>;
-            store<Acc>(at, load<Acc>(at) + acc[m][v]);
-          }
+        multiply<Acc, kRow<Acc>, 1>(length, a, panel.at(row, c), panel.ld, acc, [&](int64_t p) { ahead.fetch<MR>(p); });
+        ahead = {};
+        for_accumulators<MR, NV>([&](int m, int v) {
+          Acc* at = to + m * sums() + c + v * kWidth<Acc>;
+          store<Acc>(at, more ? load<Acc>(at) + acc[m][v] : acc[m][v]);
+        });
       });
     };
-    add(P, r, sum);
-    if (h > 0) add(G, h, sum + general_start());
+    add(panels.P, r, accumulate, sum);
+    if (h > 0) add(panels.G, h, accumulate, sum + general_start());
   }
 
-  static void clear(Acc* from, int64_t count) {
-    for (int64_t i = 0; i < count; i++) from[i] = Acc(0);
+  // u [count, k*r + h] of the tokens t0 .. t0+count, by one thread
+  int64_t segment_scratch(int64_t count) const {
+    return panels_size(run_length()) + kMaxRows * (kRow<Acc> + kChunk) + count * sums();
   }
-
-  void store_block(int64_t t, int64_t n, const Acc* sum) const {
-    const int64_t rb = r / k;
-    Acc* row = u + t * (k * r + h) + n * rb;
-    for (int64_t j = 0; j < k; j++)
-      for (int64_t q = 0; q < rb; q++) row[j * r + q] = scale * sum[j * rb + q];
-  }
-
-  void store_general(int64_t t, const Acc* sum) const {
-    Acc* row = u + t * (k * r + h) + k * r;
-    for (int64_t c = 0; c < h; c++) row[c] = scale * sum[general_start() + c];
-  }
-
-  static constexpr int64_t scratch_size() { return kMaxRows * kChunk + kChunk; }
-
-  void run_by_tokens(int64_t tiles, int threads) const {
-    const ThreadBuffers<Acc> buffers(threads, kMaxRows * sums() + scratch_size());
-    parallel_items(tiles, threads, [&](int64_t tile, int thread) {
-      Acc* sum = buffers.of(thread);
-      Acc* scratch = sum + kMaxRows * sums();
-      const int64_t first = tile * kTileRows;
-      for_row_groups(smaller(kTileRows, T - first), [&](auto mr, int64_t m0) {
-        constexpr int MR = decltype(mr)::value;
-        const int64_t t0 = first + m0;
-        clear(sum, MR * sums());
-        for (int64_t n = 0; n < k; n++) {
-          for (int m = 0; m < MR; m++) clear(sum + m * sums(), general_start());
-          for (int64_t chunk = 0; chunk < chunks(); chunk++) add_chunk<MR>(t0, n, chunk, sum, scratch);
-          for (int m = 0; m < MR; m++) store_block(t0 + m, n, sum + m * sums());
-        }
-        for (int m = 0; m < MR; m++) store_general(t0 + m, sum + m * sums());
-      });
-    });
-  }
-
-  // Few tokens: each chunk of each row is an item of its own; the same sums are then added in the same order.
-  void run_by_chunks(int threads) const {
-    const int64_t segments = k * chunks(), tiles = ceil_div(T, kMaxRows);
-    Buffer<Acc> partial(segments * T * sums());
-    const ThreadBuffers<Acc> buffers(threads, larger(scratch_size(), sums()));
-    parallel_items(segments * tiles, threads, [&](int64_t item, int thread) {
-      const int64_t segment = item / tiles, first = item % tiles * kMaxRows;
-      for_row_groups(smaller(kMaxRows, T - first), [&](auto mr, int64_t m0) {
-        constexpr int MR = decltype(mr)::value;
-        Acc* sum = partial.get() + (segment * T + first + m0) * sums();
-        clear(sum, MR * sums());
-        add_chunk<MR>(first + m0, segment / chunks(), segment % chunks(), sum, buffers.of(thread));
-      });
-    });
-    parallel_items(T, threads, [&](int64_t t, int thread) {
-      Acc* sum = buffers.of(thread);
-      clear(sum, sums());
-      for (int64_t n = 0; n < k; n++) {
-        clear(sum, general_start());
-        for (int64_t chunk = 0; chunk < chunks(); chunk++) {
-          const Acc* from = partial.get() + ((n * chunks() + chunk) * T + t) * sums();
-          for (int64_t c = 0; c < sums(); c++) sum[c] += from[c];
-        }
-        store_block(t, n, sum);
+  void run_segment(int64_t t0, int64_t count, Acc* u, Acc* scratch) const {
+    Acc* rows = scratch + panels_size(run_length());
+    uint16_t* draws = reinterpret_cast<uint16_t*>(rows + kMaxRows * kRow<Acc>);
+    Acc* sum = rows + kMaxRows * (kRow<Acc> + kChunk);
+    for (int64_t i = 0; i < count * sums(); i++) sum[i] = Acc(0);
+    for (int64_t block = 0; block < k; block++) {
+      for (int64_t done = 0; done < cut.per_block; done += run_length()) {
+        const int64_t begin = block * cut.per_block + done, chunks = smaller(run_length(), cut.per_block - done);
+        const Panels panels = read_panels(begin, chunks, count, scratch);
+        for_row_groups(count, [&](auto mr, int64_t m) {
+          constexpr int MR = decltype(mr)::value;
+          for (int64_t i = 0; i < chunks; i++) {
+            const int64_t length = cut.length(begin + i), column = cut.column(begin + i);
+            read_block<Acc>(x, t0 + m, MR, column, length, width, mask, rows, draws);
+            const Ahead ahead = i + 1 < chunks   ? Ahead::of(x, t0 + m, column + length)
+                                : m + MR < count ? Ahead::of(x, t0 + m + MR, cut.column(begin))
+                                                 : Ahead{};
+            add_rows<MR>(panels, i * cut.columns, length, rows, true, sum + m * sums(), ahead);
+          }
+        });
       }
-      store_general(t, sum);
-    });
+      for (int64_t m = 0; m < count; m++) store_block(block, sum + m * sums(), u + m * (k * r + h));
+    }
+    for (int64_t m = 0; m < count; m++) store_general(sum + m * sums(), u + m * (k * r + h));
+  }
+
+  // The same where chunks were summed into partial [chunks][tokens][sums()] by several threads, for token m.
+  void reduce(const Acc* partial, int64_t tokens, int64_t m, Acc* sum, Acc* u) const {
+    for (int64_t c = 0; c < sums(); c++) sum[c] = Acc(0);
+    for (int64_t chunk = 0; chunk < chunks(); chunk++) {
+      const Acc* from = partial + (chunk * tokens + m) * sums();
+      for (int64_t c = 0; c < sums(); c++) sum[c] += from[c];
+      if (cut.ends_block(chunk)) store_block(cut.block(chunk), sum, u);
+    }
+    store_general(sum, u);
+  }
+
+ private:
+  // One row of u; the sums of the block are cleared for the next one.
+  void store_block(int64_t n, Acc* sum, Acc* u) const {
+    const int64_t rb = r / k;
+    for (int64_t j = 0; j < k; j++)
+      for (int64_t q = 0; q < rb; q++) u[j * r + n * rb + q] = scale * sum[j * rb + q];
+    for (int64_t c = 0; c < r; c++) sum[c] = Acc(0);
+  }
+
+  void store_general(const Acc* sum, Acc* u) const {
+    for (int64_t c = 0; c < h; c++) u[k * r + c] = scale * sum[general_start() + c];
   }
 };
 

@@ -1,5 +1,4 @@
-// Reading activations and parameters into the accumulation type: in place where the memory already has it, else converted
-// panel by panel into scratch that stays in L1/L2.
+// Reading activations into the accumulation type, in blocks that stay in L1 or L2.
 #pragma once
 
 #include <type_traits>
@@ -50,61 +49,64 @@ inline void convert_row(const T* from, int64_t stride, int64_t count, Acc* to) {
   for (; i < count; i++) to[i] = to_acc<Acc>(from[i * stride]);
 }
 
-template <class Acc>
-inline void drop_row(Acc* row, const Acc* factor, int64_t count) {
-  int64_t i = 0;
-  for (; i + kWidth<Acc> <= count; i += kWidth<Acc>)
-    store<Acc>(row + i, drop<Acc>(load<Acc>(row + i), load<Acc>(factor + i)));
-  for (; i < count; i++) row[i] = drop<Acc>(row[i], factor[i]);
-}
+// The elements that a pass will read next, fetched a line at a time while arithmetic goes on.
+struct Ahead {
+  const char* data = reinterpret_cast<const char*>(this);  // nothing to fetch: an address that is there costs least
+  int64_t row = 0, size = 0;                               // bytes to the next row, bytes of an element
 
-template <class Acc>
-struct Panel {
-  const Acc* data;
-  int64_t ld;
+  // x from row t and column i on; t < 0: nothing
+  static Ahead of(const Rows& x, int64_t t, int64_t i) {
+    if (t < 0 || x.data == nullptr || x.column_stride != 1 || x.leading_dims > 1) return {};
+    const int64_t size = x.dtype == DType::f32 ? 4 : x.dtype == DType::f64 ? 8 : 2;
+    const int64_t row = x.leading_dims == 1 ? x.strides[0] * size : 0;
+    Ahead ahead;
+    ahead.data = static_cast<const char*>(x.data) + t * row + i * size, ahead.row = row, ahead.size = size;
+    return ahead;
+  }
+
+  // Columns [column, column + kSteps) of MR rows
+  template <int MR>
+  void fetch(int64_t column) const {
+    const char* at = data + column * size;
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; m++) __builtin_prefetch(at + m * row, 0, 2);
+  }
+
+  // `columns` from `column` on, of kSteps rows from `first` on
+  template <int columns>
+  void fetch_rows(int64_t first, int64_t column) const {
+    const char* at = data + first * row + column * size;
+    for (int m = 0; m < kSteps; m++)
+      for (int64_t byte = 0; byte < columns * size; byte += 64) __builtin_prefetch(at + m * row + byte, 0, 2);
+  }
 };
 
-// x[t0 .. t0+count, i0 .. i0+width) with dropout applied, `scratch` of count * width elements, `factor` of width.
-// `logical_width` is the width of the whole row of x, which numbers the elements for the mask. Rows that lie a multiple of
-// kConflict bytes apart are copied too: they would share the same few sets of L1.
+constexpr int64_t kChunk = 256;  // columns of an activation that are worked on together, at most
+// From a row of a block to the next. Not a power of two: rows would share the same few sets of L1, as those of x often do.
 template <class Acc>
-Panel<Acc> read_rows(const Rows& x, int64_t t0, int64_t count, int64_t i0, int64_t width, int64_t logical_width,
-                     const Mask& mask, Acc* scratch, Acc* factor) {
-  constexpr int64_t kConflict = 1024;
-  if (x.dtype == DTypeOf<Acc>::value && x.column_stride == 1 && x.leading_dims <= 1 && !mask.on) {
-    const int64_t ld = x.leading_dims == 1 ? x.strides[0] : 0;
-    if (count == 1 || ld * int64_t(sizeof(Acc)) % kConflict != 0)
-      return {static_cast<const Acc*>(x.data) + t0 * ld + i0, ld};
-  }
+constexpr int kRow = int(kChunk) + kWidth<Acc>;
+
+// x[t0 .. t0+count, i0 .. i0+width), with dropout, as a block: rows of kRow, padded with zeros to a multiple of kTile. The
+// copy costs a few per cent of the arithmetic. `logical_width` is the width of a whole row of x, which numbers its
+// elements for the mask; the draws of row m are left at draws + m*kChunk.
+template <class Acc>
+void read_block(const Rows& x, int64_t t0, int64_t count, int64_t i0, int64_t width, int64_t logical_width,
+                const Mask& mask, Acc* to, uint16_t* draws) {
+  constexpr int64_t W = kWidth<Acc>;
   for_dtype<Acc>(x.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     for (int64_t m = 0; m < count; m++) {
-      const T* row = static_cast<const T*>(x.data) + row_offset(x, t0 + m) + i0 * x.column_stride;
-      convert_row<Acc>(row, x.column_stride, width, scratch + m * width);
-      if (!mask.on) continue;
-      mask.factors(uint64_t((t0 + m) * logical_width + i0), width, factor);
-      drop_row(scratch + m * width, factor, width);
-    }
-  });
-  return {scratch, width};
-}
-
-// The same, cut into tiles: to[(i / kTile) * count * kTile + t * kTile + i % kTile], padded with zeros.
-template <class Acc>
-void read_tiles(const Rows& x, int64_t t0, int64_t count, int64_t i0, int64_t width, int64_t logical_width,
-                const Mask& mask, Acc* to, Acc* factor) {
-  for_dtype<Acc>(x.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    for (int64_t t = 0; t < count; t++) {
-      const T* row = static_cast<const T*>(x.data) + row_offset(x, t0 + t) + i0 * x.column_stride;
-      if (mask.on) mask.factors(uint64_t((t0 + t) * logical_width + i0), width, factor);
-      for (int64_t c = 0; c < width; c += kTile<Acc>) {
-        const int64_t columns = smaller(kTile<Acc>, width - c);
-        Acc* tile = to + c * count + t * kTile<Acc>;
-        convert_row<Acc>(row + c * x.column_stride, x.column_stride, columns, tile);
-        if (mask.on) drop_row(tile, factor + c, columns);
-        for (int64_t i = columns; i < kTile<Acc>; i++) tile[i] = Acc(0);
+      const T* from = static_cast<const T*>(x.data) + row_offset(x, t0 + m) + i0 * x.column_stride;
+      Acc* row = to + m * kRow<Acc>;
+      convert_row<Acc>(from, x.column_stride, width, row);
+      if (mask.on) {
+        uint16_t* drawn = draws + m * kChunk;
+        mask.draw(uint64_t((t0 + m) * logical_width + i0), width, drawn);
+        int64_t i = 0;
+        for (; i + W <= width; i += W) store<Acc>(row + i, mask.drop(load<Acc>(row + i), drawn + i));
+        for (; i < width; i++) row[i] = mask.drop(row[i], drawn[i]);
       }
+      for (int64_t i = width; i % kTile<Acc> != 0; i++) row[i] = Acc(0);
     }
   });
 }

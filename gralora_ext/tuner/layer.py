@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from peft.tuners.gralora.layer import Linear
 from peft.tuners.tuners_utils import check_adapters_to_merge
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from .. import ops
 
@@ -40,15 +41,18 @@ class GraloraLinear(Linear):
         refuse_adapter_names(adapter_names)
         if self.disable_adapters and self.merged:
             self.unmerge()
-        result = self.base_layer(x, *args, **kwargs)
+        base_layer = self.base_layer
+        result = base_layer(x, *args, **kwargs)
         if not self.disable_adapters and not self.merged:
+            op = ops.gralora_ if _is_ours_to_change(base_layer, x, result) else ops.gralora
             for name in self.active_adapters:
                 if name in self.gralora_A:
-                    self._check_device("the input", x, name)
+                    if self.gralora_A[name].device != x.device:
+                        self._check_device("the input", x, name)
                     dropout = self.gralora_dropout[name]
                     p = getattr(dropout, "p", 0.0)  # an adapter without dropout has an nn.Identity here
-                    result = ops.gralora(x, result, **self._operands(name), dropout_p=p, training=dropout.training)
-        return result.to(x.dtype)
+                    result = op(x, result, **self._operands(name), dropout_p=p, training=dropout.training)
+        return result if result.dtype == x.dtype else result.to(x.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Adds the adapters' weights to the base weight in place, one after the other.
@@ -123,6 +127,22 @@ class GraloraLinear(Linear):
                 f"{name} is on {tensor.device}, but adapter {adapter!r} is on {device}: move the model to one device, "
                 "or load the weights of what is on meta"
             )
+
+
+def _is_ours_to_change(base_layer: nn.Module, x: Tensor, result: Tensor) -> bool:
+    """Whether the adapter may be added in place, as PEFT's layer does it: to the output of a linear layer in eager mode.
+
+    A forward hook may have kept that output; torch.compile, functorch and tensor subclasses take the functional op.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and isinstance(base_layer, nn.Linear | Conv1D)
+        and type(result) is Tensor
+        and type(x) is Tensor
+        and result.data_ptr() != x.data_ptr()
+        and not base_layer._forward_hooks
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
 
 
 def refuse_adapter_names(adapter_names: list[str] | None) -> None:

@@ -1,0 +1,96 @@
+"""``gralora_``: the same bits as ``gralora``, in base's memory, with torch's usual protection of what autograd has saved."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import LAYOUTS, NAMES, Case, same_bits, value_and_gradients
+from torch import Tensor
+
+from gralora_ext import ops
+
+CASE = Case(leading=(3, 17), k=2, n=40, m=37, rb=3, h=2)
+
+
+def into_a_copy(x: Tensor, base: Tensor, *args: Tensor, **others: Tensor | float) -> Tensor:
+    base = base.clone(memory_format=torch.preserve_format)
+    y = ops.gralora_(x, base, *args, **others)
+    assert y.data_ptr() == base.data_ptr() and y.shape == base.shape and y.stride() == base.stride()
+    return y
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=NAMES.get)
+def test_values_and_gradients_are_those_of_the_functional_op(
+    dtype: torch.dtype, dropout_p: float, device: torch.device
+) -> None:
+    inputs = CASE.uniform(dtype).inputs(device)
+    torch.manual_seed(3)
+    expected = value_and_gradients(ops.gralora, inputs, dropout_p=dropout_p)
+    torch.manual_seed(3)
+    results = value_and_gradients(into_a_copy, inputs, dropout_p=dropout_p)
+    assert all(same_bits(results[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if not name.startswith("expanded")])
+def test_base_may_have_any_strides(layout: str, device: torch.device) -> None:
+    inputs = Case(leading=(3, 17), k=2, n=40, m=36, rb=3, base_layout=layout).inputs(device)
+    base = inputs.tensors["base"]
+    expected = ops.gralora(**inputs.tensors, scaling=0.5)
+    y = ops.gralora_(**inputs.tensors, scaling=0.5)
+    assert y.data_ptr() == base.data_ptr() and same_bits(y, expected) and same_bits(base, expected)
+
+
+def test_the_graph_goes_through_base_even_where_base_is_a_view(device: torch.device) -> None:
+    inputs = CASE.inputs(device)
+    wide = torch.randn(3, 17, 80, device=device, requires_grad=True)
+    inputs.tensors["base"] = (wide * 2)[..., 3:77]
+    y = ops.gralora_(**inputs.tensors, scaling=0.5)
+    (grad,) = torch.autograd.grad(y, wide, inputs.grad)
+    assert same_bits(grad[..., 3:77], 2 * inputs.grad)
+    assert not grad[..., :3].any() and not grad[..., 77:].any()
+
+
+def test_backward_of_what_has_saved_base_raises(device: torch.device) -> None:
+    inputs = CASE.inputs(device)
+    leaf = inputs.tensors["base"].requires_grad_()
+    inputs.tensors["base"] = leaf.exp()  # saves its result
+    y = ops.gralora_(**inputs.tensors, scaling=0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: {"base": t["base"].requires_grad_()}, "base is a leaf that requires grad"),
+        (lambda t: {"base": t["base"][:1].expand(t["base"].shape)}, "base must not overlap itself"),
+        (lambda t: {"base": t["x"][..., : t["base"].shape[-1]]}, "base must not share x's memory"),
+    ],
+    ids=["leaf", "overlap", "alias"],
+)
+def test_refuses_what_it_cannot_write_into(change, message: str, device: torch.device) -> None:
+    inputs = CASE.inputs(device)
+    inputs.tensors.update(change(inputs.tensors))
+    before = inputs.tensors["base"].detach().clone()
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        ops.gralora_(**inputs.tensors, scaling=0.5)
+    assert same_bits(inputs.tensors["base"].detach(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=NAMES.get)
+@pytest.mark.parametrize("rb", [1, 20])
+def test_what_is_kept_for_backward(rb: int, dtype: torch.dtype, device: torch.device) -> None:
+    """x itself, the parameters and U; beside a 16-bit x, where U would be more than a sixteenth of a float x, not even that."""
+    inputs = Case(leading=(50,), k=2, n=80, m=60, rb=rb, x_dtype=dtype, base_dtype=dtype).inputs(device)
+    tensors = {name: t.requires_grad_(name in ("A", "B")) for name, t in inputs.tensors.items()}
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        ops.gralora(**tensors, scaling=0.5)
+    pointers = {t.data_ptr() for t in tensors.values()}
+    beside = sum(t.nbytes for t in saved if t.data_ptr() not in pointers)
+    ranks = 2 * 2 * rb
+    kept = dtype == torch.float32 or 16 * ranks <= 160 + ranks
+    assert beside == (4 * 50 * ranks if kept else 0)
+    if dtype == torch.bfloat16:
+        assert 16 * beside <= 4 * 50 * (160 + ranks)
