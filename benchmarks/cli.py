@@ -1,0 +1,102 @@
+"""The command line of the suite. Arguments are checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from gralora_ext.cli.errors import JobError
+
+BENCHES = ("forward", "training", "merge", "memory", "step", "inference", "threads", "growth")
+NEEDED = ("torch", "peft", "transformers", "matplotlib", "tqdm")
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        raise JobError(message)
+
+
+def main(argv: list[str]) -> int:
+    """Runs ``argv`` and returns the exit code.
+
+    0; 1 where a case failed or (if asked) regressed; 2 for what the user can mend; 130 where the run was stopped.
+    """
+    try:
+        return _compare(argv[1:]) if argv[:1] == ["compare"] else _run(argv)
+    except JobError as error:
+        print(f"benchmarks: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(argv: list[str]) -> int:
+    options = parse(argv)
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise JobError(f"the benchmarks need {', '.join(missing)}: `pip install {' '.join(missing)}`")
+    # As in `gralora-ext finetune`: threads that spin while they wait starve each other where cores are shared.
+    # The OpenMP runtime reads this when torch loads it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars; the run's own is lines then
+    from .run import run
+
+    return run(options)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The options of a run."""
+    parser = Parser(
+        "python -m benchmarks",
+        description="Measures gralora_ext beside its peers; `python -m benchmarks compare A B` compares two runs.",
+        allow_abbrev=False,
+    )
+    level = parser.add_mutually_exclusive_group()
+    for name, text in (("quick", "less than 3 minutes on two cores"), ("full", "up to an hour")):
+        level.add_argument(f"--{name}", dest="level", action="store_const", const=name, help=text)
+    level.add_argument("--tiny", dest="level", action="store_const", const="tiny", help=argparse.SUPPRESS)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's)")
+    parser.add_argument(
+        "--only", nargs="+", choices=BENCHES, default=BENCHES, metavar="NAME", help=f"some of {', '.join(BENCHES)}"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="where to write (default: a new folder in runs/benchmarks)"
+    )
+    parser.set_defaults(level="default")
+    options = parser.parse_args(argv)
+    options.only = [name for name in BENCHES if name in options.only]
+    return options
+
+
+def _compare(argv: list[str]) -> int:
+    parser = Parser(
+        "python -m benchmarks compare",
+        description="Prints which medians of run A changed in run B by more than the spread of both and 5 %.",
+        allow_abbrev=False,
+    )
+    for name in "AB":
+        parser.add_argument(name, type=Path, help="results.json of a run, or its folder")
+    parser.add_argument(
+        "--fail-on-regression", action="store_true", help="exit code 1 where a kernel of ours regressed"
+    )
+    options = parser.parse_args(argv)
+    from .compare import compare, report
+    from .results import load
+
+    comparison = compare(load(options.A), load(options.B))
+    print(report(comparison))
+    return 1 if options.fail_on_regression and comparison.we_regressed else 0
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, but it is {value}")
+    return value

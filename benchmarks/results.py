@@ -1,0 +1,88 @@
+"""What is kept of a measurement, and the JSON file that holds a run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gralora_ext.cli.errors import JobError
+from gralora_ext.cli.files import staged, write_json
+
+from .shapes import Work
+from .timing import Samples, quartiles, ratio
+
+FILE = "results.json"
+FORMAT = 1
+OURS = "ours"
+UNITS = ("s", "bytes")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One case of a bench: ``samples`` of each contender in ``unit`` ("s" or "bytes"), smaller is better.
+
+    ``errors``: the relative error of each contender against float64, where there is one. ``work`` is the least work of
+    the case and ``least`` its least seconds on this machine; divided by the median that is the share of the roofline.
+    """
+
+    bench: str
+    key: str
+    unit: str
+    samples: Samples
+    case: dict[str, Any] = field(default_factory=dict)
+    errors: dict[str, float | None] = field(default_factory=dict)
+    work: Work | None = None
+    least: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The record as it stands in the JSON file: quartiles for samples, and ours/peer for every peer."""
+        return {
+            "bench": self.bench,
+            "key": self.key,
+            "unit": self.unit,
+            "case": self.case,
+            "work": asdict(self.work) if self.work else None,
+            "least_seconds": self.least,
+            "contenders": {name: self._contender(name, values) for name, values in self.samples.items()},
+            "ratios": {
+                name: ratio(self.samples[OURS], values)
+                for name, values in self.samples.items()
+                if name != OURS and OURS in self.samples
+            },
+        }
+
+    def _contender(self, name: str, values: list[float]) -> dict[str, Any]:
+        q1, median, q3 = quartiles(values)
+        return {
+            "median": median,
+            "q1": q1,
+            "q3": q3,
+            "rounds": len(values),
+            "error": self.errors.get(name),
+            "roofline": self.least / median if self.least and median > 0 else None,
+        }
+
+
+def save(content: dict[str, Any], folder: Path) -> Path:
+    """Writes the run into ``folder``: beside, flushed to disk, then renamed, so that there is never half a file."""
+    with staged(folder) as stage:
+        write_json(stage / FILE, content)
+    return folder / FILE
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A run that :func:`save` wrote; ``path`` is the file or its folder.
+
+    Raises:
+        JobError: there is no such file, or it is not of this suite.
+    """
+    file = path / FILE if path.is_dir() else path
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise JobError(f"{file} cannot be read as results: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise JobError(f"{file} is not a results file of this suite (format {FORMAT})")
+    return content
