@@ -3,14 +3,10 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 #include "checks.h"
 #include "gralora.h"
+#include "result_memory.h"
 
 namespace gralora {
 namespace {
@@ -101,18 +97,6 @@ bool keeps_u(const at::Tensor& x, const Shape& s) {
   return x.element_size() > 2 || kShare * ranks <= s.N + ranks;
 }
 
-// A large result's memory is new each time, and a page fault per 4 KiB costs more than the kernel: ask for larger pages,
-// as NumPy does. Returns the tensor.
-at::Tensor advise_huge_pages(at::Tensor tensor) {
-#ifdef __linux__
-  constexpr uintptr_t kHugePage = 1 << 21;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr()), end = begin + tensor.nbytes();
-  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
-  if (tensor.nbytes() >= 4 * kHugePage) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
-#endif
-  return tensor;
-}
-
 // Writes y, which may be base, and returns u.
 at::Tensor run_forward(const Shape& shape, const at::Tensor& x, const at::Tensor& base, const at::Tensor& y,
                        const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,
@@ -156,7 +140,7 @@ std::tuple<at::Tensor, at::Tensor> forward_cpu(const at::Tensor& x, const at::Te
                                                const OptionalTensor& B_general, const OptionalTensor& seed,
                                                double scaling, double dropout_p) {
   const Shape shape = check_forward(x, base, A, B, A_general, B_general, seed, scaling, dropout_p);
-  const at::Tensor y = advise_huge_pages(at::empty_like(base));
+  const at::Tensor y = empty_result_like(base);
   return {y, run_forward(shape, x, base, y, A, B, A_general, B_general, seed, scaling, dropout_p)};
 }
 
@@ -176,9 +160,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_
   const Shape shape = check_backward(grad, x, u, A, B, A_general, B_general, seed, scaling, dropout_p);
   const at::Tensor grad_rows = as_rows(grad), x_rows = as_rows(x);
   const auto gradient = [](bool wanted, const at::Tensor& of) {
-    return wanted ? at::empty_like(of) : at::empty({0}, of.options());
+    return wanted ? empty_result_like(of) : at::empty({0}, of.options());
   };
-  const at::Tensor dx = advise_huge_pages(gradient(needs[0], x)), dx_rows = as_rows(dx);
+  const at::Tensor dx = gradient(needs[0], x), dx_rows = as_rows(dx);
   const at::Tensor dA = gradient(needs[1], A), dB = gradient(needs[2], B);
   const at::Tensor dA_general = gradient(needs[3] && A_general.has_value(), A_general.value_or(A));
   const at::Tensor dB_general = gradient(needs[4] && B_general.has_value(), B_general.value_or(B));

@@ -26,6 +26,7 @@ INCLUDE_DIR = "csrc"
 COMMON_SOURCES = [
     "csrc/registration.cpp",
     "csrc/ops.cpp",
+    "csrc/result_memory.cpp",
     "csrc/autograd.cpp",
     "csrc/bindings.cpp",
     "csrc/cpu/capability.cpp",

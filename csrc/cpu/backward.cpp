@@ -13,7 +13,8 @@
 namespace gralora::cpu::GRALORA_ISA {
 namespace {
 
-// The sums of a weight gradient and its general part, chunk by chunk: a total, and a slot for each further segment of a wave.
+// The sums of a weight gradient and its general part, chunk by chunk: a total, and a slot for each further segment of a
+// wave. Where there is one segment only, a chunk's sums are written out at once and need no place here.
 template <class Acc>
 struct Totals {
   const Chunks& cut;
@@ -33,18 +34,20 @@ struct Totals {
   }
   // Adds a wave's segments to the total in their order; after the last wave writes the gradients.
   void finish(bool first, bool last, int64_t segments, int64_t chunk) const {
-    const int64_t b = cut.block(chunk), i = cut.first(chunk), columns = cut.length(chunk);
     Acc* to = total(chunk);
     for (int64_t s = first ? 1 : 0; s < segments; s++) {
       const Acc* from = slot(first, s, chunk);
       for (int64_t c = 0; c < r + h; c++)
-        for (int64_t o = 0; o < columns; o++) to[c * kChunk + o] += from[c * kChunk + o];
+        for (int64_t o = 0; o < cut.length(chunk); o++) to[c * kChunk + o] += from[c * kChunk + o];
     }
     if (first && segments == 0)  // no tokens
       for (int64_t o = 0; o < (r + h) * kChunk; o++) to[o] = Acc(0);
-    if (!last) return;
-    if (block.data != nullptr) WeightGradient<Acc>::write(block, b, i, r, columns, scale, to);
-    if (general.data != nullptr) WeightGradient<Acc>::write(general, b, i, h, columns, scale, to + r * kChunk);
+    if (last) write(chunk, to);
+  }
+  void write(int64_t chunk, const Acc* from) const {
+    const int64_t b = cut.block(chunk), i = cut.first(chunk), columns = cut.length(chunk);
+    if (block.data != nullptr) WeightGradient<Acc>::write(block, b, i, r, columns, scale, from);
+    if (general.data != nullptr) WeightGradient<Acc>::write(general, b, i, h, columns, scale, from + r * kChunk);
   }
 };
 
@@ -83,8 +86,10 @@ struct Backward {
   const bool want_x = p.grad_x.data != nullptr, want_H = want_x || dA.wanted();
   const bool remake_U = dB.wanted() && p.u == nullptr;
 
+  static constexpr int64_t kSplit = 192;  // from this many tokens on there are two segments at least
+
   // Segments depend on T alone. A wave of them gives every thread one, or a share of the chunks.
-  const int64_t segments = ceil_div(s.T, kSegment);
+  const int64_t segments = s.T < kSplit ? ceil_div(s.T, kSegment) : round_up(ceil_div(s.T, kSegment), 2);
   const int64_t segment_tokens = segments == 0 ? 0 : round_up(ceil_div(s.T, segments), kMaxRows);
   const int64_t wave = segments >= p.threads
                            ? int64_t(p.threads)
@@ -93,9 +98,10 @@ struct Backward {
   const int64_t panels_size = larger(to_x.panels_size(kChunk), larger(from_g.panels_size(1), from_x.panels_size(1)));
   const int64_t block_size =
       smaller(kTokens, s.T) * larger(kRow<Acc>, ranks) + kWidth<Acc>;  // of x or g, then ranks for dx
-  const PerThread<Acc> buffers{scratch, p.threads,
-                               larger(from_g.sums(), panels_size + ranks * segment_tokens + kWidth<Acc> + block_size +
-                                                         smaller(kTokens, s.T) * kChunk)};
+  const PerThread<Acc> buffers{
+      scratch, p.threads,
+      larger(from_g.sums(), panels_size + ranks * segment_tokens + kWidth<Acc> + block_size +
+                                smaller(kTokens, s.T) * kChunk + (segments == 1 ? ranks * kChunk : 0))};
   Acc* partial = scratch.take<Acc>(larger(want_H ? from_g.chunks() : 0, remake_U ? from_x.chunks() : 0) * wave_tokens *
                                    from_g.sums());
   Acc* dH = scratch.take<Acc>(want_H ? wave_tokens * row : 0);
@@ -103,7 +109,7 @@ struct Backward {
 
   // One thread's scratch
   struct Buffers {
-    Acc *panels, *ranks, *block;
+    Acc *panels, *ranks, *block, *sums;
     uint16_t* draws;
   };
   Buffers of(int thread) const {
@@ -111,13 +117,13 @@ struct Backward {
     b.panels = buffers.of(thread);
     b.ranks = b.panels + panels_size;
     b.block = b.ranks + round_up(ranks * segment_tokens, kWidth<Acc>);
+    b.sums = b.block + block_size + smaller(kTokens, s.T) * kChunk;
     b.draws = reinterpret_cast<uint16_t*>(b.block + block_size);
     return b;
   }
 
   void run() {
-    dB.reserve(scratch, segments > 1 ? wave : 0);
-    dA.reserve(scratch, segments > 1 ? wave : 0);
+    if (segments != 1) dB.reserve(scratch, wave), dA.reserve(scratch, wave);
     int64_t first = 0;
     do {  // once also where there are no tokens: the gradients are zeros then
       const int64_t count = smaller(wave, segments - first);
@@ -125,7 +131,7 @@ struct Backward {
         run_by_tokens(first, count);
       else
         run_by_columns(first, count);
-      finish(dB, first, count), finish(dA, first, count);
+      if (segments != 1) finish(dB, first, count), finish(dA, first, count);
       first += wave;
     } while (first < segments);
   }
@@ -200,15 +206,15 @@ struct Backward {
     const Acc* u = remake_U ? remade + g.row * row : static_cast<const Acc*>(p.u) + g.t0 * row;
     if (want_H) panels = from_g.read_panels(chunk, 1, g.tokens, b.panels);
     if (dB.wanted()) gradient.read_ranks(u, from_g.cut.block(chunk), g.tokens, b.ranks);
+    Acc* sums = segments == 1 ? b.sums : dB.slot(g.first, g.index, chunk);
     for_blocks(g, [&](int64_t m, int64_t tokens) {
       if (want_H)
         project_block(from_g, panels, chunk, g, m, tokens, b);
       else
         read(from_g, chunk, g.t0 + m, tokens, b);
-      if (dB.wanted())
-        gradient.add(b.ranks, g.tokens, m, tokens, b.block, from_g.cut.length(chunk), m > 0,
-                     dB.slot(g.first, g.index, chunk), {});
+      if (dB.wanted()) gradient.add(b.ranks, g.tokens, m, tokens, b.block, from_g.cut.length(chunk), m > 0, sums, {});
     });
+    if (dB.wanted() && segments == 1) dB.write(chunk, sums);
   }
 
   void pass_x(const Segment& g, int64_t chunk, Buffers b) const {
@@ -217,13 +223,15 @@ struct Backward {
     typename Expand<Acc>::Panels panels;
     if (want_x) panels = to_x.read_panels(block, column, columns, g.tokens, b.panels);
     if (dA.wanted()) gradient.read_ranks(h, block, g.tokens, b.ranks);
+    Acc* sums = segments == 1 ? b.sums : dA.slot(g.first, g.index, chunk);
     for_blocks(g, [&](int64_t m, int64_t tokens) {
       if (dA.wanted() || mask.on) read(from_x, chunk, g.t0 + m, tokens, b);
       if (dA.wanted())
-        gradient.add(b.ranks, g.tokens, m, tokens, b.block, columns, m > 0, dA.slot(g.first, g.index, chunk),
+        gradient.add(b.ranks, g.tokens, m, tokens, b.block, columns, m > 0, sums,
                      next_block(from_x, chunk, g, m, tokens));
       if (want_x) expand_block(panels, block, column, columns, g.t0 + m, h + m * row, tokens, b);
     });
+    if (dA.wanted() && segments == 1) dA.write(chunk, sums);
   }
 
   template <class F>

@@ -85,7 +85,7 @@ struct Expand {
       if (mask.on) sum[m][v] = mask.drop(sum[m][v], draws + m * kChunk + c + v * kWidth<Acc>);
       if (base.data != nullptr) sum[m][v] += load<Acc>(from[m] + c + v * kWidth<Acc>);
     });
-    for_accumulators<MR, NV>([&](int m, int v) { store<Acc>(to[m] + c + v * kWidth<Acc>, sum[m][v]); });
+    for_accumulators<MR, 1>([&](int m, int) { store_row<Acc, Y, NV>(to[m] + c, sum[m]); });
   }
 
   template <class Y>

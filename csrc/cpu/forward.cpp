@@ -13,9 +13,11 @@ struct Forward {
   const ForwardParams& p;
   Project<Acc> project;
   Expand<Acc> expand;
-  int64_t strip;  // columns of B that are taken together
+  int64_t strip;     // columns of a block of B that are taken together
+  int64_t together;  // blocks that are, where they are narrow: rows of y in long runs
 
   static constexpr int64_t kTokensPerThread = 64;  // below, threads share columns
+  static constexpr int64_t kTogether = 8;
 
   explicit Forward(const ForwardParams& params)
       : p(params),
@@ -32,6 +34,8 @@ struct Forward {
     const int64_t w = p.shape.M / p.shape.k;
     strip = larger(kPanelElements / (p.shape.r + p.shape.h), 4 * kTile<Acc>);
     strip = round_up(smaller(strip, w), kTile<Acc>);
+    together = strip < w ? 1 : smaller(kTogether, larger(1, kPanelElements / ((p.shape.r + p.shape.h) * strip)));
+    together = smaller(together, p.shape.k);
   }
 
   Acc* u(int64_t t) const { return static_cast<Acc*>(p.u) + t * (p.shape.k * p.shape.r + p.shape.h); }
@@ -51,7 +55,8 @@ struct Forward {
     parallel_items(ceil_div(T, tokens), p.threads, [&](int64_t item, int thread) {
       const int64_t t0 = item * tokens, count = smaller(tokens, T - t0);
       project.run_segment(t0, count, u(t0), buffers.of(thread));
-      for (int64_t j = 0; j < p.shape.k; j++) expand_block(t0, count, j, 0, p.shape.M / p.shape.k, buffers.of(thread));
+      for (int64_t j = 0; j < p.shape.k; j += together)
+        expand_blocks(t0, count, j, smaller(together, p.shape.k - j), 0, p.shape.M / p.shape.k, buffers.of(thread));
     });
   }
 
@@ -80,29 +85,32 @@ struct Forward {
                    [&](int64_t m, int thread) { project.reduce(partial, tokens, m, buffers.of(thread), u(t0 + m)); });
     parallel_items(p.shape.k * strips, p.threads, [&](int64_t item, int thread) {
       const int64_t first = item % strips * strip;
-      expand_block(t0, tokens, item / strips, first, smaller(first + strip, w), buffers.of(thread));
+      expand_blocks(t0, tokens, item / strips, 1, first, smaller(first + strip, w), buffers.of(thread));
     });
   }
 
-  int64_t expand_scratch(int64_t tokens) const {
-    return expand.panels_size(strip) + tokens * (p.shape.r + p.shape.h) + kWidth<Acc>;
-  }
+  int64_t ranks_size(int64_t tokens) const { return tokens * (p.shape.r + p.shape.h) + kWidth<Acc>; }
+  int64_t expand_scratch(int64_t tokens) const { return together * (expand.panels_size(strip) + ranks_size(tokens)); }
 
-  // Columns [first, last) of output block j
-  void expand_block(int64_t t0, int64_t count, int64_t j, int64_t first, int64_t last, Acc* scratch) const {
-    const int64_t start = j * (p.shape.M / p.shape.k), per_token = p.shape.r + p.shape.h;
-    Acc* ranks = scratch + expand.panels_size(strip);
-    expand.read_ranks(u(t0), j, count, ranks);
+  // Columns [first, last) of the output blocks j .. j+blocks
+  void expand_blocks(int64_t t0, int64_t count, int64_t j, int64_t blocks, int64_t first, int64_t last,
+                     Acc* scratch) const {
+    const int64_t w = p.shape.M / p.shape.k, per_token = p.shape.r + p.shape.h;
+    Acc* ranks = scratch + together * expand.panels_size(strip);
+    for (int64_t b = 0; b < blocks; b++) expand.read_ranks(u(t0), j + b, count, ranks + b * ranks_size(count));
     for_dtype<Acc>(p.y.dtype, [&](auto* type) {
       using Y = std::remove_pointer_t<decltype(type)>;
       for (int64_t column = first; column < last; column += strip) {
         const int64_t columns = smaller(strip, last - column);
-        const auto panels = expand.read_panels(j, column, columns, count, scratch);
+        typename Expand<Acc>::Panels panels[kTogether];
+        for (int64_t b = 0; b < blocks; b++)
+          panels[b] = expand.read_panels(j + b, column, columns, count, scratch + b * expand.panels_size(strip));
         for_row_groups(count, [&](auto mr, int64_t m) {
           constexpr int MR = decltype(mr)::value;
-          const int64_t t = t0 + m;
-          expand.template run_rows<MR, Y>(panels, t, j, column, columns, ranks + m * per_token, nullptr,
-                                          Ahead::of(p.base, m + MR < count ? t + MR : -1, start + column));
+          for (int64_t b = 0; b < blocks; b++)
+            expand.template run_rows<MR, Y>(panels[b], t0 + m, j + b, column, columns,
+                                            ranks + b * ranks_size(count) + m * per_token, nullptr,
+                                            Ahead::of(p.base, m + MR < count ? t0 + m + MR : -1, (j + b) * w + column));
         });
       }
     });

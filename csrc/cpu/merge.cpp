@@ -84,8 +84,7 @@ struct Merge {
         if (accumulate)
           for_accumulators<MR, NV>(
               [&](int m, int v) { acc[m][v] += load<Acc>(to + m * W.row_stride + c + v * kWidth<Acc>); });
-        for_accumulators<MR, NV>(
-            [&](int m, int v) { store<Acc>(to + m * W.row_stride + c + v * kWidth<Acc>, acc[m][v]); });
+        for_accumulators<MR, 1>([&](int m, int) { store_row<Acc, Y, NV>(to + m * W.row_stride + c, acc[m]); });
         return;
       }
       for_accumulators<MR, NV>(

@@ -22,40 +22,64 @@ inline Lanes multiply_low(Lanes a, uint32_t m) {
 #endif
 }
 
-constexpr int kDraws = 8 * kLanes;  // of one call below
+// a ^ b ^ key in all lanes
+inline Lanes xor3(Lanes a, Lanes b, uint64_t key) {
+#if defined(__AVX512F__)
+  return Lanes(_mm512_ternarylogic_epi64(__m512i(a), __m512i(b), _mm512_set1_epi64(int64_t(key)), 0x96));
+#else
+  return a ^ b ^ key;
+#endif
+}
 
-// The draws of the counters first .. first + kLanes, in order. Only the low half of a lane counts in c0 .. c3: the high one
-// holds what a product left there, which saves the splitting of words.
-inline void philox_4x32_10(uint64_t seed, uint64_t first, uint16_t* draws) {
-  Lanes c0, c1, c2{}, c3{};
-  for (int lane = 0; lane < kLanes; lane++) c0[lane] = first + uint64_t(lane);
-  c1 = c0 >> 32;
-  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-#pragma GCC unroll 10
-  for (int round = 0; round < 10; round++) {
-    const Lanes p0 = multiply_low(c0, 0xD2511F53u), p1 = multiply_low(c2, 0xCD9E8D57u);
-    c0 = (p1 >> 32) ^ c1 ^ k0, c1 = p1, c2 = (p0 >> 32) ^ c3 ^ k1, c3 = p0;
-    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+constexpr int kRounds = 10;
+constexpr int kStreams = 4;  // groups of kLanes counters, interleaved: one alone waits for its products
+constexpr int kDraws = 8 * kLanes * kStreams;  // of one call below
+
+// The draws of the counters first .. first + kStreams*kLanes, in order. Only the low half of a lane counts in c0 .. c3: the
+// high one holds what a product left there, which saves the splitting of words. `keys`: both words of each round's key.
+inline void philox_4x32_10(const uint64_t (&keys)[kRounds][2], uint64_t first, uint16_t* draws) {
+  Lanes c0[kStreams], c1[kStreams], c2[kStreams], c3[kStreams];
+  Lanes lane_numbers;
+  for (int lane = 0; lane < kLanes; lane++) lane_numbers[lane] = uint64_t(lane);
+#pragma GCC unroll 4
+  for (int s = 0; s < kStreams; s++) {
+    c0[s] = lane_numbers + (first + uint64_t(s * kLanes)), c1[s] = c0[s] >> 32;
+    c2[s] = c3[s] = Lanes{};
   }
-  const Lanes even = (c0 & 0xffffffffu) | c1 << 32, odd = (c2 & 0xffffffffu) | c3 << 32;
-  Lanes low, high;  // even and odd interleaved: the order in memory
+#pragma GCC unroll 1
+  for (int round = 0; round < kRounds; round++)
+#pragma GCC unroll 4
+    for (int s = 0; s < kStreams; s++) {
+      const Lanes p0 = multiply_low(c0[s], 0xD2511F53u), p1 = multiply_low(c2[s], 0xCD9E8D57u);
+      c0[s] = xor3(p1 >> 32, c1[s], keys[round][0]), c1[s] = p1;
+      c2[s] = xor3(p0 >> 32, c3[s], keys[round][1]), c3[s] = p0;
+    }
+  Lanes low, high;  // the order in memory: even and odd pairs of words interleaved
   for (int lane = 0; lane < kLanes; lane++) {
     low[lane] = uint64_t(lane / 2 + lane % 2 * kLanes), high[lane] = low[lane] + kLanes / 2;
   }
-  const Lanes words[2] = {__builtin_shuffle(even, odd, low), __builtin_shuffle(even, odd, high)};
-  memcpy(draws, words, sizeof words);
+#pragma GCC unroll 4
+  for (int s = 0; s < kStreams; s++) {
+    const Lanes even = (c0[s] & 0xffffffffu) | c1[s] << 32, odd = (c2[s] & 0xffffffffu) | c3[s] << 32;
+    const Lanes words[2] = {__builtin_shuffle(even, odd, low), __builtin_shuffle(even, odd, high)};
+    memcpy(draws + s * 8 * kLanes, words, sizeof words);
+  }
 }
 
 struct Mask {
   bool on = false;
-  uint64_t seed = 0;
+  uint64_t keys[kRounds][2] = {};
   uint32_t threshold = 0;
   double keep_scale = 1.0;
 
   explicit Mask(const Dropout& d) {
     if (d.p <= 0.0) return;
     on = true;
-    seed = uint64_t(*d.seed);
+    uint32_t key[2] = {uint32_t(uint64_t(*d.seed)), uint32_t(uint64_t(*d.seed) >> 32)};
+    for (int round = 0; round < kRounds; round++) {
+      keys[round][0] = key[0], keys[round][1] = key[1];
+      key[0] += 0x9E3779B9u, key[1] += 0xBB67AE85u;
+    }
     threshold = uint32_t(__builtin_nearbyint(d.p * 65536.0));  // half to even, as the reference rounds
     keep_scale = 1.0 / (1.0 - d.p);
   }
@@ -66,10 +90,10 @@ struct Mask {
     for (int64_t done = -lead; done < count; done += kDraws) {
       const uint64_t counter = (first + uint64_t(done)) / 8;
       if (done >= 0 && done + kDraws <= count) {
-        philox_4x32_10(seed, counter, to + done);
+        philox_4x32_10(keys, counter, to + done);
       } else {
         uint16_t edge[kDraws];
-        philox_4x32_10(seed, counter, edge);
+        philox_4x32_10(keys, counter, edge);
         for (int64_t i = larger(0, -done); i < smaller(kDraws, count - done); i++) to[done + i] = edge[i];
       }
     }

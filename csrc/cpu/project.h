@@ -132,9 +132,21 @@ struct Project {
   // One row of u; the sums of the block are cleared for the next one.
   void store_block(int64_t n, Acc* sum, Acc* u) const {
     const int64_t rb = r / k;
-    for (int64_t j = 0; j < k; j++)
-      for (int64_t q = 0; q < rb; q++) u[j * r + n * rb + q] = scale * sum[j * rb + q];
+    for (int64_t c = 0; c < r; c++) sum[c] *= scale;
+    switch (rb) {
+      case 4: exchange<4>(n, sum, u); break;
+      case 8: exchange<8>(n, sum, u); break;
+      case 16: exchange<16>(n, sum, u); break;
+      default:
+        for (int64_t j = 0; j < k; j++)
+          for (int64_t q = 0; q < rb; q++) u[j * r + n * rb + q] = sum[j * rb + q];
+    }
     for (int64_t c = 0; c < r; c++) sum[c] = Acc(0);
+  }
+
+  template <int rb>
+  void exchange(int64_t n, const Acc* sum, Acc* u) const {
+    for (int64_t j = 0; j < k; j++) memcpy(u + j * r + n * rb, sum + j * rb, rb * sizeof(Acc));
   }
 
   void store_general(const Acc* sum, Acc* u) const {

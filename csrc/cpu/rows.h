@@ -98,13 +98,15 @@ void read_block(const Rows& x, int64_t t0, int64_t count, int64_t i0, int64_t wi
     for (int64_t m = 0; m < count; m++) {
       const T* from = static_cast<const T*>(x.data) + row_offset(x, t0 + m) + i0 * x.column_stride;
       Acc* row = to + m * kRow<Acc>;
-      convert_row<Acc>(from, x.column_stride, width, row);
       if (mask.on) {
         uint16_t* drawn = draws + m * kChunk;
         mask.draw(uint64_t((t0 + m) * logical_width + i0), width, drawn);
         int64_t i = 0;
-        for (; i + W <= width; i += W) store<Acc>(row + i, mask.drop(load<Acc>(row + i), drawn + i));
-        for (; i < width; i++) row[i] = mask.drop(row[i], drawn[i]);
+        if (x.column_stride == 1)
+          for (; i + W <= width; i += W) store<Acc>(row + i, mask.drop(load<Acc>(from + i), drawn + i));
+        for (; i < width; i++) row[i] = mask.drop(to_acc<Acc>(from[i * x.column_stride]), drawn[i]);
+      } else {
+        convert_row<Acc>(from, x.column_stride, width, row);
       }
       for (int64_t i = width; i % kTile<Acc> != 0; i++) row[i] = Acc(0);
     }

@@ -198,4 +198,34 @@ inline void store(T* p, Vec<Acc> v) {
   Access<Acc, T>::store(p, v);
 }
 
+// One row of a register tile: NV vectors side by side.
+template <class Acc, class T, int NV>
+inline __attribute__((always_inline)) void store_row(T* p, const Vec<Acc> (&v)[NV]) {
+#pragma GCC unroll 2
+  for (int i = 0; i < NV; i++) store<Acc>(p + i * kWidth<Acc>, v[i]);
+}
+
+#if defined(__AVX512F__)
+// AVX512-BF16 rounds 32 floats in one instruction instead of a dozen, but takes subnormals for zero: where there is one, the
+// dozen. Written as assembly, so that the kernels need no fourth instruction set for its sake.
+static const bool kHasBf16Instructions = [] {
+  __builtin_cpu_init();
+  return bool(__builtin_cpu_supports("avx512bf16"));
+}();
+
+template <>
+inline __attribute__((always_inline)) void store_row<float, bf16, 2>(bf16* p, const Vec<float> (&v)[2]) {
+  constexpr int kSubnormal = 0x20;
+  const int subnormal =
+      _mm512_fpclass_ps_mask(__m512(v[0]), kSubnormal) | _mm512_fpclass_ps_mask(__m512(v[1]), kSubnormal);
+  if (kHasBf16Instructions && subnormal == 0) {
+    __m512i both;
+    asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(both) : "v"(v[1]), "v"(v[0]));
+    memcpy(p, &both, sizeof both);
+  } else {
+    store<float>(p, v[0]), store<float>(p + kWidth<float>, v[1]);
+  }
+}
+#endif
+
 }  // namespace gralora::cpu::GRALORA_ISA
