@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import NAMES, Case, cases, run_python, same_bits, threads, value_and_gradients
+from helpers import NAMES, Case, assert_results_near, cases, run_python, same_bits, threads, value_and_gradients
 from hypothesis import given, settings
 
-from gralora_ext import ops
+from gralora_ext import ops, reference
 
 DTYPES = [torch.float32, torch.bfloat16]
 CAPABILITIES = ["default", "avx2", "avx512"]
@@ -34,6 +34,19 @@ def test_results_do_not_depend_on_the_number_of_threads(
     one = results_with(1, case, device, dropout_p)
     for count in (2, 3):
         many = results_with(count, case, device, dropout_p)
+        assert all(same_bits(many[name], one[name]) for name in one)
+
+
+@pytest.mark.parametrize("T", [200, 1300, 2100])
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+def test_sums_over_several_segments_of_tokens(dtype: torch.dtype, T: int, device: torch.device) -> None:
+    """Waves of segments that fill the threads evenly, unevenly, or one by one; beside bfloat16, U is made again."""
+    case = Case((T,), 2, 300, 70, 12, 3, x_dtype=dtype, base_dtype=dtype)
+    one = results_with(1, case, device, 0.3)
+    torch.manual_seed(case.seed)
+    assert_results_near(one, case.inputs(device), dropout_p=0.3, seed=reference.draw_seed(device).cpu())
+    for count in (2, 3, 4, 8):
+        many = results_with(count, case, device, 0.3)
         assert all(same_bits(many[name], one[name]) for name in one)
 
 
@@ -104,7 +117,7 @@ def test_ten_thousand_calls_grow_the_process_by_less_than_4_mib() -> None:
         """
 import torch
 from helpers import Case
-from gralora_ext import ops
+from gralora_ext import ops, reference
 
 inputs = Case((8,), 2, 16, 24, 4, 2).inputs()
 leaves = {name: t.requires_grad_() for name, t in inputs.tensors.items()}
