@@ -41,9 +41,6 @@ def _run(argv: list[str]) -> int:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise JobError(f"the benchmarks need {', '.join(missing)}: `pip install {' '.join(missing)}`")
-    # As in `gralora-ext finetune`: threads that spin while they wait starve each other where cores are shared.
-    # The OpenMP runtime reads this when torch loads it.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars; the run's own is lines then
     from .run import run

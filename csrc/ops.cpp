@@ -81,8 +81,15 @@ Adapter adapter_of(const at::Tensor& A, const at::Tensor& B, const OptionalTenso
 // Below this many multiply-adds, waking the other threads costs more than they save.
 constexpr int64_t kSerialWork = 1 << 18;
 
-int threads_for(int64_t multiply_adds) {
-  return multiply_adds < kSerialWork || at::in_parallel_region() ? 1 : at::get_num_threads();
+int threads_for(int64_t multiply_adds, int64_t serial = kSerialWork) {
+  return multiply_adds < serial || at::in_parallel_region() ? 1 : at::get_num_threads();
+}
+
+// Forward gains from threads later than backward and merge, which write as much as the parameters; to read a parameter
+// takes as long as some four multiply-adds.
+int threads_of_forward(const Shape& s) {
+  const int64_t parameters = (s.r + s.h) * (s.N + s.M);
+  return threads_for((s.T + 4) * parameters, 1 << 21);
 }
 
 Dropout dropout_of(double p, const OptionalTensor& seed) {
@@ -112,7 +119,7 @@ at::Tensor run_forward(const Shape& shape, const at::Tensor& x, const at::Tensor
   p.u = u.mutable_data_ptr();
   p.scaling = scaling;
   p.dropout = dropout_of(dropout_p, seed);
-  p.threads = threads_for(shape.T * (shape.r + shape.h) * (shape.N + shape.M));
+  p.threads = threads_of_forward(shape);
   if (shape.T > 0) cpu::forward(p);
   if (!y_rows.is_same(y)) y.copy_(y_rows);
   return keeps_u(x, shape) ? u : at::empty({0, u.size(1)}, options);
