@@ -38,6 +38,14 @@ SMALL = Shape(24, 36, T=7, r=4, k=2)
 FLOOR = Floor(gemm=1e9, cached=Bandwidth(4e9, 8e9), large=Bandwidth(2e9, 1e9))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_bars() -> Iterator[None]:
+    """A run in this process sets this where there is no terminal; here it ends with the module's tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TQDM_DISABLE", "1")
+        yield
+
+
 # The least work and the roofline
 
 
