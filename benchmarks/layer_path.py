@@ -11,6 +11,7 @@ import torch
 
 from gralora_ext.cli.errors import first_sentence
 
+from . import grid
 from .accuracy import path_error
 from .bench import Context, Task
 from .data import Data
@@ -45,6 +46,14 @@ def task(
         partial(measure, bench=bench, key=key, shape=shape, training=training, compile_peft=compile_peft, extra=extra),
         memory=MEMORY_FACTOR * training_work(shape).working_set,
     )
+
+
+def grid_tasks(bench: str, training: bool, level: Level, threads: int, device: torch.device) -> list[Task]:
+    """The tasks of ``bench`` on the whole grid of ``level``."""
+    compiled = grid.compiled_shapes(level)
+    return [
+        task(bench, shape, level, training=training, compile_peft=shape in compiled) for shape in grid.shapes(level)
+    ]
 
 
 def measure(

@@ -43,6 +43,7 @@ struct Gralora : torch::autograd::Function<Gralora<into_base>> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& base, const at::Tensor& A,
                             const at::Tensor& B, const OptionalTensor& A_general, const OptionalTensor& B_general,
                             const OptionalTensor& seed, double scaling, double dropout_p, at::Tensor* u_out) {
+    // u is handed out beside autograd: as a second output it would have to be marked and unpacked for every call.
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [y, u] = (into_base ? forward_into_op() : forward_op())
                       .call(x, base, A, B, A_general, B_general, seed, scaling, dropout_p);
@@ -57,7 +58,7 @@ struct Gralora : torch::autograd::Function<Gralora<into_base>> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(10);
+    variable_list result(10);  // one per argument of forward; undefined where there is no gradient
     const at::Tensor& grad = grads[0];
     if (!grad.defined()) return result;
     const variable_list saved = ctx->get_saved_variables();

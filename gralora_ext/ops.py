@@ -6,6 +6,8 @@ h the rank of the plain LoRA beside it, s the scaling. Source of the method: Gra
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -53,9 +55,7 @@ def gralora(
         ValueError: a shape, a device or a value does not fit; the message names the argument and what it was.
         TypeError: a dtype is not one of the four, or A, B, A_general and B_general differ in dtype.
     """
-    if dropout_p != 0.0 and training:
-        return _gralora(x, base, A, B, A_general, B_general, draw_seed(x.device), scaling, dropout_p)[0]
-    return _gralora(x, base, A, B, A_general, B_general, None, scaling, 0.0)[0]
+    return _forward(_gralora, x, base, (A, B, A_general, B_general), scaling, dropout_p if training else 0.0)
 
 
 def gralora_(
@@ -70,18 +70,29 @@ def gralora_(
     dropout_p: float = 0.0,
     training: bool = True,
 ) -> Tensor:
-    """:func:`gralora` written into ``base``, which saves an allocation of its size; the same bits. Eager mode only.
+    """:func:`gralora` written into ``base``: ``base[t, j·M/k+o] += s Σ_c U[t,j,c] B[j,c,o] (+ s (x Agᵀ) Bgᵀ)``.
 
-    Args, raises: as :func:`gralora`; also a ValueError where ``base`` overlaps itself or shares x's memory, and a
-    RuntimeError where it is a leaf that requires grad. Like any in-place operation this raises an error in backward if
-    another operation has saved ``base``.
+    The same bits as :func:`gralora`, without an allocation of y's size; differentiable in all tensors. Eager mode only.
+
+    Args:
+        x, A, B, scaling, A_general, B_general, dropout_p, training: as in :func:`gralora`.
+        base: ``[..., M]``, changed; any strides without overlap.
 
     Returns:
         y ``[..., M]``, a tensor on ``base``'s memory; use it in place of ``base``.
+
+    Raises:
+        ValueError, TypeError: as :func:`gralora`; ``base`` overlaps itself or shares x's memory.
+        RuntimeError: ``base`` is a leaf that requires grad; in backward, another operation has saved ``base``.
     """
-    if dropout_p != 0.0 and training:
-        return _gralora_(x, base, A, B, A_general, B_general, draw_seed(x.device), scaling, dropout_p)[0]
-    return _gralora_(x, base, A, B, A_general, B_general, None, scaling, 0.0)[0]
+    return _forward(_gralora_, x, base, (A, B, A_general, B_general), scaling, dropout_p if training else 0.0)
+
+
+def _forward(
+    op: Any, x: Tensor, base: Tensor, adapter: tuple[Tensor | None, ...], scaling: float, dropout_p: float
+) -> Tensor:
+    seed = draw_seed(x.device) if dropout_p != 0.0 else None
+    return op(x, base, *adapter, seed, scaling, dropout_p)[0]
 
 
 def merge_(

@@ -7,49 +7,11 @@
 // in a fixed tree: kTokens tokens in registers, those blocks within a segment, segments in their order. It does not depend
 // on the number of threads; neither does any other sum.
 #include "expand.h"
+#include "gradient_totals.h"
 #include "project.h"
-#include "weight_gradient.h"
 
 namespace gralora::cpu::GRALORA_ISA {
 namespace {
-
-// The sums of a weight gradient and its general part, chunk by chunk: a total, and a slot for each further segment of a
-// wave. Where there is one segment only, a chunk's sums are written out at once and need no place here.
-template <class Acc>
-struct Totals {
-  const Chunks& cut;
-  int64_t r, h, chunks;
-  Param block, general;  // the gradients; data == nullptr: not wanted
-  Acc scale;
-  Acc* sums = nullptr;
-
-  bool wanted() const { return block.data != nullptr || general.data != nullptr; }
-  void reserve(Scratch& scratch, int64_t slots) {
-    if (wanted()) sums = scratch.take<Acc>((slots + 1) * chunks * (r + h) * kChunk);
-  }
-  Acc* total(int64_t chunk) const { return sums + chunk * (r + h) * kChunk; }
-  // Where a segment's sums go: the first one of all straight to the total
-  Acc* slot(bool first, int64_t segment, int64_t chunk) const {
-    return first && segment == 0 ? total(chunk) : sums + ((segment + 1) * chunks + chunk) * (r + h) * kChunk;
-  }
-  // Adds a wave's segments to the total in their order; after the last wave writes the gradients.
-  void finish(bool first, bool last, int64_t segments, int64_t chunk) const {
-    Acc* to = total(chunk);
-    for (int64_t s = first ? 1 : 0; s < segments; s++) {
-      const Acc* from = slot(first, s, chunk);
-      for (int64_t c = 0; c < r + h; c++)
-        for (int64_t o = 0; o < cut.length(chunk); o++) to[c * kChunk + o] += from[c * kChunk + o];
-    }
-    if (first && segments == 0)  // no tokens
-      for (int64_t o = 0; o < (r + h) * kChunk; o++) to[o] = Acc(0);
-    if (last) write(chunk, to);
-  }
-  void write(int64_t chunk, const Acc* from) const {
-    const int64_t b = cut.block(chunk), i = cut.first(chunk), columns = cut.length(chunk);
-    if (block.data != nullptr) WeightGradient<Acc>::write(block, b, i, r, columns, scale, from);
-    if (general.data != nullptr) WeightGradient<Acc>::write(general, b, i, h, columns, scale, from + r * kChunk);
-  }
-};
 
 template <class Acc>
 struct Backward {
@@ -89,19 +51,20 @@ struct Backward {
   static constexpr int64_t kSplit = 192;  // from this many tokens on there are two segments at least
 
   // Segments depend on T alone. A wave of them gives every thread one, or a share of the chunks.
-  const int64_t segments = s.T < kSplit ? ceil_div(s.T, kSegment) : round_up(ceil_div(s.T, kSegment), 2);
-  const int64_t segment_tokens = segments == 0 ? 0 : round_up(ceil_div(s.T, segments), kMaxRows);
+  const int64_t wanted_segments = s.T < kSplit ? 1 : round_up(ceil_div(s.T, kSegment), 2);
+  const int64_t segment_tokens = larger(round_up(ceil_div(s.T, wanted_segments), kMaxRows), kMaxRows);
+  const int64_t segments = ceil_div(s.T, segment_tokens);
   const int64_t wave = segments >= p.threads
                            ? int64_t(p.threads)
                            : smaller(segments, ceil_div(4 * p.threads, smaller(from_g.chunks(), from_x.chunks())));
   const int64_t wave_tokens = wave * segment_tokens;
   const int64_t panels_size = larger(to_x.panels_size(kChunk), larger(from_g.panels_size(1), from_x.panels_size(1)));
-  const int64_t block_size =
-      smaller(kTokens, s.T) * larger(kRow<Acc>, ranks) + kWidth<Acc>;  // of x or g, then ranks for dx
-  const PerThread<Acc> buffers{
-      scratch, p.threads,
-      larger(from_g.sums(), panels_size + ranks * segment_tokens + kWidth<Acc> + block_size +
-                                smaller(kTokens, s.T) * kChunk + (segments == 1 ? ranks * kChunk : 0))};
+  const int64_t block_tokens = smaller(kTokens, s.T);
+  const int64_t gradient_ranks_size = round_up(ranks * segment_tokens, kWidth<Acc>);
+  const int64_t expand_ranks_size = round_up(ranks * block_tokens, kWidth<Acc>) + kWidth<Acc>;
+  const PerThread<Acc> buffers{scratch, p.threads,
+                               larger(from_g.sums(), panels_size) + gradient_ranks_size + expand_ranks_size +
+                                   Block<Acc>::size(block_tokens) + (segments == 1 ? ranks * kChunk : 0)};
   Acc* partial = scratch.take<Acc>(larger(want_H ? from_g.chunks() : 0, remake_U ? from_x.chunks() : 0) * wave_tokens *
                                    from_g.sums());
   Acc* dH = scratch.take<Acc>(want_H ? wave_tokens * row : 0);
@@ -109,17 +72,15 @@ struct Backward {
 
   // One thread's scratch
   struct Buffers {
-    Acc *panels, *ranks, *block, *sums;
-    uint16_t* draws;
+    Acc *panels, *gradient_ranks, *expand_ranks, *sums;
+    Block<Acc> block;  // of g or x
   };
   Buffers of(int thread) const {
-    Buffers b;
-    b.panels = buffers.of(thread);
-    b.ranks = b.panels + panels_size;
-    b.block = b.ranks + round_up(ranks * segment_tokens, kWidth<Acc>);
-    b.sums = b.block + block_size + smaller(kTokens, s.T) * kChunk;
-    b.draws = reinterpret_cast<uint16_t*>(b.block + block_size);
-    return b;
+    Acc* panels = buffers.of(thread);
+    Acc* gradient_ranks = panels + larger(from_g.sums(), panels_size);
+    Acc* expand_ranks = gradient_ranks + gradient_ranks_size;
+    Acc* block = expand_ranks + expand_ranks_size;
+    return {panels, gradient_ranks, expand_ranks, block + Block<Acc>::size(block_tokens), {block, block_tokens}};
   }
 
   void run() {
@@ -169,8 +130,7 @@ struct Backward {
         f(segment(wave_first, item / of_chunks.chunks()), item % of_chunks.chunks(), of(thread));
       });
     };
-    const int64_t rows =
-        smaller(wave_first * segment_tokens + count * segment_tokens, s.T) - wave_first * segment_tokens;
+    const int64_t rows = smaller(count * segment_tokens, s.T - wave_first * segment_tokens);
     const auto reduce_all = [&](const Project<Acc>& project, Acc* to) {
       parallel_items(rows, rows < 16 ? 1 : p.threads,
                      [&](int64_t m, int thread) { reduce(project, m, to, of(thread)); });
@@ -205,14 +165,15 @@ struct Backward {
     typename Project<Acc>::Panels panels;
     const Acc* u = remake_U ? remade + g.row * row : static_cast<const Acc*>(p.u) + g.t0 * row;
     if (want_H) panels = from_g.read_panels(chunk, 1, g.tokens, b.panels);
-    if (dB.wanted()) gradient.read_ranks(u, from_g.cut.block(chunk), g.tokens, b.ranks);
+    if (dB.wanted()) gradient.read_ranks(u, from_g.cut.block(chunk), g.tokens, b.gradient_ranks);
     Acc* sums = segments == 1 ? b.sums : dB.slot(g.first, g.index, chunk);
     for_blocks(g, [&](int64_t m, int64_t tokens) {
       if (want_H)
         project_block(from_g, panels, chunk, g, m, tokens, b);
       else
         read(from_g, chunk, g.t0 + m, tokens, b);
-      if (dB.wanted()) gradient.add(b.ranks, g.tokens, m, tokens, b.block, from_g.cut.length(chunk), m > 0, sums, {});
+      if (dB.wanted())
+        gradient.add(b.gradient_ranks, g.tokens, m, tokens, b.block.rows, from_g.cut.length(chunk), m > 0, sums, {});
     });
     if (dB.wanted() && segments == 1) dB.write(chunk, sums);
   }
@@ -222,12 +183,12 @@ struct Backward {
     const Acc* h = dH + g.row * row;
     typename Expand<Acc>::Panels panels;
     if (want_x) panels = to_x.read_panels(block, column, columns, g.tokens, b.panels);
-    if (dA.wanted()) gradient.read_ranks(h, block, g.tokens, b.ranks);
+    if (dA.wanted()) gradient.read_ranks(h, block, g.tokens, b.gradient_ranks);
     Acc* sums = segments == 1 ? b.sums : dA.slot(g.first, g.index, chunk);
     for_blocks(g, [&](int64_t m, int64_t tokens) {
       if (dA.wanted() || mask.on) read(from_x, chunk, g.t0 + m, tokens, b);
       if (dA.wanted())
-        gradient.add(b.ranks, g.tokens, m, tokens, b.block, columns, m > 0, sums,
+        gradient.add(b.gradient_ranks, g.tokens, m, tokens, b.block.rows, columns, m > 0, sums,
                      next_block(from_x, chunk, g, m, tokens));
       if (want_x) expand_block(panels, block, column, columns, g.t0 + m, h + m * row, tokens, b);
     });
@@ -240,40 +201,39 @@ struct Backward {
   }
 
   // What follows a block of a segment: the next tokens, or the first ones of the next chunk
-  Ahead next_block(const Project<Acc>& from, int64_t chunk, const Segment& g, int64_t m, int64_t tokens) const {
-    if (m + 2 * tokens <= g.tokens) return Ahead::of(from.x, g.t0 + m + tokens, from.cut.column(chunk));
-    if (chunk + 1 < from.chunks()) return Ahead::of(from.x, g.t0, from.cut.column(chunk + 1));
+  Prefetch next_block(const Project<Acc>& from, int64_t chunk, const Segment& g, int64_t m, int64_t tokens) const {
+    if (m + 2 * tokens <= g.tokens) return Prefetch::of(from.x, g.t0 + m + tokens, from.cut.column(chunk));
+    if (chunk + 1 < from.chunks()) return Prefetch::of(from.x, g.t0, from.cut.column(chunk + 1));
     return {};
   }
 
   void read(const Project<Acc>& from, int64_t chunk, int64_t t, int64_t tokens, Buffers b) const {
-    read_block<Acc>(from.x, t, tokens, from.cut.column(chunk), from.cut.length(chunk), from.width, from.mask, b.block,
-                    b.draws);
+    read_block<Acc>(from.x, t, tokens, from.cut.column(chunk), from.cut.length(chunk), from.width, from.mask, b.block);
   }
 
   // Reads tokens m.. of a segment's chunk, and leaves their part of the ranks in `partial`.
   void project_block(const Project<Acc>& from, const typename Project<Acc>::Panels& panels, int64_t chunk,
                      const Segment& g, int64_t m0, int64_t tokens, Buffers b) const {
     read(from, chunk, g.t0 + m0, tokens, b);
-    Ahead ahead = next_block(from, chunk, g, m0, tokens);
+    Prefetch prefetch = next_block(from, chunk, g, m0, tokens);
     for_row_groups(tokens, [&](auto mr, int64_t m) {
       constexpr int MR = decltype(mr)::value;
-      from.template add_rows<MR>(panels, 0, from.cut.length(chunk), b.block + m * kRow<Acc>, false,
-                                 partial + (chunk * wave_tokens + g.row + m0 + m) * from.sums(), ahead);
-      ahead.data += MR * ahead.row;
+      from.template add_rows<MR>(panels, 0, from.cut.length(chunk), b.block.rows + m * kRow<Acc>, false,
+                                 partial + (chunk * wave_tokens + g.row + m0 + m) * from.sums(), prefetch);
+      prefetch.data += MR * prefetch.row;
     });
   }
 
-  // dx of a block of tokens; the block of x is no longer needed, its place holds their ranks.
+  // dx of a block of tokens
   void expand_block(const typename Expand<Acc>::Panels& panels, int64_t block, int64_t column, int64_t columns,
                     int64_t t, const Acc* h, int64_t tokens, Buffers b) const {
-    to_x.read_ranks(h, block, tokens, b.block);
+    to_x.read_ranks(h, block, tokens, b.expand_ranks);
     for_dtype<Acc>(p.grad_x.dtype, [&](auto* type) {
       using X = std::remove_pointer_t<decltype(type)>;
       for_row_groups(tokens, [&](auto mr, int64_t m) {
         constexpr int MR = decltype(mr)::value;
-        to_x.template run_rows<MR, X>(panels, t + m, block, column, columns, b.block + m * ranks, b.draws + m * kChunk,
-                                      {});
+        to_x.template run_rows<MR, X>(panels, t + m, block, column, columns, b.expand_ranks + m * ranks,
+                                      b.block.draws + m * kChunk, {});
       });
     });
   }

@@ -46,7 +46,7 @@ struct Expand {
   // MR tokens from t0 on; draws: those of their elements, where there is a mask.
   template <int MR, class Y>
   void run_rows(const Panels& panels, int64_t t0, int64_t j, int64_t first, int64_t columns, const Acc* ranks,
-                const uint16_t* draws, Ahead ahead) const {
+                const uint16_t* draws, Prefetch prefetch) const {
     const int64_t start = j * (width / k) + first;
     Y* to[MR];
     const Y* from[MR];
@@ -61,9 +61,9 @@ struct Expand {
       constexpr int NV = decltype(nv)::value;
       Vec<Acc> acc[MR][NV] = {};
       multiply<Acc, 1, MR>(r, ranks, panels.Q.at(0, c), panels.Q.ld, acc, [&](int64_t p) {
-        if (p < NV * kWidth<Acc>) ahead.fetch<MR>(p);
+        if (p < NV * kWidth<Acc>) prefetch.rows<MR>(p);
       });
-      ahead.data += NV * kWidth<Acc> * ahead.size;
+      prefetch.data += NV * kWidth<Acc> * prefetch.size;
       if (h > 0) multiply<Acc, 1, MR>(h, ranks + r * MR, panels.G.at(0, c), panels.G.ld, acc);
       if (unit && c + NV * kWidth<Acc> <= columns) {
         store_tile<MR, NV, Y>(acc, from, to, c, draws);

@@ -68,17 +68,16 @@ struct Forward {
     Scratch scratch;
     const PerThread<Acc> buffers(
         scratch, p.threads,
-        larger(project.panels_size(1) + kMaxRows * kRow<Acc> * 3 / 2, larger(sums, expand_scratch(tokens))));
+        larger(project.panels_size(1) + Block<Acc>::size(kMaxRows), larger(sums, expand_scratch(tokens))));
     Acc* partial = scratch.take<Acc>(chunks * tokens * sums);
     parallel_items(chunks, p.threads, [&](int64_t chunk, int thread) {
       const int64_t length = project.cut.length(chunk);
       const auto panels = project.read_panels(chunk, 1, tokens, buffers.of(thread));
-      Acc* rows = buffers.of(thread) + project.panels_size(1);
-      uint16_t* draws = reinterpret_cast<uint16_t*>(rows + kMaxRows * kRow<Acc>);
+      const Block<Acc> rows(buffers.of(thread) + project.panels_size(1), kMaxRows);
       for_row_groups(tokens, [&](auto mr, int64_t m) {
         constexpr int MR = decltype(mr)::value;
-        read_block<Acc>(p.x, t0 + m, MR, project.cut.column(chunk), length, p.shape.N, project.mask, rows, draws);
-        project.template add_rows<MR>(panels, 0, length, rows, false, partial + (chunk * tokens + m) * sums, {});
+        read_block<Acc>(p.x, t0 + m, MR, project.cut.column(chunk), length, p.shape.N, project.mask, rows);
+        project.template add_rows<MR>(panels, 0, length, rows.rows, false, partial + (chunk * tokens + m) * sums, {});
       });
     });
     parallel_items(tokens, tokens < 16 ? 1 : p.threads,
@@ -108,9 +107,9 @@ struct Forward {
         for_row_groups(count, [&](auto mr, int64_t m) {
           constexpr int MR = decltype(mr)::value;
           for (int64_t b = 0; b < blocks; b++)
-            expand.template run_rows<MR, Y>(panels[b], t0 + m, j + b, column, columns,
-                                            ranks + b * ranks_size(count) + m * per_token, nullptr,
-                                            Ahead::of(p.base, m + MR < count ? t0 + m + MR : -1, (j + b) * w + column));
+            expand.template run_rows<MR, Y>(
+                panels[b], t0 + m, j + b, column, columns, ranks + b * ranks_size(count) + m * per_token, nullptr,
+                Prefetch::of(p.base, m + MR < count ? t0 + m + MR : -1, (j + b) * w + column));
         });
       }
     });

@@ -1,4 +1,4 @@
-// merge: W[a*H + p, b*V + c] (+)= s * ( sum_q L[a][b*rb + q, p] * R[b][a*rb + q, c]  +  sum_c' Lg[p', c'] * Rg[c', c''] )
+// merge: W[a*H + p, b*V + c] (+)= s * ( sum_q L[a][b*rb + q, p] * R[b][a*rb + q, c]  +  sum_g Lg[a][g, p] * Rg[b][g, c] )
 //
 // W is cut into k x k blocks [H, V]. Two orientations give the same sum: rows of W along M (L = B, R = A^T), or along N
 // (L = A, R = B), whichever makes the columns of W unit stride. W is read and written once, in long runs along its rows;

@@ -2,9 +2,10 @@
 //
 //   acc[m][v] += sum_p a[m*row + p*step] * b[p*ldb + v*W .. + W)      p = 0 .. K-1, in this order
 //
-// The strides of `a` are compile-time constants: twelve rows at a run-time stride would need more address registers than
-// there are. `each(p)` is called every kSteps steps, for what can go on beside the arithmetic. One scalar of `a` is broadcast against NV vectors of a row of `b`; MR x NV accumulators stay in registers. The order of
-// the sum does not depend on MR, so a row's result does not depend on how rows are grouped or on the number of threads.
+// One scalar of `a` is broadcast against NV vectors of a row of `b`; MR x NV accumulators stay in registers. The strides of
+// `a` are compile-time constants: twelve rows at a run-time stride would need more address registers than there are. The
+// order of the sum does not depend on MR, so a row's result does not depend on how rows are grouped or on the number of
+// threads. `each(p)` is called every kSteps steps, for what can go on beside the arithmetic.
 #pragma once
 
 #include "simd.h"
@@ -18,7 +19,7 @@ constexpr int64_t kTile = 2 * kWidth<Acc>;  // columns of a full register tile (
 constexpr int kMaxRows = kVectorRegisters == 32 ? 12 : 6;
 static_assert(kMaxRows * 2 + 3 <= kVectorRegisters);
 
-constexpr int64_t kSteps = 16;
+constexpr int64_t kSteps = 16;  // one cache line of floats of each row of `a`
 
 template <class Acc, int row, int step, int MR, int NV, class Each>
 inline __attribute__((always_inline)) void multiply(int64_t K, const Acc* a, const Acc* b, int64_t ldb,

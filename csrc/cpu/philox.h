@@ -32,11 +32,12 @@ inline Lanes xor3(Lanes a, Lanes b, uint64_t key) {
 }
 
 constexpr int kRounds = 10;
-constexpr int kStreams = 4;  // groups of kLanes counters, interleaved: one alone waits for its products
-constexpr int kDraws = 8 * kLanes * kStreams;  // of one call below
+constexpr int kDraws = 8 * kLanes;  // of one group of kLanes counters
 
-// The draws of the counters first .. first + kStreams*kLanes, in order. Only the low half of a lane counts in c0 .. c3: the
-// high one holds what a product left there, which saves the splitting of words. `keys`: both words of each round's key.
+// The draws of kStreams groups of counters from `first` on, in order; groups are interleaved, since one alone waits for its
+// products. Only the low half of a lane counts in c0 .. c3: the high one holds what a product left there, which saves the
+// splitting of words. `keys`: both words of each round's key.
+template <int kStreams>
 inline void philox_4x32_10(const uint64_t (&keys)[kRounds][2], uint64_t first, uint16_t* draws) {
   Lanes c0[kStreams], c1[kStreams], c2[kStreams], c3[kStreams];
   Lanes lane_numbers;
@@ -62,7 +63,7 @@ inline void philox_4x32_10(const uint64_t (&keys)[kRounds][2], uint64_t first, u
   for (int s = 0; s < kStreams; s++) {
     const Lanes even = (c0[s] & 0xffffffffu) | c1[s] << 32, odd = (c2[s] & 0xffffffffu) | c3[s] << 32;
     const Lanes words[2] = {__builtin_shuffle(even, odd, low), __builtin_shuffle(even, odd, high)};
-    memcpy(draws + s * 8 * kLanes, words, sizeof words);
+    memcpy(draws + s * kDraws, words, sizeof words);
   }
 }
 
@@ -86,15 +87,22 @@ struct Mask {
 
   // to[i] = the draw of element first + i
   void draw(uint64_t first, int64_t count, uint16_t* to) const {
-    const int64_t lead = int64_t(first % 8);  // draws of the first counter that belong to elements before
-    for (int64_t done = -lead; done < count; done += kDraws) {
+    constexpr int kStreams = 4;
+    int64_t done = -int64_t(first % 8);  // draws of the first counter that belong to elements before
+    while (done < count) {
       const uint64_t counter = (first + uint64_t(done)) / 8;
-      if (done >= 0 && done + kDraws <= count) {
-        philox_4x32_10(keys, counter, to + done);
+      if (done >= 0 && done + kStreams * kDraws <= count) {
+        philox_4x32_10<kStreams>(keys, counter, to + done);
+        done += kStreams * kDraws;
+      } else if (done >= 0 && done + kDraws <= count) {
+        philox_4x32_10<1>(keys, counter, to + done);
+        done += kDraws;
       } else {
         uint16_t edge[kDraws];
-        philox_4x32_10(keys, counter, edge);
-        for (int64_t i = larger(0, -done); i < smaller(kDraws, count - done); i++) to[done + i] = edge[i];
+        philox_4x32_10<1>(keys, counter, edge);
+        const int64_t begin = larger(0, -done), end = smaller(kDraws, count - done);
+        memcpy(to + done + begin, edge + begin, size_t(end - begin) * sizeof(uint16_t));
+        done += kDraws;
       }
     }
   }

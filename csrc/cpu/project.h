@@ -46,7 +46,6 @@ struct Project {
   int64_t chunks() const { return k * cut.per_block; }
   int64_t general_start() const { return round_up(r, kWidth<Acc>); }
   int64_t sums() const { return general_start() + round_up(h, kWidth<Acc>); }  // per token: ranks of a block, then h
-  int64_t panels_size() const { return panel_size<Acc>(kChunk, r) + panel_size<Acc>(kChunk, h); }
 
   int64_t run_length() const {  // chunks whose part of P and G fits in L2
     return larger(1, smaller(cut.per_block, kPanelElements / ((r + h) * cut.columns)));
@@ -70,13 +69,14 @@ struct Project {
   // sum[m] (+)= the part of MR tokens of a chunk that lies at `row` of the panels
   template <int MR>
   void add_rows(const Panels& panels, int64_t row, int64_t length, const Acc* a, bool accumulate, Acc* sum,
-                Ahead ahead) const {
+                Prefetch prefetch) const {
     const auto add = [&](const Panel<Acc>& panel, int64_t columns, bool more, Acc* to) {
       for_column_tiles<Acc>(round_up(columns, kWidth<Acc>), [&](auto nv, int64_t c) {
         constexpr int NV = decltype(nv)::value;
         Vec<Acc> acc[MR][NV] = {};
-        multiply<Acc, kRow<Acc>, 1>(length, a, panel.at(row, c), panel.ld, acc, [&](int64_t p) { ahead.fetch<MR>(p); });
-        ahead = {};
+        multiply<Acc, kRow<Acc>, 1>(length, a, panel.at(row, c), panel.ld, acc,
+                                    [&](int64_t p) { prefetch.rows<MR>(p); });
+        prefetch = {};
         for_accumulators<MR, NV>([&](int m, int v) {
           Acc* at = to + m * sums() + c + v * kWidth<Acc>;
           store<Acc>(at, more ? load<Acc>(at) + acc[m][v] : acc[m][v]);
@@ -89,12 +89,11 @@ struct Project {
 
   // u [count, k*r + h] of the tokens t0 .. t0+count, by one thread
   int64_t segment_scratch(int64_t count) const {
-    return panels_size(run_length()) + kMaxRows * (kRow<Acc> + kChunk) + count * sums();
+    return panels_size(run_length()) + Block<Acc>::size(kMaxRows) + count * sums();
   }
   void run_segment(int64_t t0, int64_t count, Acc* u, Acc* scratch) const {
-    Acc* rows = scratch + panels_size(run_length());
-    uint16_t* draws = reinterpret_cast<uint16_t*>(rows + kMaxRows * kRow<Acc>);
-    Acc* sum = rows + kMaxRows * (kRow<Acc> + kChunk);
+    const Block<Acc> rows(scratch + panels_size(run_length()), kMaxRows);
+    Acc* sum = scratch + panels_size(run_length()) + Block<Acc>::size(kMaxRows);
     for (int64_t i = 0; i < count * sums(); i++) sum[i] = Acc(0);
     for (int64_t block = 0; block < k; block++) {
       for (int64_t done = 0; done < cut.per_block; done += run_length()) {
@@ -104,11 +103,11 @@ struct Project {
           constexpr int MR = decltype(mr)::value;
           for (int64_t i = 0; i < chunks; i++) {
             const int64_t length = cut.length(begin + i), column = cut.column(begin + i);
-            read_block<Acc>(x, t0 + m, MR, column, length, width, mask, rows, draws);
-            const Ahead ahead = i + 1 < chunks   ? Ahead::of(x, t0 + m, column + length)
-                                : m + MR < count ? Ahead::of(x, t0 + m + MR, cut.column(begin))
-                                                 : Ahead{};
-            add_rows<MR>(panels, i * cut.columns, length, rows, true, sum + m * sums(), ahead);
+            read_block<Acc>(x, t0 + m, MR, column, length, width, mask, rows);
+            const Prefetch prefetch = i + 1 < chunks   ? Prefetch::of(x, t0 + m, column + length)
+                                      : m + MR < count ? Prefetch::of(x, t0 + m + MR, cut.column(begin))
+                                                       : Prefetch{};
+            add_rows<MR>(panels, i * cut.columns, length, rows.rows, true, sum + m * sums(), prefetch);
           }
         });
       }

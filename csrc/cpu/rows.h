@@ -49,24 +49,27 @@ inline void convert_row(const T* from, int64_t stride, int64_t count, Acc* to) {
   for (; i < count; i++) to[i] = to_acc<Acc>(from[i * stride]);
 }
 
-// The elements that a pass will read next, fetched a line at a time while arithmetic goes on.
-struct Ahead {
-  const char* data = reinterpret_cast<const char*>(this);  // nothing to fetch: an address that is there costs least
-  int64_t row = 0, size = 0;                               // bytes to the next row, bytes of an element
+// The elements that a pass will read next, fetched a line at a time while arithmetic goes on. Where there are none it
+// fetches kNothing: an unmapped address would cost a page walk.
+alignas(64) static const char kNothing[64] = {};
+
+struct Prefetch {
+  const char* data = kNothing;
+  int64_t row = 0, size = 0;  // bytes to the next row, bytes of an element
 
   // x from row t and column i on; t < 0: nothing
-  static Ahead of(const Rows& x, int64_t t, int64_t i) {
+  static Prefetch of(const Rows& x, int64_t t, int64_t i) {
     if (t < 0 || x.data == nullptr || x.column_stride != 1 || x.leading_dims > 1) return {};
     const int64_t size = x.dtype == DType::f32 ? 4 : x.dtype == DType::f64 ? 8 : 2;
     const int64_t row = x.leading_dims == 1 ? x.strides[0] * size : 0;
-    Ahead ahead;
-    ahead.data = static_cast<const char*>(x.data) + t * row + i * size, ahead.row = row, ahead.size = size;
-    return ahead;
+    Prefetch prefetch;
+    prefetch.data = static_cast<const char*>(x.data) + t * row + i * size, prefetch.row = row, prefetch.size = size;
+    return prefetch;
   }
 
   // Columns [column, column + kSteps) of MR rows
   template <int MR>
-  void fetch(int64_t column) const {
+  void rows(int64_t column) const {
     const char* at = data + column * size;
 #pragma GCC unroll 16
     for (int m = 0; m < MR; m++) __builtin_prefetch(at + m * row, 0, 2);
@@ -74,7 +77,7 @@ struct Ahead {
 
   // `columns` from `column` on, of kSteps rows from `first` on
   template <int columns>
-  void fetch_rows(int64_t first, int64_t column) const {
+  void rows_of(int64_t first, int64_t column) const {
     const char* at = data + first * row + column * size;
     for (int m = 0; m < kSteps; m++)
       for (int64_t byte = 0; byte < columns * size; byte += 64) __builtin_prefetch(at + m * row + byte, 0, 2);
@@ -86,20 +89,30 @@ constexpr int64_t kChunk = 256;  // columns of an activation that are worked on 
 template <class Acc>
 constexpr int kRow = int(kChunk) + kWidth<Acc>;
 
-// x[t0 .. t0+count, i0 .. i0+width), with dropout, as a block: rows of kRow, padded with zeros to a multiple of kTile. The
-// copy costs a few per cent of the arithmetic. `logical_width` is the width of a whole row of x, which numbers its
-// elements for the mask; the draws of row m are left at draws + m*kChunk.
+// A block of an activation: `count` rows of kRow at `rows`, and the dropout draws of row m at draws + m*kChunk.
+template <class Acc>
+struct Block {
+  Acc* rows;
+  uint16_t* draws;
+
+  static int64_t size(int64_t count) { return count * (kRow<Acc> + kChunk); }
+  Block(Acc* scratch, int64_t count) : rows(scratch), draws(reinterpret_cast<uint16_t*>(scratch + count * kRow<Acc>)) {}
+};
+
+// x[t0 .. t0+count, i0 .. i0+width), with dropout, into `block`, padded with zeros to a multiple of kTile columns. The copy
+// costs a few per cent of the arithmetic. `logical_width` is the width of a whole row of x, which numbers its elements for
+// the mask.
 template <class Acc>
 void read_block(const Rows& x, int64_t t0, int64_t count, int64_t i0, int64_t width, int64_t logical_width,
-                const Mask& mask, Acc* to, uint16_t* draws) {
+                const Mask& mask, const Block<Acc>& block) {
   constexpr int64_t W = kWidth<Acc>;
   for_dtype<Acc>(x.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     for (int64_t m = 0; m < count; m++) {
       const T* from = static_cast<const T*>(x.data) + row_offset(x, t0 + m) + i0 * x.column_stride;
-      Acc* row = to + m * kRow<Acc>;
+      Acc* row = block.rows + m * kRow<Acc>;
       if (mask.on) {
-        uint16_t* drawn = draws + m * kChunk;
+        uint16_t* drawn = block.draws + m * kChunk;
         mask.draw(uint64_t((t0 + m) * logical_width + i0), width, drawn);
         int64_t i = 0;
         if (x.column_stride == 1)

@@ -16,8 +16,6 @@ template <class Acc>
 struct WeightGradient {
   int64_t k, r, h;
 
-  static int64_t sums_size(int64_t ranks) { return ranks * kChunk; }
-
   // The ranks of `count` tokens that meet block b, as add() takes them: (r + h) * count, and a vector beyond
   void read_ranks(const Acc* v, int64_t b, int64_t count, Acc* to) const {
     read_group(v + b * r, r, count, to);
@@ -27,7 +25,7 @@ struct WeightGradient {
   // sums (+)= the part of tokens first .. first + tokens of the `count` in `ranks`; x: their block; ahead: that of as many
   // tokens, which will be read next.
   void add(const Acc* ranks, int64_t count, int64_t first, int64_t tokens, const Acc* x, int64_t columns,
-           bool accumulate, Acc* sums, Ahead ahead) const {
+           bool accumulate, Acc* sums, Prefetch prefetch) const {
     for_column_tiles<Acc>(round_up(columns, kWidth<Acc>), [&](auto nv, int64_t i) {
       constexpr int NV = decltype(nv)::value;
       const auto add_group = [&](int64_t group, const Acc* from, Acc* to) {
@@ -35,7 +33,7 @@ struct WeightGradient {
           constexpr int MR = decltype(mr)::value;
           Vec<Acc> acc[MR][NV] = {};
           multiply<Acc, 1, MR>(tokens, from + c * count + first * MR, x + i, kRow<Acc>, acc, [&](int64_t t) {
-            if (to == sums && c == 0) ahead.template fetch_rows<NV * kWidth<Acc>>(t, i);
+            if (to == sums && c == 0) prefetch.template rows_of<NV * kWidth<Acc>>(t, i);
           });
           for_accumulators<MR, NV>([&](int m, int v) {
             Acc* at = to + (c + m) * kChunk + i + v * kWidth<Acc>;

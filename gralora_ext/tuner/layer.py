@@ -12,6 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import ops
 
+_LINEAR_LAYERS = (nn.Linear, Conv1D)
+
 
 class GraloraLinear(Linear):
     """``y = base_layer(x) + Σ_adapters s·exchange(x_n A_n) B_j (+ s·(x Agᵀ) Bgᵀ)``, one kernel per active adapter.
@@ -19,7 +21,8 @@ class GraloraLinear(Linear):
     Built by :class:`~gralora_ext.tuner.GraloraModel`, or made in place of PEFT's layer by
     :func:`~gralora_ext.tuner.accelerate`. It differs from PEFT's layer in this: x may have any rank ≥ 1 (PEFT: 2 or 3);
     the adapter computes in float32 without a cast copy of x; the block part and the hybrid part share one dropout mask
-    (PEFT draws two); a merge rounds once; ``get_delta_weight`` is not differentiable.
+    (PEFT draws two); a merge rounds once; ``get_delta_weight`` is not differentiable. Like PEFT's it adds into the base
+    layer's output in place; where a forward hook may have kept that output, it does not.
     """
 
     # Read by peft.helpers.disable_input_dtype_casting, which fails on PEFT's own layer; this one never casts its input.
@@ -41,18 +44,16 @@ class GraloraLinear(Linear):
         refuse_adapter_names(adapter_names)
         if self.disable_adapters and self.merged:
             self.unmerge()
-        base_layer = self.base_layer
-        result = base_layer(x, *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
         if not self.disable_adapters and not self.merged:
-            op = ops.gralora_ if _is_ours_to_change(base_layer, x, result) else ops.gralora
+            op = ops.gralora_ if _may_write_into(result, self.base_layer, x) else ops.gralora
             for name in self.active_adapters:
                 if name in self.gralora_A:
-                    if self.gralora_A[name].device != x.device:
-                        self._check_device("the input", x, name)
+                    self._check_device("the input", x, name)
                     dropout = self.gralora_dropout[name]
                     p = getattr(dropout, "p", 0.0)  # an adapter without dropout has an nn.Identity here
                     result = op(x, result, **self._operands(name), dropout_p=p, training=dropout.training)
-        return result if result.dtype == x.dtype else result.to(x.dtype)
+        return result.to(x.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Adds the adapters' weights to the base weight in place, one after the other.
@@ -129,17 +130,18 @@ class GraloraLinear(Linear):
             )
 
 
-def _is_ours_to_change(base_layer: nn.Module, x: Tensor, result: Tensor) -> bool:
+def _may_write_into(result: Tensor, base_layer: nn.Module, x: Tensor) -> bool:
     """Whether the adapter may be added in place, as PEFT's layer does it: to the output of a linear layer in eager mode.
 
     A forward hook may have kept that output; torch.compile, functorch and tensor subclasses take the functional op.
     """
     return (
         not torch.compiler.is_compiling()
-        and isinstance(base_layer, nn.Linear | Conv1D)
+        and isinstance(base_layer, _LINEAR_LAYERS)
         and type(result) is Tensor
         and type(x) is Tensor
-        and result.data_ptr() != x.data_ptr()
+        and result.is_contiguous()
+        and not torch._C._is_alias_of(result, x)
         and not base_layer._forward_hooks
         and torch._C._functorch.peek_interpreter_stack() is None
     )
