@@ -14,8 +14,6 @@ from torch import Tensor
 from .errors import Skip
 from .timing import Contender
 
-CALLS = 3
-
 
 def saved_bytes(call: Callable[[], Any], known: Iterable[Tensor]) -> int:
     """Bytes of the storages that autograd saves during ``call``, each counted once, without those of ``known``.
@@ -40,20 +38,17 @@ def saved_bytes(call: Callable[[], Any], known: Iterable[Tensor]) -> int:
 def peak_bytes(contender: Contender, device: torch.device) -> int:
     """How far one call raises the memory held: resident memory of this process, or the allocator's on a GPU.
 
-    It is called once before, so that what libraries set up and keep is not counted; of the calls after that the least
-    counts, since the interpreter's own memory grows now and then.
+    It should be the first call of its size in the process: memory that a library keeps for its next call then counts.
 
     Raises:
         Skip: the system does not let a process reset its peak.
     """
-    rise = _cuda_rise if device.type == "cuda" else _resident_rise
-    contender.call()
-    return min(rise(contender) for _ in range(CALLS))
+    if contender.prepare is not None:
+        contender.prepare()
+    return (_cuda_rise if device.type == "cuda" else _resident_rise)(contender)
 
 
 def _resident_rise(contender: Contender) -> int:
-    if contender.prepare is not None:
-        contender.prepare()
     gc.collect()
     try:
         Path("/proc/self/clear_refs").write_text("5")
@@ -65,8 +60,6 @@ def _resident_rise(contender: Contender) -> int:
 
 
 def _cuda_rise(contender: Contender) -> int:
-    if contender.prepare is not None:
-        contender.prepare()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     contender.call()

@@ -1,6 +1,7 @@
 """The peak memory of each contender, measured in a process of its own: what ran before in another does not blur it.
 
-The environment makes malloc return every freed tensor to the system at once, so that resident memory is what is in use.
+The environment makes malloc return every freed tensor to the system at once, so that resident memory is what is in use. A
+tiny call of each contender comes first: what libraries load and set up once is not counted.
 """
 
 from __future__ import annotations
@@ -25,23 +26,32 @@ from .peers import paths
 from .shapes import Shape
 from .timing import Contender
 
-SECONDS = 5.0  # for the estimate: starting Python with torch and PEFT
+SECONDS = 10.0  # for the estimate: starting Python with torch and PEFT, twice
+TINY = Shape(24, 36, T=3, r=4)
 
 
 def peaks(what: str, shape: Shape, device: torch.device, threads: int) -> dict[str, int]:
-    """Bytes by which a ``"training"`` call or a ``"merge"`` raises the peak, by contender; runs the child.
+    """Bytes by which a ``"training"`` call or a ``"merge"`` raises the peak, by contender.
+
+    Two children: the operation would find the memory that our layer has kept, which it needs as well.
 
     Raises:
-        Skip: the child cannot measure here.
-        JobError: the child failed.
+        Skip: a child cannot measure here.
+        JobError: a child failed.
     """
+    alone = ["ours-op"] if what == "training" else []
+    together = [name for name in contenders(what, TINY, device) if name not in alone]
     request = {"what": what, "shape": asdict(shape), "device": device.type, "threads": threads}
+    return {name: value for names in (together, alone) if names for name, value in _child(request, names).items()}
+
+
+def _child(request: dict[str, Any], names: list[str]) -> dict[str, int]:
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         "MALLOC_MMAP_THRESHOLD_": str(64 << 10),
     }
-    command = [sys.executable, "-m", __spec__.name, json.dumps(request)]
+    command = [sys.executable, "-m", __spec__.name, json.dumps({**request, "names": names})]
     child = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if child.returncode:
         last = (child.stderr.strip().splitlines() or ["no output"])[-1]
@@ -63,9 +73,12 @@ def contenders(what: str, shape: Shape, device: torch.device) -> dict[str, Conte
 def main(request: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(request["threads"])
     device = torch.device(request["device"])
+    tiny = contenders(request["what"], TINY, device)
     measured = contenders(request["what"], Shape(**request["shape"]), device)
     try:
-        return {name: peak_bytes(contender, device) for name, contender in measured.items()}
+        for name in request["names"]:
+            peak_bytes(tiny[name], device)
+        return {name: peak_bytes(measured[name], device) for name in request["names"]}
     except Skip as reason:
         return {"skip": str(reason)}
 

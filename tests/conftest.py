@@ -6,6 +6,11 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
+
+# The benchmarks are not part of the installed package; appended, so that what is installed comes first.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 # A thread that spins on a busy machine takes the time of the one it waits for. OpenMP reads this when torch loads it.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")

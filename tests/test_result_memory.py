@@ -1,0 +1,79 @@
+"""Where large results live: memory comes back from the pool, never while a tensor uses it, and the pool stays small."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from helpers import run_python
+from torch import Tensor
+
+from gralora_ext import ops
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the pool is for results on the CPU")
+A, B = torch.randn(1, 4, 2), torch.randn(1, 2, 256)
+
+
+def result(rows: int, value: float = 0.0) -> Tensor:
+    """A result of 1 KiB a row: ``value`` plus an update of zero."""
+    return ops.gralora(torch.zeros(rows, 4), torch.full((rows, 256), float(value)), A, B, scaling=1.0)
+
+
+def test_freed_memory_serves_the_next_result_of_about_that_size():
+    first = result(1000)
+    place = first.data_ptr()
+    del first
+    assert result(950).data_ptr() == place
+    assert result(100).data_ptr() != place  # it would waste most of it
+
+
+def test_memory_in_use_is_never_handed_out_again():
+    first = result(1000, 1.0)
+    view = first[10:20]
+    del first
+    others = [result(1000, 2.0) for _ in range(5)]
+    assert len({t.data_ptr() for t in others}) == 5
+    assert (view == 1.0).all() and all((t == 2.0).all() for t in others)
+
+
+def test_a_result_is_a_tensor_like_any_other():
+    y = result(1000, 3.0)
+    grown = y.resize_(2000, 256)
+    assert (grown[:1000] == 3.0).all()
+    assert (y.clone() == y).all() and y.untyped_storage().resizable()
+    base = torch.ones(256, 1000).t()
+    strided = ops.gralora(torch.zeros(1000, 4), base, A, B, scaling=1.0)
+    assert strided.stride() == base.stride() and (strided == 1.0).all()
+
+
+def test_threads_share_the_pool():
+    def work(value: int) -> bool:
+        return all((result(500 + 7 * i, value) == value).all() for i in range(50))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(8)))
+
+
+def test_the_pool_holds_at_most_128_mib():
+    grown = run_python(
+        """
+import os, re, torch
+from gralora_ext import ops
+A, B = torch.randn(1, 4, 2), torch.randn(1, 2, 256)
+def resident():
+    return int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1]) >> 10
+def result(rows):
+    return ops.gralora(torch.zeros(rows, 4), torch.zeros(rows, 256), A, B, scaling=1.0)
+result(10)
+before = resident()
+results = [result(20_000 + 4_000 * i) for i in range(20)]  # 1.1 GiB, no two of one size
+during = resident()
+del results
+print(during - before, resident() - before)
+""",
+        MALLOC_MMAP_THRESHOLD_=str(1 << 16),
+    )
+    during, after = map(int, grown.split())
+    assert during > 1000
+    assert after < 128 + 32
