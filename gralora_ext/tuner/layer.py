@@ -44,15 +44,17 @@ class GraloraLinear(Linear):
         refuse_adapter_names(adapter_names)
         if self.disable_adapters and self.merged:
             self.unmerge()
-        result = self.base_layer(x, *args, **kwargs)
+        base_layer = self.base_layer
+        result = base_layer(x, *args, **kwargs)
         if not self.disable_adapters and not self.merged:
-            op = ops.gralora_ if _may_write_into(result, self.base_layer, x) else ops.gralora
+            op = ops.gralora_ if _may_write_into(result, base_layer, x) else ops.gralora
             for name in self.active_adapters:
                 if name in self.gralora_A:
-                    self._check_device("the input", x, name)
+                    operands = self._operands(name)
+                    _check_device("the input", x, name, operands["A"])
                     dropout = self.gralora_dropout[name]
-                    p = getattr(dropout, "p", 0.0)  # an adapter without dropout has an nn.Identity here
-                    result = op(x, result, **self._operands(name), dropout_p=p, training=dropout.training)
+                    p = dropout.p if isinstance(dropout, nn.Dropout) else 0.0  # nn.Identity where there is none
+                    result = op(x, result, **operands, dropout_p=p, training=dropout.training)
         return result.to(x.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -113,21 +115,21 @@ class GraloraLinear(Linear):
 
     def _mergeable_weight(self, adapter: str) -> Tensor:
         weight = self.get_base_layer().weight
-        self._check_device("the base weight", weight, adapter)
+        _check_device("the base weight", weight, adapter, self.gralora_A[adapter])
         if not weight.is_floating_point():
             raise TypeError(
                 f"merging needs a floating-point base weight, got {weight.dtype}; dequantize the base model first"
             )
         return weight
 
-    def _check_device(self, name: str, tensor: Tensor, adapter: str) -> None:
-        # Where one of them is on meta, the dispatcher would pick the fake kernel, which computes nothing in silence.
-        device = self.gralora_A[adapter].device
-        if tensor.device != device:
-            raise ValueError(
-                f"{name} is on {tensor.device}, but adapter {adapter!r} is on {device}: move the model to one device, "
-                "or load the weights of what is on meta"
-            )
+
+def _check_device(name: str, tensor: Tensor, adapter: str, A: Tensor) -> None:
+    # Where one of them is on meta, the dispatcher would pick the fake kernel, which computes nothing in silence.
+    if tensor.device != A.device:
+        raise ValueError(
+            f"{name} is on {tensor.device}, but adapter {adapter!r} is on {A.device}: move the model to one device, "
+            "or load the weights of what is on meta"
+        )
 
 
 def _may_write_into(result: Tensor, base_layer: nn.Module, x: Tensor) -> bool:
