@@ -41,7 +41,7 @@ def test_a_result_is_a_tensor_like_any_other():
     y = result(1000, 3.0)
     grown = y.resize_(2000, 256)
     assert (grown[:1000] == 3.0).all()
-    assert (y.clone() == y).all() and y.untyped_storage().resizable()
+    assert (grown.clone()[:1000] == 3.0).all()  # the rest is what new memory holds, NaN perhaps
     base = torch.ones(256, 1000).t()
     strided = ops.gralora(torch.zeros(1000, 4), base, A, B, scaling=1.0)
     assert strided.stride() == base.stride() and (strided == 1.0).all()
