@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from peft import GraloraConfig, get_peft_model
 from torch import Tensor, nn
 
-from gralora_ext import ops
+from gralora_ext import ops, reference
 
 ARGUMENTS = ("x", "A", "B", "A_general", "B_general")
 
@@ -62,6 +62,22 @@ def test_gradients_are_right_at_extreme_sizes(k: int, n: int, m: int, rb: int, h
     assert_gradients_near(Case(leading=(65,), k=k, n=n, m=m, rb=rb, h=h).inputs(device))
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3], ids=["", "dropout"])
+@pytest.mark.parametrize("adapter", DTYPES, ids=lambda d: NAMES[d])
+@pytest.mark.parametrize("rb", [1, 5, 16])
+@pytest.mark.parametrize("T", [1, 2, 3, 4, 5])
+def test_gradients_of_a_few_tokens(
+    T: int, rb: int, adapter: torch.dtype, dropout_p: float, device: torch.device
+) -> None:
+    """They are computed apart (csrc/cpu/backward_few.h): widths of several chunks, and of part of a vector."""
+    for n, m in [(275, 300), (7, 13)]:
+        inputs = Case(leading=(T,), k=3, n=n, m=m, rb=rb, adapter_dtype=adapter).inputs(device)
+        torch.manual_seed(T)
+        actual = value_and_gradients(ops.gralora, inputs, dropout_p=dropout_p)
+        torch.manual_seed(T)
+        assert_results_near(actual, inputs, dropout_p=dropout_p, seed=reference.draw_seed(device).cpu())
+
+
 def test_no_tokens_give_zero_gradients_for_the_adapter(device: torch.device) -> None:
     inputs = Case(leading=(2, 0), h=2).inputs(device)
     results = value_and_gradients(ops.gralora, inputs)
@@ -75,17 +91,19 @@ def test_gradient_of_base_is_the_gradient_of_y_itself(device: torch.device) -> N
 
 
 @pytest.mark.parametrize("frozen_base", [False, True], ids=["", "frozen_base"])
+@pytest.mark.parametrize(("T", "h"), [(21, 3), (3, 0)])
 @pytest.mark.parametrize("wanted", list(product([False, True], repeat=5)), ids=lambda w: "".join("01"[q] for q in w))
 def test_only_the_gradients_that_are_wanted_come_and_they_are_right(
-    wanted: tuple[bool, ...], frozen_base: bool, device: torch.device
+    wanted: tuple[bool, ...], T: int, h: int, frozen_base: bool, device: torch.device
 ) -> None:
-    inputs = Case(leading=(21,), k=2, n=9, m=10, h=3).inputs(device)
+    inputs = Case(leading=(T,), k=2, n=9, m=10, h=h).inputs(device)
     complete = value_and_gradients(ops.gralora, inputs)
     leaves = {name: t.detach().clone() for name, t in inputs.tensors.items()}
     for name, want in {**dict(zip(ARGUMENTS, wanted, strict=True)), "base": not frozen_base}.items():
-        leaves[name].requires_grad_(want)
+        if name in leaves:
+            leaves[name].requires_grad_(want)
     y = ops.gralora(**leaves, scaling=inputs.scaling)
-    assert y.requires_grad == (any(wanted) or not frozen_base)
+    assert y.requires_grad == any(leaf.requires_grad for leaf in leaves.values())
     if y.requires_grad:
         y.backward(inputs.grad)
     for name, leaf in leaves.items():

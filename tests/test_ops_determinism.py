@@ -37,6 +37,16 @@ def test_results_do_not_depend_on_the_number_of_threads(
         assert all(same_bits(many[name], one[name]) for name in one)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+def test_a_few_tokens_of_a_wide_layer(dtype: torch.dtype, device: torch.device) -> None:
+    """They are few, but their work is enough for threads; beside bfloat16, U is made again."""
+    case = Case((3,), 2, 1100, 1500, 50, x_dtype=dtype, base_dtype=dtype)
+    one = results_with(1, case, device, 0.3)
+    for count in (2, 3):
+        many = results_with(count, case, device, 0.3)
+        assert all(same_bits(many[name], one[name]) for name in one)
+
+
 @pytest.mark.parametrize("T", [200, 1300, 2100])
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
 def test_sums_over_several_segments_of_tokens(dtype: torch.dtype, T: int, device: torch.device) -> None:

@@ -6,6 +6,7 @@
 // tokens. The chunks' parts of dU meet in `partial` and are added in the order of the chunks. Weight gradients are summed
 // in a fixed tree: kTokens tokens in registers, those blocks within a segment, segments in their order. It does not depend
 // on the number of threads; neither does any other sum.
+#include "backward_few.h"
 #include "expand.h"
 #include "gradient_totals.h"
 #include "project.h"
@@ -239,13 +240,19 @@ struct Backward {
   }
 };
 
+template <class Acc>
+void run(const BackwardParams& p) {
+  if (BackwardFew<Acc>::fits(p)) return BackwardFew<Acc>{p}.run();
+  Backward<Acc>(p).run();
+}
+
 }  // namespace
 
 void backward(const BackwardParams& p) {
   if constexpr (kHasFloat64) {
-    if (p.accumulate_f64) return Backward<double>(p).run();
+    if (p.accumulate_f64) return run<double>(p);
   }
-  Backward<float>(p).run();
+  run<float>(p);
 }
 
 }  // namespace gralora::cpu::GRALORA_ISA

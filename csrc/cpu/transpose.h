@@ -16,21 +16,27 @@ struct LaneMaskOf<double> {
   typedef typename VectorOf<uint64_t, kWidth<double>>::type type;
 };
 
+// The lanes of a pair of rows that a round with this step brings together
+template <class Acc>
+inline void pair_lanes(int step, typename LaneMaskOf<Acc>::type& upper, typename LaneMaskOf<Acc>::type& lower) {
+  constexpr int W = kWidth<Acc>;
+  for (int lane = 0; lane < W; lane++) {
+    upper[lane] = lane & step ? W + lane - step : lane;
+    lower[lane] = lane & step ? W + lane : lane + step;
+  }
+}
+
 // to[i*to_stride + c] = from[c*from_stride + i] for i, c = 0 .. W-1
 template <class Acc, class T>
 inline void transpose_block(const T* from, int64_t from_stride, Acc* to, int64_t to_stride) {
   constexpr int W = kWidth<Acc>;
-  using LaneMask = typename LaneMaskOf<Acc>::type;
   Vec<Acc> row[W];
 #pragma GCC unroll 16
   for (int c = 0; c < W; c++) row[c] = load<Acc>(from + c * from_stride);
 #pragma GCC unroll 4
   for (int step = 1; step < W; step *= 2) {
-    LaneMask upper{}, lower{};
-    for (int lane = 0; lane < W; lane++) {
-      upper[lane] = lane & step ? W + lane - step : lane;
-      lower[lane] = lane & step ? W + lane : lane + step;
-    }
+    typename LaneMaskOf<Acc>::type upper{}, lower{};
+    pair_lanes<Acc>(step, upper, lower);
 #pragma GCC unroll 16
     for (int c = 0; c < W; c++) {
       if (c & step) continue;
@@ -40,6 +46,23 @@ inline void transpose_block(const T* from, int64_t from_stride, Acc* to, int64_t
   }
 #pragma GCC unroll 16
   for (int i = 0; i < W; i++) store<Acc>(to + i * to_stride, row[i]);
+}
+
+// Lane m of the result is the sum over the lanes of row[m]: the same rounds, but pairs are added and need no second row.
+template <class Acc>
+inline Vec<Acc> lane_sums(Vec<Acc> (&row)[kWidth<Acc>]) {
+  constexpr int W = kWidth<Acc>;
+#pragma GCC unroll 4
+  for (int step = 1; step < W; step *= 2) {
+    typename LaneMaskOf<Acc>::type upper{}, lower{};
+    pair_lanes<Acc>(step, upper, lower);
+#pragma GCC unroll 16
+    for (int c = 0; c < W; c += 2 * step) {
+      const Vec<Acc> a = row[c], b = row[c + step];
+      row[c] = __builtin_shuffle(a, b, upper) + __builtin_shuffle(a, b, lower);
+    }
+  }
+  return row[0];
 }
 
 // Rows of a group as the microkernel's `a` with row = 1 and step = MR: to[p*MR + m] = scale * from[m*stride + p] for m < MR

@@ -1,0 +1,208 @@
+// backward for a few tokens, where the parameters and their gradients are nearly all of the traffic: no packing, no sums
+// between threads. For adapters without a general part whose rows lie in one run.
+//
+//   an item of pass B, some ranks of a block:       dU_j[t, c] = s sum_o g_j[t, o] B_j[c, o];   dB_j[c, o] = s sum_t U_j[t, c] g_j[t, o]
+//   an item of pass A, some columns of a block:     dx_n[t, i] = sum_c dH_n[t, c] A_n[i, c];    dA_n[i, c] = sum_t x'_n[t, i] dH_n[t, c]
+//
+// Every parameter is read once, along its rows, and its gradient is written beside it. Each sum belongs to one item.
+#pragma once
+
+#include "project.h"
+
+namespace gralora::cpu::GRALORA_ISA {
+
+constexpr int64_t kFewTokens = 4;
+
+template <class Acc>
+struct BackwardFew {
+  const BackwardParams& p;
+  const Shape& s = p.shape;
+  const int64_t row = s.k * s.r, w_in = s.N / s.k, w_out = s.M / s.k;
+  const Mask mask = Mask(p.dropout);
+  Scratch scratch{};
+  Acc* g = scratch.take<Acc>(kFewTokens * s.M);  // rows beyond T are zeros, so are those of u and dH
+  Acc* u = scratch.take<Acc>(kFewTokens * row);
+  Acc* dH = scratch.take<Acc>(kFewTokens * row);
+  PerThread<Acc> buffers{scratch, p.threads, Block<Acc>::size(kFewTokens) + kFewTokens * kRow<Acc>};
+
+  static bool fits(const BackwardParams& p) {
+    const auto in_rows = [](const Param& parameter, const Param& gradient) {
+      return parameter.column_stride == 1 &&
+             (gradient.data == nullptr || (gradient.column_stride == 1 && gradient.dtype == parameter.dtype));
+    };
+    return p.shape.T > 0 && p.shape.T <= kFewTokens && p.shape.h == 0 && in_rows(p.adapter.A, p.grad.A) &&
+           in_rows(p.adapter.B, p.grad.B);
+  }
+
+  void run() {
+    read_tokens();
+    const bool want_x = p.grad_x.data != nullptr, want_H = want_x || p.grad.A.data != nullptr;
+    constexpr int64_t kRanks = 4;
+    const int64_t groups = ceil_div(s.r, kRanks), chunks = ceil_div(w_in, kChunk);
+    for_dtype<Acc>(p.adapter.B.dtype, [&](auto* type) {
+      using P = std::remove_pointer_t<decltype(type)>;
+      for_tokens([&](auto tokens) {
+        parallel_items(s.k * groups, p.threads, [&](int64_t item, int) {
+          const int64_t j = item / groups, c = item % groups * kRanks;
+          if (c + kRanks <= s.r) return pass_B<tokens.value, kRanks, P>(j, c, want_H);
+          for (int64_t last = c; last < s.r; last++) pass_B<tokens.value, 1, P>(j, last, want_H);
+        });
+      });
+    });
+    if (!want_H) return;
+    for_dtype<Acc>(p.adapter.A.dtype, [&](auto* type) {
+      using P = std::remove_pointer_t<decltype(type)>;
+      for_tokens([&](auto tokens) {
+        parallel_items(s.k * chunks, p.threads, [&](int64_t item, int thread) {
+          const int64_t first = item % chunks * kChunk;
+          pass_A<tokens.value, P>(item / chunks, first, smaller(kChunk, w_in - first), buffers.of(thread));
+        });
+      });
+    });
+  }
+
+ private:
+  template <class F>
+  void for_tokens(F&& f) const {
+    if (s.T == 1) return f(Int<1>{});
+    if (s.T == 2) return f(Int<2>{});
+    f(Int<4>{});
+  }
+
+  // g and U in the accumulation type; U again, where forward did not keep it
+  void read_tokens() {
+    for_dtype<Acc>(p.grad_y.dtype, [&](auto* type) {
+      using G = std::remove_pointer_t<decltype(type)>;
+      for (int64_t t = 0; t < s.T; t++)
+        convert_row<Acc>(static_cast<const G*>(p.grad_y.data) + row_offset(p.grad_y, t), p.grad_y.column_stride, s.M,
+                         g + t * s.M);
+    });
+    if (p.grad.B.data != nullptr && p.u == nullptr) {
+      const Project<Acc> project{s.N, s.k, s.r, 0, p.x, mask, p.adapter.A, Param{}, Acc(1)};
+      project.run_segment(0, s.T, u, scratch.take<Acc>(project.segment_scratch(s.T)));
+    } else if (p.grad.B.data != nullptr) {
+      memcpy(u, p.u, size_t(s.T * row) * sizeof(Acc));
+    }
+    for (int64_t i = s.T * s.M; i < kFewTokens * s.M; i++) g[i] = Acc(0);
+    for (int64_t i = s.T * row; i < kFewTokens * row; i++) u[i] = dH[i] = Acc(0);
+  }
+
+  // Ranks [c, c + R) of block j
+  template <int T, int R, class P>
+  void pass_B(int64_t j, int64_t c, bool want_H) const {
+    constexpr int64_t W = kWidth<Acc>;
+    const bool want_B = p.grad.B.data != nullptr;
+    const Param &from = p.adapter.B, &to = p.grad.B;
+    const P* b = static_cast<const P*>(from.data) + j * from.block_stride + c * from.row_stride;
+    P* db = static_cast<P*>(to.data) + (want_B ? j * to.block_stride + c * to.row_stride : 0);
+    const Acc* g_j = g + j * w_out;
+    Acc ranks[R][T], rest[R][T] = {};
+    for (int q = 0; q < R; q++)
+      for (int t = 0; t < T; t++) ranks[q][t] = Acc(p.scaling) * u[t * row + j * s.r + c + q];
+    Vec<Acc> sum[R][T] = {};
+    int64_t o = 0;
+    for (; o + W <= w_out; o += W) {
+      Vec<Acc> g_o[T];
+#pragma GCC unroll 4
+      for (int t = 0; t < T; t++) g_o[t] = load<Acc>(g_j + t * s.M + o);
+      if (want_H)
+        for_accumulators<R, T>([&](int q, int t) { sum[q][t] += g_o[t] * load<Acc>(b + q * from.row_stride + o); });
+      if (want_B)
+        for_accumulators<R, 1>([&](int q, int) {
+          Vec<Acc> gradient{};
+#pragma GCC unroll 4
+          for (int t = 0; t < T; t++) gradient += ranks[q][t] * g_o[t];
+          store<Acc>(db + q * to.row_stride + o, gradient);
+        });
+    }
+    for (; o < w_out; o++)
+      for (int q = 0; q < R; q++) {
+        Acc gradient = 0;
+        for (int t = 0; t < T; t++) {
+          if (want_H) rest[q][t] += g_j[t * s.M + o] * to_acc<Acc>(b[q * from.row_stride + o]);
+          gradient += ranks[q][t] * g_j[t * s.M + o];
+        }
+        if (want_B) db[q * to.row_stride + o] = from_acc<P>(gradient);
+      }
+    const int64_t rb = s.r / s.k;
+    for_accumulators<R, T>([&](int q, int t) {
+      Acc total = rest[q][t];
+      for (int lane = 0; lane < W; lane++) total += sum[q][t][lane];
+      if (t < s.T) dH[t * row + (c + q) / rb * s.r + j * rb + (c + q) % rb] = Acc(p.scaling) * total;
+    });
+  }
+
+  // Columns [first, first + columns) of block n
+  template <int T, class P>
+  void pass_A(int64_t n, int64_t first, int64_t columns, Acc* buffer) const {
+    constexpr int64_t W = kWidth<Acc>;
+    const bool want_A = p.grad.A.data != nullptr, want_x = p.grad_x.data != nullptr;
+    const Block<Acc> block(buffer, kFewTokens);
+    Acc* dx = buffer + Block<Acc>::size(kFewTokens);
+    if (want_A || mask.on) read_block<Acc>(p.x, 0, s.T, n * w_in + first, columns, s.N, mask, block);
+    for (int64_t t = s.T; t < T; t++) memset(block.rows + t * kRow<Acc>, 0, sizeof(Acc) * kRow<Acc>);
+    const Param &from = p.adapter.A, &to = p.grad.A;
+    const P* a = static_cast<const P*>(from.data) + n * from.block_stride + first * from.row_stride;
+    P* da = static_cast<P*>(to.data) + (want_A ? n * to.block_stride + first * to.row_stride : 0);
+    const Acc* h = dH + n * s.r;
+    for (int64_t i = 0; i < columns; i += W) {
+      const int64_t count = smaller(W, columns - i);
+      for (int64_t t = 0; want_x && t < s.T; t++)
+        dot_rows(a + i * from.row_stride, from.row_stride, count, h + t * row, dx + t * kRow<Acc> + i);
+      for (int64_t m = i; want_A && m < i + count; m++) outer_row<T>(block.rows + m, h, da + m * to.row_stride);
+    }
+    if (want_x) store_x(n * w_in + first, columns, dx, block.draws);
+  }
+
+  // to[m] = sum_c h[c] a[m*stride + c] for m < count; to[count .. W) is written too
+  template <class P>
+  void dot_rows(const P* a, int64_t stride, int64_t count, const Acc* h, Acc* to) const {
+    constexpr int64_t W = kWidth<Acc>;
+    const int64_t whole = s.r / W * W;
+    Vec<Acc> sum[W] = {};
+    if (count == W) {
+      for (int64_t c = 0; c < whole; c += W) {
+        const Vec<Acc> h_c = load<Acc>(h + c);
+#pragma GCC unroll 16
+        for (int64_t m = 0; m < W; m++) sum[m] += h_c * load<Acc>(a + m * stride + c);
+      }
+      store<Acc>(to, lane_sums<Acc>(sum));
+    } else {
+      for (int64_t m = 0; m < W; m++) to[m] = Acc(0);
+    }
+    for (int64_t m = 0; m < count; m++)
+      for (int64_t c = count == W ? whole : 0; c < s.r; c++) to[m] += h[c] * to_acc<Acc>(a[m * stride + c]);
+  }
+
+  template <int T, class P>
+  void outer_row(const Acc* x, const Acc* h, P* to) const {
+    constexpr int64_t W = kWidth<Acc>;
+    int64_t c = 0;
+    for (; c + W <= s.r; c += W) {
+      Vec<Acc> gradient{};
+#pragma GCC unroll 4
+      for (int t = 0; t < T; t++) gradient += x[t * kRow<Acc>] * load<Acc>(h + t * row + c);
+      store<Acc>(to + c, gradient);
+    }
+    for (; c < s.r; c++) {
+      Acc gradient = 0;
+      for (int t = 0; t < T; t++) gradient += x[t * kRow<Acc>] * h[t * row + c];
+      to[c] = from_acc<P>(gradient);
+    }
+  }
+
+  void store_x(int64_t column, int64_t columns, Acc* dx, const uint16_t* draws) const {
+    for_dtype<Acc>(p.grad_x.dtype, [&](auto* type) {
+      using X = std::remove_pointer_t<decltype(type)>;
+      for (int64_t t = 0; t < s.T; t++) {
+        X* to = static_cast<X*>(p.grad_x.data) + row_offset(p.grad_x, t) + column * p.grad_x.column_stride;
+        for (int64_t i = 0; i < columns; i++) {
+          const Acc value = dx[t * kRow<Acc> + i];
+          to[i * p.grad_x.column_stride] = from_acc<X>(mask.on ? mask.drop(value, draws[t * kChunk + i]) : value);
+        }
+      }
+    });
+  }
+};
+
+}  // namespace gralora::cpu::GRALORA_ISA
