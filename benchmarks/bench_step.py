@@ -3,7 +3,8 @@
 The overhead of an adapter is the time of its forward + backward minus that of the frozen model, round by round. The
 frozen model's backward runs to the embeddings' output, which requires a gradient in every model here
 (``enable_input_require_grads``): so all run the same chain of dx, and what remains is the adapters' own work.
-All models share the frozen weights; they differ in their modules and adapters alone.
+All models share the frozen weights; they differ in their modules and adapters alone. Freed memory stays with malloc: where it
+goes back to the system, the model that keeps least finds the others' memory, and their page faults count as overhead.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 import gralora_ext
 from gralora_ext.cli import model as cli_model
+from gralora_ext.cli.memory import keep_freed_memory
 from gralora_ext.cli.wheels import MODEL_WHEEL
 
 from .accuracy import relative_error
@@ -59,6 +61,7 @@ def tasks(level: Level, threads: int, device: torch.device) -> list[Task]:
 def measure(
     size: tuple[int, int], adapters: tuple[tuple[int, int], ...], rounds: int, context: Context
 ) -> Iterator[Record]:
+    keep_freed_memory()
     frozen = frozen_model().to(context.device).requires_grad_(False)
     generator = torch.Generator().manual_seed(SEED)
     ids = torch.randint(frozen.config.vocab_size, size, generator=generator).to(context.device)

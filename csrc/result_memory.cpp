@@ -54,7 +54,7 @@ class Pool final : public c10::Allocator {
   void copy_data(void* to, const void* from, std::size_t bytes) const override { default_copy_data(to, from, bytes); }
 
  private:
-  // The idle block that fits best and wastes at most an eighth.
+  // The idle block that fits best and wastes at most an eighth; of several the one used last, which caches may still hold.
   Block* take(size_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex_);
     auto best = idle_.end();

@@ -61,7 +61,9 @@ def _dispatch(arguments: list[str]) -> int:
         # times as long. The OpenMP runtime reads this when torch loads it.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         from .finetune import run
+        from .memory import keep_freed_memory
 
+        keep_freed_memory()
         return run(options)
     if name == "info":
         from .info import run as info
