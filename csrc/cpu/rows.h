@@ -113,6 +113,11 @@ void read_block(const Rows& x, int64_t t0, int64_t count, int64_t i0, int64_t wi
       Acc* row = block.rows + m * kRow<Acc>;
       if (mask.on) {
         uint16_t* drawn = block.draws + m * kChunk;
+        if (m + 1 < count && x.column_stride == 1) {  // comes from memory while Philox works
+          const char* next =
+              reinterpret_cast<const char*>(static_cast<const T*>(x.data) + row_offset(x, t0 + m + 1) + i0);
+          for (int64_t byte = 0; byte < width * int64_t(sizeof(T)); byte += 64) __builtin_prefetch(next + byte, 0, 3);
+        }
         mask.draw(uint64_t((t0 + m) * logical_width + i0), width, drawn);
         int64_t i = 0;
         if (x.column_stride == 1)
