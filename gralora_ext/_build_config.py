@@ -103,7 +103,7 @@ def want_cuda(setting: str, torch_cuda: str | None, cuda_home: str | None, root:
     """
     if setting not in ("auto", "0", "1"):
         raise BuildError(f"GRALORA_EXT_CUDA must be auto, 0 or 1, but it is '{setting}': run `unset GRALORA_EXT_CUDA`.")
-    has_sources = (root / "csrc" / "cuda").is_dir()
+    has_sources = (root / "csrc" / "cuda" / "launch.cu").is_file()  # the kernels are there, what calls them is not yet
     if setting != "1":
         return setting == "auto" and has_sources and bool(torch_cuda and cuda_home)
     if not has_sources:

@@ -86,6 +86,7 @@ def test_cuda_is_built_where_torch_and_toolkit_have_it(
 ) -> None:
     if sources:
         (tmp_path / "csrc" / "cuda").mkdir(parents=True)
+        (tmp_path / "csrc" / "cuda" / "launch.cu").touch()
     assert config.want_cuda(setting, torch_cuda, cuda_home, tmp_path) is wanted
 
 
@@ -103,6 +104,7 @@ def test_cuda_that_cannot_be_built_is_refused_in_one_sentence(
 ) -> None:
     if sources:
         (tmp_path / "csrc" / "cuda").mkdir(parents=True)
+        (tmp_path / "csrc" / "cuda" / "launch.cu").touch()
     with pytest.raises(config.BuildError, match=message) as error:
         config.want_cuda(setting, torch_cuda, cuda_home, tmp_path)
     assert "`" in str(error.value) and "\n" not in str(error.value)

@@ -1,0 +1,148 @@
+// expand: from the ranks to a wide activation, added to base where there is one.
+//
+//   y[t, j*w + o] = base[t, j*w + o] + sum_c s*U[t, j, c] * Q[j][c, o] + sum_c s*U[t, c] * G[j][c, o]
+//
+// Forward: U = exchange(H), B, Bg^T give y. Backward: dH = exchange(dU), A^T, Ag give dx. Merge: y is W, its rows are the tokens,
+// U is B^T and Bg, Q is A^T and Ag. w = width/k; `Left` says which ranks a row has (Ranks does the exchange).
+//
+// A block owns 128 tokens and `tiles` tiles of 64 columns of one j; a warp owns 16 tokens. base is read once and y written once,
+// in 16-byte pieces through shared memory; Q is converted to bfloat16 pieces once a block and tile; the ranks are read once
+// a block, into shared memory, 64 at a time (again for each tile where there are more). One sum in a fixed order per y,
+// rounded once.
+#pragma once
+
+#include "fragments.cuh"
+
+namespace gralora::cuda {
+
+constexpr int kColumns = 64;  // of y in a tile
+constexpr int kRanks = 64;    // in shared memory together
+
+template <class Y, class P>
+struct ExpandTile {
+  static constexpr int kRankPieces = sizeof(Y) == 4 ? 3 : 2;  // of U, a float
+  static constexpr int kFactorPieces = kPieces<P>;
+  static constexpr int kRankPitch = kRanks + 4;
+  static constexpr int kFactorPitch = kColumns + 8;
+  static constexpr int kPitch = kColumns + 16 / sizeof(Y);
+  struct Shared {
+    float ranks[kTokens][kRankPitch];
+    bf16 factor[kFactorPieces][kRanks][kFactorPitch];
+    Y y[kTokens][kPitch];
+  };
+  static_assert(sizeof(Shared) <= 99 * 1024);
+};
+
+template <class Left, class Y, class P>
+__global__ void __launch_bounds__(kThreads, 2)
+    expand_kernel(Left left_ranks, Factor<P> factor, Factor<P> general, Activation<const Y> base, Activation<Y> y,
+                  int64_t w, int h, int tiles, float scale, Mask mask) {
+  using Tile = ExpandTile<Y, P>;
+  constexpr int kVector = 16 / sizeof(Y);
+  typename Tile::Shared& shared = *dynamic_shared<typename Tile::Shared>();
+  const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
+  const RowRange rows = left_ranks.rows(blockIdx.x);
+  const int64_t t0 = rows.first;
+  const int j = blockIdx.z, r = left_ranks.block_ranks(), all_ranks = r + h;
+  const int rank_chunks = (all_ranks + kRanks - 1) / kRanks, factor_rank0 = left_ranks.first_rank(t0);
+  const int64_t begin = int64_t(blockIdx.y) * tiles * kColumns;
+  const int64_t end = begin + int64_t(tiles) * kColumns < w ? begin + int64_t(tiles) * kColumns : w;
+
+  const auto load_ranks = [&](int rank0) {
+#pragma unroll 1  // several at once would take registers from the sums
+    for (int i = tid; i < kTokens * kRanks; i += kThreads) {
+      const int m = i / kRanks, c = i % kRanks;
+      const bool inside = t0 + m < rows.last && rank0 + c < all_ranks;
+      const float value = inside ? left_ranks.get(t0 + m, j, rank0 + c) : 0.0f;
+      shared.ranks[m][c] = scale * value;
+      if (blockIdx.y == 0 && inside) left_ranks.keep(t0 + m, j, rank0 + c, value);
+    }
+  };
+  const auto load_factor = [&](int rank0, int64_t column0) {
+    const bool along_columns = factor.column_stride == 1;
+    for (int i = tid; i < kRanks * kColumns; i += kThreads) {
+      const int c = along_columns ? i / kColumns : i % kRanks, o = along_columns ? i % kColumns : i / kRanks;
+      float value = 0.0f;
+      if (rank0 + c < all_ranks && column0 + o < w)
+        value = rank0 + c < r ? factor.get(j, factor_rank0 + rank0 + c, column0 + o)
+                              : general.get(j, rank0 + c - r, column0 + o);
+      bf16 piece[Tile::kFactorPieces];
+      split_float(value, piece);
+#pragma unroll
+      for (int p = 0; p < Tile::kFactorPieces; p++) shared.factor[p][c][o] = piece[p];
+    }
+  };
+  const auto load_base = [&](int64_t column0) {
+    for (int i = tid; i < kTokens * (kColumns / kVector); i += kThreads) {
+      const int m = i / (kColumns / kVector), c = i % (kColumns / kVector) * kVector;
+      const int64_t left = w - column0 - c;
+      const bool inside = base.data != nullptr && t0 + m < rows.last && left > 0;
+      const Y* from = base.data + (t0 + m) * base.stride + j * w + column0 + c;
+      if (base.vectors)
+        cp_async_16(&shared.y[m][c], inside ? from : reinterpret_cast<const Y*>(y.data), inside ? 16 : 0);
+      else
+        for (int e = 0; e < kVector; e++)
+          shared.y[m][c + e] = inside && e < left ? load_global(from + e) : from_float<Y>(0.0f);
+    }
+    cp_async_commit();
+  };
+  const auto store_y = [&](int64_t column0) {
+    for (int i = tid; i < kTokens * (kColumns / kVector); i += kThreads) {
+      const int m = i / (kColumns / kVector), c = i % (kColumns / kVector) * kVector;
+      const int64_t left = w - column0 - c;
+      if (t0 + m >= rows.last || left <= 0) continue;
+      Y* to = y.data + (t0 + m) * y.stride + j * w + column0 + c;
+      if (y.vectors && left >= kVector)
+        store_global(reinterpret_cast<uint4*>(to), shared_vector(&shared.y[m][c]));
+      else
+        for (int e = 0; e < kVector && e < left; e++) store_global(to + e, shared.y[m][c + e]);
+    }
+  };
+
+  if (rank_chunks == 1) load_ranks(0);
+  for (int64_t column0 = begin; column0 < end; column0 += kColumns) {
+    load_base(column0);
+    float acc[kColumns / 8][4] = {};
+    for (int chunk = 0; chunk < rank_chunks; chunk++) {
+      if (rank_chunks > 1) load_ranks(chunk * kRanks);
+      load_factor(chunk * kRanks, column0);
+      sync_block();
+#pragma unroll
+      for (int k0 = 0; k0 < kRanks; k0 += 16) {
+        if (chunk * kRanks + k0 >= all_ranks) break;
+        uint32_t a[Tile::kRankPieces][4];
+        load_rows(a, &shared.ranks[warp * 16][k0], Tile::kRankPitch, lane);
+#pragma unroll
+        for (int c = 0; c < kColumns; c += 16) {
+          uint32_t left[Tile::kFactorPieces][2], right[Tile::kFactorPieces][2];
+#pragma unroll
+          for (int p = 0; p < Tile::kFactorPieces; p++) {
+            uint32_t one[1][2], other[1][2];
+            load_columns(one, other, &shared.factor[p][k0][c], Tile::kFactorPitch, lane);
+            left[p][0] = one[0][0], left[p][1] = one[0][1], right[p][0] = other[0][0], right[p][1] = other[0][1];
+          }
+          multiply(acc[c / 8], a, left);
+          multiply(acc[c / 8 + 1], a, right);
+        }
+      }
+      if (chunk + 1 < rank_chunks) sync_block();  // all are done with these ranks
+    }
+    cp_async_wait<0>();
+    sync_block();  // base has landed for all
+#pragma unroll
+    for (int c = 0; c < kColumns / 8; c++)
+#pragma unroll
+      for (int v = 0; v < 4; v++) {
+        Y& at = shared.y[warp * 16 + lane / 4 + v / 2 * 8][c * 8 + lane % 4 * 2 + v % 2];
+        at = from_float<Y>(to_float(at) + acc[c][v]);
+      }
+    sync_block();
+    if (mask.seed != nullptr) {  // y is dx, without a base
+      drop_tile(mask, &shared.y[0][0], Tile::kPitch, kTokens, kColumns, t0, j * w + column0, tid, kThreads);
+      sync_block();
+    }
+    store_y(column0);  // each thread what it will fill with the next tile of base: no barrier
+  }
+}
+
+}  // namespace gralora::cuda

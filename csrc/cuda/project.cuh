@@ -1,0 +1,158 @@
+// project: from a wide activation to the ranks, before the block exchange (see Ranks).
+//
+//   ranks[split][t][n][c]     = f * sum_{i in split} x'[t, n*w + i] * P[n][i, c]      c < r
+//   ranks[split][t][n][r + c] = f * sum_{i in split} x'[t, n*w + i] * G[n][i, c]      c < h
+//
+// Forward: x, A, Ag^T. Backward: g, B^T, Bg. w = width/k; f carries the scaling and the 1/(1-p) of dropout.
+//
+// A block owns 128 tokens, one n, `columns` ranks and one split of the w columns; a warp owns 16 tokens. x goes through a ring of
+// kStages tiles of 128 bytes a row (cp.async), each read once per group of ranks; P through two buffers of bfloat16 pieces,
+// converted once a block. Both are read by ldmatrix (a float x by 8-byte loads) from rows that are 16 bytes longer than a
+// multiple of 128: no bank conflicts. Sums are taken in the order of i, in registers: the result depends on nothing but the
+// shape and the number of splits.
+#pragma once
+
+#include "fragments.cuh"
+
+namespace gralora::cuda {
+
+template <class X, class P, int columns>
+struct ProjectTile {
+  static constexpr int kDepth = 128 / sizeof(X);          // columns of x in a stage
+  static constexpr int kPitch = kDepth + 16 / sizeof(X);  // elements from a row of x to the next
+  static constexpr int kFactorPitch = columns + 8;
+  static constexpr int kFactorPieces = kPieces<P>;
+  // Three where they fit into the 99 KiB that the smallest of the devices gives a block
+  static constexpr int kStages = kFactorPieces * kDepth * columns > 8192 ? 2 : 3;
+  static constexpr int kGroups = kDepth * columns / 4 / kThreads;  // of 4 elements of P that a thread converts
+  struct Shared {
+    X x[kStages][kTokens][kPitch];
+    bf16 factor[2][kFactorPieces][kDepth][kFactorPitch];
+  };
+  static_assert(sizeof(Shared) <= 99 * 1024);
+  static_assert(kDepth * columns % (4 * kThreads) == 0 || kDepth * columns < 4 * kThreads);
+};
+
+template <class X, class P, int columns>
+__global__ void __launch_bounds__(kThreads, 1)
+    project_kernel(Activation<const X> x, Factor<P> factor, Factor<P> general, Ranks ranks, int64_t width, int splits,
+                   float scale, Mask mask) {
+  using Tile = ProjectTile<X, P, columns>;
+  constexpr int kDepth = Tile::kDepth;
+  typename Tile::Shared& shared = *dynamic_shared<typename Tile::Shared>();
+  const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
+  const int rank_groups = (ranks.r + ranks.h + columns - 1) / columns;
+  const int n = blockIdx.y / rank_groups, rank0 = blockIdx.y % rank_groups * columns, split = blockIdx.z;
+  const int64_t t0 = int64_t(blockIdx.x) * kTokens, w = width / ranks.k;
+  const int64_t chunks = (w + kDepth - 1) / kDepth;
+  const int64_t first = chunks * split / splits, last = chunks * (split + 1) / splits;
+
+  const auto load_x = [&](int stage, int64_t chunk) {
+    if (chunk < last) {
+      constexpr int kVector = 16 / sizeof(X);
+      for (int i = tid; i < kTokens * 8; i += kThreads) {
+        const int m = i / 8, c = i % 8 * kVector;
+        const int64_t column = chunk * kDepth + c, left = w - column;
+        X* to = &shared.x[stage][m][c];
+        const X* from = x.data + (t0 + m) * x.stride + n * w + column;
+        const bool inside = t0 + m < ranks.T && left > 0;
+        if (x.vectors) {
+          cp_async_16(to, inside ? from : x.data, inside ? 16 : 0);
+        } else {
+          for (int e = 0; e < kVector; e++) to[e] = inside && e < left ? load_global(from + e) : from_float<X>(0.0f);
+        }
+      }
+    }
+    cp_async_commit();
+  };
+
+  // Element (i, c) of a chunk of P beside G
+  const auto factor_at = [&](int64_t i, int c) -> float {
+    if (i >= w || c >= ranks.r + ranks.h) return 0.0f;
+    return c < ranks.r ? factor.get(n, i, c) : general.get(n, i, c - ranks.r);
+  };
+  constexpr int kHeld = Tile::kGroups > 0 ? Tile::kGroups : 1;
+  float held[kHeld][4];
+  const bool along_ranks = factor.column_stride == 1;
+  const auto place = [&](int group, int& i, int& c) {  // where a group of 4 lies: along P's unit stride
+    if (along_ranks)
+      i = group / (columns / 4), c = group % (columns / 4) * 4;
+    else
+      i = group % (kDepth / 4) * 4, c = group / (kDepth / 4);
+  };
+  const auto load_factor = [&](int64_t chunk) {
+#pragma unroll
+    for (int q = 0; q < kHeld; q++) {
+      const int group = tid + q * kThreads;
+      int i, c;
+      place(group, i, c);
+#pragma unroll
+      for (int e = 0; e < 4; e++)
+        held[q][e] = group * 4 < kDepth * columns && chunk < last
+                         ? factor_at(chunk * kDepth + i + (along_ranks ? 0 : e), rank0 + c + (along_ranks ? e : 0))
+                         : 0.0f;
+    }
+  };
+  const auto store_factor = [&](int buffer) {
+#pragma unroll
+    for (int q = 0; q < kHeld; q++) {
+      const int group = tid + q * kThreads;
+      if (group * 4 >= kDepth * columns) break;
+      int i, c;
+      place(group, i, c);
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        bf16 piece[Tile::kFactorPieces];
+        split_float(held[q][e], piece);
+#pragma unroll
+        for (int p = 0; p < Tile::kFactorPieces; p++)
+          shared.factor[buffer][p][i + (along_ranks ? 0 : e)][c + (along_ranks ? e : 0)] = piece[p];
+      }
+    }
+  };
+
+  float acc[columns / 8][4] = {};
+  for (int stage = 0; stage < Tile::kStages - 1; stage++) load_x(stage, first + stage);
+  load_factor(first);
+  store_factor(0);
+  for (int64_t chunk = first; chunk < last; chunk++) {
+    const int step = int(chunk - first), stage = step % Tile::kStages, buffer = step % 2;
+    cp_async_wait<Tile::kStages - 2>();
+    sync_block();  // this stage has landed for all, and all are done with the one that is filled next
+    load_x((step + Tile::kStages - 1) % Tile::kStages, chunk + Tile::kStages - 1);
+    load_factor(chunk + 1);
+    if (mask.seed != nullptr) {
+      drop_tile(mask, &shared.x[stage][0][0], Tile::kPitch, kTokens, kDepth, t0, n * w + chunk * kDepth, tid, kThreads);
+      sync_block();
+    }
+#pragma unroll
+    for (int k0 = 0; k0 < kDepth; k0 += 16) {
+      uint32_t a[kPieces<X>][4];
+      load_rows(a, &shared.x[stage][warp * 16][k0], Tile::kPitch, lane);
+#pragma unroll
+      for (int c = 0; c < columns; c += 16) {
+        uint32_t left[Tile::kFactorPieces][2], right[Tile::kFactorPieces][2];
+#pragma unroll
+        for (int p = 0; p < Tile::kFactorPieces; p++) {
+          uint32_t one[1][2], other[1][2];
+          load_columns(one, other, &shared.factor[buffer][p][k0][c], Tile::kFactorPitch, lane);
+          left[p][0] = one[0][0], left[p][1] = one[0][1], right[p][0] = other[0][0], right[p][1] = other[0][1];
+        }
+        multiply(acc[c / 8], a, left);
+        multiply(acc[c / 8 + 1], a, right);
+      }
+    }
+    store_factor(1 - buffer);
+  }
+
+#pragma unroll
+  for (int c = 0; c < columns / 8; c++)
+#pragma unroll
+    for (int v = 0; v < 4; v++) {
+      const int64_t t = t0 + warp * 16 + lane / 4 + v / 2 * 8;
+      const int rank = rank0 + c * 8 + lane % 4 * 2 + v % 2;
+      if (t < ranks.T && rank < ranks.r + ranks.h) store_global(ranks.at(split, t, n) + rank, scale * acc[c][v]);
+    }
+}
+
+}  // namespace gralora::cuda

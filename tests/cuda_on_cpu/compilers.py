@@ -1,0 +1,172 @@
+"""Compiles CUDA sources without a GPU: by g++ on the emulator, by nvcc to PTX. Results are kept and reused."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+KERNELS = HERE.parent.parent / "csrc" / "cuda"
+EMULATOR = HERE / "emulator"
+
+# gcc's unique symbols would make all emulated libraries of a process share one emulator.
+# Both compilers know `#pragma unroll`, under different names.
+HOST_FLAGS = ("-std=c++17", "-g", "-fno-gnu-unique")
+STRICT = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
+VARIANTS = {
+    "plain": ("-O2",),
+    "asan": ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
+    "tsan": ("-O1", "-fsanitize=thread"),
+}
+PTX_FLAGS = ("-std=c++17", "-O3", "-Werror", "all-warnings", "-ptx")
+
+
+@dataclass(frozen=True)
+class Toolkit:
+    """CUDA's headers, and nvcc where it came with them."""
+
+    include: Path
+    nvcc: Path | None
+
+
+class CompileError(Exception):
+    """What the compiler said."""
+
+
+@functools.cache
+def find_toolkit() -> Toolkit | None:
+    """The first that has headers: CUDA_HOME, the toolkit of the nvcc on PATH, that of pip's packages."""
+    for root in _toolkit_roots():
+        include = root / "include"
+        if all((include / header).is_file() for header in ("cuda_runtime.h", "cuda_bf16.h", "cuda_fp16.h")):
+            nvcc = root / "bin" / "nvcc"
+            return Toolkit(include, nvcc if os.access(nvcc, os.X_OK) else None)
+    return None
+
+
+def _toolkit_roots() -> Iterator[Path]:
+    if os.environ.get("CUDA_HOME"):
+        yield Path(os.environ["CUDA_HOME"])
+    nvcc = shutil.which("nvcc")
+    if nvcc is not None:
+        # It may be a link or a script; where its toolkit is, it tells itself.
+        command = [nvcc, "--dryrun", "-E", "-x", "cu", os.devnull]
+        said = subprocess.run(command, check=False, capture_output=True, text=True)
+        top = re.search(r"^#\$ TOP=(.+)$", said.stderr, re.MULTILINE)
+        if top is not None:
+            yield Path(top[1].strip()).resolve()
+    package = importlib.util.find_spec("nvidia")
+    if package is not None:
+        for folder in package.submodule_search_locations or ():
+            yield Path(folder) / "cu13"
+
+
+def compiler() -> str | None:
+    """g++, whatever CXX says: the flags are its own."""
+    return shutil.which("g++")
+
+
+def emulated_library(
+    source: Path, variant: str = "plain", *, include: Sequence[Path] = (), kernels: Path = KERNELS
+) -> Path:
+    """A shared library of the kernels of ``source`` on the emulator.
+
+    The sanitizers' variants can be loaded only into a process that was linked with them: see ``emulated_program``.
+    """
+    return _host_compile([source], variant, (kernels, *include), ("-fPIC", "-shared"), ".so")
+
+
+def emulated_program(
+    sources: Sequence[Path], variant: str, *, include: Sequence[Path] = (), kernels: Path = KERNELS
+) -> Path:
+    """An executable of the same; one of the sources has ``main``."""
+    return _host_compile(sources, variant, (kernels, *include), (), "")
+
+
+def ptx(source: Path, arch: int, *, include: Sequence[Path] = ()) -> str:
+    """The PTX that nvcc makes of ``source`` for compute capability ``arch`` (80, 90)."""
+    toolkit = find_toolkit()
+    if toolkit is None or toolkit.nvcc is None:
+        raise FileNotFoundError("there is no nvcc")
+    command = [str(toolkit.nvcc), *PTX_FLAGS, f"-arch=compute_{arch}", *_includes((KERNELS, *include)), str(source)]
+    return _cached(command, ".ptx", include).read_text()
+
+
+def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs an emulated program. A report of TSan ends it with 66, one of ASan or UBSan with 67."""
+    environment = {
+        **os.environ,
+        "TSAN_OPTIONS": "exitcode=66 halt_on_error=1 report_signal_unsafe=0 atexit_sleep_ms=0",
+        # A launch that fails leaves the stacks of its threads as they are: what is on them is lost.
+        "ASAN_OPTIONS": "exitcode=67 detect_leaks=0",
+        "UBSAN_OPTIONS": "exitcode=67 print_stacktrace=1",
+    }
+    command = [str(program), *arguments]
+    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=120)
+    if "unexpected memory mapping" in done.stderr:  # TSan of gcc 12 where addresses are randomised in more than 28 bits
+        command = ["setarch", os.uname().machine, "-R", *command]
+        done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=120)
+    return done
+
+
+def _includes(folders: Sequence[Path]) -> list[str]:
+    return [f"-I{folder}" for folder in folders]
+
+
+def _host_compile(
+    sources: Sequence[Path], variant: str, include: Sequence[Path], flags: Sequence[str], suffix: str
+) -> Path:
+    toolkit, cxx = find_toolkit(), compiler()
+    if toolkit is None or cxx is None:
+        raise FileNotFoundError("there are no CUDA headers" if toolkit is None else "there is no C++ compiler")
+    strict = STRICT if KERNELS in include else ()  # a defect that is planted in a copy may well leave a name unused
+    folders = _includes((*include, EMULATOR))
+    # As system headers: their warnings are not ours.
+    command = [
+        cxx,
+        *HOST_FLAGS,
+        *strict,
+        *VARIANTS[variant],
+        *folders,
+        "-isystem",
+        str(toolkit.include),
+        *flags,
+        "-x",
+        "c++",
+    ]
+    return _cached([*command, *map(str, sources)], suffix, include)
+
+
+def _cached(command: Sequence[str], suffix: str, include: Sequence[Path]) -> Path:
+    """Runs ``command`` with an output file, unless that exists for the same command, compiler and sources."""
+    digest = hashlib.sha256("\0".join(command).encode())
+    digest.update(subprocess.run([command[0], "--version"], capture_output=True, check=True).stdout)
+    for file in sorted(_sources(include)):
+        digest.update(str(file).encode() + b"\0" + file.read_bytes() + b"\0")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gralora_ext" / "cuda_on_cpu"
+    built = cache / (digest.hexdigest()[:32] + suffix)
+    if built.exists():
+        return built
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        output = Path(folder) / ("output" + suffix)
+        done = subprocess.run([*command, "-o", str(output)], check=False, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise CompileError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+        output.replace(built)  # other processes see all of it or nothing
+    return built
+
+
+def _sources(include: Sequence[Path]) -> set[Path]:
+    """All that a source may include of ours, wanted or not: too many rebuilds are better than one too few."""
+    suffixes = {".h", ".cuh", ".cu", ".cpp"}
+    return {file for root in (KERNELS, HERE, *include) for file in root.rglob("*") if file.suffix in suffixes}

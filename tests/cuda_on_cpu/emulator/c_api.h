@@ -1,0 +1,95 @@
+// What a test calls in a library of emulated kernels, by ctypes. Each library has an emulator of its own.
+// Functions that can fail return 0 or 1; gralora_emulator_error() then tells why, and why a launch failed.
+#pragma once
+
+#include "traffic.h"
+
+// Inline, as each source of a library holds them, and yet exported.
+#define GRALORA_EXPORTED inline __attribute__((used, visibility("default")))
+
+namespace gralora::emulator {
+
+template <class F>
+int reporting(F&& f) {
+  try {
+    f();
+    return 0;
+  } catch (const std::exception& error) {
+    error_message() = error.what();
+    return 1;
+  }
+}
+
+}  // namespace gralora::emulator
+
+extern "C" {
+
+// order: 0 first in first out, 1 last in first out, 2 random. copies: 0 lazy, 1 eager, 2 random.
+GRALORA_EXPORTED int gralora_emulator_configure(int order, uint64_t seed, int copies) {
+  using namespace gralora::emulator;
+  return reporting([&] {
+    if (order < 0 || order > 2) throw Error("order must be 0, 1 or 2, not " + std::to_string(order));
+    if (copies < 0 || copies > 2) throw Error("copies must be 0, 1 or 2, not " + std::to_string(copies));
+    config().order = Order(order);
+    config().seed = seed;
+    config().copies = Copies(copies);
+  });
+}
+
+// The shared memory that a block may take; 227 KiB at first.
+GRALORA_EXPORTED int gralora_emulator_limit_shared(int64_t bytes) {
+  using namespace gralora::emulator;
+  return reporting([&] {
+    if (bytes < 0) throw Error("the limit of shared memory must not be negative, it is " + std::to_string(bytes));
+    config().shared_limit = size_t(bytes);
+  });
+}
+
+// From the first buffer on, kernels may touch global memory in registered buffers alone.
+GRALORA_EXPORTED int gralora_emulator_register(const char* name, const void* data, int64_t bytes) {
+  using namespace gralora::emulator;
+  return reporting([&] {
+    if (bytes < 0) throw Error("buffer \"" + std::string(name) + "\" has " + std::to_string(bytes) + " bytes");
+    traffic().add(name, data, size_t(bytes));
+  });
+}
+
+// Forgets buffers, launches, statistics and the last error; the configuration stays.
+GRALORA_EXPORTED void gralora_emulator_clear() {
+  using namespace gralora::emulator;
+  traffic() = {};
+  statistics() = {};
+  error_message().clear();
+}
+
+// The bytes of a buffer that kernels have read and written, each access counted.
+GRALORA_EXPORTED int gralora_emulator_traffic(const char* name, int64_t read_written[2]) {
+  using namespace gralora::emulator;
+  return reporting([&] {
+    const Buffer* buffer = traffic().named(name);
+    if (buffer == nullptr) throw Error("no buffer \"" + std::string(name) + "\" is registered");
+    read_written[0] = buffer->read;
+    read_written[1] = buffer->written;
+  });
+}
+
+GRALORA_EXPORTED int64_t gralora_emulator_launches() { return int64_t(gralora::emulator::traffic().launches.size()); }
+// nullptr where there were not as many.
+GRALORA_EXPORTED const char* gralora_emulator_launch_name(int64_t launch) {
+  const auto& launches = gralora::emulator::traffic().launches;
+  return launch >= 0 && size_t(launch) < launches.size() ? launches[size_t(launch)].c_str() : nullptr;
+}
+
+// ldmatrix's wavefronts, the least that they could be (more are bank conflicts), mma instructions, and the bytes of
+// shared memory that the largest block took.
+GRALORA_EXPORTED void gralora_emulator_statistics(int64_t counts[4]) {
+  const auto& statistics = gralora::emulator::statistics();
+  counts[0] = statistics.wavefronts;
+  counts[1] = statistics.least_wavefronts;
+  counts[2] = statistics.mma;
+  counts[3] = statistics.shared_bytes;
+}
+
+GRALORA_EXPORTED const char* gralora_emulator_error() { return gralora::emulator::error_message().c_str(); }
+
+}  // extern "C"

@@ -1,0 +1,5 @@
+"""What the interpreter raises; opcodes that it does not know are a NotImplementedError."""
+
+
+class PtxError(Exception):
+    """The kernel did what it must not do."""

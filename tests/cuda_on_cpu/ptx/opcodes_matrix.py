@@ -1,0 +1,119 @@
+"""ldmatrix and mma, with the fragments' layouts as CUTLASS states them: the emulator takes them from the PTX ISA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .parser import members
+from .registry import opcode
+from .types import bf16_to_f32
+
+if TYPE_CHECKING:
+    from .interpreter import Block
+    from .parser import Instruction
+
+Modes = tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where in a matrix of ``rows`` rows, stored by columns, lane and register element (both taken apart) lie."""
+
+    lanes: Modes
+    elements: Modes
+    rows: int
+
+    def places(self) -> tuple[np.ndarray, np.ndarray]:
+        """[32, elements]: rows and columns."""
+        flat = _offsets(self.lanes)[:, None] + _offsets(self.elements)[None, :]
+        return flat % self.rows, flat // self.rows
+
+
+def _offsets(modes: Modes) -> np.ndarray:
+    """The first mode counts fastest."""
+    shape, strides = modes
+    grids = np.meshgrid(*(np.arange(size) * stride for size, stride in zip(shape, strides, strict=True)), indexing="ij")
+    return sum(grids).ravel(order="F")
+
+
+@dataclass(frozen=True)
+class Mma:
+    """D[16, 8] = C + A[16, depth] B[8, depth]^T; the layouts of B are those of its transpose."""
+
+    depth: int
+    a: Layout
+    b: Layout
+    c: Layout
+
+
+# cute/atom/mma_traits_sm80.hpp
+C_LAYOUT = Layout(((4, 8), (32, 1)), ((2, 2), (16, 8)), 16)
+MMA = {
+    "m16n8k16": Mma(
+        depth=16,
+        a=Layout(((4, 8), (32, 1)), ((2, 2, 2), (16, 8, 128)), 16),
+        b=Layout(((4, 8), (16, 1)), ((2, 2), (8, 64)), 8),
+        c=C_LAYOUT,
+    ),
+    "m16n8k8": Mma(  # of tf32
+        depth=8,
+        a=Layout(((4, 8), (16, 1)), ((2, 2), (8, 64)), 16),
+        b=Layout(((4, 8), (8, 1)), ((2,), (32,)), 8),
+        c=C_LAYOUT,
+    ),
+}
+OPERANDS = {"m16n8k16": ("bf16", "f16"), "m16n8k8": ("tf32",)}
+
+
+@opcode("mma")
+def multiply(block: Block, instruction: Instruction, lanes: np.ndarray) -> None:
+    """``mma.sync.aligned.shape.row.col.f32.type.type.f32 d, a, b, c``; the sum is formed in double and rounded once."""
+    _, _, shape, *layout, result_type, a_type, b_type, c_type = instruction.modifiers
+    known = layout == ["row", "col"] and result_type == c_type == "f32" and a_type == b_type
+    if not known or a_type not in OPERANDS.get(shape, ()):
+        raise NotImplementedError(instruction.text)
+    mma = MMA[shape]
+    d, *inputs = (members(operand) for operand in instruction.operands)
+    a, b, c = (np.stack([block.get(name, "b32") for name in names], axis=1) for names in inputs)
+    a, b = _elements(a, a_type), _elements(b, b_type)
+    c = c.view(np.float32)
+    results = np.zeros((block.threads, len(d)), np.float32)
+    for warp in block.whole_warps(lanes):
+        threads = slice(32 * warp, 32 * warp + 32)
+        A = np.zeros((16, mma.depth))
+        B = np.zeros((8, mma.depth))
+        C = np.zeros((16, 8))
+        A[mma.a.places()] = a[threads]
+        B[mma.b.places()] = b[threads]
+        C[mma.c.places()] = c[threads]
+        results[threads] = (C + A @ B.T)[mma.c.places()]
+    for i, name in enumerate(d):
+        block.put(name, np.ascontiguousarray(results[:, i]), lanes)
+
+
+def _elements(registers: np.ndarray, ptx_type: str) -> np.ndarray:
+    """[threads, elements] of [threads, registers]."""
+    if ptx_type == "tf32":  # the low 13 bits are ignored
+        return (registers & np.uint32(0xFFFFE000)).view(np.float32)
+    halves = registers.view(np.uint16)
+    return bf16_to_f32(halves) if ptx_type == "bf16" else halves.view(np.float16)
+
+
+@opcode("ldmatrix")
+def load_matrices(block: Block, instruction: Instruction, lanes: np.ndarray) -> None:
+    """Lanes 8 i to 8 i + 7 name the rows of matrix i; lane t gets the t-th pair of its elements."""
+    if "m8n8" not in instruction.modifiers or instruction.type != "b16":
+        raise NotImplementedError(instruction.text)
+    block.whole_warps(lanes)
+    results = members(instruction.operands[0])
+    named = lanes & (block.lane < 8 * len(results))
+    rows = block.load("shared", block.address(instruction.operands[1]), 16, named)
+    rows = rows.view(np.uint16).reshape(-1, 32, 8)
+    for i, name in enumerate(results):
+        matrices = rows[:, 8 * i : 8 * i + 8]
+        if "trans" in instruction.modifiers:
+            matrices = matrices.transpose(0, 2, 1)
+        block.put(name, np.ascontiguousarray(matrices).view(np.uint32).ravel(), lanes)
