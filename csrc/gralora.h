@@ -37,6 +37,22 @@ struct Param {
   int64_t column_stride = 0;
 };
 
+// A parameter transposed, and the general part's seen as blocks along its wide dimension. Static: the kernels of each instruction
+// set compile copies of their own.
+static inline Param transposed(Param p) {
+  const int64_t row_stride = p.row_stride;
+  p.row_stride = p.column_stride, p.column_stride = row_stride;
+  return p;
+}
+static inline Param blocks_of_rows(Param p, int64_t rows_per_block) {
+  p.block_stride = rows_per_block * p.row_stride;
+  return p;
+}
+static inline Param blocks_of_columns(Param p, int64_t columns_per_block) {
+  p.block_stride = columns_per_block * p.column_stride;
+  return p;
+}
+
 struct Shape {
   int64_t T = 0, N = 0, M = 0, k = 1, r = 1, h = 0;
 };

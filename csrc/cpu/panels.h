@@ -65,19 +65,4 @@ Panel<Acc> read_panel(const Param& param, int64_t block, int64_t row0, int64_t r
   return {scratch, rows * kTile<Acc>, kTile<Acc>};
 }
 
-// The general part's parameter seen as k blocks along its wide dimension, and any parameter transposed.
-inline Param blocks_of_rows(Param p, int64_t rows_per_block) {
-  p.block_stride = rows_per_block * p.row_stride;
-  return p;
-}
-inline Param blocks_of_columns(Param p, int64_t columns_per_block) {
-  p.block_stride = columns_per_block * p.column_stride;
-  return p;
-}
-inline Param transposed(Param p) {
-  const int64_t row_stride = p.row_stride;
-  p.row_stride = p.column_stride, p.column_stride = row_stride;
-  return p;
-}
-
 }  // namespace gralora::cpu::GRALORA_ISA

@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       const bool inside = base.data != nullptr && t0 + m < rows.last && left > 0;
       const Y* from = base.data + (t0 + m) * base.stride + j * w + column0 + c;
       if (base.vectors)
-        cp_async_16(&shared.y[m][c], inside ? from : reinterpret_cast<const Y*>(y.data), inside ? 16 : 0);
+        cp_async_16(&shared.y[m][c], inside ? from : base.data, inside ? 16 : 0);
       else
         for (int e = 0; e < kVector; e++)
           shared.y[m][c + e] = inside && e < left ? load_global(from + e) : from_float<Y>(0.0f);
@@ -115,12 +115,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
         for (int c = 0; c < kColumns; c += 16) {
           uint32_t left[Tile::kFactorPieces][2], right[Tile::kFactorPieces][2];
-#pragma unroll
-          for (int p = 0; p < Tile::kFactorPieces; p++) {
-            uint32_t one[1][2], other[1][2];
-            load_columns(one, other, &shared.factor[p][k0][c], Tile::kFactorPitch, lane);
-            left[p][0] = one[0][0], left[p][1] = one[0][1], right[p][0] = other[0][0], right[p][1] = other[0][1];
-          }
+          load_pieces(left, right, &shared.factor[0][k0][c], kRanks * Tile::kFactorPitch, Tile::kFactorPitch, lane);
           multiply(acc[c / 8], a, left);
           multiply(acc[c / 8 + 1], a, right);
         }

@@ -37,6 +37,18 @@ __device__ __forceinline__ void load_columns(uint32_t (&left)[1][2], uint32_t (&
   left[0][0] = word[0], left[0][1] = word[1], right[0][0] = word[2], right[0][1] = word[3];
 }
 
+// The same of a factor, whose pieces lie `piece` elements apart
+template <int pieces>
+__device__ __forceinline__ void load_pieces(uint32_t (&left)[pieces][2], uint32_t (&right)[pieces][2], const bf16* tile,
+                                            int piece, int pitch, int lane) {
+#pragma unroll
+  for (int p = 0; p < pieces; p++) {
+    uint32_t one[1][2], other[1][2];
+    load_columns(one, other, tile + p * piece, pitch, lane);
+    left[p][0] = one[0][0], left[p][1] = one[0][1], right[p][0] = other[0][0], right[p][1] = other[0][1];
+  }
+}
+
 template <class X, int pieces>
 __device__ __forceinline__ void load_columns(uint32_t (&left)[pieces][2], uint32_t (&right)[pieces][2], const X* tile,
                                              int pitch, int lane) {

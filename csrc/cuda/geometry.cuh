@@ -9,8 +9,8 @@ constexpr int kTokens = 128;  // of a tile: a warp owns 16
 constexpr int kWarps = kTokens / 16;
 constexpr int kThreads = 32 * kWarps;
 
-// An activation [T, width] whose rows lie `stride` elements apart and are contiguous. vectors: all rows, and all columns
-// that are multiples of 16 bytes within a block, begin at multiples of 16 bytes.
+// An activation [T, width] whose rows lie `stride` elements apart and are contiguous. vectors: rows and blocks begin
+// at multiples of 16 bytes, and a block is whole vectors of 16 bytes.
 template <class X>
 struct Activation {
   X* data;

@@ -32,21 +32,6 @@ template <class P>
 Factor<P> factor(const Param& p) {
   return {static_cast<const P*>(p.data), p.block_stride, p.row_stride, p.column_stride};
 }
-inline Param transposed(Param p) {
-  const int64_t row_stride = p.row_stride;
-  p.row_stride = p.column_stride, p.column_stride = row_stride;
-  return p;
-}
-// The general part's parameter [rows, columns] as k blocks along its wide dimension
-inline Param blocks_of_rows(Param p, int64_t rows) {
-  p.block_stride = rows * p.row_stride;
-  return p;
-}
-inline Param blocks_of_columns(Param p, int64_t columns) {
-  p.block_stride = columns * p.column_stride;
-  return p;
-}
-
 template <class X, class P, int columns>
 cudaError_t launch_project(const Rows& x, const Param& P_block, const Param& P_general, const Ranks& ranks,
                            int64_t width, float scale, const Mask& mask, cudaStream_t stream) {

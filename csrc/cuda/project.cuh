@@ -132,12 +132,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (int c = 0; c < columns; c += 16) {
         uint32_t left[Tile::kFactorPieces][2], right[Tile::kFactorPieces][2];
-#pragma unroll
-        for (int p = 0; p < Tile::kFactorPieces; p++) {
-          uint32_t one[1][2], other[1][2];
-          load_columns(one, other, &shared.factor[buffer][p][k0][c], Tile::kFactorPitch, lane);
-          left[p][0] = one[0][0], left[p][1] = one[0][1], right[p][0] = other[0][0], right[p][1] = other[0][1];
-        }
+        load_pieces(left, right, &shared.factor[buffer][0][k0][c], kDepth * Tile::kFactorPitch, Tile::kFactorPitch,
+                    lane);
         multiply(acc[c / 8], a, left);
         multiply(acc[c / 8 + 1], a, right);
       }
