@@ -1,7 +1,6 @@
 """Builds ``gralora_ext._C``; sources, flags and every decision are in ``gralora_ext/_build_config.py``."""
 
 import importlib.util
-import os
 import sys
 from pathlib import Path
 
@@ -29,7 +28,7 @@ if int(setuptools.__version__.split(".")[0]) < 77:  # pip does not look at pypro
 
 try:
     import torch
-    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension
 except ImportError:  # an sdist needs no torch
     from setuptools.command.build_ext import build_ext as BuildExtension
 
@@ -49,7 +48,7 @@ class BuildGralora(BuildExtension):
             if torch is None:
                 raise config.BuildError(config.NO_TORCH)
             config.check_tools()
-            config.want_cuda(os.environ.get("GRALORA_EXT_CUDA", "auto"), torch.version.cuda, CUDA_HOME)
+            self.cuda = config.cuda_build(torch.version.cuda, config.present_capabilities())
         except config.BuildError as error:
             raise SystemExit(f"error: {error}") from None
         super().run()
@@ -57,18 +56,19 @@ class BuildGralora(BuildExtension):
     def build_extensions(self):
         (extension,) = self.extensions
         # Shared by all Pythons, and all versions of torch: these objects know neither.
-        kernels = config.compile_kernels(ROOT / "build" / "kernels")
+        kernels = config.compile_kernels(ROOT / "build" / "kernels", self.cuda)
         extension.extra_objects = [str(path) for path in kernels]
+        extension.extra_compile_args += config.common_flags(torch.__version__, cuda=self.cuda)
+        extension.extra_link_args += self.cuda.link_flags if self.cuda else []
         super().build_extensions()
 
 
 def extension():
     if torch is None:
         return Extension("gralora_ext._C", config.COMMON_SOURCES)
-    flags = config.common_flags(torch.__version__)
-    ext = CppExtension("gralora_ext._C", config.COMMON_SOURCES, extra_compile_args=flags)
+    ext = CppExtension("gralora_ext._C", config.COMMON_SOURCES)
     # As system headers, torch's own warnings are not ours.
-    ext.extra_compile_args += [f"-isystem{path}" for path in ext.include_dirs]
+    ext.extra_compile_args = [f"-isystem{path}" for path in ext.include_dirs]
     ext.include_dirs = [str(ROOT / config.INCLUDE_DIR)]
     return ext
 

@@ -13,20 +13,21 @@ using torch::autograd::variable_list;
 
 auto forward_op() {
   static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("gralora_ext::gralora", "").typed<decltype(forward_cpu)>();
+      c10::Dispatcher::singleton().findSchemaOrThrow("gralora_ext::gralora", "").typed<decltype(forward_kernel)>();
   return op;
 }
 
 auto forward_into_op() {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("gralora_ext::gralora_", "").typed<decltype(forward_into_cpu)>();
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("gralora_ext::gralora_", "")
+                             .typed<decltype(forward_into_kernel)>();
   return op;
 }
 
 auto backward_op() {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("gralora_ext::gralora_backward", "")
-                             .typed<decltype(backward_cpu)>();
+                             .typed<decltype(backward_kernel)>();
   return op;
 }
 

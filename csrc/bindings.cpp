@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -11,8 +12,11 @@
 
 namespace {
 
-#define GRALORA_TEXT(x) #x
-#define GRALORA_TEXT_OF(macro) GRALORA_TEXT(macro)
+#define GRALORA_TEXT(...) #__VA_ARGS__
+#define GRALORA_TEXT_OF(...) GRALORA_TEXT(__VA_ARGS__)
+#ifndef GRALORA_CUDA_ARCHS
+#define GRALORA_CUDA_ARCHS
+#endif
 
 // _loader.py reads this mark in the file, before it loads a library that was built for another torch.
 constexpr char kBuiltForTorch[] = "gralora_ext built for torch " GRALORA_TEXT_OF(GRALORA_TORCH_VERSION);
@@ -27,6 +31,14 @@ std::string compiler() {
 #endif
 }
 
+// "8.0,9.0+PTX" as a list
+std::vector<std::string> cuda_archs() {
+  std::vector<std::string> archs;
+  std::istringstream all(GRALORA_TEXT_OF(GRALORA_CUDA_ARCHS));
+  for (std::string arch; std::getline(all, arch, ',');) archs.push_back(arch);
+  return archs;
+}
+
 pybind11::dict build() {
   pybind11::dict info;
   info["mark"] = kBuiltForTorch;
@@ -34,7 +46,7 @@ pybind11::dict build() {
   info["compiler"] = compiler();
   info["cxx_standard"] = static_cast<long>(__cplusplus);
   info["python"] = PY_VERSION;
-  info["cuda_archs"] = std::vector<std::string>();
+  info["cuda_archs"] = cuda_archs();
   return info;
 }
 

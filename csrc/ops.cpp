@@ -1,12 +1,12 @@
 // Per op: check -> allocate -> fill Params -> launch.
 #include "ops.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
 #include "checks.h"
 #include "gralora.h"
 #include "result_memory.h"
+#include "run.h"
 
 namespace gralora {
 namespace {
@@ -50,10 +50,13 @@ bool fill_rows(const at::Tensor& tensor, Rows& rows) {
   return true;
 }
 
-// A tensor whose dimensions fill_rows can hold: itself, or a contiguous copy where they are too scattered.
+// A tensor as the kernels take it: itself, or a contiguous copy. Those for the CPU walk any strides of at most kMaxLeadingDims
+// dimensions, those for CUDA want columns side by side, in rows that are evenly spaced.
 at::Tensor as_rows(const at::Tensor& tensor) {
   Rows rows;
-  return fill_rows(tensor, rows) ? tensor : tensor.contiguous();
+  const bool fits = fill_rows(tensor, rows);
+  const bool simple = rows.leading_dims <= 1 && rows.column_stride == 1;
+  return fits && (simple || tensor.is_cpu()) ? tensor : tensor.contiguous();
 }
 
 Rows rows_of(const at::Tensor& tensor) {
@@ -78,20 +81,6 @@ Adapter adapter_of(const at::Tensor& A, const at::Tensor& B, const OptionalTenso
   return adapter;
 }
 
-// Below this many multiply-adds, waking the other threads costs more than they save.
-constexpr int64_t kSerialWork = 1 << 18;
-
-int threads_for(int64_t multiply_adds, int64_t serial = kSerialWork) {
-  return multiply_adds < serial || at::in_parallel_region() ? 1 : at::get_num_threads();
-}
-
-// Forward gains from threads later than backward and merge, which write as much as the parameters; to read a parameter
-// takes as long as some four multiply-adds.
-int threads_of_forward(const Shape& s) {
-  const int64_t parameters = (s.r + s.h) * (s.N + s.M);
-  return threads_for((s.T + 4) * parameters, 1 << 21);
-}
-
 Dropout dropout_of(double p, const OptionalTensor& seed) {
   return p > 0.0 ? Dropout{p, seed->const_data_ptr<int64_t>()} : Dropout{};
 }
@@ -112,17 +101,18 @@ at::Tensor run_forward(const Shape& shape, const at::Tensor& x, const at::Tensor
   ForwardParams p;
   p.accumulate_f64 = any_double({&x, &base, &A});
   const auto options = accumulation_options(x, p.accumulate_f64);
-  const at::Tensor u = at::empty({shape.T, shape.k * shape.r + shape.h}, options);
+  const int64_t ranks = shape.k * shape.r + shape.h;
+  const bool keep_u = keeps_u(x, shape);
+  const at::Tensor u = at::empty({keep_u || x.is_cpu() ? shape.T : 0, ranks}, options);  // the CPU's kernels work in it
   p.shape = shape;
   p.adapter = adapter_of(A, B, A_general, B_general);
   p.x = rows_of(x_rows), p.base = rows_of(base_rows), p.y = rows_of(y_rows);
-  p.u = u.mutable_data_ptr();
+  p.u = u.size(0) == shape.T ? u.mutable_data_ptr() : nullptr;
   p.scaling = scaling;
   p.dropout = dropout_of(dropout_p, seed);
-  p.threads = threads_of_forward(shape);
-  if (shape.T > 0) cpu::forward(p);
+  run(p, x);
   if (!y_rows.is_same(y)) y.copy_(y_rows);
-  return keeps_u(x, shape) ? u : at::empty({0, u.size(1)}, options);
+  return keep_u ? u : at::empty({0, ranks}, options);
 }
 
 void merge_into(const at::Tensor& weight, const Shape& shape, const at::Tensor& A, const at::Tensor& B,
@@ -136,31 +126,30 @@ void merge_into(const at::Tensor& weight, const Shape& shape, const at::Tensor& 
   p.accumulate = accumulate;
   p.scaling = scaling;
   p.accumulate_f64 = any_double({&weight, &A});
-  p.threads = threads_for(shape.M * shape.N * (shape.r / shape.k + shape.h));
-  cpu::merge(p);
+  run(p, weight);
 }
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor> forward_cpu(const at::Tensor& x, const at::Tensor& base, const at::Tensor& A,
-                                               const at::Tensor& B, const OptionalTensor& A_general,
-                                               const OptionalTensor& B_general, const OptionalTensor& seed,
-                                               double scaling, double dropout_p) {
+std::tuple<at::Tensor, at::Tensor> forward_kernel(const at::Tensor& x, const at::Tensor& base, const at::Tensor& A,
+                                                  const at::Tensor& B, const OptionalTensor& A_general,
+                                                  const OptionalTensor& B_general, const OptionalTensor& seed,
+                                                  double scaling, double dropout_p) {
   const Shape shape = check_forward(x, base, A, B, A_general, B_general, seed, scaling, dropout_p);
   const at::Tensor y = empty_result_like(base);
   return {y, run_forward(shape, x, base, y, A, B, A_general, B_general, seed, scaling, dropout_p)};
 }
 
-std::tuple<at::Tensor, at::Tensor> forward_into_cpu(const at::Tensor& x, const at::Tensor& base, const at::Tensor& A,
-                                                    const at::Tensor& B, const OptionalTensor& A_general,
-                                                    const OptionalTensor& B_general, const OptionalTensor& seed,
-                                                    double scaling, double dropout_p) {
+std::tuple<at::Tensor, at::Tensor> forward_into_kernel(const at::Tensor& x, const at::Tensor& base, const at::Tensor& A,
+                                                       const at::Tensor& B, const OptionalTensor& A_general,
+                                                       const OptionalTensor& B_general, const OptionalTensor& seed,
+                                                       double scaling, double dropout_p) {
   const Shape shape = check_forward(x, base, A, B, A_general, B_general, seed, scaling, dropout_p);
   check_written(base, x);
   return {base, run_forward(shape, x, base, base, A, B, A_general, B_general, seed, scaling, dropout_p)};
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_cpu(
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_kernel(
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& u, const at::Tensor& A, const at::Tensor& B,
     const OptionalTensor& A_general, const OptionalTensor& B_general, const OptionalTensor& seed, double scaling,
     double dropout_p, std::array<bool, 5> needs) {
@@ -187,21 +176,20 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_
   p.scaling = scaling;
   p.dropout = dropout_of(dropout_p, seed);
   p.accumulate_f64 = u.scalar_type() == at::kDouble;
-  p.threads = threads_for(2 * shape.T * (shape.r + shape.h) * (shape.N + shape.M));
-  cpu::backward(p);
+  run(p, x);
   if (!dx_rows.is_same(dx)) dx.copy_(dx_rows);
   return {dx, dA, dB, dA_general, dB_general};
 }
 
-void merge_cpu(at::Tensor weight, const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,
-               const OptionalTensor& B_general, double scaling, bool fan_in_fan_out) {
+void merge_kernel(at::Tensor weight, const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,
+                  const OptionalTensor& B_general, double scaling, bool fan_in_fan_out) {
   const Shape shape = check_merge(weight, A, B, A_general, B_general, scaling, fan_in_fan_out);
   merge_into(weight, shape, A, B, A_general, B_general, scaling, fan_in_fan_out, true);
   if (!weight.is_inference()) weight.unsafeGetTensorImpl()->bump_version();
 }
 
-at::Tensor delta_weight_cpu(const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,
-                            const OptionalTensor& B_general, double scaling, bool fan_in_fan_out) {
+at::Tensor delta_weight_kernel(const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,
+                               const OptionalTensor& B_general, double scaling, bool fan_in_fan_out) {
   const Shape shape = check_adapter(A, B, A_general, B_general, scaling);
   const at::Tensor weight =
       fan_in_fan_out ? at::empty({shape.N, shape.M}, A.options()) : at::empty({shape.M, shape.N}, A.options());

@@ -12,28 +12,28 @@ namespace gralora {
 using OptionalTensor = std::optional<at::Tensor>;
 
 // (y, u): y [..., M] in base's dtype and strides, u for backward in the accumulation type, or [0, k*r + h]: see keeps_u.
-std::tuple<at::Tensor, at::Tensor> forward_cpu(const at::Tensor& x, const at::Tensor& base, const at::Tensor& A,
-                                               const at::Tensor& B, const OptionalTensor& A_general,
-                                               const OptionalTensor& B_general, const OptionalTensor& seed,
-                                               double scaling, double dropout_p);
+std::tuple<at::Tensor, at::Tensor> forward_kernel(const at::Tensor& x, const at::Tensor& base, const at::Tensor& A,
+                                                  const at::Tensor& B, const OptionalTensor& A_general,
+                                                  const OptionalTensor& B_general, const OptionalTensor& seed,
+                                                  double scaling, double dropout_p);
 
 // The same with y in base's memory: (base, u).
-std::tuple<at::Tensor, at::Tensor> forward_into_cpu(const at::Tensor& x, const at::Tensor& base, const at::Tensor& A,
-                                                    const at::Tensor& B, const OptionalTensor& A_general,
-                                                    const OptionalTensor& B_general, const OptionalTensor& seed,
-                                                    double scaling, double dropout_p);
+std::tuple<at::Tensor, at::Tensor> forward_into_kernel(const at::Tensor& x, const at::Tensor& base, const at::Tensor& A,
+                                                       const at::Tensor& B, const OptionalTensor& A_general,
+                                                       const OptionalTensor& B_general, const OptionalTensor& seed,
+                                                       double scaling, double dropout_p);
 
 // (dx, dA, dB, dA_general, dB_general); those not in `needs` are empty tensors of one dimension.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_cpu(
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_kernel(
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& u, const at::Tensor& A, const at::Tensor& B,
     const OptionalTensor& A_general, const OptionalTensor& B_general, const OptionalTensor& seed, double scaling,
     double dropout_p, std::array<bool, 5> needs);
 
-void merge_cpu(at::Tensor weight, const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,
-               const OptionalTensor& B_general, double scaling, bool fan_in_fan_out);
+void merge_kernel(at::Tensor weight, const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,
+                  const OptionalTensor& B_general, double scaling, bool fan_in_fan_out);
 
-at::Tensor delta_weight_cpu(const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,
-                            const OptionalTensor& B_general, double scaling, bool fan_in_fan_out);
+at::Tensor delta_weight_kernel(const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,
+                               const OptionalTensor& B_general, double scaling, bool fan_in_fan_out);
 
 // The autograd kernels of the forward ops (autograd.cpp).
 std::tuple<at::Tensor, at::Tensor> forward_autograd(const at::Tensor& x, const at::Tensor& base, const at::Tensor& A,

@@ -23,13 +23,22 @@ TORCH_LIBRARY(gralora_ext, m) {
       "-> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(gralora_ext, CPU, m) {
-  m.impl("gralora", &gralora::forward_cpu);
-  m.impl("gralora_", &gralora::forward_into_cpu);
-  m.impl("gralora_backward", &gralora::backward_cpu);
-  m.impl("merge_", &gralora::merge_cpu);
-  m.impl("delta_weight", &gralora::delta_weight_cpu);
+namespace {
+
+void register_kernels(torch::Library& m) {
+  m.impl("gralora", &gralora::forward_kernel);
+  m.impl("gralora_", &gralora::forward_into_kernel);
+  m.impl("gralora_backward", &gralora::backward_kernel);
+  m.impl("merge_", &gralora::merge_kernel);
+  m.impl("delta_weight", &gralora::delta_weight_kernel);
 }
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(gralora_ext, CPU, m) { register_kernels(m); }
+#ifdef GRALORA_HAVE_CUDA
+TORCH_LIBRARY_IMPL(gralora_ext, CUDA, m) { register_kernels(m); }
+#endif
 
 TORCH_LIBRARY_IMPL(gralora_ext, Autograd, m) {
   m.impl("gralora", &gralora::forward_autograd);

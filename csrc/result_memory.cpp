@@ -92,7 +92,7 @@ class Pool final : public c10::Allocator {
 }  // namespace
 
 at::Tensor empty_result_like(const at::Tensor& like) {
-  if (like.nbytes() < kSmallest || !like.is_non_overlapping_and_dense()) return at::empty_like(like);
+  if (!like.is_cpu() || like.nbytes() < kSmallest || !like.is_non_overlapping_and_dense()) return at::empty_like(like);
   constexpr c10::DispatchKeySet keys(c10::DispatchKey::CPU);
   return at::Tensor(
       at::detail::empty_strided_generic(like.sizes(), like.strides(), &Pool::instance(), keys, like.scalar_type()));

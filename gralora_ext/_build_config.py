@@ -18,6 +18,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 INCLUDE_DIR = "csrc"
@@ -26,6 +28,7 @@ INCLUDE_DIR = "csrc"
 COMMON_SOURCES = [
     "csrc/registration.cpp",
     "csrc/ops.cpp",
+    "csrc/run.cpp",
     "csrc/result_memory.cpp",
     "csrc/autograd.cpp",
     "csrc/bindings.cpp",
@@ -48,8 +51,24 @@ X86_CAPABILITY_FLAGS = {
 INSTALL_COMMAND = "pip install --no-build-isolation ."
 
 
-class BuildError(RuntimeError):
-    """What the machine lacks to build the extension: one sentence that ends with the command that mends it."""
+def _sibling(name: str) -> ModuleType:
+    """A module of this folder by its file: the package itself would want the extension that is about to be built."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+cuda = _sibling("_build_cuda")
+BuildError = cuda.BuildError
+
+
+class CudaBuild(NamedTuple):
+    """What is compiled for CUDA."""
+
+    toolkit: Path
+    capabilities: list[str]
+    link_flags: list[str]
 
 
 NO_TORCH = (
@@ -79,12 +98,14 @@ def cxx_flags() -> list[str]:
     ]
 
 
-def common_flags(torch_version: str, machine: str | None = None) -> list[str]:
+def common_flags(torch_version: str, machine: str | None = None, cuda: CudaBuild | None = None) -> list[str]:
     """Flags of COMMON_SOURCES. The version on the command line makes ninja compile anew for another torch.
 
     GCC 12 warns of overflows where torch's autograd headers fill a ``std::vector<bool>``; there are none.
     """
     have = [f"-DGRALORA_HAVE_{name.upper()}" for name in capability_flags(machine) if name != "default"]
+    if cuda is not None:
+        have += ["-DGRALORA_HAVE_CUDA", f"-DGRALORA_CUDA_ARCHS={','.join(cuda.capabilities)}"]
     quiet = ["-Wno-array-bounds", "-Wno-stringop-overflow"]
     return [*cxx_flags(), *quiet, *have, f"-DGRALORA_TORCH_VERSION={torch_version}"]
 
@@ -95,32 +116,26 @@ def kernel_flags(capability: str, machine: str | None = None) -> list[str]:
     return ["-std=c++17", *cxx_flags(), f"-DGRALORA_CPU_CAPABILITY={capability}", *isa]
 
 
-def want_cuda(setting: str, torch_cuda: str | None, cuda_home: str | None, root: Path = ROOT) -> bool:
-    """Whether to compile the CUDA half: ``GRALORA_EXT_CUDA`` against what torch and the machine have.
+def cuda_build(torch_cuda: str | None, present: list[str]) -> CudaBuild | None:
+    """What is to be compiled for CUDA, by GRALORA_EXT_CUDA and TORCH_CUDA_ARCH_LIST, or None.
 
-    ``setting`` is auto, 0 or 1; ``torch_cuda`` is ``torch.version.cuda`` and ``cuda_home`` torch's ``CUDA_HOME``. A GPU is
-    never asked for: builds also run where there is none.
+    ``torch_cuda`` is ``torch.version.cuda``, ``present`` the compute capabilities of the devices here, such as ["9.0"].
     """
-    if setting not in ("auto", "0", "1"):
-        raise BuildError(f"GRALORA_EXT_CUDA must be auto, 0 or 1, but it is '{setting}': run `unset GRALORA_EXT_CUDA`.")
-    has_sources = (root / "csrc" / "cuda" / "launch.cu").is_file()  # the kernels are there, what calls them is not yet
-    if setting != "1":
-        return setting == "auto" and has_sources and bool(torch_cuda and cuda_home)
-    if not has_sources:
-        raise BuildError(
-            "GRALORA_EXT_CUDA=1, but this release of gralora_ext has no CUDA kernels yet: "
-            "run `unset GRALORA_EXT_CUDA` to build for the CPU."
-        )
-    if not torch_cuda:
-        raise BuildError(
-            "GRALORA_EXT_CUDA=1, but this torch is CPU-only: run `pip install torch` for a CUDA build of it."
-        )
-    if not cuda_home:
-        raise BuildError(
-            "GRALORA_EXT_CUDA=1, but no CUDA toolkit (nvcc) was found: "
-            "install one and run `export CUDA_HOME=<its folder>`, or `unset GRALORA_EXT_CUDA`."
-        )
-    return True
+    toolkit = cuda.find_toolkit()
+    if not cuda.wanted(os.environ.get("GRALORA_EXT_CUDA", "auto"), torch_cuda, toolkit):
+        return None
+    names = cuda.capabilities(os.environ.get("TORCH_CUDA_ARCH_LIST", ""), present, toolkit)
+    return CudaBuild(toolkit, names, cuda.link_flags(torch_cuda, toolkit))
+
+
+def present_capabilities() -> list[str]:
+    """The compute capabilities of the devices that torch sees."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    return [f"{major}.{minor}" for major, minor in sorted(found)]
 
 
 def compiler() -> list[str]:
@@ -153,8 +168,16 @@ def check_tools() -> None:
         os.environ["PATH"] = os.pathsep.join((ninja.BIN_DIR, os.environ.get("PATH", os.defpath)))
 
 
-def compile_kernels(build_dir: Path, root: Path = ROOT) -> list[Path]:
-    """Compiles KERNEL_SOURCES for each capability into ``build_dir`` (only what changed); returns the objects in order."""
+def cuda_command(source: str, build: CudaBuild, root: Path = ROOT) -> list[str]:
+    """nvcc with all but the names of the files."""
+    return cuda.command(source, build.capabilities, build.toolkit, root / INCLUDE_DIR, compiler())
+
+
+def compile_kernels(build_dir: Path, build: CudaBuild | None = None, root: Path = ROOT) -> list[Path]:
+    """Compiles the kernels into ``build_dir`` (only what changed): KERNEL_SOURCES for each capability, and those for CUDA.
+
+    Returns the objects in the order in which they must be linked.
+    """
     build_dir = build_dir.resolve()
     build_dir.mkdir(parents=True, exist_ok=True)
     rules = [
@@ -164,14 +187,22 @@ def compile_kernels(build_dir: Path, root: Path = ROOT) -> list[Path]:
         "  command = $cxx -MMD -MF $out.d -fPIC $flags -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
+        "rule compile_cuda",
+        "  command = $nvcc -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
     ]
     objects = []
     for capability in capability_flags():
         flags = [f"-I{root / INCLUDE_DIR}", *kernel_flags(capability)]
         for source in KERNEL_SOURCES:
             objects.append(build_dir / f"{Path(source).stem}.{capability}.o")
-            path = str(root / source).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
-            rules += [f"build {objects[-1].name}: compile {path}", "  flags = " + shlex.join(flags).replace("$", "$$")]
+            rules += [f"build {objects[-1].name}: compile {_in_ninja(root / source)}"]
+            rules += ["  flags = " + shlex.join(flags).replace("$", "$$")]
+    for source in cuda.SOURCES if build is not None else []:
+        objects.append(build_dir / f"{Path(source).stem}.cuda.o")
+        rules += [f"build {objects[-1].name}: compile_cuda {_in_ninja(root / source)}"]
+        rules += ["  nvcc = " + shlex.join(cuda_command(source, build, root)).replace("$", "$$")]
     ninja_file = build_dir / "build.ninja"
     text = "\n".join(rules) + "\n"
     if not ninja_file.exists() or ninja_file.read_text() != text:
@@ -183,6 +214,10 @@ def compile_kernels(build_dir: Path, root: Path = ROOT) -> list[Path]:
     except subprocess.CalledProcessError as error:
         raise RuntimeError(compile_failure(error.stdout)) from None
     return objects
+
+
+def _in_ninja(path: Path) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
 def compile_failure(ninja_output: str) -> str:
@@ -210,11 +245,12 @@ def cmake(machine: str | None = None) -> str:
 
     torch_folder = Path(torch.__file__).parent
     include = torch_folder / "include"
+    build = cuda_build(torch.version.cuda, present_capabilities())
     lines = [
         command("GRALORA_COMMON_SOURCES", COMMON_SOURCES),
         command("GRALORA_KERNEL_SOURCES", KERNEL_SOURCES),
         command("GRALORA_INCLUDE_DIR", [INCLUDE_DIR]),
-        command("GRALORA_COMMON_FLAGS", common_flags(torch.__version__, machine)),
+        command("GRALORA_COMMON_FLAGS", common_flags(torch.__version__, machine, build)),
         command("GRALORA_CAPABILITIES", list(capability_flags(machine))),
         command("GRALORA_TORCH_PREFIX", [torch.utils.cmake_prefix_path]),
         command("GRALORA_TORCH_CUDA", [torch.version.cuda or ""]),
@@ -225,6 +261,9 @@ def cmake(machine: str | None = None) -> str:
     lines += [
         command(f"GRALORA_KERNEL_FLAGS_{name}", kernel_flags(name, machine)) for name in capability_flags(machine)
     ]
+    if build is not None:
+        lines += [command("GRALORA_CUDA_SOURCES", cuda.SOURCES), command("GRALORA_CUDA_LINK", build.link_flags)]
+        lines += [command(f"GRALORA_CUDA_COMMAND_{Path(s).stem}", cuda_command(s, build)) for s in cuda.SOURCES]
     return "".join(lines)
 
 

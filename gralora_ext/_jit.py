@@ -36,11 +36,11 @@ def _only_one_process(folder: Path) -> Iterator[None]:
 def compile_and_load() -> ModuleType:
     """Compiles what changed and returns ``_C``, which is also put where the prebuilt one would be imported from."""
     config.check_tools()
-    config.want_cuda(os.environ.get("GRALORA_EXT_CUDA", "auto"), torch.version.cuda, cpp_extension.CUDA_HOME)
+    build = config.cuda_build(torch.version.cuda, config.present_capabilities())
     folder = build_directory()
     folder.mkdir(parents=True, exist_ok=True)
     with _only_one_process(folder):
-        kernels = config.compile_kernels(folder / "kernels")
+        kernels = config.compile_kernels(folder / "kernels", build)
         library = folder / "_C.so"
         if library.exists() and any(path.stat().st_mtime > library.stat().st_mtime for path in kernels):
             library.unlink()  # torch's ninja file does not know these objects, and would not link again
@@ -48,8 +48,8 @@ def compile_and_load() -> ModuleType:
             module = cpp_extension.load(
                 "_C",
                 [str(config.ROOT / source) for source in config.COMMON_SOURCES],
-                extra_cflags=config.common_flags(torch.__version__),
-                extra_ldflags=[str(path) for path in kernels],
+                extra_cflags=config.common_flags(torch.__version__, cuda=build),
+                extra_ldflags=[*(str(path) for path in kernels), *(build.link_flags if build else [])],
                 extra_include_paths=[str(config.ROOT / config.INCLUDE_DIR)],
                 build_directory=str(folder),
             )

@@ -52,7 +52,17 @@ def environment(**changes: str) -> dict[str, str]:
 
     -O1 instead of -O3 halves the time of a build; what the tests compare is compiled with the same flags everywhere.
     """
-    steering = ("PYTHONPATH", "CPPFLAGS", "CFLAGS", "CC", "CXX", "DEBUG", "CUDA_HOME")
+    steering = (
+        "PYTHONPATH",
+        "CPPFLAGS",
+        "CFLAGS",
+        "CC",
+        "CXX",
+        "DEBUG",
+        "CUDA_HOME",
+        "CUDA_PATH",
+        "TORCH_CUDA_ARCH_LIST",
+    )
     kept = {k: v for k, v in os.environ.items() if k not in steering and not k.startswith("GRALORA_EXT_")}
     path = os.pathsep.join((str(Path(sys.executable).parent), kept.get("PATH", os.defpath)))
     return {**kept, "PATH": path, "CXXFLAGS": "-O1", "OMP_NUM_THREADS": "2", **changes}

@@ -129,8 +129,9 @@ def test_install_without_a_compiler(tree: Path) -> None:
     assert "'/nonexistent/c++' does not run" in pip_error(sys.executable, tree, CXX="/nonexistent/c++")
 
 
-def test_install_that_asks_for_cuda(tree: Path) -> None:
-    assert "no CUDA kernels yet" in pip_error(sys.executable, tree, GRALORA_EXT_CUDA="1")
+def test_install_that_asks_for_cuda_without_a_toolkit(tree: Path, tmp_path: Path) -> None:
+    sentence = pip_error(sys.executable, tree, GRALORA_EXT_CUDA="1", CUDA_HOME=str(tmp_path))
+    assert "no CUDA toolkit (nvcc) was found" in sentence
 
 
 def test_install_without_torch(tree: Path, tmp_path: Path) -> None:

@@ -2,10 +2,10 @@
 #pragma once
 
 #include "mask.cuh"
+#include "plan.h"
 
 namespace gralora::cuda {
 
-constexpr int kTokens = 128;  // of a tile: a warp owns 16
 constexpr int kWarps = kTokens / 16;
 constexpr int kThreads = 32 * kWarps;
 

@@ -7,6 +7,7 @@
 //                                             two and cp_async_16, so that it can be counted
 //   sync_block(), sync_warp()
 //   shfl_xor(v, lanes)                        v of lane ^ lanes, in a full warp
+//   current_device(), error_text(error)
 //   launch(name, kernel, grid, block, dynamic shared bytes, stream, arguments...)   returns the launch's cudaError_t
 //
 // From compute capability 8.0 on; below it they are not declared:
@@ -23,6 +24,8 @@
 
 #include <cstdint>
 #include <type_traits>
+
+#include "device.h"
 
 namespace gralora::cuda {
 

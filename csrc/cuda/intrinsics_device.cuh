@@ -94,6 +94,16 @@ __device__ __forceinline__ uint32_t to_tf32(float x) {
 
 #endif  // compute capability 8.0
 
+inline const char* error_text(cudaError_t error) { return cudaGetErrorString(error); }
+inline Device current_device() {
+  int device = 0, major = 0, minor = 0, multiprocessors = 1;
+  if (cudaGetDevice(&device) != cudaSuccess) return {0, 1};  // the launch that follows tells why
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  return {10 * major + minor, multiprocessors};
+}
+
 template <class... P, class... A>
 cudaError_t launch(const char* /*name*/, void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_bytes,
                    cudaStream_t stream, A... arguments) {

@@ -32,6 +32,10 @@ __device__ __forceinline__ float from_float<float>(float x) {
   return x;
 }
 template <>
+__device__ __forceinline__ double from_float<double>(float x) {
+  return x;
+}
+template <>
 __device__ __forceinline__ bf16 from_float<bf16>(float x) {
   return __float2bfloat16_rn(x);
 }

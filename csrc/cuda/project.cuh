@@ -33,17 +33,37 @@ struct ProjectTile {
   static_assert(kDepth * columns % (4 * kThreads) == 0 || kDepth * columns < 4 * kThreads);
 };
 
+// One of the products of a launch, all of which have the same numbers of blocks, ranks, tokens and splits: in backward g and,
+// where forward did not keep U, x.
+template <class X, class P>
+struct ProjectSide {
+  Activation<const X> x;
+  Factor<P> factor, general;
+  Ranks ranks;
+  int64_t w;  // of a block
+  float scale;
+  Mask mask;
+};
+template <class X, class P>
+struct ProjectSides {
+  ProjectSide<X, P> side[2];
+};
+
 template <class X, class P, int columns>
-__global__ void __launch_bounds__(kThreads, 1)
-    project_kernel(Activation<const X> x, Factor<P> factor, Factor<P> general, Ranks ranks, int64_t width, int splits,
-                   float scale, Mask mask) {
+__global__ void __launch_bounds__(kThreads, 1) project_kernel(ProjectSides<X, P> sides) {
   using Tile = ProjectTile<X, P, columns>;
   constexpr int kDepth = Tile::kDepth;
   typename Tile::Shared& shared = *dynamic_shared<typename Tile::Shared>();
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
-  const int rank_groups = (ranks.r + ranks.h + columns - 1) / columns;
-  const int n = blockIdx.y / rank_groups, rank0 = blockIdx.y % rank_groups * columns, split = blockIdx.z;
-  const int64_t t0 = int64_t(blockIdx.x) * kTokens, w = width / ranks.k;
+  const int rank_groups = (sides.side[0].ranks.r + sides.side[0].ranks.h + columns - 1) / columns;
+  const int tile = blockIdx.y / rank_groups, rank0 = blockIdx.y % rank_groups * columns, split = blockIdx.z;
+  const ProjectSide<X, P>& side = sides.side[tile >= sides.side[0].ranks.k];
+  const Activation<const X>& x = side.x;
+  const Factor<P>&factor = side.factor, &general = side.general;
+  const Ranks& ranks = side.ranks;
+  const Mask& mask = side.mask;
+  const int n = tile % ranks.k, splits = ranks.splits;
+  const int64_t t0 = int64_t(blockIdx.x) * kTokens, w = side.w;
   const int64_t chunks = (w + kDepth - 1) / kDepth;
   const int64_t first = chunks * split / splits, last = chunks * (split + 1) / splits;
 
@@ -147,7 +167,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int v = 0; v < 4; v++) {
       const int64_t t = t0 + warp * 16 + lane / 4 + v / 2 * 8;
       const int rank = rank0 + c * 8 + lane % 4 * 2 + v % 2;
-      if (t < ranks.T && rank < ranks.r + ranks.h) store_global(ranks.at(split, t, n) + rank, scale * acc[c][v]);
+      if (t < ranks.T && rank < ranks.r + ranks.h) store_global(ranks.at(split, t, n) + rank, side.scale * acc[c][v]);
     }
 }
 

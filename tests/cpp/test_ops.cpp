@@ -36,7 +36,7 @@ void test_forward_and_gradients() {
   const at::Tensor A = at::randn({k, N / k, r}, options).requires_grad_();
   const at::Tensor B = at::randn({k, r, M / k}, options).requires_grad_();
 
-  const auto forward = op<decltype(gralora::forward_cpu)>("gralora_ext::gralora");
+  const auto forward = op<decltype(gralora::forward_kernel)>("gralora_ext::gralora");
   const at::Tensor y = std::get<0>(forward.call(x, base, A, B, {}, {}, {}, kScaling, 0.0));
   const at::Tensor want = base + at::matmul(x, dense(A, B).t());
   EXPECT(error(y, want) < 1e-13);
@@ -55,14 +55,14 @@ void test_merge_is_in_place() {
   const at::Tensor A = at::randn({k, N / k, r}), B = at::randn({k, r, M / k}), weight = at::randn({M, N});
   const at::Tensor want = weight + dense(A, B);
   const auto version = weight._version();
-  op<decltype(gralora::merge_cpu)>("gralora_ext::merge_").call(weight, A, B, {}, {}, kScaling, false);
+  op<decltype(gralora::merge_kernel)>("gralora_ext::merge_").call(weight, A, B, {}, {}, kScaling, false);
   EXPECT(error(weight, want) < 1e-6);
   EXPECT(weight._version() == version + 1);
 }
 
 void test_delta_weight() {
   const at::Tensor A = at::randn({k, N / k, r}), B = at::randn({k, r, M / k});
-  const auto delta_weight = op<decltype(gralora::delta_weight_cpu)>("gralora_ext::delta_weight");
+  const auto delta_weight = op<decltype(gralora::delta_weight_kernel)>("gralora_ext::delta_weight");
   EXPECT(error(delta_weight.call(A, B, {}, {}, kScaling, false), dense(A, B)) < 1e-6);
   EXPECT(error(delta_weight.call(A, B, {}, {}, kScaling, true), dense(A, B).t()) < 1e-6);
 }

@@ -1,22 +1,31 @@
-// What kernels.cu exports: the kernels' launchers by number of dtype, 0 float32, 1 bfloat16, 2 float16. Tensors are contiguous,
-// those of the general part are not looked at where h = 0. All return 0 or an error.
+// What kernels.cu exports: the passes, of tensors whose rows are contiguous, those of the parameters one after another. Those
+// of the general part are not looked at where h = 0. All but test_workspace return 0 or an error.
 #pragma once
 
 #include <cstdint>
 
+// Numbers of dtypes: 0 float32, 1 bfloat16, 2 float16, 3 float64
 struct Call {
   int64_t T, N, M, k, r, h;
-  int64_t x_dtype, adapter_dtype, column_splits, token_splits, seed;
+  int64_t x_dtype, base_dtype, adapter_dtype;
+  int64_t x_row, y_row;               // from a row of x and dx, or of base, y and grad_y, to the next
+  int64_t weight_row, weight_column;  // strides of W
+  int64_t needs;                      // a bit each: dx, dA, dB, dA_general, dB_general
+  int64_t keep_u;                     // forward writes u and backward reads it
+  int64_t column_splits,
+      token_splits;  // 0: through launch.h, which chooses them; else on tensor cores in so many parts
+  int64_t seed;
   double scaling, dropout;
 };
 
 extern "C" {
 
+int64_t test_workspace(const Call* c, int backward);
 int test_forward(const Call* c, const void* x, const void* base, void* y, const void* A, const void* B,
-                 const void* A_general, const void* B_general, float* u, float* partial);
-int test_backward(const Call* c, const void* x, const void* grad_y, const float* u, const void* A, const void* B,
+                 const void* A_general, const void* B_general, void* u, void* workspace);
+int test_backward(const Call* c, const void* x, const void* grad_y, const void* u, const void* A, const void* B,
                   const void* A_general, const void* B_general, void* dx, void* dA, void* dB, void* dA_general,
-                  void* dB_general, float* partial, float* dH, float* sums);
+                  void* dB_general, void* workspace);
 int test_merge(const Call* c, void* weight, const void* A, const void* B, const void* A_general, const void* B_general);
 // kept[i]: the bits of Mask::kept(t, column + 8 i)
 int test_mask(const int64_t* seed, int64_t threshold, int64_t width, int64_t t, int64_t column, uint8_t* kept,

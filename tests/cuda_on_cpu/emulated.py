@@ -49,6 +49,9 @@ class Library:
         numbers = ORDERS.index(order), ctypes.c_uint64(seed), COPIES.index(copies)
         self._check(self._library.gralora_emulator_configure(*numbers))
 
+    def device(self, capability: int = 80, multiprocessors: int = 108) -> None:
+        self._check(self._library.gralora_emulator_device(capability, multiprocessors))
+
     def limit_shared(self, size: int) -> None:
         self._check(self._library.gralora_emulator_limit_shared(ctypes.c_int64(size)))
 
@@ -73,6 +76,12 @@ class Library:
         counts = (ctypes.c_int64 * 4)()
         self._library.gralora_emulator_statistics(counts)
         return Statistics(*counts)
+
+    def number(self, function: str, *arguments: object) -> int:
+        """What an extern "C" function returns, an int64."""
+        called = self._library[function]
+        called.restype = ctypes.c_int64
+        return called(*arguments)
 
     def launch(self, launcher: str, *arguments: np.ndarray | int | bytes) -> None:
         """Calls an extern "C" launcher that returns 0 or an error; arrays are passed as pointers to their elements."""

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(find_toolkit() is None or compiler() is None, re
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PAIRS = [
     (torch.float32, torch.float32),
     (torch.bfloat16, torch.float32),
@@ -30,31 +30,46 @@ PAIRS = [
     (torch.float16, torch.float32),
     (torch.float16, torch.float16),
 ]
+ALL = 31  # gradients
 
 
 @pytest.fixture(scope="module")
-def library() -> Library:
+def compiled() -> Library:
     return Library(emulated_library(HERE / "kernels.cu", include=[CSRC]))
 
 
+@pytest.fixture
+def library(compiled: Library) -> Library:
+    compiled.device()
+    compiled.configure()
+    return compiled
+
+
 class Call(ctypes.Structure):
-    """The struct of the same name in kernels.cu."""
+    """The struct of the same name in calls.h."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("T", "N", "M", "k", "r", "h", "x_dtype", "adapter_dtype")),
+        *((name, ctypes.c_int64) for name in ("T", "N", "M", "k", "r", "h", "x_dtype", "base_dtype", "adapter_dtype")),
+        *((name, ctypes.c_int64) for name in ("x_row", "y_row", "weight_row", "weight_column", "needs", "keep_u")),
         *((name, ctypes.c_int64) for name in ("column_splits", "token_splits", "seed")),
         *((name, ctypes.c_double) for name in ("scaling", "dropout")),
     ]
 
 
 @dataclass(frozen=True)
-class Splits:
-    """Into how many parts columns and tokens are cut, and the dropout of the call."""
+class Way:
+    """How a pass is called."""
 
-    columns: int = 1
+    columns: int = 1  # into how many parts columns and tokens are cut; 0: as launch.h chooses
     tokens: int = 1
     dropout: float = 0.0
     seed: int = 123_456_789_012
+    keep_u: bool = True
+    needs: int = ALL
+    padding: int = 0  # elements between the rows of activations
+
+
+CHOSEN = Way(0, 0)
 
 
 def bytes_of(tensor: Tensor | None) -> np.ndarray:
@@ -66,7 +81,13 @@ def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.full(size, float("nan"), dtype=dtype)
 
 
-def results(library: Library, inputs: Inputs, splits: Splits) -> dict[str, Tensor]:
+def padded(tensor: Tensor, padding: int) -> Tensor:
+    """[T, width + padding] with NaN in the padding."""
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    return torch.cat([rows, empty(rows.shape[0], padding, dtype=rows.dtype)], 1).contiguous()
+
+
+def results(library: Library, inputs: Inputs, way: Way) -> dict[str, Tensor]:
     """y and all gradients as the kernels compute them; each launch may touch its own buffers alone."""
     t = {name: tensor.contiguous() for name, tensor in inputs.tensors.items()}
     x, base, A, B = (t[name] for name in ("x", "base", "A", "B"))
@@ -75,60 +96,73 @@ def results(library: Library, inputs: Inputs, splits: Splits) -> dict[str, Tenso
     N, M = x.shape[-1], base.shape[-1]
     T = x.numel() // N
     call = Call(
-        *(T, N, M, k, r, h, DTYPES.index(x.dtype), DTYPES.index(A.dtype)),
-        *(splits.columns, splits.tokens, splits.seed, inputs.scaling, splits.dropout),
+        *(T, N, M, k, r, h, DTYPES.index(x.dtype), DTYPES.index(base.dtype), DTYPES.index(A.dtype)),
+        *(N + way.padding, M + way.padding, 0, 0, way.needs, int(way.keep_u)),
+        *(way.columns, way.tokens, way.seed, inputs.scaling, way.dropout),
     )
-    y, u, dx = torch.full_like(base, float("nan")), empty(T, k * r + h), torch.full_like(x, float("nan"))
-    partial, dH = empty(splits.columns * T * k * (r + h)), empty(T, k * r + h)
-    sums = empty(splits.tokens * (r + h) * (N + M))
+    accumulation = torch.float64 if torch.float64 in (x.dtype, base.dtype, A.dtype) else torch.float32
+    rows = {name: padded(tensor, way.padding) for name, tensor in (("x", x), ("base", base), ("grad", inputs.grad))}
+    y, dx = torch.full_like(rows["base"], float("nan")), torch.full_like(rows["x"], float("nan"))
+    u = empty(T, k * r + h, dtype=accumulation)
     gradients = [None if p is None else torch.full_like(p, float("nan")) for p in (A, B, *general)]
-    grad = inputs.grad.contiguous()
 
-    def launch(name: str, **tensors: Tensor | None) -> None:
+    def launch(name: str, backward: int, **tensors: Tensor | None) -> None:
         library.clear()
+        size = library.number("test_workspace", ctypes.byref(call), ctypes.c_int(backward))
         arrays = {key: bytes_of(tensor) for key, tensor in tensors.items()}
+        arrays["workspace"] = np.full(size, 0xFF, np.uint8)
         library.register(**{key: array for key, array in arrays.items() if array.size})
-        seed = np.frombuffer(call, np.uint8)
-        library.register(call=seed)
+        library.register(call=np.frombuffer(call, np.uint8))
         library.launch(name, ctypes.byref(call), *arrays.values())
 
     adapter = {"A": A, "B": B, "A_general": general[0], "B_general": general[1]}
-    launch("test_forward", x=x, base=base, y=y, **adapter, u=u, partial=partial)
-    assert library.launches() == ["project", "expand"][: 2 * (T > 0)]
+    launch("test_forward", 0, x=rows["x"], base=rows["base"], y=y, **adapter, u=u if way.keep_u else None)
+    assert len(library.launches()) == 2 * (T > 0)
     written = dict(zip(("dA", "dB", "dA_general", "dB_general"), gradients, strict=True))
-    launch("test_backward", x=x, grad_y=grad, u=u, **adapter, dx=dx, **written, partial=partial, dH=dH, sums=sums)
-    assert library.launches() == ["project", "expand", "weight_gradient", "reduce"][2 * (T == 0) :]
-    named = zip(("x", "A", "B", "A_general", "B_general"), (dx, *gradients), strict=True)
-    return {"y": y, **{name: gradient for name, gradient in named if gradient is not None}}
+    kept = u if way.keep_u else None
+    launch("test_backward", 1, x=rows["x"], grad_y=rows["grad"], u=kept, **adapter, dx=dx, **written)
+    assert len(library.launches()) <= 4
+    assert y[:, M:].isnan().all() and dx[:, N:].isnan().all()
+    named = {"x": dx[:, :N].reshape(x.shape)}
+    named.update(zip(("A", "B", "A_general", "B_general"), gradients, strict=True))
+    for bit, (name, gradient) in enumerate(list(named.items())):
+        if gradient is not None and not way.needs >> bit & 1:
+            assert gradient.isnan().all(), f"the gradient of {name} was not asked for"
+            named[name] = None
+    return {"y": y[:, :M].reshape(base.shape), **{name: g for name, g in named.items() if g is not None}}
 
 
-def check(library: Library, case: Case, splits: Splits) -> None:
+def check(library: Library, case: Case, way: Way) -> None:
     inputs = case.inputs()
-    options = {"dropout_p": splits.dropout, "seed": torch.tensor([splits.seed])} if splits.dropout else {}
-    assert_results_near(results(library, inputs, splits), inputs, **options)
+    options = {"dropout_p": way.dropout, "seed": torch.tensor([way.seed])} if way.dropout else {}
+    assert_results_near(results(library, inputs, way), inputs, **options)
 
 
-def check_merge(library: Library, case: Case, dtype: torch.dtype) -> None:
-    """The merged weight, read and written once."""
+def check_merge(library: Library, case: Case, dtype: torch.dtype, layout: str = "rows") -> None:
+    """The merged weight, read and written once. layout: which stride of W is 1, or neither."""
     inputs = case.inputs()
     k, N, M = case.k, case.k * case.n, case.k * case.m
     adapter = {name: tensor.contiguous() for name, tensor in inputs.adapter().items()}
     weight = torch.randn(M, N, generator=torch.Generator().manual_seed(1)).to(dtype)
     wide = {name: tensor.double() for name, tensor in adapter.items()}
     expected = weight.double() + reference.delta_weight(**wide, scaling=inputs.scaling)
+    step = 2 if layout == "neither" else 1
+    memory = weight.T.contiguous() if layout == "columns" else empty(M, N * step, dtype=dtype)
+    merged = memory.T if layout == "columns" else memory[:, ::step]
+    merged.copy_(weight)
     call = Call(
-        *(0, N, M, k, k * case.rb, case.h, DTYPES.index(dtype), DTYPES.index(case.adapter_dtype)),
-        *(1, 1, 0, inputs.scaling, 0.0),
+        *(0, N, M, k, k * case.rb, case.h, 0, DTYPES.index(dtype), DTYPES.index(case.adapter_dtype), 0, 0),
+        *(*merged.stride(), 0, 0, 0, 0, 0, inputs.scaling, 0.0),
     )
     library.clear()
     arrays = {
-        "weight": bytes_of(weight),
+        "weight": bytes_of(memory),
         **{name: bytes_of(adapter.get(name)) for name in ("A", "B", "A_general", "B_general")},
     }
     library.register(**arrays)
     library.launch("test_merge", ctypes.byref(call), *arrays.values())
-    assert library.launches() == ["merge"]
-    assert_near("weight", weight, expected)
+    assert len(library.launches()) == 1
+    assert_near("weight", merged, expected)
     size = weight.numel() * weight.element_size()
     assert library.traffic("weight") == (size, size)
 
@@ -136,9 +170,9 @@ def check_merge(library: Library, case: Case, dtype: torch.dtype) -> None:
 def check_infinity(library: Library) -> None:
     """An infinity in one token's x spoils the rows of that token, and no others."""
     inputs = Case((131,), 2, 72, 88, 6).inputs()
-    expected = results(library, inputs, Splits())
+    expected = results(library, inputs, Way())
     inputs.tensors["x"][0, 0] = float("inf")
-    actual = results(library, inputs, Splits())
+    actual = results(library, inputs, Way())
     assert not actual["y"][0].isfinite().any()
     for name in ("y", "x"):
         assert torch.equal(actual[name][1:], expected[name][1:])
@@ -162,15 +196,16 @@ def check_mask(library: Library) -> None:
         np.testing.assert_array_equal(np.unpackbits(kept, bitorder="little"), expected.numpy())
 
 
-@pytest.mark.parametrize("splits", [Splits(), Splits(3, 2, 0.3)], ids=["", "split_dropout"])
+@pytest.mark.parametrize("way", [Way(), Way(3, 2, 0.3)], ids=["", "split_dropout"])
 @pytest.mark.parametrize("h", [0, 5], ids=["", "hybrid"])
 @pytest.mark.parametrize("k", [1, 2, 3])
 @pytest.mark.parametrize("dtypes", PAIRS, ids=lambda p: "_".join(str(d)[6:] for d in p))
 def test_forward_and_backward(
-    dtypes: tuple[torch.dtype, torch.dtype], k: int, h: int, splits: Splits, library: Library
+    dtypes: tuple[torch.dtype, torch.dtype], k: int, h: int, way: Way, library: Library
 ) -> None:
     x, adapter = dtypes
-    check(library, Case((131,), k, 72, 88, 6, h, x, x, adapter), splits)
+    check(library, Case((131,), k, 72, 88, 6, h, x, x, adapter), way)
+    assert library.launches() == ["project", "expand", "weight_gradient", "reduce"]
 
 
 @given(
@@ -180,7 +215,11 @@ def test_forward_and_backward(
     rb=st.one_of(st.integers(1, 9), st.sampled_from([16, 33])),
     h=st.one_of(st.just(0), st.integers(1, 20)),
     dtypes=st.sampled_from(PAIRS),
-    splits=st.builds(Splits, st.integers(1, 3), st.integers(1, 3), st.sampled_from([0.0, 0.4]), st.integers(0, 2**62)),
+    way=st.builds(
+        Way,
+        *(st.integers(0, 3), st.integers(1, 3), st.sampled_from([0.0, 0.4]), st.integers(0, 2**62)),
+        *(st.booleans(), st.integers(0, ALL), st.sampled_from([0, 1, 8])),
+    ),
     order=st.tuples(
         st.sampled_from(["fifo", "lifo", "random"]), st.integers(1, 2**31), st.sampled_from(["lazy", "eager", "random"])
     ),
@@ -193,13 +232,14 @@ def test_random_shapes_orders_and_arrivals_of_copies(
     rb: int,
     h: int,
     dtypes: tuple[torch.dtype, torch.dtype],
-    splits: Splits,
+    way: Way,
     order: tuple[str, int, str],
-    library: Library,
+    compiled: Library,
 ) -> None:
     x, adapter = dtypes
-    library.configure(*order)
-    check(library, Case((T,), k, *widths, rb, h, x, x, adapter, seed=T), splits)
+    compiled.device()
+    compiled.configure(*order)
+    check(compiled, Case((T,), k, *widths, rb, h, x, x, adapter, seed=T), way)
 
 
 @pytest.mark.parametrize("h", [0, 3], ids=["", "hybrid"])
@@ -210,6 +250,77 @@ def test_merge(
 ) -> None:
     dtype, adapter_dtype = dtypes
     check_merge(library, Case((1,), k, n, m, rb, h, adapter_dtype=adapter_dtype), dtype)
+
+
+@pytest.mark.parametrize("layout", ["columns", "neither"])
+@pytest.mark.parametrize(("k", "n", "m", "rb", "h"), [(2, 64, 96, 16, 0), (3, 22, 50, 4, 3)])
+def test_merge_into_a_weight_of_other_strides(
+    k: int, n: int, m: int, rb: int, h: int, layout: str, library: Library
+) -> None:
+    check_merge(library, Case((1,), k, n, m, rb, h), torch.bfloat16, layout)
+    assert library.launches() == ["merge" if layout == "columns" else "products"]
+
+
+@pytest.mark.parametrize("needs", [1, 2, 4, 6, 8 + 16, 3, 5], ids=["x", "A", "B", "A_B", "general", "x_A", "x_B"])
+@pytest.mark.parametrize("keep_u", [True, False], ids=["", "u_again"])
+@pytest.mark.parametrize("capability", [75, 80])
+def test_only_what_is_needed_is_computed(needs: int, keep_u: bool, capability: int, library: Library) -> None:
+    library.device(capability)
+    check(library, Case((131,), 2, 72, 88, 6, 3), Way(0, 0, 0.2, keep_u=keep_u, needs=needs))
+
+
+@pytest.mark.parametrize("way", [CHOSEN, Way(0, 0, 0.3, keep_u=False, padding=3)], ids=["", "dropout"])
+@pytest.mark.parametrize("dtypes", PAIRS, ids=lambda p: "_".join(str(d)[6:] for d in p))
+def test_the_portable_kernels(dtypes: tuple[torch.dtype, torch.dtype], way: Way, library: Library) -> None:
+    x, adapter = dtypes
+    library.device(75)
+    check(library, Case((131,), 2, 72, 88, 6, 5, x, x, adapter), way)
+    assert set(library.launches()) == {"products"}
+    check_merge(library, Case((1,), 3, 22, 50, 4, 3, adapter_dtype=adapter), x)
+
+
+@given(
+    T=st.one_of(st.sampled_from([0, 1, 63, 64, 65]), st.integers(0, 200)),
+    k=st.integers(1, 8),
+    widths=st.tuples(*[st.one_of(st.integers(1, 40), st.sampled_from([63, 64, 65, 130]))] * 2),
+    rb=st.one_of(st.integers(1, 9), st.sampled_from([16, 33])),
+    h=st.one_of(st.just(0), st.integers(1, 20)),
+    dtypes=st.tuples(*[st.sampled_from(DTYPES)] * 3),
+    dropout=st.sampled_from([0.0, 0.4]),
+    order=st.tuples(st.sampled_from(["fifo", "lifo", "random"]), st.integers(1, 2**31)),
+)
+@settings(max_examples=30)
+def test_the_portable_kernels_take_any_dtypes(
+    T: int,
+    k: int,
+    widths: tuple[int, int],
+    rb: int,
+    h: int,
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+    dropout: float,
+    order: tuple[str, int],
+    compiled: Library,
+) -> None:
+    compiled.device(75)
+    compiled.configure(*order)
+    check(compiled, Case((T,), k, *widths, rb, h, *dtypes, seed=T), Way(0, 0, dropout))
+
+
+def test_mixed_dtypes_go_to_the_portable_kernels(library: Library) -> None:
+    check(library, Case((40,), 2, 24, 40, 4, 3, torch.bfloat16, torch.float32, torch.float32), CHOSEN)
+    assert set(library.launches()) == {"products"}
+    check(library, Case((40,), 2, 24, 40, 4, 3, torch.float64, torch.float64, torch.float64), CHOSEN)
+    assert set(library.launches()) == {"products"}
+
+
+@pytest.mark.parametrize("T", [1, 300])
+@pytest.mark.parametrize("multiprocessors", [1, 20, 132])
+def test_a_device_of_any_size(T: int, multiprocessors: int, library: Library) -> None:
+    """Splits are chosen by the number of multiprocessors."""
+    library.device(90, multiprocessors)
+    bf16 = (torch.bfloat16, torch.bfloat16, torch.float32)
+    check(library, Case((T,), 2, 520, 392, 8, 0, *bf16), Way(0, 0, 0.1))
+    assert library.launches() == ["project", "expand", "weight_gradient", "reduce"]
 
 
 def test_an_infinity_stays_in_its_token(library: Library) -> None:

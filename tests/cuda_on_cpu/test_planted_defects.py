@@ -10,7 +10,7 @@ import pytest
 import torch
 from emulated import EmulatorError, Library
 from helpers import Case
-from test_kernels import CSRC, HERE, Splits, check, check_infinity, check_mask, check_merge
+from test_kernels import CSRC, HERE, Way, check, check_infinity, check_mask, check_merge
 
 pytestmark = pytest.mark.skipif(
     compilers.find_toolkit() is None or compilers.compiler() is None, reason="needs CUDA's headers and g++"
@@ -71,8 +71,8 @@ DEFECTS = {
     "sums beyond the block's columns": ("weight_gradient.cuh", "rank < all_ranks && column < side.w", "rank < all_ranks"),
     "the second pass forgets a split": ("reduce.cuh", "split < splits", "split < splits - 1"),
     "a gradient of the general part at the block's rank": ("reduce.cuh", "side.general.set(n, c - side.r,", "side.general.set(n, c,"),
-    "kept elements are not scaled": ("launch.cuh", "1.0 / (1.0 - d.p)", "1.0"),
-    "B is not transposed": ("launch.cuh", "project<X, P>(p.grad_y, transposed(p.adapter.B)", "project<X, P>(p.grad_y, p.adapter.B"),
+    "kept elements are not scaled": ("tensor_cores.cuh", "1.0 / (1.0 - d.p)", "1.0"),
+    "B is not transposed": ("tensor_cores.cuh", "project<X, P>(p.grad_y, transposed(p.adapter.B)", "project<X, P>(p.grad_y, p.adapter.B"),
 }  # fmt: skip
 RACE_CALL = "130 66 290 2 12 5 0 0 2 2 30 2 7 0"
 
@@ -80,9 +80,9 @@ RACE_CALL = "130 66 290 2 12 5 0 0 2 2 30 2 7 0"
 def battery(library: Library) -> None:
     """A few cases that together reach every line of the kernels."""
     single, mixed = (torch.float32,) * 3, (torch.bfloat16, torch.bfloat16, torch.float32)
-    check(library, Case((131,), 2, 72, 88, 6, 5, *mixed), Splits(3, 2, 0.3))
-    check(library, Case((70,), 3, 11, 150, 4, 2, *single), Splits(1, 2, 0.3))
-    check(library, Case((129,), 2, 64, 130, 16, 0, *single), Splits(2, 3))
+    check(library, Case((131,), 2, 72, 88, 6, 5, *mixed), Way(3, 2, 0.3))
+    check(library, Case((70,), 3, 11, 150, 4, 2, *single), Way(1, 2, 0.3))
+    check(library, Case((129,), 2, 64, 130, 16, 0, *single), Way(2, 3))
     check_merge(library, Case((1,), 3, 22, 150, 4, 3), torch.float32)
     check_mask(library)
     check_infinity(library)

@@ -36,6 +36,16 @@ GRALORA_EXPORTED int gralora_emulator_configure(int order, uint64_t seed, int co
   });
 }
 
+// What the kernels' launchers take for their device; 80 (for 8.0) and 108 multiprocessors at first.
+GRALORA_EXPORTED int gralora_emulator_device(int capability, int multiprocessors) {
+  using namespace gralora::emulator;
+  return reporting([&] {
+    if (multiprocessors < 1) throw Error("multiprocessors must be at least 1, not " + std::to_string(multiprocessors));
+    config().capability = capability;
+    config().multiprocessors = multiprocessors;
+  });
+}
+
 // The shared memory that a block may take; 227 KiB at first.
 GRALORA_EXPORTED int gralora_emulator_limit_shared(int64_t bytes) {
   using namespace gralora::emulator;

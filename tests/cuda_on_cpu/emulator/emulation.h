@@ -151,6 +151,9 @@ inline uint32_t to_tf32(float x) {
   return bits & ~kDropped;
 }
 
+inline const char* error_text(cudaError_t) { return emulator::error_message().c_str(); }
+inline Device current_device() { return {emulator::config().capability, emulator::config().multiprocessors}; }
+
 template <class... P, class... A>
 cudaError_t launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_bytes, cudaStream_t,
                    A... arguments) {

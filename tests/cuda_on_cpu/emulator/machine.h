@@ -20,6 +20,7 @@ struct Config {
   uint64_t seed = 1;
   Copies copies = Copies::Lazy;
   size_t shared_limit = 227 * 1024;  // of a block on sm_90; 163 KiB on sm_80
+  int capability = 80, multiprocessors = 108;
 };
 struct Statistics {
   int64_t switches, collectives, mma, ldmatrix;

@@ -1,0 +1,8 @@
+#include "tensor_cores.cuh"
+
+namespace gralora::cuda {
+
+GRALORA_INSTANTIATE(bf16, float)
+GRALORA_INSTANTIATE(bf16, bf16)
+
+}  // namespace gralora::cuda

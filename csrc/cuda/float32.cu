@@ -1,0 +1,7 @@
+#include "tensor_cores.cuh"
+
+namespace gralora::cuda {
+
+GRALORA_INSTANTIATE(float, float)
+
+}  // namespace gralora::cuda

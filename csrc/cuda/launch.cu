@@ -1,0 +1,113 @@
+// Which kernels a call gets: those on tensor cores for the pairs of dtypes and strides that they take, from compute capability
+// 8.0 on, and the plain ones (simt.cuh) for all else.
+#include "launch.h"
+
+#include "passes.h"
+#include "simt_passes.cuh"
+
+namespace gralora::cuda {
+namespace {
+
+using bf16 = __nv_bfloat16;
+
+template <class X, class P>
+struct Pair {
+  using Activations = X;
+  using Parameters = P;
+};
+
+bool has_pair(DType x, DType adapter) {
+  return x != DType::f64 && adapter != DType::f64 && (adapter == DType::f32 || adapter == x);
+}
+
+template <class F>
+cudaError_t for_pair(DType x, DType adapter, F&& f) {
+  const bool single = adapter == DType::f32;
+  switch (x) {
+    case DType::bf16: return single ? f(Pair<bf16, float>{}) : f(Pair<bf16, bf16>{});
+    case DType::f16: return single ? f(Pair<__half, float>{}) : f(Pair<__half, __half>{});
+    default: return f(Pair<float, float>{});
+  }
+}
+
+bool plain_rows(const Rows& x) { return x.data == nullptr || (x.column_stride == 1 && x.leading_dims <= 1); }
+
+bool on_tensor_cores(const ForwardParams& p, const Device& device) {
+  return device.capability >= 80 && has_pair(p.x.dtype, p.adapter.A.dtype) && p.base.dtype == p.x.dtype &&
+         plain_rows(p.x) && plain_rows(p.base) && plain_rows(p.y);
+}
+bool on_tensor_cores(const BackwardParams& p, const Device& device) {
+  return device.capability >= 80 && has_pair(p.x.dtype, p.adapter.A.dtype) && p.grad_y.dtype == p.x.dtype &&
+         !p.accumulate_f64 && plain_rows(p.x) && plain_rows(p.grad_y) && plain_rows(p.grad_x);
+}
+
+int element_size(DType dtype) { return dtype == DType::f32 ? 4 : dtype == DType::f64 ? 8 : 2; }
+
+ForwardPlan plan_of(const ForwardParams& p, const Device& device) {
+  return ForwardPlan::of(p.shape, column_splits(p.shape, p.shape.N, element_size(p.x.dtype), device));
+}
+BackwardPlan plan_of(const BackwardParams& p, const Device& device) {
+  return BackwardPlan::of(p, column_splits(p.shape, p.shape.M, element_size(p.x.dtype), device),
+                          token_splits(p.shape, device));
+}
+
+// W^T = sum of B_j^T's columns times A_n^T's: the same merge, with the two parameters in each other's place.
+MergeParams of_transposed_weight(MergeParams p) {
+  std::swap(p.shape.N, p.shape.M);
+  std::swap(p.adapter.A, p.adapter.B), std::swap(p.adapter.A_general, p.adapter.B_general);
+  for (Param* param : {&p.adapter.A, &p.adapter.B, &p.adapter.A_general, &p.adapter.B_general, &p.weight})
+    *param = gralora::transposed(*param);
+  return p;
+}
+
+}  // namespace
+
+int64_t workspace_bytes(const ForwardParams& p) {
+  const Device device = current_device();
+  if (!on_tensor_cores(p, device)) return simt::workspace(p);
+  return plan_of(p, device).floats * int64_t(sizeof(float));
+}
+
+int forward(const ForwardParams& p, void* workspace, void* stream) {
+  const Device device = current_device();
+  const auto on = static_cast<cudaStream_t>(stream);
+  if (!on_tensor_cores(p, device)) return simt::forward(p, workspace, on);
+  return for_pair(p.x.dtype, p.adapter.A.dtype, [&](auto pair) {
+    using Types = decltype(pair);
+    return forward<typename Types::Activations, typename Types::Parameters>(p, plan_of(p, device),
+                                                                            static_cast<float*>(workspace), on);
+  });
+}
+
+int64_t workspace_bytes(const BackwardParams& p) {
+  const Device device = current_device();
+  if (!on_tensor_cores(p, device)) return simt::workspace(p);
+  return plan_of(p, device).floats() * int64_t(sizeof(float));
+}
+
+int backward(const BackwardParams& p, void* workspace, void* stream) {
+  const Device device = current_device();
+  const auto on = static_cast<cudaStream_t>(stream);
+  if (!on_tensor_cores(p, device)) return simt::backward(p, workspace, on);
+  return for_pair(p.x.dtype, p.adapter.A.dtype, [&](auto pair) {
+    using Types = decltype(pair);
+    return backward<typename Types::Activations, typename Types::Parameters>(p, plan_of(p, device),
+                                                                             static_cast<float*>(workspace), on);
+  });
+}
+
+int merge(const MergeParams& p, void* stream) {
+  const auto on = static_cast<cudaStream_t>(stream);
+  const bool by_rows = p.weight.column_stride == 1, by_columns = p.weight.row_stride == 1;
+  if (current_device().capability < 80 || !has_pair(p.weight.dtype, p.adapter.A.dtype) || !(by_rows || by_columns))
+    return simt::merge(p, on);
+  const MergeParams q = by_rows ? p : of_transposed_weight(p);
+  return for_pair(q.weight.dtype, q.adapter.A.dtype, [&](auto pair) {
+    using Types = decltype(pair);
+    return merge<typename Types::Activations, typename Types::Parameters>(q, on);
+  });
+}
+
+const char* error_text(int error) { return error_text(static_cast<cudaError_t>(error)); }
+
+}  // namespace gralora::cuda

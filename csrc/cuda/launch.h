@@ -1,0 +1,20 @@
+// The CUDA passes as ops.cpp calls them, on the current device: no header of CUDA or torch. They return 0 or a cudaError_t,
+// and do not wait for the device.
+#pragma once
+
+#include "gralora.h"
+
+namespace gralora::cuda {
+
+// The bytes on the device, at a multiple of 16, that a pass works in beside its arguments
+int64_t workspace_bytes(const ForwardParams& p);
+int64_t workspace_bytes(const BackwardParams& p);
+
+// p.u may be null: it is not written then.
+int forward(const ForwardParams& p, void* workspace, void* stream);
+int backward(const BackwardParams& p, void* workspace, void* stream);
+int merge(const MergeParams& p, void* stream);
+
+const char* error_text(int error);
+
+}  // namespace gralora::cuda

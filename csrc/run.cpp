@@ -1,0 +1,77 @@
+#include "run.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#ifdef GRALORA_HAVE_CUDA
+#include "cuda/launch.h"
+#endif
+
+namespace gralora {
+namespace {
+
+// Below this many multiply-adds, waking the other threads costs more than they save.
+constexpr int64_t kSerialWork = 1 << 18;
+
+int threads_for(int64_t multiply_adds, int64_t serial = kSerialWork) {
+  return multiply_adds < serial || at::in_parallel_region() ? 1 : at::get_num_threads();
+}
+
+#ifdef GRALORA_HAVE_CUDA
+// Without a header of CUDA: this file is compiled against a torch that was built without it, too.
+void* current_stream(const at::Device& device) {
+  return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
+}
+
+void check(int error) {
+  TORCH_CHECK(error == 0, "gralora_ext: a CUDA kernel could not be launched: ", cuda::error_text(error));
+}
+
+at::Tensor workspace(int64_t bytes, const at::Tensor& like) {
+  return at::empty({bytes}, like.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous));
+}
+#endif
+
+}  // namespace
+
+void run(ForwardParams p, const at::Tensor& like) {
+#ifdef GRALORA_HAVE_CUDA
+  if (like.is_cuda()) {
+    const c10::DeviceGuard guard(like.device());
+    const at::Tensor space = workspace(cuda::workspace_bytes(p), like);
+    return check(cuda::forward(p, space.mutable_data_ptr(), current_stream(like.device())));
+  }
+#endif
+  // Forward gains from threads later than backward and merge, which write as much as the parameters; to read a parameter
+  // takes as long as some four multiply-adds.
+  const int64_t parameters = (p.shape.r + p.shape.h) * (p.shape.N + p.shape.M);
+  p.threads = threads_for((p.shape.T + 4) * parameters, 1 << 21);
+  if (p.shape.T > 0) cpu::forward(p);
+}
+
+void run(BackwardParams p, const at::Tensor& like) {
+#ifdef GRALORA_HAVE_CUDA
+  if (like.is_cuda()) {
+    const c10::DeviceGuard guard(like.device());
+    const at::Tensor space = workspace(cuda::workspace_bytes(p), like);
+    return check(cuda::backward(p, space.mutable_data_ptr(), current_stream(like.device())));
+  }
+#endif
+  p.threads = threads_for(2 * p.shape.T * (p.shape.r + p.shape.h) * (p.shape.N + p.shape.M));
+  cpu::backward(p);
+}
+
+void run(MergeParams p, const at::Tensor& like) {
+#ifdef GRALORA_HAVE_CUDA
+  if (like.is_cuda()) {
+    const c10::DeviceGuard guard(like.device());
+    return check(cuda::merge(p, current_stream(like.device())));
+  }
+#endif
+  p.threads = threads_for(p.shape.M * p.shape.N * (p.shape.r / p.shape.k + p.shape.h));
+  cpu::merge(p);
+}
+
+}  // namespace gralora

@@ -1,0 +1,16 @@
+// A pass on the device of its tensors: the one place that knows which devices there are.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "gralora.h"
+
+namespace gralora {
+
+// `like` is one of the pass's tensors. On CUDA the pass goes to the current stream of that tensor's device, and what it works
+// in comes from torch's allocator.
+void run(ForwardParams p, const at::Tensor& like);
+void run(BackwardParams p, const at::Tensor& like);
+void run(MergeParams p, const at::Tensor& like);
+
+}  // namespace gralora

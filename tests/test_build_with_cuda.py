@@ -1,0 +1,113 @@
+"""The extension with its CUDA kernels, built on a machine with nvcc: neither a GPU nor a CUDA build of torch is needed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import build_helpers as helpers
+import pytest
+
+from gralora_ext import _build_config as config
+
+pytestmark = [
+    pytest.mark.build,
+    pytest.mark.skipif(config.cuda.find_toolkit() is None, reason="there is no CUDA toolkit"),
+]
+REGISTERED = """
+import torch
+import gralora_ext.ops
+for name in ("gralora", "gralora_", "gralora_backward", "merge_", "delta_weight"):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"gralora_ext::{name}", "CUDA"), name
+"""
+ON_CUDA = """
+import torch
+import gralora_ext.ops
+torch.empty(2, device="cuda")
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cuda_builds")
+
+
+@pytest.fixture(scope="module")
+def tree(folder: Path) -> Path:
+    (folder / "sdist").mkdir()
+    return helpers.unpack(helpers.make_sdist(folder / "sdist"), folder / "tree")
+
+
+@pytest.fixture(scope="module")
+def env() -> dict[str, str]:
+    return helpers.environment(GRALORA_EXT_CUDA="1", CUDA_HOME=str(config.cuda.find_toolkit()))
+
+
+@pytest.fixture(scope="module")
+def python(tree: Path, folder: Path, env: dict[str, str]) -> Path:
+    """An environment's Python with the extension installed, for all devices that we know of."""
+    python = helpers.make_environment(folder / "environment")
+    helpers.pip(python, "install", "--ignore-installed", tree, env=env, cwd=folder)
+    return python
+
+
+@pytest.fixture(scope="module")
+def installed(python: Path, folder: Path) -> dict[str, Any]:
+    return helpers.probe(python, env=helpers.environment(), cwd=folder)
+
+
+def test_the_installed_extension_holds_kernels_for_the_devices(installed: dict[str, Any]) -> None:
+    archs = installed["info"]["cuda_archs"]
+    assert {"8.0", "9.0"} <= {arch.removesuffix("+PTX") for arch in archs}
+    assert archs[-1].endswith("+PTX")
+    headers = subprocess.run(["objdump", "-h", installed["info"]["path"]], capture_output=True, text=True, check=True)
+    assert ".nv_fatbin" in headers.stdout
+
+
+def test_it_needs_no_cuda_library(installed: dict[str, Any]) -> None:
+    """torch brings CUDA's runtime where it has one; where it has none, the extension holds its own."""
+    headers = subprocess.run(["objdump", "-p", installed["info"]["path"]], capture_output=True, text=True, check=True)
+    assert "NEEDED" in headers.stdout and "libcuda.so" not in headers.stdout
+    import torch
+
+    assert ("libcudart" in headers.stdout) == bool(torch.version.cuda)
+
+
+def test_on_the_cpu_it_computes_as_ever(installed: dict[str, Any]) -> None:
+    assert installed["info"]["problem"] is None
+    assert installed["error"] < 1e-6
+
+
+def test_cuda_kernels_are_registered(python: Path, folder: Path) -> None:
+    helpers.run(python, "-c", REGISTERED, env=helpers.environment(), cwd=folder)
+
+
+def test_a_missing_gpu_is_an_error_when_one_is_used(python: Path, folder: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    output = helpers.run(python, "-c", ON_CUDA, env=helpers.environment(), cwd=folder, check=False).stdout
+    assert "CUDA" in output.splitlines()[-1]
+
+
+@pytest.mark.parametrize("build", ["jit", "cmake"])
+def test_the_other_builds_hold_the_kernels_too(
+    build: str, tree: Path, folder: Path, env: dict[str, str], installed: dict[str, Any]
+) -> None:
+    env = {**env, "TORCH_CUDA_ARCH_LIST": "9.0"}
+    if build == "jit":
+        env |= {"GRALORA_EXT_JIT": "1", "PYTHONPATH": str(tree), "TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
+    else:
+        cmake = ("cmake", "-B", folder / "cmake", "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}")
+        helpers.run(*cmake, "-DBUILD_TESTING=OFF", env=env, cwd=tree)
+        helpers.run("cmake", "--build", folder / "cmake", env=env, cwd=tree)
+        helpers.copy_package(folder / "place")
+        helpers.run("cmake", "--install", folder / "cmake", "--prefix", folder / "place", env=env, cwd=folder)
+        env |= {"PYTHONPATH": str(folder / "place")}
+    probed = helpers.probe(env=env, cwd=folder)
+    assert probed["info"]["build"] == ("jit" if build == "jit" else "prebuilt")
+    assert probed["info"]["cuda_archs"] == ["9.0"]
+    assert probed["digest"] == installed["digest"]
