@@ -13,6 +13,7 @@ WIDTHS = ((576, 576), (576, 1536), (1536, 576), (2048, 2048), (4096, 4096), (409
 DTYPES = (("bf16", "fp32"), ("bf16", "bf16"), ("fp16", "fp32"))
 SQUARE, SMALL = Shape(2048, 2048), Shape(576, 1536)
 WITH_DROPOUT = replace(SQUARE, dropout=0.1)
+LONG = Shape(4096, 4096, T=8192, activation="bf16")  # with PEFT's default adapters: what a GPU is for
 
 
 def shapes(level: Level) -> list[Shape]:
@@ -24,7 +25,7 @@ def compiled_shapes(level: Level) -> set[Shape]:
     """Those that torch.compile takes part in: only with ``--full``, since each compiles for many seconds."""
     if level.name != "full":
         return set()
-    return {*(Shape(n, m) for n, m in WIDTHS), replace(SQUARE, T=1), replace(SQUARE, T=2048)}
+    return {*(Shape(n, m) for n, m in WIDTHS), replace(SQUARE, T=1), replace(SQUARE, T=2048), LONG}
 
 
 def _tiny() -> list[Shape]:
@@ -60,6 +61,7 @@ def _full() -> list[Shape]:
         *(Shape(n, m, h=16) for n, m in WIDTHS),
         *(_in(Shape(n, m), *dtypes, T=t) for n, m in WIDTHS for dtypes in DTYPES for t in (1, 256, 2048)),
         WITH_DROPOUT,
+        LONG,
     ]
 
 

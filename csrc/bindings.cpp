@@ -5,10 +5,14 @@
 #include <pybind11/stl.h>
 
 #include <sstream>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "cpu/capability.h"
+#ifdef GRALORA_HAVE_CUDA
+#include "cuda/launch.h"
+#endif
 
 namespace {
 
@@ -50,6 +54,15 @@ pybind11::dict build() {
   return info;
 }
 
+#ifdef GRALORA_HAVE_CUDA
+void run_cuda_instruction(const std::string& name, const std::vector<uintptr_t>& arrays) {
+  std::vector<void*> pointers;
+  for (const uintptr_t array : arrays) pointers.push_back(reinterpret_cast<void*>(array));
+  const int error = gralora::cuda::run_instruction(name.c_str(), pointers.data());
+  if (error != 0) throw std::runtime_error(name + ": " + gralora::cuda::error_text(error));
+}
+#endif
+
 std::vector<std::string> compiled_capabilities() {
   std::vector<std::string> names;
   for (const gralora::cpu::Capability capability : gralora::cpu::compiled_capabilities()) {
@@ -68,5 +81,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("compiled_capabilities", &compiled_capabilities,
         "The instruction sets that this build holds, in rising order.");
   m.def("num_threads", [] { return at::get_num_threads(); }, "torch's number of threads, which the kernels use too.");
+#ifdef GRALORA_HAVE_CUDA
+  m.def("run_cuda_instruction", &run_cuda_instruction,
+        "Runs the conformance kernel of that name on the current device's default stream; arrays: device addresses.");
+#endif
   m.def("build", &build, "The torch, Python, compiler and C++ standard of the build, and its CUDA architectures.");
 }

@@ -24,7 +24,23 @@ settings.register_profile("explore", deadline=None, print_blob=True)
 settings.load_profile("deterministic")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where operations and layers are tested")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    device = config.getoption("--device")
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise pytest.UsageError("--device cuda: torch sees no CUDA device here")
+        from gralora_ext import build_info
+
+        if not build_info()["cuda_archs"]:
+            raise pytest.UsageError("--device cuda: this build of gralora_ext has no CUDA kernels (GRALORA_EXT_CUDA=1)")
+    os.environ["GRALORA_TEST_DEVICE"] = device  # for tuner_helpers
+
+
 @pytest.fixture(scope="session")
-def device() -> torch.device:
+def device(pytestconfig: pytest.Config) -> torch.device:
     """The device on which the operations are tested."""
-    return torch.device("cpu")
+    return torch.device(pytestconfig.getoption("--device"))

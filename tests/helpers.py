@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from hypothesis import strategies as st
@@ -21,24 +20,8 @@ from torch import Tensor
 
 import gralora_ext
 from gralora_ext import reference
+from gralora_ext.tolerances import GRADIENT_FACTOR, TOLERANCES
 
-
-class Tolerance(NamedTuple):
-    """The largest allowed ``‖actual - expected‖ / ‖expected‖`` of a result, and why it is what it is."""
-
-    output: float
-    reason: str
-
-
-# Keyed by the dtype of the result: whatever the inputs' dtypes are, a result is rounded to its own dtype once.
-TOLERANCES = {
-    torch.float64: Tolerance(1e-13, "float64 sums: 1.1e-16 a term, over chains of a few thousand terms"),
-    torch.float32: Tolerance(3e-6, "float32 sums: 6e-8 a term, over the same chains summed in blocks"),
-    torch.float16: Tolerance(1e-3, "float32 sums, then one rounding of at most half an ulp: 4.9e-4"),
-    torch.bfloat16: Tolerance(6e-3, "float32 sums, then one rounding of at most half an ulp: 3.9e-3"),
-}
-# A gradient passes three products where the output passes two, and sums over T besides.
-GRADIENT_FACTOR = 4
 # Share of the weights that a 16-bit merge may round to the neighbour of the correctly rounded value: a float32 sum is
 # about 2^-13 of a bfloat16 ulp off (2^-10 of a float16 ulp), and only sums that near to a tie can go the other way.
 MERGE_MISROUNDED = 0.02
@@ -68,12 +51,17 @@ EXTREME_SIZES = [
 
 
 def make(
-    shape: tuple[int, ...], layout: str, dtype: torch.dtype, generator: torch.Generator, scale: float = 1.0
+    shape: tuple[int, ...],
+    layout: str,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+    scale: float = 1.0,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """Normal values of deviation ``scale`` in ``dtype``, shaped ``shape`` and laid out in memory as ``layout`` says."""
 
     def values(*size: int) -> Tensor:
-        return (torch.randn(size, generator=generator, dtype=torch.float64) * scale).to(dtype)
+        return (torch.randn(size, generator=generator, dtype=torch.float64) * scale).to(device, dtype)
 
     *leading, columns = shape
     if layout == "offset":  # no vector load may rely on the alignment of the first element
@@ -152,10 +140,10 @@ class Case:
             shapes["A_general"] = ((self.h, N), self.adapter_layout, self.adapter_dtype, N**-0.5)
             shapes["B_general"] = ((M, self.h), self.adapter_layout, self.adapter_dtype, self.h**-0.5)
         tensors = {
-            name: make(shape, layout, dtype, generator, scale).to(device)
+            name: make(shape, layout, dtype, generator, scale, device)
             for name, (shape, layout, dtype, scale) in shapes.items()
         }
-        grad = make((*self.leading, M), self.grad_layout, self.base_dtype, generator, 0.125).to(device)
+        grad = make((*self.leading, M), self.grad_layout, self.base_dtype, generator, 0.125, device)
         return Inputs(tensors, grad, self.scaling)
 
     def uniform(self, dtype: torch.dtype) -> Case:

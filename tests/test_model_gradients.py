@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -12,16 +13,18 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import gralora_ext
 
+DEVICE = torch.device(os.environ.get("GRALORA_TEST_DEVICE", "cpu"))
+
 
 def mlp() -> tuple[nn.Module, list[str], Callable[[nn.Module], Tensor]]:
     model = nn.Sequential(nn.Linear(12, 24), nn.GELU(), nn.Linear(24, 20), nn.GELU(), nn.Linear(20, 8))
-    x, target = torch.randn(9, 12).double(), torch.randn(9, 8).double()
+    x, target = torch.randn(9, 12).double().to(DEVICE), torch.randn(9, 8).double().to(DEVICE)
     return model, ["0", "2", "4"], lambda model: (model(x) - target).square().mean()
 
 
 def language_loss() -> Callable[[nn.Module], Tensor]:
     """The next-token loss on random tokens, in the dtype of the logits (transformers' own is in float32)."""
-    tokens = torch.randint(0, 40, (2, 11))
+    tokens = torch.randint(0, 40, (2, 11)).to(DEVICE)
 
     def loss(model: nn.Module) -> Tensor:
         logits = model(input_ids=tokens).logits
@@ -71,7 +74,7 @@ def test_gradients_of_a_model_are_the_slopes_of_its_loss(build: Callable, hybrid
         fan_in_fan_out=build is gpt2,
     )
     with gralora_ext.enable():
-        model = get_peft_model(model, config).double().train()
+        model = get_peft_model(model, config).double().train().to(DEVICE)
     layers = [module for module in model.modules() if isinstance(module, gralora_ext.GraloraLinear)]
     assert len(layers) >= len(names)
 

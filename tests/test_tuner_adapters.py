@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 from tuner_helpers import (
+    DEVICE,
     Mlp,
     adapted,
     assert_same_gradients,
@@ -97,7 +98,7 @@ def test_each_adapter_has_its_own_dropout() -> None:
 
 def test_disable_adapter_gives_the_base_and_comes_back() -> None:
     torch.manual_seed(0)
-    base = Mlp().double()
+    base = Mlp().to(DEVICE, torch.float64)
     model, x = adapted("fused"), rows(4)
     y = model(x)
     with model.disable_adapter():
@@ -112,7 +113,7 @@ def test_base_layer_is_called_whatever_it_is() -> None:
 
     layer, x = adapted("fused").base_model.model.first, rows(4)
     update = layer(x) - layer.base_layer(x)
-    doubling = Doubling(24, 36).double()
+    doubling = Doubling(24, 36).to(DEVICE, torch.float64)
     doubling.load_state_dict(layer.base_layer.state_dict())
     layer.base_layer = doubling
     assert_same_output(layer(x), doubling(x) + update)

@@ -17,7 +17,7 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_mode
 from safetensors.torch import load_file
 from torch import nn
 from transformers import GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
-from tuner_helpers import adapted, config, fused_layers, gpt2, llama, stock_layers, tokens
+from tuner_helpers import DEVICE, adapted, config, fused_layers, gpt2, llama, stock_layers, tokens
 
 from gralora_ext.tuner import enable
 
@@ -48,7 +48,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], PreTrainedMod
     """Reads the language model from a folder, as users do (PEFT warns about a base model that it cannot look up)."""
     folder = tmp_path_factory.mktemp("base")
     llama().save_pretrained(folder)
-    return lambda: LlamaForCausalLM.from_pretrained(folder).double()
+    return lambda: LlamaForCausalLM.from_pretrained(folder).to(DEVICE, torch.float64)
 
 
 def logits(model: nn.Module) -> torch.Tensor:
@@ -88,7 +88,7 @@ def test_conv1d_adapter_loads_in_stock_peft(tmp_path: Path) -> None:
     gpt2().save_pretrained(tmp_path / "base")
 
     def base() -> PreTrainedModel:
-        return GPT2LMHeadModel.from_pretrained(tmp_path / "base").double()
+        return GPT2LMHeadModel.from_pretrained(tmp_path / "base").to(DEVICE, torch.float64)
 
     fused = adapted("fused", base, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
     fused.save_pretrained(tmp_path)

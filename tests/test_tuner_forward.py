@@ -13,6 +13,7 @@ from peft.tuners.gralora.layer import Linear as StockLinear
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from tuner_helpers import (
+    DEVICE,
     Conv1DMlp,
     Mlp,
     Single,
@@ -213,20 +214,21 @@ def test_adapter_names_are_refused_rather_than_ignored(names: list[str]) -> None
     calls = [
         lambda: model(input_ids=batch, adapter_names=names),
         lambda: model.generate(input_ids=batch, adapter_names=names, max_new_tokens=1),
-        lambda: layer(torch.zeros(len(names), 32), adapter_names=names),
+        lambda: layer(torch.zeros(len(names), 32, device=DEVICE), adapter_names=names),
     ]
     for call in calls:
         with pytest.raises(ValueError, match=r"adapter_names.*set_adapter"):
             call()
     expected = model(input_ids=batch).logits
     assert torch.equal(model(input_ids=batch, adapter_names=None).logits, expected)
-    assert torch.equal(layer(torch.ones(32), adapter_names=None), layer(torch.ones(32)))
+    one = torch.ones(32, device=DEVICE)
+    assert torch.equal(layer(one, adapter_names=None), layer(one))
 
 
 def test_wrong_inputs_and_unloaded_adapters_give_an_error() -> None:
     layer = adapted("fused", dtype=torch.float32).base_model.model.first
     with pytest.raises(RuntimeError, match="shape"):  # torch's own, from the base layer
-        layer(torch.zeros(3, 23))
+        layer(torch.zeros(3, 23, device=DEVICE))
     with enable():
         model = peft.get_peft_model(Mlp(), config(), low_cpu_mem_usage=True)
     with pytest.raises(ValueError, match="input is on cpu, but adapter 'default' is on meta"):

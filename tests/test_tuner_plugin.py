@@ -13,6 +13,7 @@ from peft.tuners.gralora import GraloraModel as StockModel
 from peft.tuners.gralora.layer import Linear as StockLinear
 from torch import nn
 from tuner_helpers import (
+    DEVICE,
     Conv1DMlp,
     Mlp,
     adapted,
@@ -279,7 +280,7 @@ def test_quantized_base_is_converted_since_only_its_output_is_used() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return nn.functional.linear(x, self.weight.to(x.dtype) * self.step.to(x.dtype), self.bias)
 
-    base = Mlp()
+    base = Mlp().to(DEVICE)
     base.first = Int8(base.first)
     model = get_peft_model(base, config(target_modules=["first"]))
     x = rows(3, dtype=torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,6 +14,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.pytorch_utils import Conv1D
 
 from gralora_ext.tuner import GraloraLinear, enable
+
+DEVICE = torch.device(os.environ.get("GRALORA_TEST_DEVICE", "cpu"))
 
 
 class Mlp(nn.Module):
@@ -82,7 +85,7 @@ def adapted(tuner: str, base: Any = Mlp, dtype: torch.dtype = torch.float64, see
     if base is Conv1DMlp or base is gpt2:
         fields.setdefault("fan_in_fan_out", True)
     with enable() if tuner == "fused" else nullcontext():
-        return get_peft_model(model, config(**fields))
+        return get_peft_model(model, config(**fields)).to(DEVICE)
 
 
 def pair(base: Any = Mlp, dtype: torch.dtype = torch.float64, **fields: Any) -> tuple[PeftModel, PeftModel]:
@@ -102,12 +105,14 @@ def stock_layers(model: nn.Module) -> list[str]:
 
 def rows(*leading: int, width: int = 24, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
     """Normal values, ``[*leading, width]``."""
-    return torch.randn(*leading, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(*leading, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(
+        DEVICE, dtype
+    )
 
 
 def tokens(*shape: int, seed: int = 1) -> Tensor:
     """Token numbers of :func:`llama` and :func:`gpt2`, without their special ones."""
-    return torch.randint(3, 64, shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(3, 64, shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:

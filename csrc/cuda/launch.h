@@ -15,6 +15,9 @@ int forward(const ForwardParams& p, void* workspace, void* stream);
 int backward(const BackwardParams& p, void* workspace, void* stream);
 int merge(const MergeParams& p, void* stream);
 
+// The conformance kernel of that name (conformance.cu) on one warp, with its arrays on the device
+int run_instruction(const char* name, void* const* arrays);
+
 const char* error_text(int error);
 
 }  // namespace gralora::cuda

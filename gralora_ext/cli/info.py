@@ -11,14 +11,21 @@ from .checks import NEEDED
 from .report import versions
 from .wheels import DATA_WHEEL, MODEL_WHEEL
 
-EPILOG = "Exit code 0 where the extension works, 2 where it does not."
+EPILOG = "Exit code 0 where the extension works, 1 where the self-test found an error, 2 where it cannot be used."
 
 
 def run(argv: list[str]) -> int:
-    """Prints the report; returns 0, or 2 where the extension cannot be used."""
-    argparse.ArgumentParser(
+    """Prints the report; returns 0, 1 where the self-test found an error, or 2 where the extension cannot be used."""
+    parser = argparse.ArgumentParser(
         "gralora-ext info", description=__doc__.replace("``", ""), epilog=EPILOG, allow_abbrev=False
-    ).parse_args(argv)
+    )
+    parser.add_argument(
+        "--selftest",
+        action="store_true",
+        help="try the instructions that the kernels use, then forward, backward and merge against the reference, on the CPU "
+        "and on each CUDA device",
+    )
+    options = parser.parse_args(argv)
     build, mend = _build()
     installed = versions()
     print("gralora_ext")
@@ -41,7 +48,27 @@ def run(argv: list[str]) -> int:
     print("\nto mend" if mend else "\nnothing is missing")
     for line in mend:
         print(f"  - {line}")
-    return 2 if build.get("build") == "none" else 0
+    if build.get("build") == "none":
+        return 2
+    return _selftest() if options.selftest else 0
+
+
+def _selftest() -> int:
+    from tqdm import tqdm
+
+    from gralora_ext import selftest
+
+    print("\nself-test")
+    found = []
+    for device in selftest.devices():
+        with tqdm(desc=str(device), bar_format="{desc}: {postfix}", leave=False, disable=None) as bar:
+            found.append(selftest.run(device, bar.set_postfix_str))
+        print(f"  {found[-1].sentence}")
+        for line in found[-1].wrong:
+            print(f"  - {line}")
+    if len(found) == 1:
+        print("  No CUDA device was tried: there is none, or this build has no kernels for CUDA.")
+    return 1 if any(result.wrong for result in found) else 0
 
 
 def _build() -> tuple[dict[str, Any], list[str]]:

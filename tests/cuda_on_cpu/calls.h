@@ -1,5 +1,5 @@
 // What kernels.cu exports: the passes, of tensors whose rows are contiguous, those of the parameters one after another. Those
-// of the general part are not looked at where h = 0. All but test_workspace return 0 or an error.
+// of the general part are not looked at where h = 0. All but test_workspace and test_plan return 0 or an error.
 #pragma once
 
 #include <cstdint>
@@ -21,6 +21,8 @@ struct Call {
 extern "C" {
 
 int64_t test_workspace(const Call* c, int backward);
+// Into how many parts launch.h cuts columns and tokens on the current device; the tokens in backward alone
+void test_plan(const Call* c, int backward, int64_t splits[2]);
 int test_forward(const Call* c, const void* x, const void* base, void* y, const void* A, const void* B,
                  const void* A_general, const void* B_general, void* u, void* workspace);
 int test_backward(const Call* c, const void* x, const void* grad_y, const void* u, const void* A, const void* B,

@@ -59,6 +59,10 @@ BackwardParams backward_params(const Call& c, const void* x, const void* grad_y,
   return p;
 }
 
+// For pointers that are only compared with null
+int64_t some = 0;
+Adapter some_adapter(const Call& c) { return adapter(c, {&some, &some, &some, &some}); }
+
 __global__ void mask_kernel(cuda::Mask mask, int64_t t, int64_t column, uint8_t* kept) {
   const int i = int(blockIdx.x * blockDim.x + threadIdx.x);
   kept[i] = uint8_t(mask.kept(t, column + 8 * i));
@@ -73,13 +77,23 @@ int test_mask(const int64_t* seed, int64_t threshold, int64_t width, int64_t t, 
 }
 
 int64_t test_workspace(const Call* c, int backward) {
-  int64_t some = 0;  // for pointers that are only compared with null
-  const Adapter parameters = adapter(*c, {&some, &some, &some, &some});
+  const Adapter parameters = some_adapter(*c);
   const ForwardParams forward = forward_params(*c, &some, &some, &some, parameters, &some);
   const BackwardParams back = backward_params(*c, &some, &some, &some, parameters, &some, parameters);
   if (c->column_splits == 0) return backward ? cuda::workspace_bytes(back) : cuda::workspace_bytes(forward);
   return 4 * (backward ? cuda::BackwardPlan::of(back, int(c->column_splits), int(c->token_splits)).floats()
                        : cuda::ForwardPlan::of(forward.shape, int(c->column_splits)).floats);
+}
+
+void test_plan(const Call* c, int backward, int64_t splits[2]) {
+  const Adapter parameters = some_adapter(*c);
+  const cuda::Device device = cuda::current_device();
+  if (backward) {
+    const auto p = backward_params(*c, &some, &some, &some, parameters, &some, parameters);
+    splits[0] = cuda::plan_of(p, device).splits, splits[1] = cuda::plan_of(p, device).token_splits;
+  } else {
+    splits[0] = cuda::plan_of(forward_params(*c, &some, &some, &some, parameters, &some), device).splits, splits[1] = 0;
+  }
 }
 
 int test_forward(const Call* c, const void* x, const void* base, void* y, const void* A, const void* B,

@@ -16,6 +16,7 @@ pytestmark = [
 ]
 
 HERE = Path(__file__).resolve().parent
+CSRC = HERE.parent.parent / "csrc"
 BLOCKS, LENGTH = 3, 64
 HEALTHY = ("none", "none_copies", "none_refill", "none_warp", "none_matrix")
 
@@ -163,7 +164,7 @@ def test_the_limit_of_shared_memory_can_be_set(library, x):
 
 
 def test_libraries_share_nothing(library, x):
-    other = Library(compilers.emulated_library(HERE / "conformance.cu"))
+    other = Library(compilers.emulated_library(CSRC / "cuda" / "conformance.cu", include=[CSRC]))
     other.clear()
     library.register(x=x)
     with pytest.raises(EmulatorError, match='no buffer "x" is registered'):

@@ -1,6 +1,10 @@
 // One kernel per intrinsic, each on one warp: operands in, results out. Hardware and emulator must agree on them; on a
-// GPU they are the first to run.
+// GPU they are the first to run (`gralora-ext info --selftest`).
+#include <cstring>
+#include <utility>
+
 #include "intrinsics.cuh"
+#include "launch.h"
 
 namespace {
 
@@ -145,3 +149,37 @@ int launch_accesses(const uint16_t* x2, const float* x4, const float2* x8, const
 }
 
 }  // extern "C"
+
+namespace gralora::cuda {
+namespace {
+
+template <class... P, size_t... i>
+int call(int (*launcher)(P...), void* const* arrays, std::index_sequence<i...>) {
+  return launcher(static_cast<P>(arrays[i])...);
+}
+
+template <class... P>
+int call(int (*launcher)(P...), void* const* arrays) {
+  return call(launcher, arrays, std::index_sequence_for<P...>{});
+}
+
+}  // namespace
+
+int run_instruction(const char* name, void* const* arrays) {
+#define GRALORA_RUN(instruction) \
+  if (strcmp(name, #instruction) == 0) return call(launch_##instruction, arrays);
+  GRALORA_RUN(mma_bf16)
+  GRALORA_RUN(mma_f16)
+  GRALORA_RUN(mma_tf32)
+  GRALORA_RUN(ldmatrix)
+  GRALORA_RUN(ldmatrix_trans)
+  GRALORA_RUN(cp_async)
+  GRALORA_RUN(shfl_xor)
+  GRALORA_RUN(to_tf32)
+  GRALORA_RUN(accesses)
+  GRALORA_RUN(plain_cuda)
+#undef GRALORA_RUN
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace gralora::cuda

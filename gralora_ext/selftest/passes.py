@@ -1,0 +1,91 @@
+"""Forward, backward and merge of the operations against the reference in float64, on any device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import ops, reference
+from ..tolerances import GRADIENT_FACTOR, TOLERANCES
+
+P_DROPOUT = 0.25
+
+
+@dataclass(frozen=True)
+class Case:
+    """T tokens of N features into M, on a grid of k, with rank r and a hybrid part of rank h."""
+
+    T: int
+    N: int
+    M: int
+    k: int
+    r: int
+    h: int
+    activations: torch.dtype
+    adapter: torch.dtype
+    dropout: bool = False
+
+    def __str__(self) -> str:
+        dtypes = "+".join(str(dtype).removeprefix("torch.") for dtype in (self.activations, self.adapter))
+        hybrid, dropout = f" h={self.h}" if self.h else "", " with dropout" if self.dropout else ""
+        return f"T={self.T} {self.N}x{self.M} r={self.r} k={self.k}{hybrid} {dtypes}{dropout}"
+
+
+def cases() -> list[Case]:
+    """Odd and even sizes of every pair of dtypes that has kernels of its own, one mixed pair, and layers of real models."""
+    f32, bf16, f16, f64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
+    found = []
+    for pair in ((f32, f32), (bf16, f32), (bf16, bf16), (f16, f32), (f16, f16), (f64, f64), (bf16, f16)):
+        found += [Case(257, 576, 1536, 2, 16, 0, *pair), Case(131, 222, 390, 3, 12, 5, *pair, dropout=True)]
+    found += [Case(1, 2048, 2048, 2, 32, 0, bf16, f32), Case(2048, 2048, 5632, 4, 64, 0, bf16, f32, dropout=True)]
+    return found
+
+
+def check(case: Case, device: torch.device) -> Iterator[tuple[str, float]]:
+    """What was computed, and its error as a share of what is allowed."""
+    generator = torch.Generator().manual_seed(0)
+
+    def values(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(*shape, generator=generator)).to(device, dtype)
+
+    n, m = case.N // case.k, case.M // case.k
+    x, base = values(case.T, case.N, dtype=case.activations), values(case.T, case.M, dtype=case.activations)
+    grad = values(case.T, case.M, dtype=case.activations)
+    adapter = {
+        "A": values(case.k, n, case.r, dtype=case.adapter, scale=n**-0.5),
+        "B": values(case.k, case.r, m, dtype=case.adapter, scale=case.r**-0.5),
+    }
+    if case.h:
+        adapter["A_general"] = values(case.h, case.N, dtype=case.adapter, scale=case.N**-0.5)
+        adapter["B_general"] = values(case.M, case.h, dtype=case.adapter, scale=case.h**-0.5)
+
+    with torch.enable_grad():
+        leaves = {name: t.requires_grad_() for name, t in {"x": x, "base": base, **adapter}.items()}
+        torch.manual_seed(1)
+        y = ops.gralora(**leaves, scaling=0.75, dropout_p=P_DROPOUT if case.dropout else 0.0)
+        gradients = torch.autograd.grad(y, list(leaves.values()), grad)
+        torch.manual_seed(1)
+        wide = {name: t.detach().double().requires_grad_() for name, t in leaves.items()}
+        expected = reference.gralora(
+            **wide, scaling=0.75, dropout_p=P_DROPOUT if case.dropout else 0.0, seed=reference.draw_seed(device)
+        )
+        wanted = torch.autograd.grad(expected, list(wide.values()), grad.double())
+    yield f"forward {case}", _share(y, expected, 1)
+    for name, actual, right in zip(leaves, gradients, wanted, strict=True):
+        yield f"gradient of {name}, {case}", _share(actual, right, GRADIENT_FACTOR)
+
+    with torch.no_grad():
+        weight = values(case.M, case.N, dtype=case.activations)
+        merged = ops.merge_(weight.clone(), **adapter, scaling=0.75)
+        wide_adapter = {name: t.double() for name, t in adapter.items()}
+        yield f"merge {case}", _share(merged, reference.merge_(weight.double(), **wide_adapter, scaling=0.75), 1)
+
+
+def _share(actual: Tensor, expected: Tensor, factor: int) -> float:
+    error = (actual.detach().double() - expected).norm() / expected.norm()
+    share = error.item() / (factor * TOLERANCES[actual.dtype].output)
+    return math.inf if math.isnan(share) else share

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# All that only a GPU can show, by one command: builds the extension for the cards that are here, tries their instructions and
+# all passes (self-test), runs the tests of operations and layers on CUDA, compute-sanitizer's four tools, and the benchmarks.
+# Leaves one folder to commit. Goes on after a step that failed; the exit code is then 1.
+#
+# usage: scripts/gpu_check.sh [FOLDER]      FOLDER: benchmarks/results/cuda-<date>-<card> where it is left out
+source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
+
+export GRALORA_EXT_CUDA=1
+set_up test
+cd "$repo"
+card=$("$python" -c 'import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else "")')
+[ -n "$card" ] || fail "torch sees no CUDA device here."
+slug=$(printf '%s' "$card" | tr '[:upper:]' '[:lower:]' | tr -cs '[:alnum:]' '-')
+folder=${1:-benchmarks/results/cuda-$(date +%F)-${slug%-}}
+mkdir -p "$folder"
+failed=()
+
+# step NAME COMMAND...: its output goes to the folder, and its end to the terminal.
+step() {
+    local name=$1
+    shift
+    say "$name: $*"
+    "$@" >"$folder/$name.txt" 2>&1 || failed+=("$name")
+    tail -n 3 "$folder/$name.txt"
+}
+
+{ nvidia-smi && "$python" -m gralora_ext info; } >"$folder/machine.txt" 2>&1 || true
+step selftest "$python" -m gralora_ext info --selftest
+step tests "$python" -m pytest --device cuda -m 'not build' tests/test_cuda.py tests/test_ops_*.py tests/test_tuner_*.py \
+    tests/test_model_gradients.py
+if command -v compute-sanitizer >/dev/null; then
+    # Without torch's cache each tensor is an allocation of its own, and what lies beyond its end is seen.
+    for tool in memcheck racecheck initcheck synccheck; do
+        step "$tool" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --kernel-name kns=gralora \
+            --error-exitcode 1 "$python" -m pytest --device cuda tests/test_cuda.py -k sanitized
+    done
+else
+    say "compute-sanitizer is not on PATH: it comes with the CUDA toolkit"
+    failed+=(compute-sanitizer)
+fi
+step benchmarks "$python" -m benchmarks --full --device cuda --out "$folder"
+
+if [ ${#failed[@]} -gt 0 ]; then
+    say "failed: ${failed[*]} (see $folder)"
+    exit 1
+fi
+say "all is well on $card; commit $folder"
