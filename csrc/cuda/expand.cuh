@@ -18,10 +18,12 @@ namespace gralora::cuda {
 constexpr int kColumns = 64;  // of y in a tile
 constexpr int kRanks = 64;    // in shared memory together
 
-template <class Y, class P>
+template <class Left, class Y, class P>
 struct ExpandTile {
-  static constexpr int kRankPieces = sizeof(Y) == 4 ? 3 : 2;  // of U, a float
-  static constexpr int kFactorPieces = kPieces<P>;
+  // A 16-bit y needs no third piece of its summands, 2^-16 of them; of a merged weight, which is rounded once for good, more
+  // would go the other way than is allowed.
+  static constexpr int kRankPieces = sizeof(Y) == 4 ? 3 : 2;
+  static constexpr int kFactorPieces = Left::kAllPieces || kPieces<P> < kRankPieces ? kPieces<P> : kRankPieces;
   static constexpr int kRankPitch = kRanks + 4;
   static constexpr int kFactorPitch = kColumns + 8;
   static constexpr int kPitch = kColumns + 16 / sizeof(Y);
@@ -37,7 +39,7 @@ template <class Left, class Y, class P>
 __global__ void __launch_bounds__(kThreads, 2)
     expand_kernel(Left left_ranks, Factor<P> factor, Factor<P> general, Activation<const Y> base, Activation<Y> y,
                   int64_t w, int h, int tiles, float scale, Mask mask) {
-  using Tile = ExpandTile<Y, P>;
+  using Tile = ExpandTile<Left, Y, P>;
   constexpr int kVector = 16 / sizeof(Y);
   typename Tile::Shared& shared = *dynamic_shared<typename Tile::Shared>();
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
@@ -48,28 +50,54 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t begin = int64_t(blockIdx.y) * tiles * kColumns;
   const int64_t end = begin + int64_t(tiles) * kColumns < w ? begin + int64_t(tiles) * kColumns : w;
 
+  // Ranks of a chunk, in whole steps of an mma
+  const auto used_ranks = [&](int rank0) {
+    return all_ranks - rank0 < kRanks ? (all_ranks - rank0 + 15) / 16 * 16 : kRanks;
+  };
   const auto load_ranks = [&](int rank0) {
+    const int used = used_ranks(rank0);
 #pragma unroll 1  // several at once would take registers from the sums
     for (int i = tid; i < kTokens * kRanks; i += kThreads) {
       const int m = i / kRanks, c = i % kRanks;
+      if (c >= used) continue;
       const bool inside = t0 + m < rows.last && rank0 + c < all_ranks;
       const float value = inside ? left_ranks.get(t0 + m, j, rank0 + c) : 0.0f;
       shared.ranks[m][c] = scale * value;
       if (blockIdx.y == 0 && inside) left_ranks.keep(t0 + m, j, rank0 + c, value);
     }
   };
+  // In groups of 4 along the unit stride of Q
   const auto load_factor = [&](int rank0, int64_t column0) {
     const bool along_columns = factor.column_stride == 1;
-    for (int i = tid; i < kRanks * kColumns; i += kThreads) {
-      const int c = along_columns ? i / kColumns : i % kRanks, o = along_columns ? i % kColumns : i / kRanks;
-      float value = 0.0f;
-      if (rank0 + c < all_ranks && column0 + o < w)
-        value = rank0 + c < r ? factor.get(j, factor_rank0 + rank0 + c, column0 + o)
-                              : general.get(j, rank0 + c - r, column0 + o);
-      bf16 piece[Tile::kFactorPieces];
-      split_float(value, piece);
+    const bool vectors = factor.vectors && (along_columns || factor_rank0 % 4 == 0);
+    const int used = used_ranks(rank0), groups = (along_columns ? used : kRanks) * (kColumns / 4);
+    for (int i = tid; i < groups; i += kThreads) {
+      const int c = along_columns ? i / (kColumns / 4) : i % (kRanks / 4) * 4;
+      const int o = along_columns ? i % (kColumns / 4) * 4 : i / (kRanks / 4);
+      if (c >= used) continue;
+      const int rank = rank0 + c;
+      const int64_t column = column0 + o;
+      float value[4];
+      if (vectors && (along_columns ? rank < r && column + 4 <= w : rank + 4 <= r && column < w)) {
+        factor.get_four(j, factor_rank0 + rank, column, value);
+      } else {
 #pragma unroll
-      for (int p = 0; p < Tile::kFactorPieces; p++) shared.factor[p][c][o] = piece[p];
+        for (int e = 0; e < 4; e++) {
+          const int at = rank + (along_columns ? 0 : e);
+          const int64_t of = column + (along_columns ? e : 0);
+          value[e] = at >= all_ranks || of >= w ? 0.0f
+                     : at < r                   ? factor.get(j, factor_rank0 + at, of)
+                                                : general.get(j, at - r, of);
+        }
+      }
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        bf16 piece[Tile::kFactorPieces];
+        split_float(value[e], piece);
+#pragma unroll
+        for (int p = 0; p < Tile::kFactorPieces; p++)
+          shared.factor[p][c + (along_columns ? 0 : e)][o + (along_columns ? e : 0)] = piece[p];
+      }
     }
   };
   const auto load_base = [&](int64_t column0) {

@@ -18,14 +18,26 @@ struct Activation {
   bool vectors;
 };
 
-// A parameter [blocks, rows, columns] of any strides; data == nullptr: absent.
+// A parameter [blocks, rows, columns] of any strides; data == nullptr: absent. vectors: along the dimension of stride 1, each
+// four elements whose index is a multiple of 4 can be loaded together.
 template <class P>
 struct Factor {
   const P* data;
   int64_t block_stride, row_stride, column_stride;
+  bool vectors;
 
   __device__ float get(int64_t block, int64_t row, int64_t column) const {
     return to_float(load_global(data + block * block_stride + row * row_stride + column * column_stride));
+  }
+  __device__ void get_four(int64_t block, int64_t row, int64_t column, float (&value)[4]) const {
+    using Four = std::conditional_t<sizeof(P) == 4, uint4, uint2>;
+    const P* at = data + block * block_stride + row * row_stride + column * column_stride;
+    const Four four = load_global(reinterpret_cast<const Four*>(at));
+    P element[4];
+    memcpy(static_cast<void*>(element), &four,
+           sizeof four);  // not by a cast of pointers: one type must not alias another
+#pragma unroll
+    for (int e = 0; e < 4; e++) value[e] = to_float(element[e]);
   }
 };
 
@@ -47,6 +59,7 @@ struct RowRange {
 //   partial   [splits][T][k][r + h]: sums over chunks of a width by block, before the block exchange; whoever reads them adds
 //             the splits (and, for the general part, the blocks) in their order
 struct Ranks {
+  static constexpr bool kAllPieces = false;
   float* data;
   int64_t T;
   int k, r, h, splits;  // splits == 0: kept
@@ -83,6 +96,7 @@ struct Ranks {
 // Rows of W as tokens: those of output block j meet, in column block n, the ranks n*rb .. of B_j and j*rb .. of A_n.
 template <class P>
 struct OutputRanks {
+  static constexpr bool kAllPieces = true;
   Factor<P> B, general;  // [k, r, M/k], [M, h]
   int64_t block_rows;    // M/k
   int tiles_per_block, rb, h;

@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kThreads, 1) project_kernel(ProjectSides<X, P>
     return c < ranks.r ? factor.get(n, i, c) : general.get(n, i, c - ranks.r);
   };
   constexpr int kHeld = Tile::kGroups > 0 ? Tile::kGroups : 1;
-  float held[kHeld][4];
+  float held[kHeld][4] = {};
   const bool along_ranks = factor.column_stride == 1;
   const auto place = [&](int group, int& i, int& c) {  // where a group of 4 lies: along P's unit stride
     if (along_ranks)
@@ -106,11 +106,15 @@ __global__ void __launch_bounds__(kThreads, 1) project_kernel(ProjectSides<X, P>
       const int group = tid + q * kThreads;
       int i, c;
       place(group, i, c);
+      const int64_t row = chunk * kDepth + i;
+      const int rank = rank0 + c;
+      if (group * 4 >= kDepth * columns || chunk >= last) continue;
+      if (factor.vectors && (along_ranks ? rank + 4 <= ranks.r && row < w : rank < ranks.r && row + 4 <= w)) {
+        factor.get_four(n, row, rank, held[q]);
+      } else {
 #pragma unroll
-      for (int e = 0; e < 4; e++)
-        held[q][e] = group * 4 < kDepth * columns && chunk < last
-                         ? factor_at(chunk * kDepth + i + (along_ranks ? 0 : e), rank0 + c + (along_ranks ? e : 0))
-                         : 0.0f;
+        for (int e = 0; e < 4; e++) held[q][e] = factor_at(row + (along_ranks ? 0 : e), rank + (along_ranks ? e : 0));
+      }
     }
   };
   const auto store_factor = [&](int buffer) {

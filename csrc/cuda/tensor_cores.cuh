@@ -21,7 +21,10 @@ Activation<T> activation(const Rows& rows, int64_t block_width) {
 
 template <class P>
 Factor<P> factor(const Param& p) {
-  return {static_cast<const P*>(p.data), p.block_stride, p.row_stride, p.column_stride};
+  const int64_t other = p.column_stride == 1 ? p.row_stride : p.column_stride;
+  return {static_cast<const P*>(p.data), p.block_stride, p.row_stride, p.column_stride,
+          (p.column_stride == 1 || p.row_stride == 1) && other % 4 == 0 && p.block_stride % 4 == 0 &&
+              reinterpret_cast<uintptr_t>(p.data) % (4 * sizeof(P)) == 0};
 }
 
 inline Ranks partial_ranks(const Shape& s, float* data, int splits, float* kept) {
@@ -65,8 +68,8 @@ cudaError_t expand(const char* name, const Left& ranks, int row_tiles, const Par
   const int tiles = ceil_div(w, kColumns) < kTilesOfABlock ? ceil_div(w, kColumns) : kTilesOfABlock;
   return launch(name, expand_kernel<Left, Y, P>,
                 dim3(unsigned(row_tiles), unsigned(ceil_div(w, int64_t(tiles) * kColumns)), unsigned(k)),
-                dim3(kThreads), sizeof(typename ExpandTile<Y, P>::Shared), stream, ranks, factor<P>(Q), factor<P>(G),
-                activation<const Y>(base, w), activation<Y>(y, w), w, h, tiles, float(scale), mask);
+                dim3(kThreads), sizeof(typename ExpandTile<Left, Y, P>::Shared), stream, ranks, factor<P>(Q),
+                factor<P>(G), activation<const Y>(base, w), activation<Y>(y, w), w, h, tiles, float(scale), mask);
 }
 
 template <class X, class P>

@@ -16,7 +16,8 @@ namespace gralora::cuda {
 
 template <class X>
 struct GradientTile {
-  static constexpr int kColumns = 64, kRanks = 64, kDepth = 32, kStages = 3;
+  static constexpr int kColumns = 64, kRanks = 64, kDepth = 32, kStages = 4;
+  static constexpr int kBlocks = sizeof(X) == 4 ? 1 : 2;  // a multiprocessor: of float two would spill registers
   static constexpr int kRankPieces = 3;
   static constexpr int kPitch = kColumns + 16 / sizeof(X), kRankPitch = kRanks + 8;
   struct Shared {
@@ -44,7 +45,8 @@ struct GradientSides {
 };
 
 template <class X>
-__global__ void __launch_bounds__(kThreads, 1) weight_gradient_kernel(GradientSides<X> sides, int splits) {
+__global__ void __launch_bounds__(kThreads, GradientTile<X>::kBlocks)
+    weight_gradient_kernel(GradientSides<X> sides, int splits) {
   using Tile = GradientTile<X>;
   constexpr int kDepth = Tile::kDepth, kVector = 16 / sizeof(X);
   typename Tile::Shared& shared = *dynamic_shared<typename Tile::Shared>();

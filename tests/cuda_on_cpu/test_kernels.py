@@ -243,7 +243,9 @@ def test_random_shapes_orders_and_arrivals_of_copies(
 
 
 @pytest.mark.parametrize("h", [0, 3], ids=["", "hybrid"])
-@pytest.mark.parametrize(("k", "n", "m", "rb"), [(1, 64, 64, 4), (2, 64, 96, 16), (3, 22, 150, 4), (2, 260, 33, 80)])
+@pytest.mark.parametrize(
+    ("k", "n", "m", "rb"), [(1, 64, 64, 4), (2, 64, 96, 16), (3, 22, 150, 4), (2, 260, 33, 80), (4, 40, 32, 6)]
+)
 @pytest.mark.parametrize("dtypes", PAIRS, ids=lambda p: "_".join(str(d)[6:] for d in p))
 def test_merge(
     dtypes: tuple[torch.dtype, torch.dtype], k: int, n: int, m: int, rb: int, h: int, library: Library
