@@ -16,9 +16,9 @@
 namespace gralora::cuda {
 
 constexpr int kColumns = 64;  // of y in a tile
-constexpr int kRanks = 64;    // in shared memory together
 
-template <class Left, class Y, class P>
+// kRanks: in shared memory together
+template <class Left, class Y, class P, int kRanks>
 struct ExpandTile {
   // A 16-bit y needs no third piece of its summands, 2^-16 of them; of a merged weight, which is rounded once for good, more
   // would go the other way than is allowed.
@@ -27,19 +27,21 @@ struct ExpandTile {
   static constexpr int kRankPitch = kRanks + 4;
   static constexpr int kFactorPitch = kColumns + 8;
   static constexpr int kPitch = kColumns + 16 / sizeof(Y);
+  // Two tiles of y, the next one on its way from base, where two blocks a multiprocessor still have room
+  static constexpr int kTiles = sizeof(Y) == 2 && kRanks == 32 ? 2 : 1;
   struct Shared {
     float ranks[kTokens][kRankPitch];
     bf16 factor[kFactorPieces][kRanks][kFactorPitch];
-    Y y[kTokens][kPitch];
+    Y y[kTiles][kTokens][kPitch];
   };
   static_assert(sizeof(Shared) <= 99 * 1024);
 };
 
-template <class Left, class Y, class P>
+template <class Left, class Y, class P, int kRanks>
 __global__ void __launch_bounds__(kThreads, 2)
     expand_kernel(Left left_ranks, Factor<P> factor, Factor<P> general, Activation<const Y> base, Activation<Y> y,
-                  int64_t w, int h, int tiles, float scale, Mask mask) {
-  using Tile = ExpandTile<Left, Y, P>;
+                  int w, int h, int tiles, float scale, Mask mask) {
+  using Tile = ExpandTile<Left, Y, P, kRanks>;
   constexpr int kVector = 16 / sizeof(Y);
   typename Tile::Shared& shared = *dynamic_shared<typename Tile::Shared>();
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
@@ -47,8 +49,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t t0 = rows.first;
   const int j = blockIdx.z, r = left_ranks.block_ranks(), all_ranks = r + h;
   const int rank_chunks = (all_ranks + kRanks - 1) / kRanks, factor_rank0 = left_ranks.first_rank(t0);
-  const int64_t begin = int64_t(blockIdx.y) * tiles * kColumns;
-  const int64_t end = begin + int64_t(tiles) * kColumns < w ? begin + int64_t(tiles) * kColumns : w;
+  const int begin = blockIdx.y * tiles * kColumns, last = begin + tiles * kColumns, end = last < w ? last : w;
+  const int64_t block_column = int64_t(j) * w;
 
   // Ranks of a chunk, in whole steps of an mma
   const auto used_ranks = [&](int rank0) {
@@ -67,7 +69,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   };
   // In groups of 4 along the unit stride of Q
-  const auto load_factor = [&](int rank0, int64_t column0) {
+  const auto load_factor = [&](int rank0, int column0) {
     const bool along_columns = factor.column_stride == 1;
     const bool vectors = factor.vectors && (along_columns || factor_rank0 % 4 == 0);
     const int used = used_ranks(rank0), groups = (along_columns ? used : kRanks) * (kColumns / 4);
@@ -76,7 +78,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       const int o = along_columns ? i % (kColumns / 4) * 4 : i / (kRanks / 4);
       if (c >= used) continue;
       const int rank = rank0 + c;
-      const int64_t column = column0 + o;
+      const int column = column0 + o;
       float value[4];
       if (vectors && (along_columns ? rank < r && column + 4 <= w : rank + 4 <= r && column < w)) {
         factor.get_four(j, factor_rank0 + rank, column, value);
@@ -84,7 +86,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
         for (int e = 0; e < 4; e++) {
           const int at = rank + (along_columns ? 0 : e);
-          const int64_t of = column + (along_columns ? e : 0);
+          const int of = column + (along_columns ? e : 0);
           value[e] = at >= all_ranks || of >= w ? 0.0f
                      : at < r                   ? factor.get(j, factor_rank0 + at, of)
                                                 : general.get(j, at - r, of);
@@ -100,36 +102,41 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
     }
   };
-  const auto load_base = [&](int64_t column0) {
-    for (int i = tid; i < kTokens * (kColumns / kVector); i += kThreads) {
-      const int m = i / (kColumns / kVector), c = i % (kColumns / kVector) * kVector;
-      const int64_t left = w - column0 - c;
-      const bool inside = base.data != nullptr && t0 + m < rows.last && left > 0;
-      const Y* from = base.data + (t0 + m) * base.stride + j * w + column0 + c;
-      if (base.vectors)
-        cp_async_16(&shared.y[m][c], inside ? from : base.data, inside ? 16 : 0);
-      else
-        for (int e = 0; e < kVector; e++)
-          shared.y[m][c + e] = inside && e < left ? load_global(from + e) : from_float<Y>(0.0f);
-    }
+  const bool has_base = base.data != nullptr;
+  const auto load_base = [&](int tile, int column0) {
+    if (has_base && column0 < end)
+      for (int i = tid; i < kTokens * (kColumns / kVector); i += kThreads) {
+        const int m = i / (kColumns / kVector), c = i % (kColumns / kVector) * kVector;
+        const int left = w - column0 - c;
+        const bool inside = t0 + m < rows.last && left > 0;
+        const Y* from = base.data + (t0 + m) * base.stride + block_column + column0 + c;
+        if (base.vectors)
+          cp_async_16(&shared.y[tile][m][c], inside ? from : base.data, inside ? 16 : 0);
+        else
+          for (int e = 0; e < kVector; e++)
+            shared.y[tile][m][c + e] = inside && e < left ? load_global(from + e) : from_float<Y>(0.0f);
+      }
     cp_async_commit();
   };
-  const auto store_y = [&](int64_t column0) {
+  const auto store_y = [&](int tile, int column0) {
     for (int i = tid; i < kTokens * (kColumns / kVector); i += kThreads) {
       const int m = i / (kColumns / kVector), c = i % (kColumns / kVector) * kVector;
-      const int64_t left = w - column0 - c;
+      const int left = w - column0 - c;
       if (t0 + m >= rows.last || left <= 0) continue;
-      Y* to = y.data + (t0 + m) * y.stride + j * w + column0 + c;
+      Y* to = y.data + (t0 + m) * y.stride + block_column + column0 + c;
       if (y.vectors && left >= kVector)
-        store_global(reinterpret_cast<uint4*>(to), shared_vector(&shared.y[m][c]));
+        store_global(reinterpret_cast<uint4*>(to), shared_vector(&shared.y[tile][m][c]));
       else
-        for (int e = 0; e < kVector && e < left; e++) store_global(to + e, shared.y[m][c + e]);
+        for (int e = 0; e < kVector && e < left; e++) store_global(to + e, shared.y[tile][m][c + e]);
     }
   };
 
+  constexpr int kAhead = Tile::kTiles - 1;
+  if (kAhead > 0) load_base(0, begin);
   if (rank_chunks == 1) load_ranks(0);
-  for (int64_t column0 = begin; column0 < end; column0 += kColumns) {
-    load_base(column0);
+  int tile = 0;
+  for (int column0 = begin; column0 < end; column0 += kColumns, tile = kAhead - tile) {
+    load_base(kAhead - tile, column0 + kAhead * kColumns);
     float acc[kColumns / 8][4] = {};
     for (int chunk = 0; chunk < rank_chunks; chunk++) {
       if (rank_chunks > 1) load_ranks(chunk * kRanks);
@@ -150,21 +157,22 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
       if (chunk + 1 < rank_chunks) sync_block();  // all are done with these ranks
     }
-    cp_async_wait<0>();
+    cp_async_wait<kAhead>();
     sync_block();  // base has landed for all
 #pragma unroll
     for (int c = 0; c < kColumns / 8; c++)
 #pragma unroll
       for (int v = 0; v < 4; v++) {
-        Y& at = shared.y[warp * 16 + lane / 4 + v / 2 * 8][c * 8 + lane % 4 * 2 + v % 2];
-        at = from_float<Y>(to_float(at) + acc[c][v]);
+        Y& at = shared.y[tile][warp * 16 + lane / 4 + v / 2 * 8][c * 8 + lane % 4 * 2 + v % 2];
+        at = from_float<Y>(has_base ? to_float(at) + acc[c][v] : acc[c][v]);
       }
     sync_block();
     if (mask.seed != nullptr) {  // y is dx, without a base
-      drop_tile(mask, &shared.y[0][0], Tile::kPitch, kTokens, kColumns, t0, j * w + column0, tid, kThreads);
+      drop_tile(mask, &shared.y[tile][0][0], Tile::kPitch, kTokens, kColumns, t0, block_column + column0, tid,
+                kThreads);
       sync_block();
     }
-    store_y(column0);  // each thread what it will fill with the next tile of base: no barrier
+    store_y(tile, column0);  // each thread what it will fill with a later tile of base: no barrier
   }
 }
 

@@ -32,13 +32,20 @@ cudaError_t for_pair(DType x, DType adapter, F&& f) {
 
 bool plain_rows(const Rows& x) { return x.data == nullptr || (x.column_stride == 1 && x.leading_dims <= 1); }
 
+// Columns of a block are counted in 32 bits there.
+bool narrow(const Shape& s) {
+  constexpr int64_t kWidest = int64_t(1) << 30;
+  return s.N / s.k < kWidest && s.M / s.k < kWidest;
+}
+
 bool on_tensor_cores(const ForwardParams& p, const Device& device) {
-  return device.capability >= 80 && has_pair(p.x.dtype, p.adapter.A.dtype) && p.base.dtype == p.x.dtype &&
-         plain_rows(p.x) && plain_rows(p.base) && plain_rows(p.y);
+  return device.capability >= 80 && narrow(p.shape) && has_pair(p.x.dtype, p.adapter.A.dtype) &&
+         p.base.dtype == p.x.dtype && plain_rows(p.x) && plain_rows(p.base) && plain_rows(p.y);
 }
 bool on_tensor_cores(const BackwardParams& p, const Device& device) {
-  return device.capability >= 80 && has_pair(p.x.dtype, p.adapter.A.dtype) && p.grad_y.dtype == p.x.dtype &&
-         !p.accumulate_f64 && plain_rows(p.x) && plain_rows(p.grad_y) && plain_rows(p.grad_x);
+  return device.capability >= 80 && narrow(p.shape) && has_pair(p.x.dtype, p.adapter.A.dtype) &&
+         p.grad_y.dtype == p.x.dtype && !p.accumulate_f64 && plain_rows(p.x) && plain_rows(p.grad_y) &&
+         plain_rows(p.grad_x);
 }
 
 int element_size(DType dtype) { return dtype == DType::f32 ? 4 : dtype == DType::f64 ? 8 : 2; }
@@ -99,7 +106,8 @@ int backward(const BackwardParams& p, void* workspace, void* stream) {
 int merge(const MergeParams& p, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
   const bool by_rows = p.weight.column_stride == 1, by_columns = p.weight.row_stride == 1;
-  if (current_device().capability < 80 || !has_pair(p.weight.dtype, p.adapter.A.dtype) || !(by_rows || by_columns))
+  if (current_device().capability < 80 || !narrow(p.shape) || !has_pair(p.weight.dtype, p.adapter.A.dtype) ||
+      !(by_rows || by_columns))
     return simt::merge(p, on);
   const MergeParams q = by_rows ? p : of_transposed_weight(p);
   return for_pair(q.weight.dtype, q.adapter.A.dtype, [&](auto pair) {

@@ -60,16 +60,24 @@ cudaError_t project(const ProjectSides<X, P>& sides, int count, cudaStream_t str
   return launch_project<X, P, 64>(sides, count, ranks, stream);
 }
 
-template <class Left, class Y, class P>
-cudaError_t expand(const char* name, const Left& ranks, int row_tiles, const Param& Q, const Param& G, const Rows& base,
-                   const Rows& y, int k, int h, int64_t w, double scale, const Mask& mask, cudaStream_t stream) {
+template <class Left, class Y, class P, int kRanks>
+cudaError_t launch_expand(const char* name, const Left& ranks, int row_tiles, const Param& Q, const Param& G,
+                          const Rows& base, const Rows& y, int k, int h, int64_t w, double scale, const Mask& mask,
+                          cudaStream_t stream) {
   if (row_tiles == 0) return cudaSuccess;
   constexpr int kTilesOfABlock = 8;  // of 64 columns: enough to use the ranks often, few enough to fill the device
   const int tiles = ceil_div(w, kColumns) < kTilesOfABlock ? ceil_div(w, kColumns) : kTilesOfABlock;
-  return launch(name, expand_kernel<Left, Y, P>,
+  return launch(name, expand_kernel<Left, Y, P, kRanks>,
                 dim3(unsigned(row_tiles), unsigned(ceil_div(w, int64_t(tiles) * kColumns)), unsigned(k)),
-                dim3(kThreads), sizeof(typename ExpandTile<Left, Y, P>::Shared), stream, ranks, factor<P>(Q),
-                factor<P>(G), activation<const Y>(base, w), activation<Y>(y, w), w, h, tiles, float(scale), mask);
+                dim3(kThreads), sizeof(typename ExpandTile<Left, Y, P, kRanks>::Shared), stream, ranks, factor<P>(Q),
+                factor<P>(G), activation<const Y>(base, w), activation<Y>(y, w), int(w), h, tiles, float(scale), mask);
+}
+
+template <class Left, class Y, class P>
+cudaError_t expand(const char* name, const Left& ranks, int row_tiles, const Param& Q, const Param& G, const Rows& base,
+                   const Rows& y, int k, int h, int64_t w, double scale, const Mask& mask, cudaStream_t stream) {
+  const auto launcher = ranks.block_ranks() + h <= 32 ? launch_expand<Left, Y, P, 32> : launch_expand<Left, Y, P, 64>;
+  return launcher(name, ranks, row_tiles, Q, G, base, y, k, h, w, scale, mask, stream);
 }
 
 template <class X, class P>
