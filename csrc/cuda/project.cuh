@@ -56,14 +56,15 @@ __global__ void __launch_bounds__(kThreads, 1) project_kernel(ProjectSides<X, P>
   typename Tile::Shared& shared = *dynamic_shared<typename Tile::Shared>();
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
   const int rank_groups = (sides.side[0].ranks.r + sides.side[0].ranks.h + columns - 1) / columns;
-  const int tile = blockIdx.y / rank_groups, rank0 = blockIdx.y % rank_groups * columns, split = blockIdx.z;
-  const ProjectSide<X, P>& side = sides.side[tile >= sides.side[0].ranks.k];
+  // Groups of ranks first: those of one tile of x run together, and all but one find it in L2.
+  const int rank0 = blockIdx.x % rank_groups * columns, split = blockIdx.z;
+  const ProjectSide<X, P>& side = sides.side[int(blockIdx.y) >= sides.side[0].ranks.k];
   const Activation<const X>& x = side.x;
   const Factor<P>&factor = side.factor, &general = side.general;
   const Ranks& ranks = side.ranks;
   const Mask& mask = side.mask;
-  const int n = tile % ranks.k, splits = ranks.splits;
-  const int64_t t0 = int64_t(blockIdx.x) * kTokens, w = side.w;
+  const int n = blockIdx.y % ranks.k, splits = ranks.splits;
+  const int64_t t0 = int64_t(blockIdx.x / rank_groups) * kTokens, w = side.w;
   const int64_t chunks = (w + kDepth - 1) / kDepth;
   const int64_t first = chunks * split / splits, last = chunks * (split + 1) / splits;
 

@@ -46,7 +46,7 @@ cudaError_t launch_project(const ProjectSides<X, P>& sides, int count, const Ran
   using Tile = ProjectTile<X, P, columns>;
   const int groups = ceil_div(ranks.r + ranks.h, columns);
   return launch("project", project_kernel<X, P, columns>,
-                dim3(unsigned(ceil_div(ranks.T, kTokens)), unsigned(count * ranks.k * groups), unsigned(ranks.splits)),
+                dim3(unsigned(ceil_div(ranks.T, kTokens) * groups), unsigned(count * ranks.k), unsigned(ranks.splits)),
                 dim3(kThreads), sizeof(typename Tile::Shared), stream, sides);
 }
 

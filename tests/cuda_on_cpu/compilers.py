@@ -26,8 +26,12 @@ VARIANTS = {
     "plain": ("-O2",),
     "asan": ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
     "tsan": ("-O1", "-fsanitize=thread"),
+    "quick": ("-Og", "-g0"),  # where a build serves one short run
+    "quick_tsan": ("-Og", "-fsanitize=thread"),
 }
-PTX_FLAGS = ("-std=c++17", "-O3", "-Werror", "all-warnings", "-ptx")
+NVCC_FLAGS = ("-std=c++17", "-O3")
+NVCC_STRICT = ("-Werror", "all-warnings")
+PTXAS_STRICT = ("-Xptxas", "-v,-warn-spills,-warn-lmem-usage")
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,14 @@ class Toolkit:
 
     include: Path
     nvcc: Path | None
+
+
+@dataclass(frozen=True)
+class Cubin:
+    """A device's code, and what the assembler said of it."""
+
+    path: Path
+    log: str
 
 
 class CompileError(Exception):
@@ -92,13 +104,31 @@ def emulated_program(
     return _host_compile(sources, variant, (kernels, *include), (), "")
 
 
-def ptx(source: Path, arch: int, *, include: Sequence[Path] = ()) -> str:
+def ptx(source: Path, arch: int, *, include: Sequence[Path] = (), flags: Sequence[str] = ()) -> str:
     """The PTX that nvcc makes of ``source`` for compute capability ``arch`` (80, 90)."""
+    command = [*_nvcc(include), *NVCC_STRICT, *flags, "-ptx", f"-arch=compute_{arch}", str(source)]
+    return _cached(command, ".ptx", include).read_text()
+
+
+def cubin(source: Path, arch: int, *, include: Sequence[Path] = (), strict: bool = True) -> Cubin:
+    """The code of ``source`` for devices of compute capability ``arch``. strict: spills and warnings are errors."""
+    flags = (*NVCC_STRICT, *PTXAS_STRICT) if strict else ()
+    command = [*_nvcc(include), *flags, "-cubin", f"-arch=sm_{arch}", str(source)]
+    built = _cached(command, ".cubin", include)
+    return Cubin(built, built.with_suffix(".log").read_text())
+
+
+def nvcc_version() -> str:
+    """Such as ``13.0.88``"""
+    said = subprocess.run([_nvcc(())[0], "--version"], check=True, capture_output=True, text=True)
+    return re.search(r"V([\d.]+)", said.stdout)[1]
+
+
+def _nvcc(include: Sequence[Path]) -> list[str]:
     toolkit = find_toolkit()
     if toolkit is None or toolkit.nvcc is None:
         raise FileNotFoundError("there is no nvcc")
-    command = [str(toolkit.nvcc), *PTX_FLAGS, f"-arch=compute_{arch}", *_includes((KERNELS, *include)), str(source)]
-    return _cached(command, ".ptx", include).read_text()
+    return [str(toolkit.nvcc), *NVCC_FLAGS, *_includes((KERNELS, *include))]
 
 
 def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -143,7 +173,7 @@ def _host_compile(
         "-x",
         "c++",
     ]
-    return _cached([*command, *map(str, sources)], suffix, include)
+    return _cached([*command, *map(str, sources), "-ldl"], suffix, include)
 
 
 def _cached(command: Sequence[str], suffix: str, include: Sequence[Path]) -> Path:
@@ -162,6 +192,8 @@ def _cached(command: Sequence[str], suffix: str, include: Sequence[Path]) -> Pat
         done = subprocess.run([*command, "-o", str(output)], check=False, capture_output=True, text=True)
         if done.returncode != 0:
             raise CompileError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+        (Path(folder) / "log").write_text(done.stderr)
+        (Path(folder) / "log").replace(built.with_suffix(".log"))
         output.replace(built)  # other processes see all of it or nothing
     return built
 

@@ -32,6 +32,16 @@ class Statistics(NamedTuple):
     shared_bytes: int
 
 
+class Launched(NamedTuple):
+    """A launch as it can be repeated: the kernel by its mangled name, arguments by their bytes."""
+
+    symbol: str
+    grid: tuple[int, ...]
+    block: tuple[int, ...]
+    dynamic_bytes: int
+    arguments: list[bytes]
+
+
 class Library:
     """A library of ``compilers.emulated_library``; its emulator is its own."""
 
@@ -40,6 +50,8 @@ class Library:
         self._library.gralora_emulator_error.restype = ctypes.c_char_p
         self._library.gralora_emulator_launches.restype = ctypes.c_int64
         self._library.gralora_emulator_launch_name.restype = ctypes.c_char_p
+        self._library.gralora_emulator_launch_symbol.restype = ctypes.c_char_p
+        self._library.gralora_emulator_launch_argument.restype = ctypes.c_int64
 
     def _check(self, failed: int) -> None:
         if failed != 0:
@@ -71,6 +83,20 @@ class Library:
     def launches(self) -> list[str]:
         count = self._library.gralora_emulator_launches()
         return [self._library.gralora_emulator_launch_name(ctypes.c_int64(i)).decode() for i in range(count)]
+
+    def launched(self) -> list[Launched]:
+        return [self._launched(ctypes.c_int64(i)) for i in range(len(self.launches()))]
+
+    def _launched(self, launch: ctypes.c_int64) -> Launched:
+        symbol = self._library.gralora_emulator_launch_symbol(launch).decode()
+        shape = (ctypes.c_int64 * 8)()
+        self._library.gralora_emulator_launch_shape(launch, shape)
+        arguments = []
+        for i in range(shape[7]):
+            data = ctypes.c_void_p()
+            size = self._library.gralora_emulator_launch_argument(launch, ctypes.c_int64(i), ctypes.byref(data))
+            arguments.append(ctypes.string_at(data, size))
+        return Launched(symbol, tuple(shape[:3]), tuple(shape[3:6]), shape[6], arguments)
 
     def statistics(self) -> Statistics:
         counts = (ctypes.c_int64 * 4)()

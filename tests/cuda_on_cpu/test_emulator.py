@@ -139,6 +139,14 @@ def test_traffic_is_counted_by_buffer(library, x, name):
         library.traffic("x")
 
 
+def test_a_launch_is_kept_to_the_byte(library, x):
+    result = np.full_like(x, -1)
+    library.launch("launch_defect", b"none", x, result, 2)
+    (launch,) = library.launched()
+    assert launch.grid == (2, 1, 1) and launch.block == (LENGTH, 1, 1) and launch.dynamic_bytes == 0
+    assert launch.arguments == [array.ctypes.data.to_bytes(8, "little") for array in (x, result)]
+
+
 def test_buffers_are_disjoint_and_named_once(library, x):
     library.register(x=x)
     with pytest.raises(EmulatorError, match='"x" is registered already'):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from calls import Call
 from compilers import compiler, emulated_library, emulated_program, find_toolkit, run
 from emulated import Library
 from helpers import Case, Inputs, assert_near, assert_results_near
@@ -16,7 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import gralora_ext.ops  # noqa: F401  registers the operations
 from gralora_ext import reference
+from gralora_ext.tolerances import GRADIENT_FACTOR, TOLERANCES
 
 pytestmark = pytest.mark.skipif(find_toolkit() is None or compiler() is None, reason="needs CUDA's headers and g++")
 HERE = Path(__file__).resolve().parent
@@ -43,17 +46,6 @@ def library(compiled: Library) -> Library:
     compiled.device()
     compiled.configure()
     return compiled
-
-
-class Call(ctypes.Structure):
-    """The struct of the same name in calls.h."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("T", "N", "M", "k", "r", "h", "x_dtype", "base_dtype", "adapter_dtype")),
-        *((name, ctypes.c_int64) for name in ("x_row", "y_row", "weight_row", "weight_column", "needs", "keep_u")),
-        *((name, ctypes.c_int64) for name in ("column_splits", "token_splits", "seed")),
-        *((name, ctypes.c_double) for name in ("scaling", "dropout")),
-    ]
 
 
 @dataclass(frozen=True)
@@ -323,6 +315,28 @@ def test_a_device_of_any_size(T: int, multiprocessors: int, library: Library) ->
     bf16 = (torch.bfloat16, torch.bfloat16, torch.float32)
     check(library, Case((T,), 2, 520, 392, 8, 0, *bf16), Way(0, 0, 0.1))
     assert library.launches() == ["project", "expand", "weight_gradient", "reduce"]
+
+
+@pytest.mark.parametrize("capability", [75, 80])
+@pytest.mark.parametrize("dtypes", PAIRS, ids=lambda p: "_".join(str(d)[6:] for d in p))
+def test_the_kernels_for_the_cpu_agree(
+    dtypes: tuple[torch.dtype, torch.dtype], capability: int, library: Library
+) -> None:
+    """Of the same seed: y within the table, and the same elements of dx dropped."""
+    library.device(capability)
+    x, adapter = dtypes
+    inputs = Case((133,), 2, 72, 88, 6, 5, x, x, adapter).inputs()
+    t, way = inputs.tensors, Way(0, 0, 0.25)
+    actual = results(library, inputs, way)
+    general = t["A_general"], t["B_general"]
+    adapters = (t["A"], t["B"], *general, torch.tensor([way.seed]), inputs.scaling, way.dropout)
+    y, u = torch.ops.gralora_ext.gralora(t["x"], t["base"], *adapters)
+    assert_near("y", actual["y"], y)
+    gradients = torch.ops.gralora_ext.gralora_backward(inputs.grad, t["x"], u, *adapters, [True] * 5)
+    assert torch.equal(gradients[0] == 0, actual["x"] == 0)
+    for name, gradient in zip(("x", "A", "B", "A_general", "B_general"), gradients, strict=True):
+        tolerance = GRADIENT_FACTOR * TOLERANCES[gradient.dtype].output
+        assert_near(name, actual[name], gradient, tolerance=tolerance)
 
 
 def test_an_infinity_stays_in_its_token(library: Library) -> None:

@@ -84,6 +84,15 @@ def byte(values: np.ndarray, i: int) -> np.ndarray:
         ("lop3.b32 %y, %x0, %x1, %x2, 0xCA;", U32, U32[0] & U32[1] | ~U32[0] & U32[2]),
         ("bfe.u32 %y, %x0, 5, 9;", U32, U32[0] >> np.uint32(5) & np.uint32(511)),
         (
+            "bfi.b32 %y, %x0, %x1, 5, 9;",
+            U32,
+            (U32[0] & np.uint32(511)) << np.uint32(5) | U32[1] & ~np.uint32(511 << 5),
+        ),
+        ("bfi.b32 %y, %x0, %x1, 24, 16;", U32, U32[0] << np.uint32(24) | U32[1] & np.uint32(0xFFFFFF)),
+        ("bfi.b32 %y, %x0, %x1, 5, 0;", U32, U32[1]),
+        ("bfi.b32 %y, %x0, %x1, 32, 8;", U32, U32[1]),
+        ("bfi.b32 %y, %x0, %x1, 0, 32;", U32, U32[0]),
+        (
             "prmt.b32 %y, %x0, %x1, 0x5410;",
             U32,
             U32[0] & np.uint32(0xFFFF) | U32[1] << np.uint32(16),
@@ -146,6 +155,39 @@ def test_a_structure_is_passed_by_its_bytes():
     result = np.zeros(1, np.float32)
     gpu.launch("scaled", (1,), (1,), [Params(gpu.upload(result), 3, 0.5)])
     assert result[0] == 1.5
+
+
+PICK = """
+.entry pick(.param .u64 pick_0, .param .align 4 .b8 pick_1[12]) {{
+  .reg .b64 %rd<4>; .reg .b32 %r<3>;
+  mov.u32 %r1, %tid.x; ld.param.u64 %rd1, [pick_0];
+  mov.b64 %rd2, pick_1; mul.wide.u32 %rd3, %r1, 4; add.s64 %rd2, %rd2, %rd3; add.s64 %rd1, %rd1, %rd3;
+  ld.param.u32 %r2, [%rd2+{offset}]; st.global.u32 [%rd1], %r2; ret;
+}}"""
+
+
+def test_a_parameter_has_an_address():
+    gpu = Gpu(PICK.format(offset=4))
+    result = np.zeros(2, np.uint32)
+    gpu.launch("pick", (1,), (2,), [gpu.upload(result), np.arange(3, dtype=np.uint32).tobytes()])
+    np.testing.assert_array_equal(result, [1, 2])
+
+
+@pytest.mark.parametrize(("offset", "message"), [(8, "out of bounds"), (-8, "out of bounds"), (2, "misaligned")])
+def test_a_parameter_has_an_end(offset, message):
+    gpu = Gpu(PICK.format(offset=offset))
+    with pytest.raises(PtxError, match=message):
+        gpu.launch("pick", (1,), (2,), [gpu.upload(np.zeros(2, np.uint32)), bytes(12)])
+
+
+def test_a_buffer_lies_where_it_is_said_to():
+    gpu = Gpu(PICK.format(offset=0))
+    result = np.zeros(3, np.uint32)
+    assert gpu.upload(result, 1 << 20) == 1 << 20
+    with pytest.raises(ValueError, match="there is a buffer at 0x100008"):
+        gpu.upload(result, (1 << 20) + 8)
+    gpu.launch("pick", (1,), (3,), [1 << 20, np.arange(3, dtype=np.uint32).tobytes()])
+    np.testing.assert_array_equal(result, [0, 1, 2])
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 
 import compilers
@@ -11,26 +10,33 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"
-STRICT = ("-Xptxas", "-v,-warn-spills,-warn-lmem-usage", "-Werror", "all-warnings")
+PASSES = ("bfloat16.cu", "float16.cu", "float32.cu", "launch.cu")
+toolkit = compilers.find_toolkit()
 
 
-@pytest.mark.skipif(
-    compilers.find_toolkit() is None or compilers.find_toolkit().nvcc is None, reason="there is no nvcc"
+# kernels.cu holds all of them in one source.
+@pytest.mark.skipif(toolkit is None or toolkit.nvcc is None, reason="there is no nvcc")
+@pytest.mark.parametrize(
+    ("source", "arch", "least"),
+    [
+        *((HERE / "kernels.cu", arch, 30) for arch in (80, 86, 89, 90, 100, 120)),
+        (CSRC / "cuda" / "launch.cu", 75, 2),
+    ],
+    ids=lambda value: value.stem if isinstance(value, Path) else str(value),
 )
-@pytest.mark.parametrize("arch", [80, 90])
-def test_kernels_compile_without_warnings_spills_or_local_memory(arch: int, tmp_path: Path) -> None:
-    nvcc = compilers.find_toolkit().nvcc
-    command = [str(nvcc), "-std=c++17", "-O3", f"-arch=sm_{arch}", *STRICT, f"-I{CSRC}", f"-I{CSRC / 'cuda'}"]
-    done = subprocess.run(
-        [*command, "-cubin", str(HERE / "kernels.cu"), "-o", str(tmp_path / "kernels.cubin")],
-        check=False,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
-    assert len(frames) >= 30
+def test_kernels_compile_without_warnings_spills_or_local_memory(source: Path, arch: int, least: int) -> None:
+    """A warning is an error."""
+    log = compilers.cubin(source, arch, include=[CSRC]).log
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    assert len(frames) >= least
     assert set(frames) == {("0", "0", "0")}
+
+
+def test_all_sources_are_compiled() -> None:
+    included = re.findall(r'#include "(\w+\.cu)"', (HERE / "kernels.cu").read_text())
+    assert sorted(included) == sorted(PASSES)
+    others = {path.name for path in (CSRC / "cuda").glob("*.cu")} - set(PASSES)
+    assert others == {"conformance.cu"}  # of test_conformance.py
 
 
 def test_kernels_hold_no_atomics() -> None:

@@ -87,7 +87,24 @@ GRALORA_EXPORTED int64_t gralora_emulator_launches() { return int64_t(gralora::e
 // nullptr where there were not as many.
 GRALORA_EXPORTED const char* gralora_emulator_launch_name(int64_t launch) {
   const auto& launches = gralora::emulator::traffic().launches;
-  return launch >= 0 && size_t(launch) < launches.size() ? launches[size_t(launch)].c_str() : nullptr;
+  return launch >= 0 && size_t(launch) < launches.size() ? launches[size_t(launch)].name.c_str() : nullptr;
+}
+// Of a launch that there was: the kernel's mangled name, or "".
+GRALORA_EXPORTED const char* gralora_emulator_launch_symbol(int64_t launch) {
+  return gralora::emulator::traffic().launches[size_t(launch)].symbol.c_str();
+}
+// Of a launch that there was: grid, block, dynamic shared bytes, and how many arguments the kernel took.
+GRALORA_EXPORTED void gralora_emulator_launch_shape(int64_t launch, int64_t shape[8]) {
+  const auto& what = gralora::emulator::traffic().launches[size_t(launch)];
+  shape[0] = what.grid.x, shape[1] = what.grid.y, shape[2] = what.grid.z;
+  shape[3] = what.block.x, shape[4] = what.block.y, shape[5] = what.block.z;
+  shape[6] = int64_t(what.dynamic_bytes), shape[7] = int64_t(what.arguments.size());
+}
+// The bytes of one of them; returns how many.
+GRALORA_EXPORTED int64_t gralora_emulator_launch_argument(int64_t launch, int64_t argument, const char** bytes) {
+  const auto& of = gralora::emulator::traffic().launches[size_t(launch)].arguments[size_t(argument)];
+  *bytes = of.data();
+  return int64_t(of.size());
 }
 
 // ldmatrix's wavefronts, the least that they could be (more are bank conflicts), mma instructions, and the bytes of

@@ -157,7 +157,10 @@ inline Device current_device() { return {emulator::config().capability, emulator
 template <class... P, class... A>
 cudaError_t launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_bytes, cudaStream_t,
                    A... arguments) {
-  return emulator::launch(name, grid, block, dynamic_bytes, [&] { kernel(static_cast<P>(arguments)...); });
+  const emulator::Launched what{name,          emulator::symbol_of(reinterpret_cast<const void*>(kernel)),
+                                grid,          block,
+                                dynamic_bytes, {emulator::bytes_of<P>(arguments)...}};
+  return emulator::launch(what, [&] { kernel(static_cast<P>(arguments)...); });
 }
 
 }  // namespace gralora::cuda

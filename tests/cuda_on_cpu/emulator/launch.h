@@ -162,14 +162,14 @@ class Launch {
 };
 
 template <class Kernel>
-cudaError_t launch(const char* name, dim3 grid, dim3 block, size_t dynamic_bytes, Kernel&& kernel) {
+cudaError_t launch(const Launched& what, Kernel&& kernel) {
   try {
-    traffic().launches.push_back(name);
+    traffic().launches.push_back(what);
     const auto entry = [](void* argument) { (*static_cast<std::remove_reference_t<Kernel>*>(argument))(); };
-    Launch(grid, block, dynamic_bytes, entry, &kernel).run();
+    Launch(what.grid, what.block, what.dynamic_bytes, entry, &kernel).run();
     return cudaSuccess;
   } catch (const std::exception& error) {
-    error_message() = std::string(name) + ": " + error.what();
+    error_message() = what.name + ": " + error.what();
     return cudaErrorLaunchFailure;
   }
 }

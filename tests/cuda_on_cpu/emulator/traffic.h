@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "block.h"
+#include "launches.h"
 
 namespace gralora::emulator {
 
@@ -19,7 +20,7 @@ struct Buffer {
 
 struct Traffic {
   std::vector<Buffer> buffers;  // by address, disjoint
-  std::vector<std::string> launches;
+  std::vector<Launched> launches;
 
   void add(const std::string& name, const void* data, size_t bytes) {
     const Buffer buffer{name, reinterpret_cast<uintptr_t>(data), bytes};

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .errors import PtxError
-from .memory import SHARED_BASE, GlobalMemory, Piece, SharedMemory
+from .memory import SHARED_BASE, GlobalMemory, ParameterMemory, Piece, SharedMemory
 from .parser import Instruction, Kernel, Parameter, parse
 from .registry import OPCODES
 from .types import TYPES, UNSIGNED, unsigned
@@ -33,9 +33,13 @@ class Gpu:
         self.kernels = parse(ptx)
         self.memory = GlobalMemory()
 
-    def upload(self, array: np.ndarray) -> int:
+    def upload(self, array: np.ndarray, address: int | None = None) -> int:
         """The address of a buffer that is this array: what kernels write is seen in it."""
-        return self.memory.upload(array)
+        return self.memory.upload(array, address)
+
+    def clear(self) -> None:
+        """Forgets all buffers."""
+        self.memory = GlobalMemory()
 
     def launch(
         self,
@@ -51,10 +55,8 @@ class Gpu:
         kernel = self.kernels[name]
         grid = (*grid, 1, 1)[:3]
         block = (*block, 1, 1)[:3]
-        parameters = {
-            parameter.name: _parameter_bytes(parameter, argument)
-            for parameter, argument in zip(kernel.parameters, arguments, strict=True)
-        }
+        pairs = zip(kernel.parameters, arguments, strict=True)
+        parameters = ParameterMemory({parameter.name: _parameter_bytes(parameter, a) for parameter, a in pairs})
         for z, y, x in itertools.product(*(range(size) for size in reversed(grid))):
             shared = SharedMemory(kernel.static_bytes + dynamic_bytes, races)
             Block(kernel, self.memory, shared, parameters, grid, block, (x, y, z)).run()
@@ -78,7 +80,7 @@ class Block:
         kernel: Kernel,
         memory: GlobalMemory,
         shared: SharedMemory,
-        parameters: dict[str, bytes],
+        parameters: ParameterMemory,
         grid: Sequence[int],
         size: Sequence[int],
         index: Sequence[int],
@@ -156,7 +158,7 @@ class Block:
     # Operands
 
     def get(self, operand: str, ptx_type: str) -> np.ndarray:
-        """[threads]: a register, a special one, a shared array's address or a constant."""
+        """[threads]: a register, a special one, the address of a shared array or a parameter, or a constant."""
         dtype = TYPES[ptx_type]
         if operand in self.registers:
             value = self.registers[operand]
@@ -173,6 +175,8 @@ class Block:
     def _constant(self, operand: str, dtype: np.dtype) -> np.generic:
         if operand in self.kernel.shared:
             return UNSIGNED[8].type(self.kernel.shared[operand])
+        if operand in self.parameters.addresses:
+            return UNSIGNED[8].type(self.parameters.addresses[operand])
         if re.fullmatch(r"0[fF][0-9a-fA-F]{8}", operand):
             return UNSIGNED[4].type(int(f"0x{operand[2:]}", 0))
         if re.fullmatch(r"0[dD][0-9a-fA-F]{16}", operand):

@@ -38,12 +38,17 @@ class GlobalMemory:
         self._buffers: list[tuple[int, np.ndarray]] = []
         self._next = self._FIRST
 
-    def upload(self, array: np.ndarray) -> int:
+    def upload(self, array: np.ndarray, address: int | None = None) -> int:
+        """At an address of the caller's, or where there is room."""
         if not array.flags.c_contiguous:
             raise ValueError(f"an array of shape {array.shape} and strides {array.strides} is not contiguous")
-        address = self._next
+        if address is None:
+            address = self._next
+        elif any(address < base + len(data) and base < address + array.nbytes for base, data in self._buffers):
+            raise ValueError(f"there is a buffer at {address:#x}")
         self._buffers.append((address, array.reshape(-1).view(np.uint8)))
-        self._next = -(-(address + array.nbytes + self._GAP) // self._ALIGNMENT) * self._ALIGNMENT
+        end = max(self._next, address + array.nbytes + self._GAP)
+        self._next = -(-end // self._ALIGNMENT) * self._ALIGNMENT
         return address
 
     def find(self, lanes: np.ndarray, addresses: np.ndarray, size: int) -> list[Piece]:
@@ -57,6 +62,27 @@ class GlobalMemory:
         if left.any():
             raise PtxError(f"global access of {size} bytes out of bounds by thread {lanes[left][0]}")
         return pieces
+
+
+class ParameterMemory:
+    """A launch's arguments, each at an address of its own among those of the parameter space."""
+
+    _ROOM = 0x10000
+
+    def __init__(self, arguments: dict[str, bytes]) -> None:
+        self.addresses = {name: i * self._ROOM for i, name in enumerate(arguments)}
+        self._sizes = np.array([len(data) for data in arguments.values()], np.int64)
+        self._data = np.frombuffer(b"".join(data.ljust(self._ROOM, b"\0") for data in arguments.values()), np.uint8)
+
+    def load(self, addresses: np.ndarray, size: int) -> np.ndarray:
+        """[addresses, size] bytes."""
+        which, offsets = addresses // self._ROOM, addresses % self._ROOM
+        outside = (which < 0) | (which >= len(self._sizes))
+        if outside.any() or (offsets + size > self._sizes[which]).any():
+            raise PtxError("parameter access out of bounds")
+        if (addresses % size).any():
+            raise PtxError(f"misaligned access of {size} bytes to a parameter")
+        return self._data[addresses[:, None] + np.arange(size)]
 
 
 class SharedMemory:

@@ -92,6 +92,19 @@ def extract_bits(block: Block, instruction: Instruction, lanes: np.ndarray) -> N
     block.put(result, (block.get(value, "u32").astype(np.uint64) >> start & mask).astype(np.uint32), lanes)
 
 
+@opcode("bfi")
+def insert_bits(block: Block, instruction: Instruction, lanes: np.ndarray) -> None:
+    """``bfi.b32 result, bits, into, start, length``: the low bits of one, from a place on, in the other."""
+    if instruction.modifiers != ("b32",):
+        raise NotImplementedError(instruction.text)
+    result, bits, into, start, length = instruction.operands
+    bits, into = block.get(bits, "b32").astype(np.uint64), block.get(into, "b32").astype(np.uint64)
+    start = np.minimum(block.get(start, "u32") & 255, 32).astype(np.uint64)
+    length = np.minimum(block.get(length, "u32") & 255, 32).astype(np.uint64)
+    mask = (np.uint64(1) << length) - np.uint64(1) << start
+    block.put(result, (bits << start & mask | into & ~mask).astype(np.uint32), lanes)
+
+
 @opcode("mov")
 def move(block: Block, instruction: Instruction, lanes: np.ndarray) -> None:
     """Also packs ``{low, high}`` into one register, and unpacks."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -41,20 +40,13 @@ def load(block: Block, instruction: Instruction, lanes: np.ndarray) -> None:
     names = members(results)
     size = len(names) * dtype.itemsize
     if _space(instruction) == "param":
-        data = np.tile(_parameter(block, address, size), (block.threads, 1))
+        data = np.zeros((block.threads, size), np.uint8)
+        data[lanes] = block.parameters.load(block.address(address)[lanes], size)
     else:
         data = block.load(_space(instruction), block.address(address), size, lanes)
     values = data.view(dtype)
     for i, name in enumerate(names):
         block.put(name, np.ascontiguousarray(values[:, i]), lanes)
-
-
-def _parameter(block: Block, address: str, size: int) -> np.ndarray:
-    name, offset = re.fullmatch(r"\[\s*([\w$]+)\s*(?:\+\s*(\d+))?\s*\]", address).groups(default="0")
-    data = block.parameters[name][int(offset) : int(offset) + size]
-    if len(data) != size:
-        raise PtxError("parameter access out of bounds")
-    return np.frombuffer(data, np.uint8)
 
 
 @opcode("st")
