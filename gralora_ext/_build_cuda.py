@@ -7,11 +7,13 @@ either: the kernels are free of torch, and what calls them takes stream and devi
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import re
 import shlex
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 SOURCES = [f"csrc/cuda/{name}.cu" for name in ("launch", "bfloat16", "float16", "float32", "conformance")]
@@ -26,27 +28,30 @@ class BuildError(RuntimeError):
 
 @functools.cache
 def find_toolkit() -> Path | None:
-    """CUDA_HOME or CUDA_PATH, the toolkit of the nvcc on PATH, or /usr/local/cuda: the first with nvcc and headers."""
-    for root in _toolkit_roots():
+    """The first of :func:`toolkit_roots` that has nvcc and the headers."""
+    for root in toolkit_roots():
         if os.access(root / "bin" / "nvcc", os.X_OK) and (root / "include" / "cuda_runtime.h").is_file():
             return root
     return None
 
 
-def _toolkit_roots() -> list[Path]:
+def toolkit_roots() -> Iterator[Path]:
+    """CUDA_HOME or CUDA_PATH alone; else the toolkit of the nvcc on PATH, /usr/local/cuda, and that of pip's packages."""
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if named:
-        return [Path(named)]
-    roots = []
+        yield Path(named)
+        return
     nvcc = shutil.which("nvcc")
     if nvcc is not None:  # it may be a link or a script; where its toolkit is, it tells itself
-        said = subprocess.run(
-            [nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], check=False, capture_output=True, text=True
-        )
+        command = [nvcc, "--dryrun", "-E", "-x", "cu", os.devnull]
+        said = subprocess.run(command, check=False, capture_output=True, text=True)
         top = re.search(r"^#\$ TOP=(.+)$", said.stderr, re.MULTILINE)
         if top is not None:
-            roots.append(Path(top[1].strip()).resolve())
-    return [*roots, Path("/usr/local/cuda")]
+            yield Path(top[1].strip()).resolve()
+    yield Path("/usr/local/cuda")
+    package = importlib.util.find_spec("nvidia")
+    for folder in package.submodule_search_locations or () if package else ():
+        yield Path(folder) / "cu13"
 
 
 def wanted(setting: str, torch_cuda: str | None, toolkit: Path | None) -> bool:

@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const auto used_ranks = [&](int rank0) {
     return all_ranks - rank0 < kRanks ? (all_ranks - rank0 + 15) / 16 * 16 : kRanks;
   };
-  const auto load_ranks = [&](int rank0) {
+  const auto load_ranks = [&](int rank0, bool keep) {
     const int used = used_ranks(rank0);
 #pragma unroll 1  // several at once would take registers from the sums
     for (int i = tid; i < kTokens * kRanks; i += kThreads) {
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       const bool inside = t0 + m < rows.last && rank0 + c < all_ranks;
       const float value = inside ? left_ranks.get(t0 + m, j, rank0 + c) : 0.0f;
       shared.ranks[m][c] = scale * value;
-      if (blockIdx.y == 0 && inside) left_ranks.keep(t0 + m, j, rank0 + c, value);
+      if (keep && inside) left_ranks.keep(t0 + m, j, rank0 + c, value);
     }
   };
   // In groups of 4 along the unit stride of Q
@@ -133,13 +133,13 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   constexpr int kAhead = Tile::kTiles - 1;
   if (kAhead > 0) load_base(0, begin);
-  if (rank_chunks == 1) load_ranks(0);
+  if (rank_chunks == 1) load_ranks(0, begin == 0);
   int tile = 0;
   for (int column0 = begin; column0 < end; column0 += kColumns, tile = kAhead - tile) {
     load_base(kAhead - tile, column0 + kAhead * kColumns);
     float acc[kColumns / 8][4] = {};
     for (int chunk = 0; chunk < rank_chunks; chunk++) {
-      if (rank_chunks > 1) load_ranks(chunk * kRanks);
+      if (rank_chunks > 1) load_ranks(chunk * kRanks, column0 == 0);
       load_factor(chunk * kRanks, column0);
       sync_block();
 #pragma unroll

@@ -13,9 +13,11 @@ struct Mask {
   uint32_t threshold;
   int64_t width;  // of a row of x
 
+  __device__ uint64_t key() const { return uint64_t(load_global(seed)); }
+
   // Bit i: whether element (t, column + i) is kept, i < 8
-  __device__ uint32_t kept(int64_t t, int64_t column) const {
-    const uint64_t first = uint64_t(t) * uint64_t(width) + uint64_t(column), key = uint64_t(load_global(seed));
+  __device__ uint32_t kept(uint64_t key, int64_t t, int64_t column) const {
+    const uint64_t first = uint64_t(t) * uint64_t(width) + uint64_t(column);
     const uint32_t bits = of_counter(first / 8, key);
     const uint32_t shift = uint32_t(first % 8);
     return shift == 0 ? bits : (bits | of_counter(first / 8 + 1, key) << 8) >> shift & 0xffu;
@@ -44,9 +46,10 @@ struct Mask {
 template <class X>
 __device__ __forceinline__ void drop_tile(const Mask& mask, X* tile, int pitch, int rows, int columns, int64_t t0,
                                           int64_t column0, int thread, int threads) {
+  const uint64_t key = mask.key();
   for (int i = thread; i < rows * (columns / 8); i += threads) {
     const int m = i / (columns / 8), c = i % (columns / 8) * 8;
-    const uint32_t kept = mask.kept(t0 + m, column0 + c);
+    const uint32_t kept = mask.kept(key, t0 + m, column0 + c);
 #pragma unroll
     for (int e = 0; e < 8; e++)
       if (!(kept >> e & 1)) tile[m * pitch + c + e] = from_float<X>(0.0f);

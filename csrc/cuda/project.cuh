@@ -22,8 +22,8 @@ struct ProjectTile {
   static constexpr int kPitch = kDepth + 16 / sizeof(X);  // elements from a row of x to the next
   static constexpr int kFactorPitch = columns + 8;
   static constexpr int kFactorPieces = kPieces<P>;
-  // Three where they fit into the 99 KiB that the smallest of the devices gives a block
-  static constexpr int kStages = kFactorPieces * kDepth * columns > 8192 ? 2 : 3;
+  // Three, where two blocks still fit into the 163 KiB of a multiprocessor of 8.0
+  static constexpr int kStages = kFactorPieces * kDepth * columns > 4096 ? 2 : 3;
   static constexpr int kGroups = kDepth * columns / 4 / kThreads;  // of 4 elements of P that a thread converts
   struct Shared {
     X x[kStages][kTokens][kPitch];
@@ -50,7 +50,7 @@ struct ProjectSides {
 };
 
 template <class X, class P, int columns>
-__global__ void __launch_bounds__(kThreads, 1) project_kernel(ProjectSides<X, P> sides) {
+__global__ void __launch_bounds__(kThreads, 2) project_kernel(ProjectSides<X, P> sides) {
   using Tile = ProjectTile<X, P, columns>;
   constexpr int kDepth = Tile::kDepth;
   typename Tile::Shared& shared = *dynamic_shared<typename Tile::Shared>();

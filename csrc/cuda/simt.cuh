@@ -76,7 +76,7 @@ struct Products {
 };
 
 template <class Acc>
-__global__ void __launch_bounds__(kSimtThreads) products_kernel(Products products) {
+__global__ void __launch_bounds__(kSimtThreads, 1) products_kernel(Products products) {
   constexpr int kTile = kSimtTile, kDepth = kSimtDepth;
   GRALORA_SHARED(Acc, left, [kTile][kDepth + 1]);
   GRALORA_SHARED(Acc, right, [kDepth][kTile + 4]);
@@ -134,7 +134,8 @@ __global__ void __launch_bounds__(kSimtThreads) products_kernel(Products product
 
   const auto store_row = [&](int64_t m, const Acc(&sum)[4]) {
     const int64_t column = c0 + thread_column;
-    const uint32_t kept = p.sum_mask.seed != nullptr ? p.sum_mask.kept(m, mask_column + column) : ~uint32_t(0);
+    const uint32_t kept =
+        p.sum_mask.seed != nullptr ? p.sum_mask.kept(p.sum_mask.key(), m, mask_column + column) : ~uint32_t(0);
 #pragma unroll
     for (int j = 0; j < 4; j++) {
       if (column + j >= p.columns) continue;

@@ -80,6 +80,19 @@ cudaError_t expand(const char* name, const Left& ranks, int row_tiles, const Par
   return launcher(name, ranks, row_tiles, Q, G, base, y, k, h, w, scale, mask, stream);
 }
 
+template <class X, int kRanks>
+cudaError_t launch_weight_gradient(GradientSides<X> sides, int splits, cudaStream_t stream) {
+  using Tile = GradientTile<X, kRanks>;
+  int tiles = 0;
+  for (GradientSide<X>& side : sides.side) {
+    side.column_tiles = ceil_div(side.w, Tile::kColumns);
+    side.rank_tiles = ceil_div(side.ranks.r + side.ranks.h, Tile::kRanks);
+    tiles += side.tiles();
+  }
+  return launch("weight_gradient", weight_gradient_kernel<X, kRanks>, dim3(unsigned(tiles), unsigned(splits)),
+                dim3(kThreads), sizeof(typename Tile::Shared), stream, sides, splits);
+}
+
 template <class X, class P>
 cudaError_t forward(const ForwardParams& p, const ForwardPlan& plan, float* workspace, cudaStream_t stream) {
   const Shape& s = p.shape;
@@ -126,24 +139,15 @@ cudaError_t backward(const BackwardParams& p, const BackwardPlan& plan, float* w
                                 mask, stream);
   if (error != cudaSuccess || !plan.need_gradients) return error;
 
-  using Tile = GradientTile<X>;
   const auto side = [&](const Rows& x, const Ranks& ranks, int64_t w, float* to, bool wanted, double scale,
                         const Mask& dropped) {
-    return GradientSide<X>{activation<const X>(x, w),
-                           ranks,
-                           w,
-                           wanted ? to : nullptr,
-                           float(scale),
-                           dropped,
-                           ceil_div(w, Tile::kColumns),
-                           ceil_div(r + h, Tile::kRanks)};
+    return GradientSide<X>{activation<const X>(x, w), ranks, w, wanted ? to : nullptr, float(scale), dropped};
   };
   const GradientSides<X> gradients{
       {side(p.grad_y, U, w_out, sums_B, plan.sums_B > 0, p.scaling, Mask{}),
        side(p.x, dH != nullptr ? kept_ranks(s, dH) : partial_dH, w_in, sums_A, plan.sums_A > 0, kept_scale, mask)}};
-  error = launch("weight_gradient", weight_gradient_kernel<X>,
-                 dim3(unsigned(gradients.side[0].tiles() + gradients.side[1].tiles()), unsigned(plan.token_splits)),
-                 dim3(kThreads), sizeof(typename Tile::Shared), stream, gradients, plan.token_splits);
+  error = r + h <= 32 ? launch_weight_gradient<X, 32>(gradients, plan.token_splits, stream)
+                      : launch_weight_gradient<X, 64>(gradients, plan.token_splits, stream);
   if (error != cudaSuccess) return error;
 
   const auto gradient = [](const Param& to) {

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from gralora_ext import _build_config as config
 
 HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parent.parent / "csrc" / "cuda"
@@ -56,30 +57,13 @@ class CompileError(Exception):
 
 @functools.cache
 def find_toolkit() -> Toolkit | None:
-    """The first that has headers: CUDA_HOME, the toolkit of the nvcc on PATH, that of pip's packages."""
-    for root in _toolkit_roots():
+    """The first place where the build would look that has headers."""
+    for root in config.cuda.toolkit_roots():
         include = root / "include"
         if all((include / header).is_file() for header in ("cuda_runtime.h", "cuda_bf16.h", "cuda_fp16.h")):
             nvcc = root / "bin" / "nvcc"
             return Toolkit(include, nvcc if os.access(nvcc, os.X_OK) else None)
     return None
-
-
-def _toolkit_roots() -> Iterator[Path]:
-    if os.environ.get("CUDA_HOME"):
-        yield Path(os.environ["CUDA_HOME"])
-    nvcc = shutil.which("nvcc")
-    if nvcc is not None:
-        # It may be a link or a script; where its toolkit is, it tells itself.
-        command = [nvcc, "--dryrun", "-E", "-x", "cu", os.devnull]
-        said = subprocess.run(command, check=False, capture_output=True, text=True)
-        top = re.search(r"^#\$ TOP=(.+)$", said.stderr, re.MULTILINE)
-        if top is not None:
-            yield Path(top[1].strip()).resolve()
-    package = importlib.util.find_spec("nvidia")
-    if package is not None:
-        for folder in package.submodule_search_locations or ():
-            yield Path(folder) / "cu13"
 
 
 def compiler() -> str | None:

@@ -65,7 +65,7 @@ Adapter some_adapter(const Call& c) { return adapter(c, {&some, &some, &some, &s
 
 __global__ void mask_kernel(cuda::Mask mask, int64_t t, int64_t column, uint8_t* kept) {
   const int i = int(blockIdx.x * blockDim.x + threadIdx.x);
-  kept[i] = uint8_t(mask.kept(t, column + 8 * i));
+  kept[i] = uint8_t(mask.kept(mask.key(), t, column + 8 * i));
 }
 
 }  // namespace

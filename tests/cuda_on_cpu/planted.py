@@ -18,7 +18,7 @@ DEFECTS = {
     ),
     "a rank too many": ("project.cuh", "rank < ranks.r + ranks.h)", "rank <= ranks.r + ranks.h)"),
     "splits that overlap": ("project.cuh", "first = chunks * split / splits", "first = chunks * split / (splits + 1)"),
-    "no scaling in project": ("project.cuh", "scale * acc[c][v]", "acc[c][v]"),
+    "no scaling in project": ("project.cuh", "side.scale * acc[c][v]", "acc[c][v]"),
     "x is not dropped": ("project.cuh", "if (mask.seed != nullptr)", "if (false)"),
     "no barrier after dropout": ("project.cuh", "tid, kThreads);\n      sync_block();", "tid, kThreads);"),
     "rows and columns of a fragment swapped": (
@@ -53,7 +53,7 @@ DEFECTS = {
     "an element index in 32 bits": ("mask.cuh", "uint64_t(t) * uint64_t(width)", "uint64_t(uint32_t(t) * uint32_t(width))"),
     "no barrier between tokens": ("weight_gradient.cuh", "    sync_block();  // this stage has landed for all, and all are done with the one that is filled next\n", ""),
     "no scaling of a gradient": ("weight_gradient.cuh", "side.scale * acc[c][v]", "acc[c][v]"),
-    "sums beyond the block's columns": ("weight_gradient.cuh", "rank < all_ranks && column < side.w", "rank < all_ranks"),
+    "sums beyond the block's columns": ("weight_gradient.cuh", "rank < all_ranks && column < w", "rank < all_ranks"),
     "the second pass forgets a split": ("reduce.cuh", "split < splits", "split < splits - 1"),
     "a gradient of the general part at the block's rank": ("reduce.cuh", "side.general.set(n, c - side.r,", "side.general.set(n, c,"),
     "kept elements are not scaled": ("dropout.cuh", "1.0 / (1.0 - d.p)", "1.0"),

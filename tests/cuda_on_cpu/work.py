@@ -17,6 +17,7 @@ LAUNCHES = {
 }
 READ, WRITTEN = "read", "written"
 FLOAT, SEED = 4, 8  # bytes
+THREADS = 256  # of a block
 TOKENS, COLUMNS, RANKS, DEPTH = 128, 64, 64, 32  # of tiles
 TILES = 8  # of columns, that a block of expand owns
 WARPS = TOKENS // 16
@@ -78,8 +79,8 @@ class Plan:
     def forward(self) -> dict[str, Work]:
         s = self.shape
         project = self.project("x", s.N, "A", dropped=True)
-        times, expand = self.expand(self.partial(), parts(s.T, TOKENS), s.M, "B")
-        expand.moved["u", WRITTEN] += times * self.kept_bytes() * s.keep_u
+        expand = self.expand(self.partial(), parts(s.T, TOKENS), s.M, "B")
+        expand.moved["u", WRITTEN] += self.kept_bytes() * s.keep_u
         expand.moved["base", READ] = expand.moved["y", WRITTEN] = s.T * s.M * self.element
         return {"project": project, "expand": expand}
 
@@ -89,10 +90,10 @@ class Plan:
         if not s.keep_u:
             project += self.project("x", s.N, "A", dropped=True)
         tiles = parts(s.T, TOKENS)
-        times, expand = self.expand(self.partial(), tiles, s.N, "A")
-        expand.moved["workspace", WRITTEN] += times * self.kept_bytes()  # dH
+        expand = self.expand(self.partial(), tiles, s.N, "A")
+        expand.moved["workspace", WRITTEN] += self.kept_bytes()  # dH
         expand.moved["dx", WRITTEN] = s.T * s.N * self.element
-        self.draw(expand, tiles * s.k * parts(s.N // s.k, COLUMNS) * TOKENS * COLUMNS)
+        self.draw(expand, tiles * s.k * parts(s.N // s.k, COLUMNS))
         U, dH = self.kept("u") if s.keep_u else self.partial(), self.kept("workspace")
         gradients = self.weight_gradient("grad_y", s.M, U, dropped=False)
         gradients += self.weight_gradient("x", s.N, dH, dropped=True)
@@ -103,7 +104,7 @@ class Plan:
         s = self.shape
         left = [Left("B", s.M * s.r * self.parameter), Left("B_general", s.M * s.h * self.parameter, s.k)]
         row_tiles = s.k * parts(s.M // s.k, TOKENS)
-        _, work = self.expand(left, row_tiles, s.N, "A", row_blocks=s.k, factor_pieces=PIECES[s.adapter])
+        work = self.expand(left, row_tiles, s.N, "A", row_blocks=s.k, factor_pieces=PIECES[s.adapter])
         work.moved["weight", READ] = work.moved["weight", WRITTEN] = s.N * s.M * self.element
         return {"merge": work}
 
@@ -117,7 +118,7 @@ class Plan:
         work.read(x, s.T * width * self.element, groups)
         work.moved["workspace", WRITTEN] += self.column_splits * s.T * s.k * self.ranks * FLOAT
         chunks = groups * tiles * s.k * parts(width // s.k, depth)
-        self.draw(work, dropped * chunks * TOKENS * depth)
+        self.draw(work, dropped * chunks)
         work.mma = chunks * WARPS * depth // 16 * columns // 8 * pairs(PIECES[s.dtype], PIECES[s.adapter])
         return work
 
@@ -130,10 +131,9 @@ class Plan:
         *,
         row_blocks: int = 1,
         factor_pieces: int | None = None,
-    ) -> tuple[int, Work]:
+    ) -> Work:
         """The ranks once per block of the grid, or per tile of columns where they do not fit into shared memory together;
-        the factor once per tile of rows, whose blocks share out its ranks. Also returns how often the blocks of the first
-        columns read the ranks."""
+        the factor once per tile of rows, whose blocks share out its ranks."""
         s, tiles = self.shape, parts(width // self.shape.k, COLUMNS)
         ranks = s.r // row_blocks + s.h
         of_block, fit = min(tiles, TILES), ranks <= RANKS
@@ -144,19 +144,19 @@ class Plan:
         factor_pieces = factor_pieces or min(PIECES[s.adapter], rank_pieces)
         steps = row_tiles * s.k * tiles * parts(ranks, 16)
         work.mma = steps * WARPS * COLUMNS // 8 * pairs(rank_pieces, factor_pieces)
-        return 1 if fit else of_block, work
+        return work
 
     def weight_gradient(self, x: str, width: int, left: list[Left], *, dropped: bool) -> Work:
-        """x once per 64 ranks, the ranks once per 64 columns"""
-        s, work = self.shape, Work()
-        rank_tiles, column_tiles = parts(self.ranks, RANKS), s.k * parts(width // s.k, COLUMNS)
+        """x once per tile of ranks, the ranks once per 64 columns"""
+        s, work, ranks = self.shape, Work(), 32 if self.ranks <= 32 else RANKS
+        rank_tiles, column_tiles = parts(self.ranks, ranks), s.k * parts(width // s.k, COLUMNS)
         work.read(x, s.T * width * self.element, rank_tiles)
         for source in left:
             work.read(source.buffer, source.size, source.times * column_tiles // s.k)
         work.moved["workspace", WRITTEN] += self.token_splits * width * self.ranks * FLOAT
         chunks = column_tiles * rank_tiles * parts(s.T, DEPTH)
-        self.draw(work, dropped * chunks * DEPTH * COLUMNS)
-        work.mma = chunks * WARPS * DEPTH // 16 * 4 * pairs(3, PIECES[s.dtype])
+        self.draw(work, dropped * chunks)
+        work.mma = chunks * DEPTH // 16 * ranks // 16 * COLUMNS // 8 * pairs(3, PIECES[s.dtype])
         return work
 
     def reduce(self, name: str, width: int) -> Work:
@@ -187,10 +187,10 @@ class Plan:
         work.read(f"{name}_general", width * self.shape.h * self.parameter, times)
         return work
 
-    def draw(self, work: Work, elements: int) -> None:
-        """The seed is read once per 8 elements of a tile."""
+    def draw(self, work: Work, tiles: int) -> None:
+        """Each thread reads the seed once per tile that is dropped."""
         if self.shape.dropout:
-            work.read("seed", SEED, elements // 8)
+            work.read("seed", SEED, tiles * THREADS)
 
     def partial(self) -> list[Left]:
         """A block reads the general part of all blocks."""
