@@ -36,7 +36,7 @@ at::Tensor workspace(int64_t bytes, const at::Tensor& like) {
 
 }  // namespace
 
-void run(ForwardParams p, const at::Tensor& like) {
+void run(ForwardParams p, [[maybe_unused]] const at::Tensor& like) {
 #ifdef GRALORA_HAVE_CUDA
   if (like.is_cuda()) {
     const c10::DeviceGuard guard(like.device());
@@ -51,7 +51,7 @@ void run(ForwardParams p, const at::Tensor& like) {
   if (p.shape.T > 0) cpu::forward(p);
 }
 
-void run(BackwardParams p, const at::Tensor& like) {
+void run(BackwardParams p, [[maybe_unused]] const at::Tensor& like) {
 #ifdef GRALORA_HAVE_CUDA
   if (like.is_cuda()) {
     const c10::DeviceGuard guard(like.device());
@@ -63,7 +63,7 @@ void run(BackwardParams p, const at::Tensor& like) {
   cpu::backward(p);
 }
 
-void run(MergeParams p, const at::Tensor& like) {
+void run(MergeParams p, [[maybe_unused]] const at::Tensor& like) {
 #ifdef GRALORA_HAVE_CUDA
   if (like.is_cuda()) {
     const c10::DeviceGuard guard(like.device());
