@@ -7,6 +7,9 @@
 
 #ifdef GRALORA_HAVE_CUDA
 #include "cuda/launch.h"
+#ifdef GRALORA_CUDA_STREAM_HEADER
+#include <c10/cuda/CUDAStream.h>
+#endif
 #endif
 
 namespace gralora {
@@ -20,9 +23,12 @@ int threads_for(int64_t multiply_adds, int64_t serial = kSerialWork) {
 }
 
 #ifdef GRALORA_HAVE_CUDA
-// Without a header of CUDA: this file is compiled against a torch that was built without it, too.
 void* current_stream(const at::Device& device) {
+#ifdef GRALORA_CUDA_STREAM_HEADER  // torch before 2.11
+  return c10::cuda::getCurrentCUDAStream(device.index()).stream();
+#else  // without a header of CUDA: this file is also compiled against a torch that was built without it
   return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
+#endif
 }
 
 void check(int error) {

@@ -68,6 +68,7 @@ class CudaBuild(NamedTuple):
 
     toolkit: Path
     capabilities: list[str]
+    glue_flags: list[str]
     link_flags: list[str]
 
 
@@ -105,7 +106,7 @@ def common_flags(torch_version: str, machine: str | None = None, cuda: CudaBuild
     """
     have = [f"-DGRALORA_HAVE_{name.upper()}" for name in capability_flags(machine) if name != "default"]
     if cuda is not None:
-        have += ["-DGRALORA_HAVE_CUDA", f"-DGRALORA_CUDA_ARCHS={','.join(cuda.capabilities)}"]
+        have += ["-DGRALORA_HAVE_CUDA", f"-DGRALORA_CUDA_ARCHS={','.join(cuda.capabilities)}", *cuda.glue_flags]
     quiet = ["-Wno-array-bounds", "-Wno-stringop-overflow"]
     return [*cxx_flags(), *quiet, *have, f"-DGRALORA_TORCH_VERSION={torch_version}"]
 
@@ -116,16 +117,18 @@ def kernel_flags(capability: str, machine: str | None = None) -> list[str]:
     return ["-std=c++17", *cxx_flags(), f"-DGRALORA_CPU_CAPABILITY={capability}", *isa]
 
 
-def cuda_build(torch_cuda: str | None, present: list[str]) -> CudaBuild | None:
+def cuda_build(torch_version: str, torch_cuda: str | None, present: list[str]) -> CudaBuild | None:
     """What is to be compiled for CUDA, by GRALORA_EXT_CUDA and TORCH_CUDA_ARCH_LIST, or None.
 
-    ``torch_cuda`` is ``torch.version.cuda``, ``present`` the compute capabilities of the devices here, such as ["9.0"].
+    ``torch_version`` and ``torch_cuda`` are ``torch.__version__`` and ``torch.version.cuda``, ``present`` the compute capabilities of the devices here, such as ["9.0"].
     """
     toolkit = cuda.find_toolkit()
-    if not cuda.wanted(os.environ.get("GRALORA_EXT_CUDA", "auto"), torch_cuda, toolkit):
+    if not cuda.wanted(os.environ.get("GRALORA_EXT_CUDA", "auto"), torch_version, torch_cuda, toolkit):
         return None
     names = cuda.capabilities(os.environ.get("TORCH_CUDA_ARCH_LIST", ""), present, toolkit)
-    return CudaBuild(toolkit, names, cuda.link_flags(torch_cuda, toolkit))
+    return CudaBuild(
+        toolkit, names, cuda.glue_flags(torch_version, toolkit), cuda.link_flags(torch_version, torch_cuda, toolkit)
+    )
 
 
 def present_capabilities() -> list[str]:
@@ -245,7 +248,7 @@ def cmake(machine: str | None = None) -> str:
 
     torch_folder = Path(torch.__file__).parent
     include = torch_folder / "include"
-    build = cuda_build(torch.version.cuda, present_capabilities())
+    build = cuda_build(torch.__version__, torch.version.cuda, present_capabilities())
     lines = [
         command("GRALORA_COMMON_SOURCES", COMMON_SOURCES),
         command("GRALORA_KERNEL_SOURCES", KERNEL_SOURCES),

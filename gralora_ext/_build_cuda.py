@@ -54,7 +54,7 @@ def toolkit_roots() -> Iterator[Path]:
         yield Path(folder) / "cu13"
 
 
-def wanted(setting: str, torch_cuda: str | None, toolkit: Path | None) -> bool:
+def wanted(setting: str, torch_version: str, torch_cuda: str | None, toolkit: Path | None) -> bool:
     """Whether to compile for CUDA: ``GRALORA_EXT_CUDA`` against what torch and the machine have.
 
     ``setting`` is auto, 0 or 1; ``torch_cuda`` is ``torch.version.cuda``. A GPU is never asked for: builds also run where
@@ -68,6 +68,11 @@ def wanted(setting: str, torch_cuda: str | None, toolkit: Path | None) -> bool:
         raise BuildError(
             "GRALORA_EXT_CUDA=1, but no CUDA toolkit (nvcc) was found: "
             "install one and run `export CUDA_HOME=<its folder>`, or `unset GRALORA_EXT_CUDA`."
+        )
+    if not torch_cuda and hides_streams(torch_version):
+        raise BuildError(
+            f"GRALORA_EXT_CUDA=1 beside a torch without CUDA needs torch 2.11 or newer, and this is {torch_version}: "
+            "run `pip install --upgrade torch`, or `unset GRALORA_EXT_CUDA`."
         )
     version = toolkit_version(toolkit)
     if torch_cuda and torch_cuda.split(".")[0] != version.split(".")[0]:
@@ -135,9 +140,20 @@ def command(source: str, names: list[str], toolkit: Path, include: Path, compile
     return line
 
 
-def link_flags(torch_cuda: str | None, toolkit: Path) -> list[str]:
+def link_flags(torch_version: str, torch_cuda: str | None, toolkit: Path) -> list[str]:
     """torch's own CUDA runtime where it has one, so that there is one in the process; else a copy inside the extension."""
     folder = next((toolkit / name for name in ("lib64", "lib") if (toolkit / name).is_dir()), toolkit / "lib64")
     if torch_cuda:
-        return [f"-L{folder}", "-lcudart"]
+        return [f"-L{folder}", "-lcudart", *(["-lc10_cuda"] if hides_streams(torch_version) else [])]
     return [str(folder / "libcudart_static.a"), "-ldl", "-lrt", "-lpthread"]
+
+
+def hides_streams(torch_version: str) -> bool:
+    """Whether only the CUDA half of torch, and its headers, give the handle of a stream: before 2.11."""
+    major, minor = (int(part) for part in torch_version.split(".")[:2])
+    return (major, minor) < (2, 11)
+
+
+def glue_flags(torch_version: str, toolkit: Path) -> list[str]:
+    """What the C++ sources need to call the kernels."""
+    return ["-DGRALORA_CUDA_STREAM_HEADER", f"-isystem{toolkit / 'include'}"] if hides_streams(torch_version) else []

@@ -55,7 +55,7 @@ def test_kernels_include_no_torch_header() -> None:
 def test_cuda_is_built_where_torch_and_toolkit_have_it_or_it_is_asked_for(
     setting: str, torch_cuda: str | None, found: bool, wanted: bool, toolkit: Path
 ) -> None:
-    assert cuda.wanted(setting, torch_cuda, toolkit if found else None) is wanted
+    assert cuda.wanted(setting, "2.13.0+cpu", torch_cuda, toolkit if found else None) is wanted
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_cuda_that_cannot_be_built_is_refused_in_one_sentence(
     setting: str, torch_cuda: str | None, found: bool, message: str, toolkit: Path
 ) -> None:
     with pytest.raises(config.BuildError, match=message) as error:
-        cuda.wanted(setting, torch_cuda, toolkit if found else None)
+        cuda.wanted(setting, "2.13.0+cpu", torch_cuda, toolkit if found else None)
     assert "`" in str(error.value) and "\n" not in str(error.value)
 
 
@@ -107,8 +107,19 @@ def test_tensor_core_kernels_are_compiled_for_the_devices_that_have_them(toolkit
 
 
 def test_one_cuda_runtime_in_a_process(toolkit: Path) -> None:
-    assert "-lcudart" in cuda.link_flags("13.0", toolkit)
-    assert str(toolkit / "lib64" / "libcudart_static.a") in cuda.link_flags(None, toolkit)
+    assert "-lcudart" in cuda.link_flags("2.13.0", "13.0", toolkit)
+    assert str(toolkit / "lib64" / "libcudart_static.a") in cuda.link_flags("2.13.0+cpu", None, toolkit)
+
+
+@pytest.mark.parametrize(
+    ("version", "old"), [("2.7.1+cu126", True), ("2.10.0", True), ("2.11.0", False), ("3.0.0a0", False)]
+)
+def test_an_old_torch_gives_streams_by_its_headers_for_cuda(version: str, old: bool, toolkit: Path) -> None:
+    assert ("-lc10_cuda" in cuda.link_flags(version, "13.0", toolkit)) == old
+    assert ("-DGRALORA_CUDA_STREAM_HEADER" in cuda.glue_flags(version, toolkit)) == old
+    if old:
+        with pytest.raises(config.BuildError, match="needs torch 2.11 or newer, and this is"):
+            cuda.wanted("1", version, None, toolkit)
 
 
 def test_the_toolkit_that_is_named_is_taken(toolkit: Path, monkeypatch: pytest.MonkeyPatch) -> None:

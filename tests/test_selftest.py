@@ -21,6 +21,12 @@ def test_the_cpu_is_trustworthy(capsys: pytest.CaptureFixture[str]) -> None:
     assert "the CPU is trustworthy: 110 results agree with the reference" in sentence
 
 
+def test_what_is_missing_does_not_keep_it_from_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gralora_ext.cli.info.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("gralora_ext.selftest.devices", lambda: [])
+    assert main(["info", "--selftest"]) == 0
+
+
 def test_every_case_is_tried_and_near_the_reference() -> None:
     steps: list[str] = []
     result = selftest.run(CPU, steps.append)

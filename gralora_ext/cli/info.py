@@ -25,7 +25,7 @@ def run(argv: list[str]) -> int:
         help="try the instructions that the kernels use, then forward, backward and merge against the reference, on the CPU "
         "and on each CUDA device",
     )
-    options = parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
     build, mend = _build()
     installed = versions()
     print("gralora_ext")
@@ -50,7 +50,7 @@ def run(argv: list[str]) -> int:
         print(f"  - {line}")
     if build.get("build") == "none":
         return 2
-    return _selftest() if options.selftest else 0
+    return _selftest() if arguments.selftest else 0
 
 
 def _selftest() -> int:
