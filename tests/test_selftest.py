@@ -23,7 +23,7 @@ def test_the_cpu_is_trustworthy(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_what_is_missing_does_not_keep_it_from_running(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gralora_ext.cli.info.importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr("gralora_ext.selftest.devices", lambda: [])
+    monkeypatch.setattr("gralora_ext.selftest.devices", list)
     assert main(["info", "--selftest"]) == 0
 
 
