@@ -48,7 +48,7 @@ class BuildGralora(BuildExtension):
             if torch is None:
                 raise config.BuildError(config.NO_TORCH)
             config.check_tools()
-            self.cuda = config.cuda_build(torch.__version__, torch.version.cuda, config.present_capabilities())
+            self.cuda = config.cuda_build(torch.__version__, torch.version.cuda)
         except config.BuildError as error:
             raise SystemExit(f"error: {error}") from None
         super().run()

@@ -1,4 +1,4 @@
-// The vocabulary that ops, CPU kernels and (later) CUDA kernels share: plain structs, no torch, no CUDA headers.
+// The vocabulary that ops, CPU kernels and CUDA kernels share: plain structs, no torch, no CUDA headers.
 //
 //   T  tokens: all leading dimensions of x flattened        k  the grid is k x k blocks
 //   N  in_features          M  out_features                 r  rank of the adapter, rb = r/k the rank of one block

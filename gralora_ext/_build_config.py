@@ -117,22 +117,23 @@ def kernel_flags(capability: str, machine: str | None = None) -> list[str]:
     return ["-std=c++17", *cxx_flags(), f"-DGRALORA_CPU_CAPABILITY={capability}", *isa]
 
 
-def cuda_build(torch_version: str, torch_cuda: str | None, present: list[str]) -> CudaBuild | None:
+def cuda_build(torch_version: str, torch_cuda: str | None) -> CudaBuild | None:
     """What is to be compiled for CUDA, by GRALORA_EXT_CUDA and TORCH_CUDA_ARCH_LIST, or None.
 
-    ``torch_version`` and ``torch_cuda`` are ``torch.__version__`` and ``torch.version.cuda``, ``present`` the compute capabilities of the devices here, such as ["9.0"].
+    ``torch_version`` and ``torch_cuda`` are ``torch.__version__`` and ``torch.version.cuda``.
     """
     toolkit = cuda.find_toolkit()
     if not cuda.wanted(os.environ.get("GRALORA_EXT_CUDA", "auto"), torch_version, torch_cuda, toolkit):
         return None
-    names = cuda.capabilities(os.environ.get("TORCH_CUDA_ARCH_LIST", ""), present, toolkit)
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    names = cuda.capabilities(asked, [] if asked.strip() else present_capabilities(), toolkit)
     return CudaBuild(
         toolkit, names, cuda.glue_flags(torch_version, toolkit), cuda.link_flags(torch_version, torch_cuda, toolkit)
     )
 
 
 def present_capabilities() -> list[str]:
-    """The compute capabilities of the devices that torch sees."""
+    """The compute capabilities of the devices that torch sees, such as ["9.0"]."""
     import torch
 
     if not torch.cuda.is_available():
@@ -248,7 +249,7 @@ def cmake(machine: str | None = None) -> str:
 
     torch_folder = Path(torch.__file__).parent
     include = torch_folder / "include"
-    build = cuda_build(torch.__version__, torch.version.cuda, present_capabilities())
+    build = cuda_build(torch.__version__, torch.version.cuda)
     lines = [
         command("GRALORA_COMMON_SOURCES", COMMON_SOURCES),
         command("GRALORA_KERNEL_SOURCES", KERNEL_SOURCES),

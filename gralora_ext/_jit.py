@@ -36,7 +36,7 @@ def _only_one_process(folder: Path) -> Iterator[None]:
 def compile_and_load() -> ModuleType:
     """Compiles what changed and returns ``_C``, which is also put where the prebuilt one would be imported from."""
     config.check_tools()
-    build = config.cuda_build(torch.__version__, torch.version.cuda, config.present_capabilities())
+    build = config.cuda_build(torch.__version__, torch.version.cuda)
     folder = build_directory()
     folder.mkdir(parents=True, exist_ok=True)
     with _only_one_process(folder):

@@ -81,7 +81,7 @@ def test_cmake_gets_the_same_lists() -> None:
 
     assert values("GRALORA_COMMON_SOURCES") == config.COMMON_SOURCES
     assert values("GRALORA_KERNEL_SOURCES") == config.KERNEL_SOURCES
-    build = config.cuda_build(torch.__version__, torch.version.cuda, config.present_capabilities())
+    build = config.cuda_build(torch.__version__, torch.version.cuda)
     assert values("GRALORA_COMMON_FLAGS") == config.common_flags(torch.__version__, cuda=build)
     assert values("GRALORA_CAPABILITIES") == list(config.capability_flags())
     for capability in config.capability_flags():

@@ -7,7 +7,7 @@
 //
 // A block owns 64 columns of x, kRanks ranks (32 where there are no more, or 64) and one split of the tokens; each of its 8
 // warps 16 of the ranks and as many columns as are left to it. x comes 32 tokens at a time through a ring of kStages tiles
-// (cp.async), each element once per 64 ranks; the ranks through two buffers of bfloat16 pieces.
+// (cp.async), each element once per kRanks ranks; the ranks through two buffers of bfloat16 pieces.
 #pragma once
 
 #include "fragments.cuh"

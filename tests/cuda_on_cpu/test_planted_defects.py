@@ -1,4 +1,4 @@
-"""The tests can fail: each defect is planted in a copy of the kernels, and caught, by results or by ThreadSanitizer."""
+"""The tests can fail: each defect is planted in a copy of the kernels, and caught by one of the tools."""
 
 from __future__ import annotations
 
