@@ -35,8 +35,12 @@ void check(int error) {
   TORCH_CHECK(error == 0, "gralora_ext: a CUDA kernel could not be launched: ", cuda::error_text(error));
 }
 
-at::Tensor workspace(int64_t bytes, const at::Tensor& like) {
-  return at::empty({bytes}, like.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous));
+template <class Params>
+void run_on_device(const Params& p, const at::Tensor& like) {
+  const c10::DeviceGuard guard(like.device());
+  const auto bytes = like.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous);
+  const at::Tensor workspace = at::empty({cuda::workspace_bytes(p)}, bytes);
+  check(cuda::pass(p, workspace.mutable_data_ptr(), current_stream(like.device())));
 }
 #endif
 
@@ -44,11 +48,7 @@ at::Tensor workspace(int64_t bytes, const at::Tensor& like) {
 
 void run(ForwardParams p, [[maybe_unused]] const at::Tensor& like) {
 #ifdef GRALORA_HAVE_CUDA
-  if (like.is_cuda()) {
-    const c10::DeviceGuard guard(like.device());
-    const at::Tensor space = workspace(cuda::workspace_bytes(p), like);
-    return check(cuda::forward(p, space.mutable_data_ptr(), current_stream(like.device())));
-  }
+  if (like.is_cuda()) return run_on_device(p, like);
 #endif
   // Forward gains from threads later than backward and merge, which write as much as the parameters; to read a parameter
   // takes as long as some four multiply-adds.
@@ -59,11 +59,7 @@ void run(ForwardParams p, [[maybe_unused]] const at::Tensor& like) {
 
 void run(BackwardParams p, [[maybe_unused]] const at::Tensor& like) {
 #ifdef GRALORA_HAVE_CUDA
-  if (like.is_cuda()) {
-    const c10::DeviceGuard guard(like.device());
-    const at::Tensor space = workspace(cuda::workspace_bytes(p), like);
-    return check(cuda::backward(p, space.mutable_data_ptr(), current_stream(like.device())));
-  }
+  if (like.is_cuda()) return run_on_device(p, like);
 #endif
   p.threads = threads_for(2 * p.shape.T * (p.shape.r + p.shape.h) * (p.shape.N + p.shape.M));
   cpu::backward(p);

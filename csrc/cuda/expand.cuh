@@ -17,62 +17,61 @@ namespace gralora::cuda {
 
 constexpr int kColumns = 64;  // of y in a tile
 
-// kRanks: in shared memory together
-template <class Left, class Y, class P, int kRanks>
+// Ranks of a chunk, in whole steps of an mma
+__device__ __forceinline__ int used_ranks(int all_ranks, int rank0, int chunk) {
+  return all_ranks - rank0 < chunk ? (all_ranks - rank0 + 15) / 16 * 16 : chunk;
+}
+
+// kRanks: of a chunk; kTiles: of y, the next ones on their way from base
+template <class Left, class Y, class P, int kRanks_, int kTiles_>
 struct ExpandTile {
+  static constexpr int kRanks = kRanks_, kTiles = kTiles_;
   // A 16-bit y needs no third piece of its summands, 2^-16 of them; of a merged weight, which is rounded once for good, more
   // would go the other way than is allowed.
   static constexpr int kRankPieces = sizeof(Y) == 4 ? 3 : 2;
   static constexpr int kFactorPieces = Left::kAllPieces || kPieces<P> < kRankPieces ? kPieces<P> : kRankPieces;
-  static constexpr int kRankPitch = kRanks + 4;
   static constexpr int kFactorPitch = kColumns + 8;
   static constexpr int kPitch = kColumns + 16 / sizeof(Y);
-  // Two tiles of y, the next one on its way from base, where two blocks a multiprocessor still have room
-  static constexpr int kTiles = sizeof(Y) == 2 && kRanks == 32 ? 2 : 1;
   struct Shared {
-    float ranks[kTokens][kRankPitch];
     bf16 factor[kFactorPieces][kRanks][kFactorPitch];
     Y y[kTiles][kTokens][kPitch];
   };
-  static_assert(sizeof(Shared) <= 99 * 1024);
 };
 
-template <class Left, class Y, class P, int kRanks>
-__global__ void __launch_bounds__(kThreads, 2)
-    expand_kernel(Left left_ranks, Factor<P> factor, Factor<P> general, Activation<const Y> base, Activation<Y> y,
-                  int w, int h, int tiles, float scale, Mask mask) {
-  using Tile = ExpandTile<Left, Y, P, kRanks>;
-  constexpr int kVector = 16 / sizeof(Y);
-  typename Tile::Shared& shared = *dynamic_shared<typename Tile::Shared>();
-  const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
-  const RowRange rows = left_ranks.rows(blockIdx.x);
-  const int64_t t0 = rows.first;
-  const int j = blockIdx.z, r = left_ranks.block_ranks(), all_ranks = r + h;
-  const int rank_chunks = (all_ranks + kRanks - 1) / kRanks, factor_rank0 = left_ranks.first_rank(t0);
-  const int begin = blockIdx.y * tiles * kColumns, last = begin + tiles * kColumns, end = last < w ? last : w;
-  const int64_t block_column = int64_t(j) * w;
+// The way from ranks to y, of r of each block and h general ones
+template <class Y, class P>
+struct ExpandSide {
+  Factor<P> factor, general;
+  Activation<const Y> base;
+  Activation<Y> y;
+  int w, r, h;
+  Mask mask;
+};
 
-  // Ranks of a chunk, in whole steps of an mma
-  const auto used_ranks = [&](int rank0) {
-    return all_ranks - rank0 < kRanks ? (all_ranks - rank0 + 15) / 16 * 16 : kRanks;
-  };
-  const auto load_ranks = [&](int rank0, bool keep) {
-    const int used = used_ranks(rank0);
-#pragma unroll 1  // several at once would take registers from the sums
-    for (int i = tid; i < kTokens * kRanks; i += kThreads) {
-      const int m = i / kRanks, c = i % kRanks;
-      if (c >= used) continue;
-      const bool inside = t0 + m < rows.last && rank0 + c < all_ranks;
-      const float value = inside ? left_ranks.get(t0 + m, j, rank0 + c) : 0.0f;
-      shared.ranks[m][c] = scale * value;
-      if (keep && inside) left_ranks.keep(t0 + m, j, rank0 + c, value);
-    }
-  };
+// Ranks as an operand that is read by 8-byte loads: without bank conflicts where a row is 32 bytes longer than a multiple of 128
+constexpr int kRankPadding = 8;
+
+// Columns [begin, end) of block j of `rows`, by all threads. `ranks`: in shared memory, scaled, [kTokens][rank_pitch], zeros to
+// the next multiple of 16. Where there are several chunks of them, load_ranks(chunk, column) brings each for its turn.
+// factor_rank0: the first rank of Q that is met.
+template <class Tile, class Y, class P, class LoadRanks>
+__device__ __forceinline__ void expand_tiles(typename Tile::Shared& shared, const ExpandSide<Y, P>& side, RowRange rows,
+                                             int j, int begin, int end, const float* ranks, int rank_pitch,
+                                             int rank_chunks, int factor_rank0, LoadRanks&& load_ranks) {
+  constexpr int kRanks = Tile::kRanks, kVector = 16 / sizeof(Y);
+  const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
+  const Factor<P>&factor = side.factor, &general = side.general;
+  const Activation<const Y>& base = side.base;
+  const Activation<Y>& y = side.y;
+  const Mask& mask = side.mask;
+  const int64_t t0 = rows.first, block_column = int64_t(j) * side.w;
+  const int w = side.w, r = side.r, all_ranks = side.r + side.h;
+
   // In groups of 4 along the unit stride of Q
   const auto load_factor = [&](int rank0, int column0) {
     const bool along_columns = factor.column_stride == 1;
     const bool vectors = factor.vectors && (along_columns || factor_rank0 % 4 == 0);
-    const int used = used_ranks(rank0), groups = (along_columns ? used : kRanks) * (kColumns / 4);
+    const int used = used_ranks(all_ranks, rank0, kRanks), groups = (along_columns ? used : kRanks) * (kColumns / 4);
     for (int i = tid; i < groups; i += kThreads) {
       const int c = along_columns ? i / (kColumns / 4) : i % (kRanks / 4) * 4;
       const int o = along_columns ? i % (kColumns / 4) * 4 : i / (kRanks / 4);
@@ -133,20 +132,19 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   constexpr int kAhead = Tile::kTiles - 1;
   if (kAhead > 0) load_base(0, begin);
-  if (rank_chunks == 1) load_ranks(0, begin == 0);
   int tile = 0;
   for (int column0 = begin; column0 < end; column0 += kColumns, tile = kAhead - tile) {
     load_base(kAhead - tile, column0 + kAhead * kColumns);
     float acc[kColumns / 8][4] = {};
     for (int chunk = 0; chunk < rank_chunks; chunk++) {
-      if (rank_chunks > 1) load_ranks(chunk * kRanks, column0 == 0);
+      if (rank_chunks > 1) load_ranks(chunk, column0);
       load_factor(chunk * kRanks, column0);
       sync_block();
 #pragma unroll
       for (int k0 = 0; k0 < kRanks; k0 += 16) {
         if (chunk * kRanks + k0 >= all_ranks) break;
         uint32_t a[Tile::kRankPieces][4];
-        load_rows(a, &shared.ranks[warp * 16][k0], Tile::kRankPitch, lane);
+        load_rows(a, ranks + warp * 16 * rank_pitch + k0, rank_pitch, lane);
 #pragma unroll
         for (int c = 0; c < kColumns; c += 16) {
           uint32_t left[Tile::kFactorPieces][2], right[Tile::kFactorPieces][2];
@@ -174,6 +172,45 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     store_y(tile, column0);  // each thread what it will fill with a later tile of base: no barrier
   }
+}
+
+template <class Left, class Y, class P, int kRanks>
+struct ExpandKernelTile {
+  // Two tiles of y where two blocks a multiprocessor still have room
+  using Tile = ExpandTile<Left, Y, P, kRanks, sizeof(Y) == 2 && kRanks == 32 ? 2 : 1>;
+  static constexpr int kRankPitch = kRanks + kRankPadding;
+  struct Shared {
+    float ranks[kTokens][kRankPitch];
+    typename Tile::Shared tile;
+  };
+  static_assert(sizeof(Shared) <= 99 * 1024);
+};
+
+template <class Left, class Y, class P, int kRanks>
+__global__ void __launch_bounds__(kThreads, 2)
+    expand_kernel(Left left_ranks, ExpandSide<Y, P> side, int tiles, float scale) {
+  using KernelTile = ExpandKernelTile<Left, Y, P, kRanks>;
+  typename KernelTile::Shared& shared = *dynamic_shared<typename KernelTile::Shared>();
+  const RowRange rows = left_ranks.rows(blockIdx.x);
+  const int64_t t0 = rows.first;
+  const int j = blockIdx.z, all_ranks = side.r + side.h, rank_chunks = (all_ranks + kRanks - 1) / kRanks;
+  const int begin = blockIdx.y * tiles * kColumns, last = begin + tiles * kColumns, end = last < side.w ? last : side.w;
+
+  const auto load_ranks = [&](int chunk, int column0) {
+    const int rank0 = chunk * kRanks, used = used_ranks(all_ranks, rank0, kRanks);
+#pragma unroll 1  // several at once would take registers from the sums
+    for (int i = threadIdx.x; i < kTokens * kRanks; i += kThreads) {
+      const int m = i / kRanks, c = i % kRanks;
+      if (c >= used) continue;
+      const bool inside = t0 + m < rows.last && rank0 + c < all_ranks;
+      const float value = inside ? left_ranks.get(t0 + m, j, rank0 + c) : 0.0f;
+      shared.ranks[m][c] = scale * value;
+      if (column0 == 0 && inside) left_ranks.keep(t0 + m, j, rank0 + c, value);
+    }
+  };
+  if (rank_chunks == 1) load_ranks(0, begin);
+  expand_tiles<typename KernelTile::Tile>(shared.tile, side, rows, j, begin, end, &shared.ranks[0][0],
+                                          KernelTile::kRankPitch, rank_chunks, left_ranks.first_rank(t0), load_ranks);
 }
 
 }  // namespace gralora::cuda

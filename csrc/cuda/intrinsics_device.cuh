@@ -19,7 +19,15 @@ __device__ __forceinline__ T load_global(const T* p) {
 template <class T>
 __device__ __forceinline__ void store_global(T* p, T value) {
   static_assert(kOneAccess<T>, "2, 4, 8 or 16 bytes, aligned to their size");
-  *p = value;
+  if constexpr (sizeof(T) == 16) {  // nvcc would not always find four words together again
+    uint32_t word[4];
+    memcpy(word, &value, sizeof word);
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(word[0]),
+                 "r"(word[1]), "r"(word[2]), "r"(word[3])
+                 : "memory");
+  } else {
+    *p = value;
+  }
 }
 
 __device__ __forceinline__ void sync_block() { __syncthreads(); }

@@ -51,7 +51,8 @@ bool on_tensor_cores(const BackwardParams& p, const Device& device) {
 int element_size(DType dtype) { return dtype == DType::f32 ? 4 : dtype == DType::f64 ? 8 : 2; }
 
 ForwardPlan plan_of(const ForwardParams& p, const Device& device) {
-  return ForwardPlan::of(p.shape, column_splits(p.shape, p.shape.N, element_size(p.x.dtype), device));
+  const bool fused = fits_one_launch(p.shape) && fills_one_launch(p.shape, device);
+  return ForwardPlan::of(p, fused ? 0 : column_splits(p.shape, p.shape.N, element_size(p.x.dtype), device));
 }
 BackwardPlan plan_of(const BackwardParams& p, const Device& device) {
   return BackwardPlan::of(p, column_splits(p.shape, p.shape.M, element_size(p.x.dtype), device),
@@ -67,41 +68,32 @@ MergeParams of_transposed_weight(MergeParams p) {
   return p;
 }
 
-}  // namespace
-
-int64_t workspace_bytes(const ForwardParams& p) {
-  const Device device = current_device();
-  if (!on_tensor_cores(p, device)) return simt::workspace(p);
-  return plan_of(p, device).floats * int64_t(sizeof(float));
-}
-
-int forward(const ForwardParams& p, void* workspace, void* stream) {
-  const Device device = current_device();
-  const auto on = static_cast<cudaStream_t>(stream);
-  if (!on_tensor_cores(p, device)) return simt::forward(p, workspace, on);
-  return for_pair(p.x.dtype, p.adapter.A.dtype, [&](auto pair) {
-    using Types = decltype(pair);
-    return forward<typename Types::Activations, typename Types::Parameters>(p, plan_of(p, device),
-                                                                            static_cast<float*>(workspace), on);
-  });
-}
-
-int64_t workspace_bytes(const BackwardParams& p) {
+template <class Params>
+int64_t workspace_of(const Params& p) {
   const Device device = current_device();
   if (!on_tensor_cores(p, device)) return simt::workspace(p);
   return plan_of(p, device).floats() * int64_t(sizeof(float));
 }
 
-int backward(const BackwardParams& p, void* workspace, void* stream) {
+template <class Params>
+int chosen_pass(const Params& p, void* workspace, void* stream) {
   const Device device = current_device();
   const auto on = static_cast<cudaStream_t>(stream);
-  if (!on_tensor_cores(p, device)) return simt::backward(p, workspace, on);
+  if (!on_tensor_cores(p, device)) return simt::pass(p, workspace, on);
   return for_pair(p.x.dtype, p.adapter.A.dtype, [&](auto pair) {
     using Types = decltype(pair);
-    return backward<typename Types::Activations, typename Types::Parameters>(p, plan_of(p, device),
-                                                                             static_cast<float*>(workspace), on);
+    return pass<typename Types::Activations, typename Types::Parameters>(p, plan_of(p, device),
+                                                                         static_cast<float*>(workspace), on);
   });
 }
+
+}  // namespace
+
+int64_t workspace_bytes(const ForwardParams& p) { return workspace_of(p); }
+int64_t workspace_bytes(const BackwardParams& p) { return workspace_of(p); }
+
+int pass(const ForwardParams& p, void* workspace, void* stream) { return chosen_pass(p, workspace, stream); }
+int pass(const BackwardParams& p, void* workspace, void* stream) { return chosen_pass(p, workspace, stream); }
 
 int merge(const MergeParams& p, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);

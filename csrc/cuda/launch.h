@@ -10,9 +10,9 @@ namespace gralora::cuda {
 int64_t workspace_bytes(const ForwardParams& p);
 int64_t workspace_bytes(const BackwardParams& p);
 
-// p.u may be null: it is not written then.
-int forward(const ForwardParams& p, void* workspace, void* stream);
-int backward(const BackwardParams& p, void* workspace, void* stream);
+// Of forward, p.u may be null: it is not written then.
+int pass(const ForwardParams& p, void* workspace, void* stream);
+int pass(const BackwardParams& p, void* workspace, void* stream);
 int merge(const MergeParams& p, void* stream);
 
 // The conformance kernel of that name (conformance.cu) on one warp, with its arrays on the device

@@ -9,20 +9,20 @@
 
 namespace gralora::cuda {
 
-// project, expand
+// fused_forward; or project, expand
 template <class X, class P>
-cudaError_t forward(const ForwardParams& p, const ForwardPlan& plan, float* workspace, cudaStream_t stream);
+cudaError_t pass(const ForwardParams& p, const ForwardPlan& plan, float* workspace, cudaStream_t stream);
 
 // project, expand, weight_gradient, reduce
 template <class X, class P>
-cudaError_t backward(const BackwardParams& p, const BackwardPlan& plan, float* workspace, cudaStream_t stream);
+cudaError_t pass(const BackwardParams& p, const BackwardPlan& plan, float* workspace, cudaStream_t stream);
 
 template <class W, class P>
 cudaError_t merge(const MergeParams& p, cudaStream_t stream);
 
-#define GRALORA_INSTANTIATE(X, P)                                                                        \
-  template cudaError_t forward<X, P>(const ForwardParams&, const ForwardPlan&, float*, cudaStream_t);    \
-  template cudaError_t backward<X, P>(const BackwardParams&, const BackwardPlan&, float*, cudaStream_t); \
+#define GRALORA_INSTANTIATE(X, P)                                                                    \
+  template cudaError_t pass<X, P>(const ForwardParams&, const ForwardPlan&, float*, cudaStream_t);   \
+  template cudaError_t pass<X, P>(const BackwardParams&, const BackwardPlan&, float*, cudaStream_t); \
   template cudaError_t merge<X, P>(const MergeParams&, cudaStream_t);
 
 }  // namespace gralora::cuda

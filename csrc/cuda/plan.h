@@ -34,15 +34,33 @@ inline int token_splits(const Shape& s, const Device& device) {
   return splits_to_fill(tiles, ceil_div(s.T, kDepth), device);
 }
 
-// The floats of a forward pass: ranks before the exchange, [splits][T][k][r + h]
+// Forward in one launch: where the ranks of a tile of tokens fit into shared memory beside two blocks' buffers, and where each
+// multiprocessor has tiles enough. A block walks all columns of its tile, so none of its work can be shared out: the last
+// round of tiles must be nearly full too.
+constexpr int kFusedBlockRanks = 32, kFusedRanks = 64;  // of a block; of all blocks, each in whole steps of 16
+
+inline bool fits_one_launch(const Shape& s) {
+  return s.r + s.h <= kFusedBlockRanks && s.k * (ceil_div(s.r + s.h, 16) * 16) <= kFusedRanks;
+}
+inline bool fills_one_launch(const Shape& s, const Device& device) {
+  const int64_t tiles = ceil_div(s.T, kTokens), rounds = ceil_div(tiles, device.multiprocessors);
+  return rounds >= kBlocksPerMultiprocessor && tiles * 8 >= rounds * device.multiprocessors * 7;
+}
+
+// A forward pass in one launch, splits == 0, or in two with ranks before the exchange between them, [splits][T][k][r + h] floats
 struct ForwardPlan {
   int splits;
-  int64_t floats;
+  int64_t ranks;
 
-  static ForwardPlan of(const Shape& s, int splits) { return {splits, splits * s.T * s.k * (s.r + s.h)}; }
+  int64_t floats() const { return ranks; }
+
+  static ForwardPlan of(const ForwardParams& p, int splits) {
+    const Shape& s = p.shape;
+    return {splits, splits * s.T * s.k * (s.r + s.h)};
+  }
 };
 
-// Those of a backward pass, one after the other. What is not wanted takes none.
+// The floats of a backward pass, one after the other. What is not wanted takes none.
 struct BackwardPlan {
   int splits, token_splits;
   bool need_dH, need_gradients;

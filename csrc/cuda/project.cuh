@@ -6,20 +6,22 @@
 // Forward: x, A, Ag^T. Backward: g, B^T, Bg. w = width/k; f carries the scaling and the 1/(1-p) of dropout.
 //
 // A block owns 128 tokens, one n, `columns` ranks and one split of the w columns; a warp owns 16 tokens. x goes through a ring of
-// kStages tiles of 128 bytes a row (cp.async), each read once per group of ranks; P through two buffers of bfloat16 pieces,
-// converted once a block. Both are read by ldmatrix (a float x by 8-byte loads) from rows that are 16 bytes longer than a
-// multiple of 128: no bank conflicts. Sums are taken in the order of i, in registers: the result depends on nothing but the
-// shape and the number of splits.
+// kStages tiles of kRowBytes a row (cp.async), each read once per group of ranks; P through two buffers of bfloat16 pieces,
+// converted once a block. Both are read by ldmatrix from rows that are 16 bytes longer than a multiple of 64, or a float x by
+// 8-byte loads from rows that are 32 longer: no bank conflicts. Sums are taken in the order of i, in registers: the result
+// depends on nothing but the shape and the number of splits.
 #pragma once
 
 #include "fragments.cuh"
 
 namespace gralora::cuda {
 
-template <class X, class P, int columns>
+template <class X, class P, int columns, int kRowBytes>
 struct ProjectTile {
-  static constexpr int kDepth = 128 / sizeof(X);          // columns of x in a stage
-  static constexpr int kPitch = kDepth + 16 / sizeof(X);  // elements from a row of x to the next
+  static constexpr int kColumns = columns;
+  static constexpr int kDepth = kRowBytes / sizeof(X);  // columns of x in a stage
+  static constexpr int kPitch =
+      kDepth + (sizeof(X) == 4 ? 32 : 16) / sizeof(X);  // elements from a row of x to the next
   static constexpr int kFactorPitch = columns + 8;
   static constexpr int kFactorPieces = kPieces<P>;
   // Three, where two blocks still fit into the 163 KiB of a multiprocessor of 8.0
@@ -49,30 +51,25 @@ struct ProjectSides {
   ProjectSide<X, P> side[2];
 };
 
-template <class X, class P, int columns>
-__global__ void __launch_bounds__(kThreads, 2) project_kernel(ProjectSides<X, P> sides) {
-  using Tile = ProjectTile<X, P, columns>;
-  constexpr int kDepth = Tile::kDepth;
-  typename Tile::Shared& shared = *dynamic_shared<typename Tile::Shared>();
+// The sums of 128 tokens from t0 with one n over the chunks [first, last), `Tile::kColumns` ranks from rank0: store(m, c, sum) of
+// token t0 + m and rank rank0 + c, each by one thread, which is the same for each n. Leaves shared memory while others may
+// still read it.
+template <class Tile, class X, class P, class Store>
+__device__ __forceinline__ void project_tile(typename Tile::Shared& shared, const ProjectSide<X, P>& side, int n,
+                                             int64_t t0, int64_t first, int64_t last, int rank0, Store&& store) {
+  constexpr int columns = Tile::kColumns, kDepth = Tile::kDepth;
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
-  const int rank_groups = (sides.side[0].ranks.r + sides.side[0].ranks.h + columns - 1) / columns;
-  // Groups of ranks first: those of one tile of x run together, and all but one find it in L2.
-  const int rank0 = blockIdx.x % rank_groups * columns, split = blockIdx.z;
-  const ProjectSide<X, P>& side = sides.side[int(blockIdx.y) >= sides.side[0].ranks.k];
   const Activation<const X>& x = side.x;
   const Factor<P>&factor = side.factor, &general = side.general;
   const Ranks& ranks = side.ranks;
   const Mask& mask = side.mask;
-  const int n = blockIdx.y % ranks.k, splits = ranks.splits;
-  const int64_t t0 = int64_t(blockIdx.x / rank_groups) * kTokens, w = side.w;
-  const int64_t chunks = (w + kDepth - 1) / kDepth;
-  const int64_t first = chunks * split / splits, last = chunks * (split + 1) / splits;
+  const int64_t w = side.w;
 
   const auto load_x = [&](int stage, int64_t chunk) {
     if (chunk < last) {
-      constexpr int kVector = 16 / sizeof(X);
-      for (int i = tid; i < kTokens * 8; i += kThreads) {
-        const int m = i / 8, c = i % 8 * kVector;
+      constexpr int kVector = 16 / sizeof(X), kVectors = kDepth / kVector;
+      for (int i = tid; i < kTokens * kVectors; i += kThreads) {
+        const int m = i / kVectors, c = i % kVectors * kVector;
         const int64_t column = chunk * kDepth + c, left = w - column;
         X* to = &shared.x[stage][m][c];
         const X* from = x.data + (t0 + m) * x.stride + n * w + column;
@@ -169,11 +166,30 @@ __global__ void __launch_bounds__(kThreads, 2) project_kernel(ProjectSides<X, P>
 #pragma unroll
   for (int c = 0; c < columns / 8; c++)
 #pragma unroll
-    for (int v = 0; v < 4; v++) {
-      const int64_t t = t0 + warp * 16 + lane / 4 + v / 2 * 8;
-      const int rank = rank0 + c * 8 + lane % 4 * 2 + v % 2;
-      if (t < ranks.T && rank < ranks.r + ranks.h) store_global(ranks.at(split, t, n) + rank, side.scale * acc[c][v]);
-    }
+    for (int v = 0; v < 4; v++)
+      store(warp * 16 + lane / 4 + v / 2 * 8, c * 8 + lane % 4 * 2 + v % 2, side.scale * acc[c][v]);
+}
+
+template <class X, class P, int columns>
+using ProjectKernelTile = ProjectTile<X, P, columns, 128>;
+
+template <class X, class P, int columns>
+__global__ void __launch_bounds__(kThreads, 2) project_kernel(ProjectSides<X, P> sides) {
+  using Tile = ProjectKernelTile<X, P, columns>;
+  typename Tile::Shared& shared = *dynamic_shared<typename Tile::Shared>();
+  const int all_ranks = sides.side[0].ranks.r + sides.side[0].ranks.h,
+            rank_groups = (all_ranks + columns - 1) / columns;
+  // Groups of ranks first: those of one tile of x run together, and all but one find it in L2.
+  const int rank0 = blockIdx.x % rank_groups * columns, split = blockIdx.z;
+  const ProjectSide<X, P>& side = sides.side[int(blockIdx.y) >= sides.side[0].ranks.k];
+  const Ranks& ranks = side.ranks;
+  const int n = blockIdx.y % ranks.k, splits = ranks.splits;
+  const int64_t t0 = int64_t(blockIdx.x / rank_groups) * kTokens;
+  const int64_t chunks = (side.w + Tile::kDepth - 1) / Tile::kDepth;
+  const int64_t first = chunks * split / splits, last = chunks * (split + 1) / splits;
+  project_tile<Tile>(shared, side, n, t0, first, last, rank0, [&](int m, int c, float sum) {
+    if (t0 + m < ranks.T && rank0 + c < all_ranks) store_global(ranks.at(split, t0 + m, n) + rank0 + c, sum);
+  });
 }
 
 }  // namespace gralora::cuda

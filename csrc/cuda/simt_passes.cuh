@@ -81,7 +81,7 @@ inline int64_t workspace_bytes(const Shape& s, bool f64, int sets) {
 }
 
 inline int64_t workspace(const ForwardParams& p) { return workspace_bytes(p.shape, p.accumulate_f64, p.u == nullptr); }
-inline cudaError_t forward(const ForwardParams& p, void* workspace, cudaStream_t stream) {
+inline cudaError_t pass(const ForwardParams& p, void* workspace, cudaStream_t stream) {
   const Shape& s = p.shape;
   const Kept u{p.u != nullptr ? p.u : workspace, p.accumulate_f64, s.k, s.r, s.h};
   Products ranks, y;
@@ -95,7 +95,7 @@ inline cudaError_t forward(const ForwardParams& p, void* workspace, cudaStream_t
 inline int64_t workspace(const BackwardParams& p) {
   return workspace_bytes(p.shape, p.accumulate_f64, p.u == nullptr ? 2 : 1);
 }
-inline cudaError_t backward(const BackwardParams& p, void* workspace, cudaStream_t stream) {
+inline cudaError_t pass(const BackwardParams& p, void* workspace, cudaStream_t stream) {
   const Shape& s = p.shape;
   const Mask mask = mask_of(p.dropout, s.N);
   const double kept = keep_scale(p.dropout);

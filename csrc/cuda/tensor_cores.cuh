@@ -3,6 +3,7 @@
 
 #include "dropout.cuh"
 #include "expand.cuh"
+#include "fused_forward.cuh"
 #include "passes.h"
 #include "project.cuh"
 #include "reduce.cuh"
@@ -43,7 +44,7 @@ ProjectSide<X, P> project_side(const Rows& x, const Param& P_block, const Param&
 
 template <class X, class P, int columns>
 cudaError_t launch_project(const ProjectSides<X, P>& sides, int count, const Ranks& ranks, cudaStream_t stream) {
-  using Tile = ProjectTile<X, P, columns>;
+  using Tile = ProjectKernelTile<X, P, columns>;
   const int groups = ceil_div(ranks.r + ranks.h, columns);
   return launch("project", project_kernel<X, P, columns>,
                 dim3(unsigned(ceil_div(ranks.T, kTokens) * groups), unsigned(count * ranks.k), unsigned(ranks.splits)),
@@ -60,24 +61,36 @@ cudaError_t project(const ProjectSides<X, P>& sides, int count, cudaStream_t str
   return launch_project<X, P, 64>(sides, count, ranks, stream);
 }
 
+template <class Y, class P>
+ExpandSide<Y, P> expand_side(const Param& Q, const Param& G, const Rows& base, const Rows& y, int64_t w, int r, int h,
+                             const Mask& mask) {
+  return {factor<P>(Q), factor<P>(G), activation<const Y>(base, w), activation<Y>(y, w), int(w), r, h, mask};
+}
+
 template <class Left, class Y, class P, int kRanks>
-cudaError_t launch_expand(const char* name, const Left& ranks, int row_tiles, const Param& Q, const Param& G,
-                          const Rows& base, const Rows& y, int k, int h, int64_t w, double scale, const Mask& mask,
-                          cudaStream_t stream) {
+cudaError_t launch_expand(const char* name, const Left& ranks, int row_tiles, int k, const ExpandSide<Y, P>& side,
+                          double scale, cudaStream_t stream) {
   if (row_tiles == 0) return cudaSuccess;
   constexpr int kTilesOfABlock = 8;  // of 64 columns: enough to use the ranks often, few enough to fill the device
-  const int tiles = ceil_div(w, kColumns) < kTilesOfABlock ? ceil_div(w, kColumns) : kTilesOfABlock;
+  const int all = ceil_div(side.w, kColumns), tiles = all < kTilesOfABlock ? all : kTilesOfABlock;
   return launch(name, expand_kernel<Left, Y, P, kRanks>,
-                dim3(unsigned(row_tiles), unsigned(ceil_div(w, int64_t(tiles) * kColumns)), unsigned(k)),
-                dim3(kThreads), sizeof(typename ExpandTile<Left, Y, P, kRanks>::Shared), stream, ranks, factor<P>(Q),
-                factor<P>(G), activation<const Y>(base, w), activation<Y>(y, w), int(w), h, tiles, float(scale), mask);
+                dim3(unsigned(row_tiles), unsigned(ceil_div(all, tiles)), unsigned(k)), dim3(kThreads),
+                sizeof(typename ExpandKernelTile<Left, Y, P, kRanks>::Shared), stream, ranks, side, tiles,
+                float(scale));
 }
 
 template <class Left, class Y, class P>
-cudaError_t expand(const char* name, const Left& ranks, int row_tiles, const Param& Q, const Param& G, const Rows& base,
-                   const Rows& y, int k, int h, int64_t w, double scale, const Mask& mask, cudaStream_t stream) {
-  const auto launcher = ranks.block_ranks() + h <= 32 ? launch_expand<Left, Y, P, 32> : launch_expand<Left, Y, P, 64>;
-  return launcher(name, ranks, row_tiles, Q, G, base, y, k, h, w, scale, mask, stream);
+cudaError_t expand(const char* name, const Left& ranks, int row_tiles, int k, const ExpandSide<Y, P>& side,
+                   double scale, cudaStream_t stream) {
+  const auto launcher = side.r + side.h <= 32 ? launch_expand<Left, Y, P, 32> : launch_expand<Left, Y, P, 64>;
+  return launcher(name, ranks, row_tiles, k, side, scale, stream);
+}
+
+template <class X, class P, int columns>
+cudaError_t launch_fused_forward(const ProjectSide<X, P>& from, const ExpandSide<X, P>& to, double scale,
+                                 cudaStream_t stream) {
+  return launch("fused_forward", fused_forward_kernel<X, P, columns>, dim3(unsigned(ceil_div(from.ranks.T, kTokens))),
+                dim3(kThreads), sizeof(typename FusedTile<X, P, columns>::Shared), stream, from, to, float(scale));
 }
 
 template <class X, int kRanks>
@@ -94,21 +107,27 @@ cudaError_t launch_weight_gradient(GradientSides<X> sides, int splits, cudaStrea
 }
 
 template <class X, class P>
-cudaError_t forward(const ForwardParams& p, const ForwardPlan& plan, float* workspace, cudaStream_t stream) {
+cudaError_t pass(const ForwardParams& p, const ForwardPlan& plan, float* workspace, cudaStream_t stream) {
   const Shape& s = p.shape;
+  const int k = int(s.k), r = int(s.r), h = int(s.h);
+  if (s.T == 0) return cudaSuccess;
   const Ranks ranks = partial_ranks(s, workspace, plan.splits, static_cast<float*>(p.u));
-  const ProjectSides<X, P> x = {
-      {project_side<X, P>(p.x, p.adapter.A, blocks_of_rows(transposed(p.adapter.A_general), s.N / s.k), ranks, s.N,
-                          keep_scale(p.dropout), mask_of(p.dropout, s.N))}};
-  const cudaError_t error = project(x, 1, stream);
+  const ProjectSide<X, P> from =
+      project_side<X, P>(p.x, p.adapter.A, blocks_of_rows(transposed(p.adapter.A_general), s.N / k), ranks, s.N,
+                         keep_scale(p.dropout), mask_of(p.dropout, s.N));
+  const ExpandSide<X, P> to = expand_side<X, P>(p.adapter.B, transposed(blocks_of_rows(p.adapter.B_general, s.M / k)),
+                                                p.base, p.y, s.M / k, r, h, Mask{});
+  if (plan.splits == 0) {
+    const auto launcher = r + h <= 16 ? launch_fused_forward<X, P, 16> : launch_fused_forward<X, P, 32>;
+    return launcher(from, to, p.scaling, stream);
+  }
+  const cudaError_t error = project(ProjectSides<X, P>{{from}}, 1, stream);
   if (error != cudaSuccess) return error;
-  return expand<Ranks, X, P>("expand", ranks, ceil_div(s.T, kTokens), p.adapter.B,
-                             transposed(blocks_of_rows(p.adapter.B_general, s.M / s.k)), p.base, p.y, int(s.k),
-                             int(s.h), s.M / s.k, p.scaling, Mask{}, stream);
+  return expand("expand", ranks, ceil_div(s.T, kTokens), k, to, p.scaling, stream);
 }
 
 template <class X, class P>
-cudaError_t backward(const BackwardParams& p, const BackwardPlan& plan, float* workspace, cudaStream_t stream) {
+cudaError_t pass(const BackwardParams& p, const BackwardPlan& plan, float* workspace, cudaStream_t stream) {
   const Shape& s = p.shape;
   const int k = int(s.k), r = int(s.r), h = int(s.h);
   const int64_t w_in = s.N / k, w_out = s.M / k;
@@ -134,9 +153,10 @@ cudaError_t backward(const BackwardParams& p, const BackwardPlan& plan, float* w
   if (error != cudaSuccess) return error;
 
   if (p.grad_x.data != nullptr)
-    error = expand<Ranks, X, P>("expand", partial_dH, ceil_div(s.T, kTokens), transposed(p.adapter.A),
-                                blocks_of_columns(p.adapter.A_general, w_in), Rows{}, p.grad_x, k, h, w_in, kept_scale,
-                                mask, stream);
+    error = expand("expand", partial_dH, ceil_div(s.T, kTokens), k,
+                   expand_side<X, P>(transposed(p.adapter.A), blocks_of_columns(p.adapter.A_general, w_in), Rows{},
+                                     p.grad_x, w_in, r, h, mask),
+                   kept_scale, stream);
   if (error != cudaSuccess || !plan.need_gradients) return error;
 
   const auto side = [&](const Rows& x, const Ranks& ranks, int64_t w, float* to, bool wanted, double scale,
@@ -170,9 +190,10 @@ cudaError_t merge(const MergeParams& p, cudaStream_t stream) {
       factor<P>(p.adapter.B), factor<P>(p.adapter.B_general), rows, ceil_div(rows, kTokens), int(s.r / s.k), int(s.h)};
   Rows weight;
   weight.data = p.weight.data, weight.leading_dims = 1, weight.sizes[0] = s.M, weight.strides[0] = p.weight.row_stride;
-  return expand<OutputRanks<P>, W, P>("merge", ranks, int(s.k) * ranks.tiles_per_block, transposed(p.adapter.A),
-                                      blocks_of_columns(p.adapter.A_general, w), p.accumulate ? weight : Rows{}, weight,
-                                      int(s.k), int(s.h), w, p.scaling, Mask{}, stream);
+  const ExpandSide<W, P> side =
+      expand_side<W, P>(transposed(p.adapter.A), blocks_of_columns(p.adapter.A_general, w),
+                        p.accumulate ? weight : Rows{}, weight, w, ranks.rb, int(s.h), Mask{});
+  return expand("merge", ranks, int(s.k) * ranks.tiles_per_block, int(s.k), side, p.scaling, stream);
 }
 
 }  // namespace gralora::cuda

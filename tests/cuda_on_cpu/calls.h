@@ -13,7 +13,7 @@ struct Call {
   int64_t needs;                      // a bit each: dx, dA, dB, dA_general, dB_general
   int64_t keep_u;                     // forward writes u and backward reads it
   int64_t column_splits,
-      token_splits;  // 0: through launch.h, which chooses them; else on tensor cores in so many parts
+      token_splits;  // 0: through launch.h, which chooses them; else on tensor cores in so many parts, or forward in one launch (-1)
   int64_t seed;
   double scaling, dropout;
 };
@@ -21,7 +21,7 @@ struct Call {
 extern "C" {
 
 int64_t test_workspace(const Call* c, int backward);
-// Into how many parts launch.h cuts columns and tokens on the current device; the tokens in backward alone
+// Into how many parts launch.h cuts columns (0: forward in one launch) and tokens (backward alone) on the current device
 void test_plan(const Call* c, int backward, int64_t splits[2]);
 int test_forward(const Call* c, const void* x, const void* base, void* y, const void* A, const void* B,
                  const void* A_general, const void* B_general, void* u, void* workspace);

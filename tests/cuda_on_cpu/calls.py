@@ -12,6 +12,7 @@ DTYPES = ("fp32", "bf16", "fp16", "fp64")  # in the numbers of calls.h
 ELEMENT = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
 PASSES = ("forward", "backward", "merge")
 ALL_GRADIENTS = 31
+ONE_LAUNCH = -1  # in place of a number of parts
 
 
 class Call(ctypes.Structure):
@@ -40,7 +41,9 @@ class Shape:
     dropout: float = 0.0
     keep_u: bool = True
     padding: int = 0  # elements between the rows of activations
-    columns: int = 0  # into how many parts columns and tokens are cut; 0: as launch.h chooses
+    columns: int = (
+        0  # into how many parts columns and tokens are cut; 0: as launch.h chooses; -1: forward in one launch
+    )
     tokens: int = 0
 
     def call(self) -> Call:
@@ -52,7 +55,9 @@ class Shape:
         )
 
     def splits(self, library: Library, which: str) -> tuple[int, int]:
-        """Into how many parts ``which`` cuts columns and tokens."""
+        """Into how many parts ``which`` cuts columns (0: forward in one launch) and tokens."""
+        if self.columns == ONE_LAUNCH:
+            return int(which == "backward"), self.tokens
         if self.columns:
             return self.columns, self.tokens
         splits = (ctypes.c_int64 * 2)()

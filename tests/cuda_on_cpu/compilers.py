@@ -9,6 +9,8 @@ import re
 import shutil
 import subprocess
 import tempfile
+import threading
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from gralora_ext import _build_config as config
 HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parent.parent / "csrc" / "cuda"
 EMULATOR = HERE / "emulator"
+ARCHS = (80, 90, 86, 89, 100, 120)  # those of the tables first
 
 # gcc's unique symbols would make all emulated libraries of a process share one emulator.
 # Both compilers know `#pragma unroll`, under different names.
@@ -25,10 +28,11 @@ HOST_FLAGS = ("-std=c++17", "-g", "-fno-gnu-unique")
 STRICT = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
 VARIANTS = {
     "plain": ("-O2",),
-    "asan": ("-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
+    "asan": ("-Og", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
     "tsan": ("-O1", "-fsanitize=thread"),
-    "quick": ("-Og", "-g0"),  # where a build serves one short run
-    "quick_tsan": ("-Og", "-fsanitize=thread"),
+    # Where a build serves one short run
+    "quick": ("-Og", "-g0", "-DGRALORA_TEST_FEW_PAIRS"),
+    "quick_tsan": ("-Og", "-fsanitize=thread", "-DGRALORA_TEST_FEW_PAIRS"),
 }
 NVCC_FLAGS = ("-std=c++17", "-O3")
 NVCC_STRICT = ("-Werror", "all-warnings")
@@ -102,6 +106,15 @@ def cubin(source: Path, arch: int, *, include: Sequence[Path] = (), strict: bool
     return Cubin(built, built.with_suffix(".log").read_text())
 
 
+def kernels_cubin(arch: int) -> Cubin:
+    """Of all kernels, none spilled"""
+    return cubin(HERE / "kernels.cu", arch, include=[KERNELS.parent])
+
+
+def sanitized_kernels(variant: str) -> Path:
+    return emulated_program([HERE / "kernels_main.cpp", HERE / "kernels.cu"], variant, include=[KERNELS.parent])
+
+
 def nvcc_version() -> str:
     """Such as ``13.0.88``"""
     said = subprocess.run([_nvcc(())[0], "--version"], check=True, capture_output=True, text=True)
@@ -168,18 +181,25 @@ def _cached(command: Sequence[str], suffix: str, include: Sequence[Path]) -> Pat
         digest.update(str(file).encode() + b"\0" + file.read_bytes() + b"\0")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gralora_ext" / "cuda_on_cpu"
     built = cache / (digest.hexdigest()[:32] + suffix)
-    if built.exists():
-        return built
     cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
-        output = Path(folder) / ("output" + suffix)
+    with _being_built[built]:  # perhaps by another thread
+        if not built.exists():
+            _build(command, built)
+    return built
+
+
+_being_built: defaultdict[Path, threading.Lock] = defaultdict(threading.Lock)
+
+
+def _build(command: Sequence[str], built: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=built.parent) as folder:
+        output = Path(folder) / ("output" + built.suffix)
         done = subprocess.run([*command, "-o", str(output)], check=False, capture_output=True, text=True)
         if done.returncode != 0:
             raise CompileError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
         (Path(folder) / "log").write_text(done.stderr)
         (Path(folder) / "log").replace(built.with_suffix(".log"))
         output.replace(built)  # other processes see all of it or nothing
-    return built
 
 
 def _sources(include: Sequence[Path]) -> set[Path]:

@@ -1,9 +1,13 @@
 // See calls.h. All kernels in one source: an emulated library has one emulator.
 #include "calls.h"
 
+#ifdef GRALORA_TEST_FEW_PAIRS
+#include "few_pairs.h"
+#else
 #include "bfloat16.cu"
 #include "float16.cu"
 #include "float32.cu"
+#endif
 #include "launch.cu"
 
 using namespace gralora;
@@ -59,9 +63,35 @@ BackwardParams backward_params(const Call& c, const void* x, const void* grad_y,
   return p;
 }
 
-// For pointers that are only compared with null
-int64_t some = 0;
-Adapter some_adapter(const Call& c) { return adapter(c, {&some, &some, &some, &some}); }
+// f(the parameters of a pass), with pointers that are only compared with null
+template <class F>
+int64_t of_pass(const Call& c, int backward, F&& f) {
+  static int64_t some = 0;
+  const Adapter parameters = adapter(c, {&some, &some, &some, &some});
+  if (backward) return f(backward_params(c, &some, &some, &some, parameters, &some, parameters));
+  return f(forward_params(c, &some, &some, &some, parameters, &some));
+}
+
+// As the call says
+cuda::ForwardPlan plan(const Call& c, const ForwardParams& p) {
+  return cuda::ForwardPlan::of(p, c.column_splits < 0 ? 0 : int(c.column_splits));
+}
+cuda::BackwardPlan plan(const Call& c, const BackwardParams& p) {
+  return cuda::BackwardPlan::of(p, c.column_splits < 0 ? 1 : int(c.column_splits), int(c.token_splits));
+}
+
+int tokens(const cuda::ForwardPlan&) { return 0; }
+int tokens(const cuda::BackwardPlan& plan) { return plan.token_splits; }
+
+template <class Params>
+int run(const Call& c, const Params& p, void* workspace) {
+  if (c.column_splits == 0) return cuda::pass(p, workspace, nullptr);
+  return cuda::for_pair(p.x.dtype, p.adapter.A.dtype, [&](auto pair) {
+    using Types = decltype(pair);
+    return cuda::pass<typename Types::Activations, typename Types::Parameters>(p, plan(c, p),
+                                                                               static_cast<float*>(workspace), nullptr);
+  });
+}
 
 __global__ void mask_kernel(cuda::Mask mask, int64_t t, int64_t column, uint8_t* kept) {
   const int i = int(blockIdx.x * blockDim.x + threadIdx.x);
@@ -77,49 +107,31 @@ int test_mask(const int64_t* seed, int64_t threshold, int64_t width, int64_t t, 
 }
 
 int64_t test_workspace(const Call* c, int backward) {
-  const Adapter parameters = some_adapter(*c);
-  const ForwardParams forward = forward_params(*c, &some, &some, &some, parameters, &some);
-  const BackwardParams back = backward_params(*c, &some, &some, &some, parameters, &some, parameters);
-  if (c->column_splits == 0) return backward ? cuda::workspace_bytes(back) : cuda::workspace_bytes(forward);
-  return 4 * (backward ? cuda::BackwardPlan::of(back, int(c->column_splits), int(c->token_splits)).floats()
-                       : cuda::ForwardPlan::of(forward.shape, int(c->column_splits)).floats);
+  return of_pass(*c, backward, [&](const auto& p) {
+    return c->column_splits == 0 ? cuda::workspace_bytes(p) : 4 * plan(*c, p).floats();
+  });
 }
 
 void test_plan(const Call* c, int backward, int64_t splits[2]) {
-  const Adapter parameters = some_adapter(*c);
-  const cuda::Device device = cuda::current_device();
-  if (backward) {
-    const auto p = backward_params(*c, &some, &some, &some, parameters, &some, parameters);
-    splits[0] = cuda::plan_of(p, device).splits, splits[1] = cuda::plan_of(p, device).token_splits;
-  } else {
-    splits[0] = cuda::plan_of(forward_params(*c, &some, &some, &some, parameters, &some), device).splits, splits[1] = 0;
-  }
+  of_pass(*c, backward, [&](const auto& p) {
+    const auto plan = cuda::plan_of(p, cuda::current_device());
+    splits[0] = plan.splits, splits[1] = tokens(plan);
+    return 0;
+  });
 }
 
 int test_forward(const Call* c, const void* x, const void* base, void* y, const void* A, const void* B,
                  const void* A_general, const void* B_general, void* u, void* workspace) {
-  const ForwardParams p = forward_params(*c, x, base, y, adapter(*c, {A, B, A_general, B_general}), u);
-  if (c->column_splits == 0) return cuda::forward(p, workspace, nullptr);
-  const auto plan = cuda::ForwardPlan::of(p.shape, int(c->column_splits));
-  return cuda::for_pair(p.x.dtype, p.adapter.A.dtype, [&](auto pair) {
-    using Types = decltype(pair);
-    return cuda::forward<typename Types::Activations, typename Types::Parameters>(
-        p, plan, static_cast<float*>(workspace), nullptr);
-  });
+  return run(*c, forward_params(*c, x, base, y, adapter(*c, {A, B, A_general, B_general}), u), workspace);
 }
 
 int test_backward(const Call* c, const void* x, const void* grad_y, const void* u, const void* A, const void* B,
                   const void* A_general, const void* B_general, void* dx, void* dA, void* dB, void* dA_general,
                   void* dB_general, void* workspace) {
-  const BackwardParams p = backward_params(*c, x, grad_y, u, adapter(*c, {A, B, A_general, B_general}), dx,
-                                           adapter(*c, {dA, dB, dA_general, dB_general}));
-  if (c->column_splits == 0) return cuda::backward(p, workspace, nullptr);
-  const auto plan = cuda::BackwardPlan::of(p, int(c->column_splits), int(c->token_splits));
-  return cuda::for_pair(p.x.dtype, p.adapter.A.dtype, [&](auto pair) {
-    using Types = decltype(pair);
-    return cuda::backward<typename Types::Activations, typename Types::Parameters>(
-        p, plan, static_cast<float*>(workspace), nullptr);
-  });
+  return run(*c,
+             backward_params(*c, x, grad_y, u, adapter(*c, {A, B, A_general, B_general}), dx,
+                             adapter(*c, {dA, dB, dA_general, dB_general})),
+             workspace);
 }
 
 int test_merge(const Call* c, void* weight, const void* A, const void* B, const void* A_general,

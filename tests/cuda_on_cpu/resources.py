@@ -14,17 +14,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import compilers
-from calls import PASSES, Shape, arrays_of, run
+from calls import ONE_LAUNCH, PASSES, Shape, arrays_of, run
 from devices import DEVICES, Device
 from emulated import Launched, Library
 from traffic import MAIN, floor, library_of_kernels, megabytes, title
-from work import LAUNCHES, Plan
+from work import Plan
 
 HERE = Path(__file__).resolve().parent
-CSRC = HERE.parent.parent / "csrc"
 TABLE = HERE / "tables" / "resources.md"
 DTYPES = [("bf16", "fp32"), ("bf16", "bf16"), ("fp16", "fp32"), ("fp16", "fp16"), ("fp32", "fp32")]
-RANKS = (16, 32, 64)  # the widths that project has
+RANKS, FUSED_RANKS = (16, 32, 64), (16, 32)  # the widths that project and fused_forward have
 PRE_AMPERE = (75, 40)
 
 
@@ -33,8 +32,9 @@ HEAD = """\
 
 Written by `resources.py`, checked by `test_resources.py`.
 """
+MODELLED = [*((MAIN, which) for which in PASSES), (replace(MAIN, T=65536), "forward")]
 MODEL = f"""
-## Modelled times, {title(MAIN)}
+## Modelled times, {title(MAIN)}, and forward where it is one launch
 
 No measurement: the longer of bytes / bandwidth and FLOPs / peak. Bytes of memory are those that a kernel asks for, without
 those that it asks for again, of adapters, ranks and sums (they fit into L2). FLOPs are those of the mma instructions that
@@ -50,7 +50,7 @@ class Assembled:
 
 def assembled(arch: int) -> dict[str, Assembled]:
     """All kernels of the four sources by their mangled names."""
-    log = compilers.cubin(HERE / "kernels.cu", arch, include=[CSRC]).log
+    log = compilers.kernels_cubin(arch).log
     kernels = re.findall(r"Compiling entry function '(\w+)'.*?Used (\d+) registers([^\n]*)", log, re.DOTALL)
     found = {}
     for symbol, registers, rest in kernels:
@@ -75,6 +75,8 @@ def _all_ways() -> Iterator[tuple[Shape, tuple[int, int]]]:
     for dtype, adapter in DTYPES:
         for r in RANKS:
             yield Shape(1, 64, 64, 1, r, dtype=dtype, adapter=adapter), (80, 108)
+        for r in FUSED_RANKS:
+            yield Shape(1, 64, 64, 1, r, dtype=dtype, adapter=adapter, columns=ONE_LAUNCH, tokens=1), (80, 108)
     for dtype in ("fp32", "fp64"):
         yield Shape(1, 8, 8, 1, 2, dtype=dtype, adapter=dtype), PRE_AMPERE
 
@@ -136,45 +138,52 @@ def _order(name: str) -> tuple[str | int, ...]:
     return tuple(int(part) if part.isdigit() else part for part in re.split(r"(?<= )(\d+)", name))
 
 
-def kernels_of_passes(library: Library) -> dict[str, list[str]]:
-    """The names of the kernels that each pass of the main shape launches"""
-    small = replace(MAIN, T=1, N=128, M=128)
-    found = {}
-    for which in PASSES:
-        run(library, small, which, arrays_of(library, small, which))
-        symbols = [launch.symbol for launch in library.launched()]
-        found[which] = [short_names(symbols)[symbol] for symbol in symbols]
-    return found
+def kernels_of(library: Library, plan: Plan, which: str) -> list[str]:
+    """The names of the kernels that a pass launches"""
+    cut = {"columns": plan.column_splits or ONE_LAUNCH, "tokens": plan.token_splits}
+    small = replace(plan.shape, T=1, N=128, M=128, **cut)
+    run(library, small, which, arrays_of(library, small, which))
+    symbols = [launch.symbol for launch in library.launched()]
+    return [short_names(symbols)[symbol] for symbol in symbols]
 
 
 def model_section(library: Library) -> str:
-    s, kernels = MAIN, kernels_of_passes(library)
-    titles = ["pass", "kernel", "MB of memory", "MB asked", "memory, µs", "GFLOP", "tensor cores, µs", "modelled, µs"]
+    titles = [
+        "pass",
+        "tokens",
+        "kernel",
+        "MB of memory",
+        "MB asked",
+        "memory, µs",
+        "GFLOP",
+        "tensor cores, µs",
+        "modelled, µs",
+    ]
     lines = [MODEL]
     for name, device in DEVICES.items():
         limits = f"{device.bandwidth / 1e12:g} TB/s, {device.peak / 1e12:g} TFLOP/s"
         lines += [f"\n### {name}: {limits}\n\n", row(titles), row(["---"] * len(titles))]
         library.device(device.capability, device.multiprocessors)
-        for which in PASSES:
-            total = 0.0
-            work = Plan(s, *s.splits(library, which)).work(which)
-            for launch, kernel in zip(LAUNCHES[which], kernels[which], strict=True):
-                asked = sum(work[launch].moved.values())
-                memory = asked - sum(work[launch].again.values())
-                times = 1e6 * memory / device.bandwidth, 1e6 * work[launch].flops / device.peak
+        for shape, which in MODELLED:
+            total, tokens = 0.0, "" if which == "merge" else str(shape.T)
+            plan = Plan(shape, *shape.splits(library, which))
+            kernels = kernels_of(library, plan, which)
+            for work, kernel in zip(plan.work(which).values(), kernels, strict=True):
+                asked = sum(work.moved.values())
+                memory = asked - sum(work.again.values())
+                times = 1e6 * memory / device.bandwidth, 1e6 * work.flops / device.peak
                 total += max(times)
                 lines.append(
                     row(
                         [
-                            *(which, f"`{kernel}`", megabytes(memory), megabytes(asked), f"{times[0]:.1f}"),
-                            *(f"{work[launch].flops / 1e9:.1f}", f"{times[1]:.1f}", f"{max(times):.1f}"),
+                            *(which, tokens, f"`{kernel}`", megabytes(memory), megabytes(asked), f"{times[0]:.1f}"),
+                            *(f"{work.flops / 1e9:.1f}", f"{times[1]:.1f}", f"{max(times):.1f}"),
                         ]
                     )
                 )
-            least = 1e6 * floor(s, which) / device.bandwidth
-            lines.append(
-                row([which, f"all; {total / least:.2f} of the floor's {least:.1f}", *[""] * 5, f"{total:.1f}"])
-            )
+            least = 1e6 * floor(shape, which) / device.bandwidth
+            whole = f"all; {total / least:.2f} of the floor's {least:.1f}"
+            lines.append(row([which, tokens, whole, *[""] * 5, f"{total:.1f}"]))
     library.device()
     return "".join(lines)
 

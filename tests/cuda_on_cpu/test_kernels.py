@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from calls import Call
-from compilers import compiler, emulated_library, emulated_program, find_toolkit, run
+from calls import ONE_LAUNCH, Call, Shape, arrays_of
+from calls import run as run_pass
+from compilers import compiler, emulated_library, find_toolkit, run, sanitized_kernels
 from emulated import Library
 from helpers import Case, Inputs, assert_near, assert_results_near
 from hypothesis import given, settings
@@ -52,7 +53,9 @@ def library(compiled: Library) -> Library:
 class Way:
     """How a pass is called."""
 
-    columns: int = 1  # into how many parts columns and tokens are cut; 0: as launch.h chooses
+    columns: int = (
+        1  # into how many parts columns and tokens are cut; 0: as launch.h chooses; -1: forward in one launch
+    )
     tokens: int = 1
     dropout: float = 0.0
     seed: int = 123_456_789_012
@@ -109,7 +112,7 @@ def results(library: Library, inputs: Inputs, way: Way) -> dict[str, Tensor]:
 
     adapter = {"A": A, "B": B, "A_general": general[0], "B_general": general[1]}
     launch("test_forward", 0, x=rows["x"], base=rows["base"], y=y, **adapter, u=u if way.keep_u else None)
-    assert len(library.launches()) == 2 * (T > 0)
+    assert len(library.launches()) in {ONE_LAUNCH: (1,), 0: (1, 2)}.get(way.columns, (2,)) if T > 0 else (0,)
     written = dict(zip(("dA", "dB", "dA_general", "dB_general"), gradients, strict=True))
     kept = u if way.keep_u else None
     launch("test_backward", 1, x=rows["x"], grad_y=rows["grad"], u=kept, **adapter, dx=dx, **written)
@@ -234,6 +237,94 @@ def test_random_shapes_orders_and_arrivals_of_copies(
     check(compiled, Case((T,), k, *widths, rb, h, x, x, adapter, seed=T), way)
 
 
+def check_one_launch(library: Library, case: Case, way: Way) -> None:
+    """y, and by the gradients U, are right, and those of two launches bit for bit."""
+    inputs = case.inputs()
+    options = {"dropout_p": way.dropout, "seed": torch.tensor([way.seed])} if way.dropout else {}
+    one, two = (results(library, inputs, replace(way, columns=columns)) for columns in (ONE_LAUNCH, 1))
+    assert_results_near(one, inputs, **options)
+    assert {name: torch.equal(one[name], two[name]) for name in two} == dict.fromkeys(one, True)
+
+
+@pytest.mark.parametrize("way", [Way(), Way(dropout=0.3, keep_u=False, padding=3)], ids=["", "dropout"])
+@pytest.mark.parametrize(
+    ("T", "k", "n", "m", "rb", "h"),
+    [
+        (131, 2, 72, 88, 6, 5),
+        (128, 1, 64, 64, 32, 0),
+        (257, 4, 40, 24, 4, 0),
+        (1, 3, 22, 150, 4, 2),
+        (70, 2, 33, 70, 16, 0),
+    ],
+)
+@pytest.mark.parametrize("dtypes", PAIRS, ids=lambda p: "_".join(str(d)[6:] for d in p))
+def test_forward_in_one_launch(
+    dtypes: tuple[torch.dtype, torch.dtype], T: int, k: int, n: int, m: int, rb: int, h: int, way: Way, library: Library
+) -> None:
+    x, adapter = dtypes
+    check_one_launch(library, Case((T,), k, n, m, rb, h, x, x, adapter), way)
+
+
+@st.composite
+def ranks_of_one_launch(draw: st.DrawFn) -> tuple[int, int, int]:
+    """k, rb and h with k*rb + h <= 32 and at most 64 ranks in whole steps of 16 of all blocks"""
+    k = draw(st.integers(1, 4))
+    most = 32 if k <= 2 else 16
+    rb = draw(st.integers(1, most // k))
+    return k, rb, draw(st.integers(0, most - k * rb))
+
+
+@given(
+    T=st.one_of(st.sampled_from([0, 1, 127, 128, 129]), st.integers(0, 300)),
+    widths=st.tuples(*[st.one_of(st.integers(1, 40), st.sampled_from([63, 64, 65, 130]))] * 2),
+    ranks=ranks_of_one_launch(),
+    dtypes=st.sampled_from(PAIRS),
+    way=st.builds(
+        Way,
+        dropout=st.sampled_from([0.0, 0.4]),
+        seed=st.integers(0, 2**62),
+        keep_u=st.booleans(),
+        needs=st.sampled_from([2, 4]),
+        padding=st.sampled_from([0, 1, 8]),
+    ),
+    order=st.tuples(
+        st.sampled_from(["fifo", "lifo", "random"]), st.integers(1, 2**31), st.sampled_from(["lazy", "eager", "random"])
+    ),
+)
+@settings(max_examples=30)
+def test_forward_in_one_launch_of_random_shapes(
+    T: int,
+    widths: tuple[int, int],
+    ranks: tuple[int, int, int],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    way: Way,
+    order: tuple[str, int, str],
+    compiled: Library,
+) -> None:
+    (k, rb, h), (x, adapter) = ranks, dtypes
+    compiled.device()
+    compiled.configure(*order)
+    check_one_launch(compiled, Case((T,), k, *widths, rb, h, x, x, adapter, seed=T), way)
+
+
+# (T, k, r, h) on 2 multiprocessors: two full rounds of tiles of 128 tokens, 7/8 of the last round of four, ranks that just fit
+@pytest.mark.parametrize(
+    ("T", "k", "r", "h", "launches"),
+    [
+        *((385, 1, 32, 0, 1), (384, 1, 32, 0, 2), (256, 1, 32, 0, 2), (897, 1, 32, 0, 1), (896, 1, 32, 0, 1)),
+        *((640, 1, 32, 0, 2), (385, 2, 20, 12, 1), (385, 2, 20, 13, 2), (385, 4, 12, 4, 1), (385, 4, 12, 5, 2)),
+        (385, 5, 5, 0, 2),
+    ],
+)
+def test_forward_is_one_launch_where_its_tiles_fill_the_device(
+    T: int, k: int, r: int, h: int, launches: int, library: Library
+) -> None:
+    library.device(80, 2)
+    shape = Shape(T, 4 * k, 4 * k, k, r, h)
+    run_pass(library, shape, "forward", arrays_of(library, shape, "forward"))
+    assert library.launches() == (["fused_forward"] if launches == 1 else ["project", "expand"])
+
+
 @pytest.mark.parametrize("h", [0, 3], ids=["", "hybrid"])
 @pytest.mark.parametrize(
     ("k", "n", "m", "rb"), [(1, 64, 64, 4), (2, 64, 96, 16), (3, 22, 150, 4), (2, 260, 33, 80), (4, 40, 32, 6)]
@@ -349,10 +440,15 @@ def test_the_mask_is_the_references(library: Library) -> None:
 
 @pytest.mark.parametrize("order", ["0 1 0", "1 1 1", "2 7 0", "2 8 2"])
 @pytest.mark.parametrize(
-    "shape", ["130 66 90 2 12 5 0 0 2 2 30", "65 96 72 1 20 0 1 0 1 3 0", "1 33 40 1 3 1 2 2 1 1 10"]
+    "shape",
+    [
+        "130 66 90 2 12 5 0 0 2 2 30",
+        "65 96 72 1 20 0 1 0 1 3 0",
+        "1 33 40 1 3 1 2 2 1 1 10",
+        "130 66 90 2 12 5 0 0 -1 2 30",
+    ],
 )
 @pytest.mark.parametrize("variant", ["asan", "tsan"])
 def test_the_sanitizers_find_nothing(variant: str, shape: str, order: str) -> None:
-    program = emulated_program([HERE / "kernels_main.cpp", HERE / "kernels.cu"], variant, include=[CSRC])
-    done = run(program, *shape.split(), *order.split())
+    done = run(sanitized_kernels(variant), *shape.split(), *order.split())
     assert (done.returncode, done.stderr) == (0, "")

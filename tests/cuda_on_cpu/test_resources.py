@@ -49,7 +49,7 @@ def test_modelled_times_are_the_committed_ones(library):
 
 
 def test_a_multiprocessor_holds_what_the_table_is_about():
-    """At least one block of each kernel, and two of expand, which loads and multiplies by turns."""
+    """At least one block of each kernel, and two of those that load and multiply by turns."""
     rows = re.findall(r"^\| `(\w+)<.*\| (\d+) \| \d+ \|$", TABLE.read_text("utf-8"), re.MULTILINE)
     assert len(rows) > 30
     assert all(int(blocks) >= 1 for _, blocks in rows)

@@ -12,7 +12,6 @@ from resources import short_names
 from sass import KERNELS_WITH, disassembler, objections, opcodes
 
 HERE = Path(__file__).resolve().parent
-CSRC = HERE.parent.parent / "csrc"
 toolkit = compilers.find_toolkit()
 pytestmark = [
     pytest.mark.skipif(toolkit is None or toolkit.nvcc is None, reason="there is no nvcc"),
@@ -22,7 +21,7 @@ pytestmark = [
 
 
 def test_kernels_hold_what_they_are_written_with(arch: int) -> None:
-    counts = opcodes(compilers.cubin(HERE / "kernels.cu", arch, include=[CSRC]).path)
+    counts = opcodes(compilers.kernels_cubin(arch).path)
     names = short_names(sorted(counts))
     for start, _, _ in KERNELS_WITH:
         assert sum(re.match(start, name) is not None for name in names.values()) >= 3

@@ -15,7 +15,7 @@ from calls import ELEMENT, PASSES, Shape, arrays_of, run
 from compilers import emulated_library
 from devices import DEVICES
 from emulated import Bytes, Library
-from work import LAUNCHES, READ, WRITTEN, Plan, Work
+from work import READ, WRITTEN, Plan, Work
 
 HERE = Path(__file__).resolve().parent
 TABLE = HERE / "tables" / "traffic.md"
@@ -31,6 +31,7 @@ SHAPES = [
     MAIN,
     Shape(1, 4096, 4096, 2, 32),
     Shape(256, 4096, 4096, 2, 32),
+    Shape(65536, 4096, 4096, 2, 32),
     Shape(8192, 4096, 14336, 2, 32),
     Shape(8192, 4096, 4096, 4, 128),
     Shape(8192, 4096, 4096, 2, 32, dtype="fp32"),
@@ -42,16 +43,20 @@ SHAPES = [
 
 def work_of(library: Library, shape: Shape, which: str) -> Work:
     """Of the whole pass, cut as launch.h chooses."""
-    plan = Plan(shape, *shape.splits(library, which))
-    return functools.reduce(operator.add, plan.work(which).values())
+    return total(Plan(shape, *shape.splits(library, which)).work(which))
+
+
+def total(launches: dict[str, Work]) -> Work:
+    return functools.reduce(operator.add, launches.values())
 
 
 def differences(library: Library, shape: Shape, which: str) -> dict[str, tuple[object, object]]:
     """Where the emulator counts other bytes or mma instructions than the formula, and both numbers."""
     arrays = arrays_of(library, shape, which)
     run(library, shape, which, arrays)
-    assert library.launches() == LAUNCHES[which]
-    work = work_of(library, shape, which)
+    launches = Plan(shape, *shape.splits(library, which)).work(which)
+    assert library.launches() == list(launches)
+    work = total(launches)
     both = {
         name: (library.traffic(name), Bytes(work.moved[name, READ], work.moved[name, WRITTEN]))
         for name in [*(name for name, array in arrays.items() if array.size), "seed"]
@@ -122,11 +127,12 @@ def _repeats(shape: Shape, which: str) -> bool:
 
 def _row(library: Library, shape: Shape, which: str) -> list[str]:
     splits = shape.splits(library, which)
-    kinds, least = by_kind(work_of(library, shape, which)), floor(shape, which)
+    launches = Plan(shape, *splits).work(which)
+    kinds, least = by_kind(total(launches)), floor(shape, which)
     activations, adapters = kinds["activations"], kinds["adapters"]
-    cut = {"forward": f"{splits[0]}, –", "backward": f"{splits[0]}, {splits[1]}", "merge": "–"}[which]
+    cut = {"forward": f"{splits[0] or '–'}, –", "backward": f"{splits[0]}, {splits[1]}", "merge": "–"}[which]
     return [
-        *(title(shape), which, str(len(LAUNCHES[which])), cut, megabytes(least), megabytes(activations)),
+        *(title(shape), which, str(len(launches)), cut, megabytes(least), megabytes(activations)),
         *(f"{activations / least:.2f}", megabytes(adapters), f"{adapters / activations:.2f}"),
         *(megabytes(kinds[kind]) for kind in ("ranks and sums", "gradients", "seed")),
     ]

@@ -10,15 +10,11 @@ from dataclasses import dataclass, field
 
 from calls import ELEMENT, Shape
 
-LAUNCHES = {
-    "forward": ["project", "expand"],
-    "backward": ["project", "expand", "weight_gradient", "reduce"],
-    "merge": ["merge"],
-}
 READ, WRITTEN = "read", "written"
 FLOAT, SEED = 4, 8  # bytes
 THREADS = 256  # of a block
 TOKENS, COLUMNS, RANKS, DEPTH = 128, 64, 64, 32  # of tiles
+ROW_BYTES, FUSED_ROW_BYTES = 128, 64  # of a stage of project's pipeline
 TILES = 8  # of columns, that a block of expand owns
 WARPS = TOKENS // 16
 PIECES = {"fp32": 3, "fp16": 2, "bf16": 1}
@@ -66,23 +62,23 @@ class Left:
 
 @dataclass(frozen=True)
 class Plan:
-    """A shape, cut into so many parts of columns and tokens."""
+    """A shape, cut into so many parts of columns (0: forward in one launch) and tokens."""
 
     shape: Shape
     column_splits: int
     token_splits: int
 
     def work(self, which: str) -> dict[str, Work]:
-        """By the names of the launches"""
+        """By the names of the launches, in their order"""
         return {"forward": self.forward, "backward": self.backward, "merge": self.merge}[which]()
 
     def forward(self) -> dict[str, Work]:
-        s = self.shape
-        project = self.project("x", s.N, "A", dropped=True)
-        expand = self.expand(self.partial(), parts(s.T, TOKENS), s.M, "B")
+        s, fused = self.shape, self.column_splits == 0
+        project = self.project("x", s.N, "A", dropped=True, row_bytes=FUSED_ROW_BYTES if fused else ROW_BYTES)
+        expand = self.expand([] if fused else self.partial(), parts(s.T, TOKENS), s.M, "B")
         expand.moved["u", WRITTEN] += self.kept_bytes() * s.keep_u
         expand.moved["base", READ] = expand.moved["y", WRITTEN] = s.T * s.M * self.element
-        return {"project": project, "expand": expand}
+        return {"fused_forward": project + expand} if fused else {"project": project, "expand": expand}
 
     def backward(self) -> dict[str, Work]:
         s = self.shape
@@ -110,10 +106,10 @@ class Plan:
 
     # Kernels
 
-    def project(self, x: str, width: int, factor: str, *, dropped: bool) -> Work:
+    def project(self, x: str, width: int, factor: str, *, dropped: bool, row_bytes: int = ROW_BYTES) -> Work:
         """x once per group of ranks, the factor once per tile of tokens"""
         s, columns = self.shape, next((c for c in (16, 32) if self.ranks <= c), 64)
-        groups, tiles, depth = parts(self.ranks, columns), parts(s.T, TOKENS), 128 // self.element
+        groups, tiles, depth = parts(self.ranks, columns), parts(s.T, TOKENS), row_bytes // self.element
         work = self.factor(factor, width, tiles)
         work.read(x, s.T * width * self.element, groups)
         work.moved["workspace", WRITTEN] += self.column_splits * s.T * s.k * self.ranks * FLOAT
