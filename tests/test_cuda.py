@@ -46,6 +46,16 @@ def test_sanitized_passes_are_right_and_repeat_to_the_bit(case: Case, device: to
     assert all(same_bits(actual[name], again[name]) for name in actual)
 
 
+def test_sanitized_forward_in_one_launch_is_that_of_two(device: torch.device) -> None:
+    """As many tokens as fill the device are taken in one launch, a part of them in two (csrc/cuda/plan.h)."""
+    T = 2 * 128 * torch.cuda.get_device_properties(device).multi_processor_count - 5
+    inputs = Case((T,), 2, 72, 88, 6, 4, **BF16).inputs(device)
+    y = ops.gralora(**inputs.tensors, scaling=inputs.scaling)
+    for tokens in (slice(131), slice(-131, None)):
+        few = {name: inputs.tensors[name][tokens] for name in ("x", "base")}
+        assert_near("y", y[tokens], ops.gralora(**{**inputs.tensors, **few}, scaling=inputs.scaling).cpu())
+
+
 @pytest.mark.parametrize("layout", ["rows", "columns", "neither"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sanitized_merges_are_right(dtype: torch.dtype, layout: str, device: torch.device) -> None:

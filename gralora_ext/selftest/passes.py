@@ -35,13 +35,20 @@ class Case:
         return f"T={self.T} {self.N}x{self.M} r={self.r} k={self.k}{hybrid} {dtypes}{dropout}"
 
 
-def cases() -> list[Case]:
-    """Odd and even sizes of every pair of dtypes that has kernels of its own, one mixed pair, and layers of real models."""
+def cases(device: torch.device) -> list[Case]:
+    """Odd and even sizes of every pair of dtypes that has kernels of its own, one mixed pair, and layers of real models.
+
+    On a CUDA device also as many tokens as forward wants for one launch (csrc/cuda/plan.h).
+    """
     f32, bf16, f16, f64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
     found = []
     for pair in ((f32, f32), (bf16, f32), (bf16, bf16), (f16, f32), (f16, f16), (f64, f64), (bf16, f16)):
         found += [Case(257, 576, 1536, 2, 16, 0, *pair), Case(131, 222, 390, 3, 12, 5, *pair, dropout=True)]
     found += [Case(1, 2048, 2048, 2, 32, 0, bf16, f32), Case(2048, 2048, 5632, 4, 64, 0, bf16, f32, dropout=True)]
+    if device.type == "cuda":
+        T = 2 * 128 * torch.cuda.get_device_properties(device).multi_processor_count
+        for pair in ((f32, f32), (bf16, f32), (bf16, bf16), (f16, f32), (f16, f16)):
+            found += [Case(T, 256, 384, 2, 32, 0, *pair), Case(T - 5, 222, 390, 3, 12, 4, *pair, dropout=True)]
     return found
 
 
