@@ -72,7 +72,6 @@ struct Ranks {
     const int64_t first = int64_t(tile) * kTokens;
     return {first, first + kTokens < T ? first + kTokens : T};
   }
-  __host__ __device__ int block_ranks() const { return r; }
   __device__ int first_rank(int64_t) const { return 0; }
   // Rank c of those that meet output block j: c < r after the exchange, U[t, j, c] = H[t, c / rb, j*rb + c % rb]; then h.
   __device__ float get(int64_t t, int j, int c) const {
@@ -105,7 +104,6 @@ struct OutputRanks {
     const int64_t start = tile / tiles_per_block * block_rows, first = int64_t(tile % tiles_per_block) * kTokens;
     return {start + first, start + (first + kTokens < block_rows ? first + kTokens : block_rows)};
   }
-  __host__ __device__ int block_ranks() const { return rb; }
   __device__ int first_rank(int64_t row) const { return int(row / block_rows) * rb; }
   __device__ float get(int64_t row, int n, int c) const {
     if (c >= rb) return general.get(0, row, c - rb);

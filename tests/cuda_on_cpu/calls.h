@@ -12,8 +12,8 @@ struct Call {
   int64_t weight_row, weight_column;  // strides of W
   int64_t needs;                      // a bit each: dx, dA, dB, dA_general, dB_general
   int64_t keep_u;                     // forward writes u and backward reads it
-  int64_t column_splits,
-      token_splits;  // 0: through launch.h, which chooses them; else on tensor cores in so many parts, or forward in one launch (-1)
+  // Parts of columns and of tokens, on tensor cores; 0: through launch.h, which chooses them; -1: forward in one launch
+  int64_t column_splits, token_splits;
   int64_t seed;
   double scaling, dropout;
 };

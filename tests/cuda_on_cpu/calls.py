@@ -41,9 +41,7 @@ class Shape:
     dropout: float = 0.0
     keep_u: bool = True
     padding: int = 0  # elements between the rows of activations
-    columns: int = (
-        0  # into how many parts columns and tokens are cut; 0: as launch.h chooses; -1: forward in one launch
-    )
+    columns: int = 0  # parts of columns and of tokens; 0: as launch.h chooses; ONE_LAUNCH: of forward
     tokens: int = 0
 
     def call(self) -> Call:

@@ -11,10 +11,10 @@ from pathlib import Path
 import compilers
 import pytest
 import torch
+from checks import CHOSEN, Way, check, check_infinity, check_mask, check_merge, check_one_launch
 from emulated import EmulatorError, Library
 from helpers import Case
 from planted import DEFECTS
-from test_kernels import CHOSEN, CSRC, HERE, Way, check, check_infinity, check_mask, check_merge, check_one_launch
 
 pytestmark = pytest.mark.skipif(
     compilers.find_toolkit() is None or compilers.compiler() is None, reason="needs CUDA's headers and g++"
@@ -26,6 +26,8 @@ RACE_CALLS = (
     "130 66 290 2 12 5 1 0 -1 1 30 2 7 0",
     "70 40 130 2 4 3 1 2 0 0 30 2 7 0",
 )
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parent.parent / "csrc"
 TABLE = HERE / "tables" / "defects.md"
 
 
