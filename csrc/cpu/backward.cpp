@@ -62,38 +62,41 @@ struct Backward {
   const int64_t panels_size = larger(to_x.panels_size(kChunk), larger(from_g.panels_size(1), from_x.panels_size(1)));
   const int64_t block_tokens = smaller(kTokens, s.T);
   const int64_t gradient_ranks_size = round_up(ranks * segment_tokens, kWidth<Acc>);
-  const int64_t expand_ranks_size = round_up(ranks * block_tokens, kWidth<Acc>) + kWidth<Acc>;
   const PerThread<Acc> buffers{scratch, p.threads,
-                               larger(from_g.sums(), panels_size) + gradient_ranks_size + expand_ranks_size +
+                               larger(from_g.sums(), panels_size) + gradient_ranks_size +
                                    Block<Acc>::size(block_tokens) + (segments == 1 ? ranks * kChunk : 0)};
-  Acc* partial = scratch.take<Acc>(larger(want_H ? from_g.chunks() : 0, remake_U ? from_x.chunks() : 0) * wave_tokens *
-                                   from_g.sums());
+  // A token's ranks have one place, or one for each chunk
+  const int64_t places = larger(want_H ? from_g.chunks() : 0, remake_U ? from_x.chunks() : 0);
+  Acc* partial = scratch.take<Acc>((always_by_tokens() ? smaller(places, 1) : places) * wave_tokens * from_g.sums());
   Acc* dH = scratch.take<Acc>(want_H ? wave_tokens * row : 0);
   Acc* remade = scratch.take<Acc>(remake_U ? wave_tokens * row : 0);
 
   // One thread's scratch
   struct Buffers {
-    Acc *panels, *gradient_ranks, *expand_ranks, *sums;
+    Acc *panels, *gradient_ranks, *sums;
     Block<Acc> block;  // of g or x
   };
   Buffers of(int thread) const {
     Acc* panels = buffers.of(thread);
     Acc* gradient_ranks = panels + larger(from_g.sums(), panels_size);
-    Acc* expand_ranks = gradient_ranks + gradient_ranks_size;
-    Acc* block = expand_ranks + expand_ranks_size;
-    return {panels, gradient_ranks, expand_ranks, block + Block<Acc>::size(block_tokens), {block, block_tokens}};
+    Acc* block = gradient_ranks + gradient_ranks_size;
+    return {panels, gradient_ranks, block + Block<Acc>::size(block_tokens), {block, block_tokens}};
   }
+
+  // How a wave of `count` segments is shared
+  bool by_tokens(int64_t count) const { return count % p.threads == 0 || count >= 4 * p.threads; }
+  bool always_by_tokens() const { return by_tokens(wave) && by_tokens(segments % larger(wave, 1)); }
 
   void run() {
     if (segments != 1) dB.reserve(scratch, wave), dA.reserve(scratch, wave);
     int64_t first = 0;
     do {  // once also where there are no tokens: the gradients are zeros then
       const int64_t count = smaller(wave, segments - first);
-      if (count % p.threads == 0 || count >= 4 * p.threads)
+      if (by_tokens(count))
         run_by_tokens(first, count);
       else
         run_by_columns(first, count);
-      if (segments != 1) finish(dB, first, count), finish(dA, first, count);
+      if (segments != 1) finish(first, count);
       first += wave;
     } while (first < segments);
   }
@@ -113,14 +116,19 @@ struct Backward {
     parallel_items(count, p.threads, [&](int64_t index, int thread) {
       const Segment g = segment(wave_first, index);
       const Buffers b = of(thread);
-      if (remake_U) {
-        for (int64_t chunk = 0; chunk < from_x.chunks(); chunk++) project_U(g, chunk, b);
-        for (int64_t m = 0; m < g.tokens; m++) reduce(from_x, g.row + m, remade, b);
-      }
-      for (int64_t chunk = 0; chunk < from_g.chunks(); chunk++) pass_g(g, chunk, b);
-      if (!want_H) return;
-      for (int64_t m = 0; m < g.tokens; m++) reduce(from_g, g.row + m, dH, b);
-      for (int64_t chunk = 0; chunk < from_x.chunks(); chunk++) pass_x(g, chunk, b);
+      // Chunk after chunk is added to the same place: the order, and so the bits, of reduce().
+      Acc* sums = partial + g.row * from_g.sums();
+      const auto for_chunks = [&](const Project<Acc>& project, Acc* to, auto&& f) {
+        if (to != nullptr) project.clear_sums(g.tokens, sums);
+        for (int64_t chunk = 0; chunk < project.chunks(); chunk++) {
+          f(chunk, project.cut.first(chunk) == 0);
+          if (to != nullptr) project.finish_chunk(chunk, g.tokens, sums, to + g.row * row);
+        }
+      };
+      if (remake_U) for_chunks(from_x, remade, [&](int64_t chunk, bool) { project_U(g, chunk, sums, true, b); });
+      for_chunks(from_g, want_H ? dH : nullptr,
+                 [&](int64_t chunk, bool new_block) { pass_g(g, chunk, sums, true, b, new_block); });
+      if (want_H) for_chunks(from_x, nullptr, [&](int64_t chunk, bool new_block) { pass_x(g, chunk, b, new_block); });
     });
   }
 
@@ -137,61 +145,80 @@ struct Backward {
                      [&](int64_t m, int thread) { reduce(project, m, to, of(thread)); });
     };
     if (remake_U) {
-      for_chunks(from_x, [&](const Segment& g, int64_t chunk, Buffers b) { project_U(g, chunk, b); });
+      for_chunks(from_x, [&](const Segment& g, int64_t chunk, Buffers b) {
+        project_U(g, chunk, place(from_x, g, chunk), false, b);
+      });
       reduce_all(from_x, remade);
     }
-    for_chunks(from_g, [&](const Segment& g, int64_t chunk, Buffers b) { pass_g(g, chunk, b); });
+    for_chunks(from_g, [&](const Segment& g, int64_t chunk, Buffers b) {
+      pass_g(g, chunk, place(from_g, g, chunk), false, b, true);
+    });
     if (!want_H) return;
     reduce_all(from_g, dH);
-    for_chunks(from_x, [&](const Segment& g, int64_t chunk, Buffers b) { pass_x(g, chunk, b); });
+    for_chunks(from_x, [&](const Segment& g, int64_t chunk, Buffers b) { pass_x(g, chunk, b, true); });
   }
 
-  void finish(const Totals<Acc>& totals, int64_t wave_first, int64_t count) const {
-    if (!totals.wanted()) return;
-    parallel_items(totals.chunks, p.threads, [&](int64_t chunk, int) {
-      totals.finish(wave_first == 0, wave_first + count >= segments, count, chunk);
+  void finish(int64_t wave_first, int64_t count) const {
+    const int64_t of_B = dB.wanted() ? dB.chunks : 0, of_A = dA.wanted() ? dA.chunks : 0;
+    parallel_items(of_B + of_A, p.threads, [&](int64_t item, int) {
+      const bool first = wave_first == 0, last = wave_first + count >= segments;
+      if (item < of_B)
+        dB.finish(first, last, count, item);
+      else
+        dA.finish(first, last, count, item - of_B);
     });
   }
 
+  // A chunk's own place in `partial` for a segment's ranks, and their sum over the chunks
+  Acc* place(const Project<Acc>& project, const Segment& g, int64_t chunk) const {
+    return partial + (chunk * wave_tokens + g.row) * project.sums();
+  }
   void reduce(const Project<Acc>& project, int64_t m, Acc* to, Buffers b) const {
     project.reduce(partial, wave_tokens, m, b.panels, to + m * row);
   }
 
-  void project_U(const Segment& g, int64_t chunk, Buffers b) const {
+  void project_U(const Segment& g, int64_t chunk, Acc* to, bool add, Buffers b) const {
     const auto panels = from_x.read_panels(chunk, 1, g.tokens, b.panels);
-    for_blocks(g, [&](int64_t m, int64_t tokens) { project_block(from_x, panels, chunk, g, m, tokens, b); });
+    for_blocks(
+        g, [&](int64_t m, int64_t tokens) { project_block(from_x, panels, chunk, g, m, tokens, to, add, false, b); });
   }
 
-  void pass_g(const Segment& g, int64_t chunk, Buffers b) const {
+  // The part of dU and of dB that one chunk of g gives, the former written or added to `to`; new_ranks: b has not those of this
+  // chunk's block yet.
+  void pass_g(const Segment& g, int64_t chunk, Acc* to, bool add, Buffers b, bool new_ranks) const {
     typename Project<Acc>::Panels panels;
     const Acc* u = remake_U ? remade + g.row * row : static_cast<const Acc*>(p.u) + g.t0 * row;
     if (want_H) panels = from_g.read_panels(chunk, 1, g.tokens, b.panels);
-    if (dB.wanted()) gradient.read_ranks(u, from_g.cut.block(chunk), g.tokens, b.gradient_ranks);
+    if (dB.wanted() && new_ranks) gradient.read_ranks(u, from_g.cut.block(chunk), g.tokens, b.gradient_ranks);
     Acc* sums = segments == 1 ? b.sums : dB.slot(g.first, g.index, chunk);
     for_blocks(g, [&](int64_t m, int64_t tokens) {
+      const bool copy = dB.wanted() && !usable_in_place_by_columns<Acc>(p.grad_y, no_mask, from_g.cut.length(chunk));
       if (want_H)
-        project_block(from_g, panels, chunk, g, m, tokens, b);
-      else
+        project_block(from_g, panels, chunk, g, m, tokens, to, add, copy, b);
+      else if (copy)
         read(from_g, chunk, g.t0 + m, tokens, b);
       if (dB.wanted())
-        gradient.add(b.gradient_ranks, g.tokens, m, tokens, b.block.rows, from_g.cut.length(chunk), m > 0, sums, {});
+        gradient.add(b.gradient_ranks, g.tokens, m, tokens, rows(from_g, chunk, g.t0 + m, copy, b),
+                     from_g.cut.length(chunk), m > 0, sums, {});
     });
     if (dB.wanted() && segments == 1) dB.write(chunk, sums);
   }
 
-  void pass_x(const Segment& g, int64_t chunk, Buffers b) const {
+  // dx of one chunk of x, and its part of dA
+  void pass_x(const Segment& g, int64_t chunk, Buffers b, bool new_ranks) const {
     const int64_t block = from_x.cut.block(chunk), column = from_x.cut.first(chunk), columns = from_x.cut.length(chunk);
     const Acc* h = dH + g.row * row;
     typename Expand<Acc>::Panels panels;
     if (want_x) panels = to_x.read_panels(block, column, columns, g.tokens, b.panels);
-    if (dA.wanted()) gradient.read_ranks(h, block, g.tokens, b.gradient_ranks);
+    if (dA.wanted() && new_ranks) gradient.read_ranks(h, block, g.tokens, b.gradient_ranks);
     Acc* sums = segments == 1 ? b.sums : dA.slot(g.first, g.index, chunk);
     for_blocks(g, [&](int64_t m, int64_t tokens) {
-      if (dA.wanted() || mask.on) read(from_x, chunk, g.t0 + m, tokens, b);
+      const bool copy = mask.on || (dA.wanted() && !usable_in_place_by_columns<Acc>(p.x, mask, columns));
+      if (copy) read(from_x, chunk, g.t0 + m, tokens, b);
       if (dA.wanted())
-        gradient.add(b.gradient_ranks, g.tokens, m, tokens, b.block.rows, columns, m > 0, sums,
-                     next_block(from_x, chunk, g, m, tokens));
-      if (want_x) expand_block(panels, block, column, columns, g.t0 + m, h + m * row, tokens, b);
+        gradient.add(b.gradient_ranks, g.tokens, m, tokens, rows(from_x, chunk, g.t0 + m, copy, b), columns, m > 0,
+                     sums, next_block(from_x, chunk, g, m, tokens));
+      if (want_x) expand_block(panels, chunk, g.t0 + m, h + m * row, tokens, b);
     });
     if (dA.wanted() && segments == 1) dA.write(chunk, sums);
   }
@@ -199,6 +226,12 @@ struct Backward {
   template <class F>
   static void for_blocks(const Segment& g, F&& f) {
     for (int64_t m = 0; m < g.tokens; m += kTokens) f(m, smaller(kTokens, g.tokens - m));
+  }
+
+  Prefetch next_rows(const Project<Acc>& from, int64_t chunk, const Segment& g, int64_t m, int64_t rows) const {
+    if (m + 2 * rows <= g.tokens) return Prefetch::of(from.x, g.t0 + m + rows, from.cut.column(chunk));
+    if (chunk + 1 < from.chunks()) return Prefetch::of(from.x, g.t0, from.cut.column(chunk + 1));
+    return {};
   }
 
   // What follows a block of a segment: the next tokens, or the first ones of the next chunk
@@ -212,29 +245,39 @@ struct Backward {
     read_block<Acc>(from.x, t, tokens, from.cut.column(chunk), from.cut.length(chunk), from.width, from.mask, b.block);
   }
 
-  // Reads tokens m.. of a segment's chunk, and leaves their part of the ranks in `partial`.
+  // The rows of tokens t.. of a chunk: their copy, or as they lie
+  Source<Acc> rows(const Project<Acc>& from, int64_t chunk, int64_t t, bool copied, Buffers b) const {
+    return copied ? Source<Acc>{b.block.rows, kRow<Acc>} : in_place<Acc>(from.x, t, from.cut.column(chunk));
+  }
+
+  // Writes or adds the part of the ranks of tokens m0.. of a segment's chunk, and leaves the chunk itself in b.block, if it is
+  // to be kept. Where the rows can be multiplied as they lie, they are copied meanwhile.
   void project_block(const Project<Acc>& from, const typename Project<Acc>::Panels& panels, int64_t chunk,
-                     const Segment& g, int64_t m0, int64_t tokens, Buffers b) const {
-    read(from, chunk, g.t0 + m0, tokens, b);
-    Prefetch prefetch = next_block(from, chunk, g, m0, tokens);
+                     const Segment& g, int64_t m0, int64_t tokens, Acc* to, bool add, bool keep, Buffers b) const {
+    const int64_t length = from.cut.length(chunk);
+    const bool copy = keep && usable_in_place<Acc>(from.x, from.mask);
+    const Source<Acc> rows =
+        rows_to_multiply(from.x, g.t0 + m0, tokens, from.cut.column(chunk), length, from.width, from.mask, b.block);
     for_row_groups(tokens, [&](auto mr, int64_t m) {
       constexpr int MR = decltype(mr)::value;
-      from.template add_rows<MR>(panels, 0, from.cut.length(chunk), b.block.rows + m * kRow<Acc>, false,
-                                 partial + (chunk * wave_tokens + g.row + m0 + m) * from.sums(), prefetch);
-      prefetch.data += MR * prefetch.row;
+      Prefetch prefetch = next_rows(from, chunk, g, m0 + m, MR);
+      const Acc* a = rows.data + m * rows.ld;
+      from.template add_rows<MR>(panels, 0, length, a, rows.ld, add, to + (m0 + m) * from.sums(), [&](int64_t i) {
+        prefetch.rows<MR>(i);
+        if (copy) copy_columns<MR>(a, rows.ld, i, length, b.block.rows + m * kRow<Acc>);
+      });
     });
   }
 
-  // dx of a block of tokens
-  void expand_block(const typename Expand<Acc>::Panels& panels, int64_t block, int64_t column, int64_t columns,
-                    int64_t t, const Acc* h, int64_t tokens, Buffers b) const {
-    to_x.read_ranks(h, block, tokens, b.expand_ranks);
+  // dx of tokens t.. of a chunk
+  void expand_block(const typename Expand<Acc>::Panels& panels, int64_t chunk, int64_t t, const Acc* h, int64_t tokens,
+                    Buffers b) const {
     for_dtype<Acc>(p.grad_x.dtype, [&](auto* type) {
       using X = std::remove_pointer_t<decltype(type)>;
       for_row_groups(tokens, [&](auto mr, int64_t m) {
         constexpr int MR = decltype(mr)::value;
-        to_x.template run_rows<MR, X>(panels, t + m, block, column, columns, b.expand_ranks + m * ranks,
-                                      b.block.draws + m * kChunk, {});
+        to_x.template run_rows<MR, X>(panels, t + m, from_x.cut.block(chunk), from_x.cut.first(chunk),
+                                      from_x.cut.length(chunk), h + m * row, b.block.draws + m * kChunk, {});
       });
     });
   }

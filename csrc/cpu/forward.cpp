@@ -51,7 +51,7 @@ struct Forward {
     const int64_t T = p.shape.T, segments = round_up(ceil_div(T, kSegment), p.threads);
     const int64_t tokens = round_up(ceil_div(T, segments), kMaxRows);
     Scratch scratch;
-    const PerThread<Acc> buffers(scratch, p.threads, larger(project.segment_scratch(tokens), expand_scratch(tokens)));
+    const PerThread<Acc> buffers(scratch, p.threads, larger(project.segment_scratch(tokens), expand_scratch()));
     parallel_items(ceil_div(T, tokens), p.threads, [&](int64_t item, int thread) {
       const int64_t t0 = item * tokens, count = smaller(tokens, T - t0);
       project.run_segment(t0, count, u(t0), buffers.of(thread));
@@ -68,7 +68,7 @@ struct Forward {
     Scratch scratch;
     const PerThread<Acc> buffers(
         scratch, p.threads,
-        larger(project.panels_size(1) + Block<Acc>::size(kMaxRows), larger(sums, expand_scratch(tokens))));
+        larger(project.panels_size(1) + Block<Acc>::size(kMaxRows), larger(sums, expand_scratch())));
     Acc* partial = scratch.take<Acc>(chunks * tokens * sums);
     parallel_items(chunks, p.threads, [&](int64_t chunk, int thread) {
       const int64_t length = project.cut.length(chunk);
@@ -76,8 +76,10 @@ struct Forward {
       const Block<Acc> rows(buffers.of(thread) + project.panels_size(1), kMaxRows);
       for_row_groups(tokens, [&](auto mr, int64_t m) {
         constexpr int MR = decltype(mr)::value;
-        read_block<Acc>(p.x, t0 + m, MR, project.cut.column(chunk), length, p.shape.N, project.mask, rows);
-        project.template add_rows<MR>(panels, 0, length, rows.rows, false, partial + (chunk * tokens + m) * sums, {});
+        const auto source =
+            rows_to_multiply<Acc>(p.x, t0 + m, MR, project.cut.column(chunk), length, p.shape.N, project.mask, rows);
+        project.template add_rows<MR>(panels, 0, length, source.data, source.ld, false,
+                                      partial + (chunk * tokens + m) * sums, nothing);
       });
     });
     parallel_items(tokens, tokens < 16 ? 1 : p.threads,
@@ -88,15 +90,12 @@ struct Forward {
     });
   }
 
-  int64_t ranks_size(int64_t tokens) const { return tokens * (p.shape.r + p.shape.h) + kWidth<Acc>; }
-  int64_t expand_scratch(int64_t tokens) const { return together * (expand.panels_size(strip) + ranks_size(tokens)); }
+  int64_t expand_scratch() const { return together * expand.panels_size(strip); }
 
   // Columns [first, last) of the output blocks j .. j+blocks
   void expand_blocks(int64_t t0, int64_t count, int64_t j, int64_t blocks, int64_t first, int64_t last,
                      Acc* scratch) const {
-    const int64_t w = p.shape.M / p.shape.k, per_token = p.shape.r + p.shape.h;
-    Acc* ranks = scratch + together * expand.panels_size(strip);
-    for (int64_t b = 0; b < blocks; b++) expand.read_ranks(u(t0), j + b, count, ranks + b * ranks_size(count));
+    const int64_t w = p.shape.M / p.shape.k;
     for_dtype<Acc>(p.y.dtype, [&](auto* type) {
       using Y = std::remove_pointer_t<decltype(type)>;
       for (int64_t column = first; column < last; column += strip) {
@@ -108,7 +107,7 @@ struct Forward {
           constexpr int MR = decltype(mr)::value;
           for (int64_t b = 0; b < blocks; b++)
             expand.template run_rows<MR, Y>(
-                panels[b], t0 + m, j + b, column, columns, ranks + b * ranks_size(count) + m * per_token, nullptr,
+                panels[b], t0 + m, j + b, column, columns, u(t0 + m), nullptr,
                 Prefetch::of(p.base, m + MR < count ? t0 + m + MR : -1, (j + b) * w + column));
         });
       }

@@ -51,8 +51,8 @@ struct Merge {
   }
 
  private:
-  // The ranks of rows p0 .. p0+count that meet column block b, scaled, then the general ones: group by group, as the
-  // microkernel's `a` with row = 1 and step = MR.
+  // The ranks of rows p0 .. p0+count that meet column block b, scaled, then the general ones: group by group, packed
+  // for the microkernel.
   void read_left(int64_t a, int64_t b, int64_t p0, int64_t count, Acc* left, Acc* panel) const {
     const int64_t rb = r / k;
     const auto read = [&](const Param& param, int64_t rank0, int64_t ranks, int64_t start) {
@@ -77,8 +77,8 @@ struct Merge {
     for_column_tiles<Acc>(round_up(width, kWidth<Acc>), [&](auto nv, int64_t c) {
       constexpr int NV = decltype(nv)::value;
       Vec<Acc> acc[MR][NV] = {};
-      multiply<Acc, 1, MR>(rb, left, right.at(0, c), right.ld, acc);
-      if (h > 0) multiply<Acc, 1, MR>(h, left + rb * MR, general.at(0, c), general.ld, acc);
+      multiply_packed<Acc>(rb, left, right.at(0, c), right.ld, acc, nothing);
+      if (h > 0) multiply_packed<Acc>(h, left + rb * MR, general.at(0, c), general.ld, acc, nothing);
       if (W.column_stride == 1 && c + NV * kWidth<Acc> <= width) {
         // All weights of the tile are loaded before one is stored: see Expand::store_tile.
         if (accumulate)

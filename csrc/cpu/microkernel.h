@@ -1,11 +1,10 @@
 // The one register-blocked multiplication that every pass uses, and how loops are cut for it.
 //
-//   acc[m][v] += sum_p a[m*row + p*step] * b[p*ldb + v*W .. + W)      p = 0 .. K-1, in this order
+//   acc[m][v] += sum_p a[m][p] * b[p*ldb + v*W .. + W)      p = 0 .. K-1, in this order
 //
-// One scalar of `a` is broadcast against NV vectors of a row of `b`; MR x NV accumulators stay in registers. The strides of
-// `a` are compile-time constants: twelve rows at a run-time stride would need more address registers than there are. The
-// order of the sum does not depend on MR, so a row's result does not depend on how rows are grouped or on the number of
-// threads. `each(p)` is called every kSteps steps, for what can go on beside the arithmetic.
+// One scalar of `a` is broadcast against NV vectors of a row of `b`; MR x NV accumulators stay in registers. The order of the
+// sum does not depend on MR, so a row's result does not depend on how rows are grouped or on the number of threads. `each(p)`
+// is called every kSteps steps, for what can go on beside the arithmetic.
 #pragma once
 
 #include "simd.h"
@@ -21,9 +20,9 @@ static_assert(kMaxRows * 2 + 3 <= kVectorRegisters);
 
 constexpr int64_t kSteps = 16;  // one cache line of floats of each row of `a`
 
-template <class Acc, int row, int step, int MR, int NV, class Each>
-inline __attribute__((always_inline)) void multiply(int64_t K, const Acc* a, const Acc* b, int64_t ldb,
-                                                    Vec<Acc> (&acc)[MR][NV], Each&& each) {
+template <class Acc, int MR, int NV, class A, class Each>
+inline __attribute__((always_inline)) void multiply_steps(int64_t K, A&& a, const Acc* b, int64_t ldb,
+                                                          Vec<Acc> (&acc)[MR][NV], Each&& each) {
   for (int64_t p0 = 0; p0 < K; p0 += kSteps) {
     each(p0);
     const int64_t end = p0 + kSteps < K ? p0 + kSteps : K;
@@ -34,19 +33,58 @@ inline __attribute__((always_inline)) void multiply(int64_t K, const Acc* a, con
       for (int v = 0; v < NV; v++) b_row[v] = load<Acc>(b + p * ldb + v * kWidth<Acc>);
 #pragma GCC unroll 16
       for (int m = 0; m < MR; m++) {
-        const Acc scalar = a[m * row + p * step];
+        const Acc scalar = a.at(m, p);
 #pragma GCC unroll 8
         for (int v = 0; v < NV; v++) acc[m][v] += scalar * b_row[v];
       }
+      a.next();
     }
   }
 }
 
-template <class Acc, int row, int step, int MR, int NV>
-inline __attribute__((always_inline)) void multiply(int64_t K, const Acc* a, const Acc* b, int64_t ldb,
-                                                    Vec<Acc> (&acc)[MR][NV]) {
-  multiply<Acc, row, step>(K, a, b, ldb, acc, [](int64_t) {});
+// Rows of a tensor as it lies: a[m][p] = data[m*ld + p]. Twelve addresses would not fit into the registers, and GCC would
+// derive every one from the first: each third row has a pointer of its own, and its origin is hidden.
+template <class Acc, int MR>
+struct TensorRows {
+  static constexpr int kPointers = (MR + 2) / 3;
+  const Acc* third[kPointers];
+  int64_t ld;
+
+  inline __attribute__((always_inline)) TensorRows(const Acc* data, int64_t ld) : ld(ld) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kPointers; i++) {
+      third[i] = data + i * 3 * ld;
+      asm("" : "+r"(third[i]));
+    }
+  }
+  inline __attribute__((always_inline)) Acc at(int m, int64_t) const { return third[m / 3][m % 3 * ld]; }
+  inline __attribute__((always_inline)) void next() {
+#pragma GCC unroll 4
+    for (int i = 0; i < kPointers; i++) third[i]++;
+  }
+};
+
+// Packed, step after step: a[m][p] = data[p*MR + m]
+template <class Acc, int MR>
+struct PackedRows {
+  const Acc* data;
+  inline __attribute__((always_inline)) Acc at(int m, int64_t p) const { return data[p * MR + m]; }
+  inline __attribute__((always_inline)) void next() {}
+};
+
+template <class Acc, int MR, int NV, class Each>
+inline __attribute__((always_inline)) void multiply_rows(int64_t K, const Acc* a, int64_t lda, const Acc* b,
+                                                         int64_t ldb, Vec<Acc> (&acc)[MR][NV], Each&& each) {
+  multiply_steps<Acc>(K, TensorRows<Acc, MR>(a, lda), b, ldb, acc, each);
 }
+
+template <class Acc, int MR, int NV, class Each>
+inline __attribute__((always_inline)) void multiply_packed(int64_t K, const Acc* a, const Acc* b, int64_t ldb,
+                                                           Vec<Acc> (&acc)[MR][NV], Each&& each) {
+  multiply_steps<Acc>(K, PackedRows<Acc, MR>{a}, b, ldb, acc, each);
+}
+
+inline void nothing(int64_t) {}  // for `each`
 
 // Loops over the accumulators must be unrolled, or the compiler keeps them in memory.
 template <int MR, int NV, class F>
@@ -62,13 +100,14 @@ struct Int {
   static constexpr int value = n;
 };
 
-// Calls f(Int<MR>, first_row) so that [0, rows) is covered by groups of at most kMaxRows.
+// Calls f(Int<MR>, first_row) so that [0, rows) is covered by groups of at most kMaxRows; 16 rows as 8 and 8, since four rows
+// have too few accumulators to hide the latency of their sums.
 template <class F>
 inline __attribute__((always_inline)) void for_row_groups(int64_t rows, F&& f) {
   int64_t m = 0;
-  for (; m + kMaxRows <= rows; m += kMaxRows) f(Int<kMaxRows>{}, m);
+  for (; m + kMaxRows <= rows && !(kMaxRows == 12 && rows - m == 16); m += kMaxRows) f(Int<kMaxRows>{}, m);
   if constexpr (kMaxRows > 8) {
-    if (m + 8 <= rows) f(Int<8>{}, m), m += 8;
+    for (; m + 8 <= rows; m += 8) f(Int<8>{}, m);
   }
   if (m + 4 <= rows) f(Int<4>{}, m), m += 4;
   if (m + 2 <= rows) f(Int<2>{}, m), m += 2;

@@ -29,8 +29,8 @@ struct Chunks {
   int64_t block(int64_t chunk) const { return chunk / per_block; }
   int64_t first(int64_t chunk) const { return chunk % per_block * columns; }  // within the block
   int64_t length(int64_t chunk) const { return smaller(columns, block_width - first(chunk)); }
-  int64_t column(int64_t chunk) const { return block(chunk) * block_width + first(chunk); }
   bool ends_block(int64_t chunk) const { return chunk % per_block == per_block - 1; }
+  int64_t column(int64_t chunk) const { return block(chunk) * block_width + first(chunk); }
 };
 
 template <class Acc>
@@ -66,25 +66,22 @@ struct Project {
     return panels;
   }
 
-  // sum[m] (+)= the part of MR tokens of a chunk that lies at `row` of the panels
-  template <int MR>
-  void add_rows(const Panels& panels, int64_t row, int64_t length, const Acc* a, bool accumulate, Acc* sum,
-                Prefetch prefetch) const {
-    const auto add = [&](const Panel<Acc>& panel, int64_t columns, bool more, Acc* to) {
+  // sum[m] (+)= the part of MR tokens, whose rows are at a, of a chunk that lies at `row` of the panels. each(p) is called
+  // once for every kSteps columns.
+  template <int MR, class Each>
+  void add_rows(const Panels& panels, int64_t row, int64_t length, const Acc* a, int64_t lda, bool accumulate, Acc* sum,
+                Each&& each) const {
+    const auto add = [&](const Panel<Acc>& panel, int64_t columns, bool first, Acc* to) {
       for_column_tiles<Acc>(round_up(columns, kWidth<Acc>), [&](auto nv, int64_t c) {
         constexpr int NV = decltype(nv)::value;
-        Vec<Acc> acc[MR][NV] = {};
-        multiply<Acc, kRow<Acc>, 1>(length, a, panel.at(row, c), panel.ld, acc,
-                                    [&](int64_t p) { prefetch.rows<MR>(p); });
-        prefetch = {};
-        for_accumulators<MR, NV>([&](int m, int v) {
-          Acc* at = to + m * sums() + c + v * kWidth<Acc>;
-          store<Acc>(at, more ? load<Acc>(at) + acc[m][v] : acc[m][v]);
-        });
+        if (first && c == 0)
+          tile<MR, NV>(length, a, lda, panel.at(row, c), panel.ld, accumulate, to + c, each);
+        else
+          tile<MR, NV>(length, a, lda, panel.at(row, c), panel.ld, accumulate, to + c, nothing);
       });
     };
-    add(panels.P, r, accumulate, sum);
-    if (h > 0) add(panels.G, h, accumulate, sum + general_start());
+    add(panels.P, r, true, sum);
+    if (h > 0) add(panels.G, h, false, sum + general_start());
   }
 
   // u [count, k*r + h] of the tokens t0 .. t0+count, by one thread
@@ -94,7 +91,7 @@ struct Project {
   void run_segment(int64_t t0, int64_t count, Acc* u, Acc* scratch) const {
     const Block<Acc> rows(scratch + panels_size(run_length()), kMaxRows);
     Acc* sum = scratch + panels_size(run_length()) + Block<Acc>::size(kMaxRows);
-    for (int64_t i = 0; i < count * sums(); i++) sum[i] = Acc(0);
+    clear_sums(count, sum);
     for (int64_t block = 0; block < k; block++) {
       for (int64_t done = 0; done < cut.per_block; done += run_length()) {
         const int64_t begin = block * cut.per_block + done, chunks = smaller(run_length(), cut.per_block - done);
@@ -103,31 +100,61 @@ struct Project {
           constexpr int MR = decltype(mr)::value;
           for (int64_t i = 0; i < chunks; i++) {
             const int64_t length = cut.length(begin + i), column = cut.column(begin + i);
-            read_block<Acc>(x, t0 + m, MR, column, length, width, mask, rows);
             const Prefetch prefetch = i + 1 < chunks   ? Prefetch::of(x, t0 + m, column + length)
                                       : m + MR < count ? Prefetch::of(x, t0 + m + MR, cut.column(begin))
                                                        : Prefetch{};
-            add_rows<MR>(panels, i * cut.columns, length, rows.rows, true, sum + m * sums(), prefetch);
+            const auto source = rows_to_multiply<Acc>(x, t0 + m, MR, column, length, width, mask, rows);
+            add_rows<MR>(panels, i * cut.columns, length, source.data, source.ld, true, sum + m * sums(),
+                         [&](int64_t p) { prefetch.rows<MR>(p); });
           }
         });
       }
-      for (int64_t m = 0; m < count; m++) store_block(block, sum + m * sums(), u + m * (k * r + h));
+      finish_chunk((block + 1) * cut.per_block - 1, count, sum, u);
     }
+  }
+
+  // Sums of `count` tokens: before the first chunk, and after each. A block's go to u after its last chunk, and start anew.
+  void clear_sums(int64_t count, Acc* sum) const {
+    for (int64_t i = 0; i < count * sums(); i++) sum[i] = Acc(0);
+  }
+  void finish_chunk(int64_t chunk, int64_t count, Acc* sum, Acc* u) const {
+    if (!cut.ends_block(chunk)) return;
+    for (int64_t m = 0; m < count; m++) store_block(cut.block(chunk), sum + m * sums(), u + m * (k * r + h));
+    if (chunk + 1 < chunks()) return;
     for (int64_t m = 0; m < count; m++) store_general(sum + m * sums(), u + m * (k * r + h));
   }
 
   // The same where chunks were summed into partial [chunks][tokens][sums()] by several threads, for token m.
   void reduce(const Acc* partial, int64_t tokens, int64_t m, Acc* sum, Acc* u) const {
-    for (int64_t c = 0; c < sums(); c++) sum[c] = Acc(0);
-    for (int64_t chunk = 0; chunk < chunks(); chunk++) {
-      const Acc* from = partial + (chunk * tokens + m) * sums();
-      for (int64_t c = 0; c < sums(); c++) sum[c] += from[c];
-      if (cut.ends_block(chunk)) store_block(cut.block(chunk), sum, u);
+    const auto add_chunks = [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
+      for (int64_t c = first; c < last; c += kWidth<Acc>) {
+        Vec<Acc> total{};
+        for (int64_t chunk = begin; chunk < end; chunk++)
+          total += load<Acc>(partial + (chunk * tokens + m) * sums() + c);
+        store<Acc>(sum + c, total);
+      }
+    };
+    for (int64_t n = 0; n < k; n++) {
+      add_chunks(n * cut.per_block, (n + 1) * cut.per_block, 0, general_start());
+      store_block(n, sum, u);
     }
+    add_chunks(0, chunks(), general_start(), sums());
     store_general(sum, u);
   }
 
  private:
+  // A function of its own, as in Expand.
+  template <int MR, int NV, class Each>
+  __attribute__((noinline)) void tile(int64_t length, const Acc* a, int64_t lda, const Acc* b, int64_t ldb,
+                                      bool accumulate, Acc* to, Each&& each) const {
+    Vec<Acc> acc[MR][NV] = {};
+    multiply_rows<Acc>(length, a, lda, b, ldb, acc, each);
+    for_accumulators<MR, NV>([&](int m, int v) {
+      Acc* at = to + m * sums() + v * kWidth<Acc>;
+      store<Acc>(at, accumulate ? load<Acc>(at) + acc[m][v] : acc[m][v]);
+    });
+  }
+
   // One row of u; the sums of the block are cleared for the next one.
   void store_block(int64_t n, Acc* sum, Acc* u) const {
     const int64_t rb = r / k;

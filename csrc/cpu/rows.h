@@ -41,6 +41,9 @@ inline int64_t row_offset(const Rows& rows, int64_t t) {
   return rows.leading_dims > 0 ? offset + t * rows.strides[0] : 0;
 }
 
+// Rows whose elements lie side by side, and that are all as far from each other
+inline bool evenly_spaced(const Rows& x) { return x.column_stride == 1 && x.leading_dims <= 1; }
+
 template <class Acc, class T>
 inline void convert_row(const T* from, int64_t stride, int64_t count, Acc* to) {
   int64_t i = 0;
@@ -59,7 +62,7 @@ struct Prefetch {
 
   // x from row t and column i on; t < 0: nothing
   static Prefetch of(const Rows& x, int64_t t, int64_t i) {
-    if (t < 0 || x.data == nullptr || x.column_stride != 1 || x.leading_dims > 1) return {};
+    if (t < 0 || x.data == nullptr || !evenly_spaced(x)) return {};
     const int64_t size = x.dtype == DType::f32 ? 4 : x.dtype == DType::f64 ? 8 : 2;
     const int64_t row = x.leading_dims == 1 ? x.strides[0] * size : 0;
     Prefetch prefetch;
@@ -99,9 +102,52 @@ struct Block {
   Block(Acc* scratch, int64_t count) : rows(scratch), draws(reinterpret_cast<uint16_t*>(scratch + count * kRow<Acc>)) {}
 };
 
-// x[t0 .. t0+count, i0 .. i0+width), with dropout, into `block`, padded with zeros to a multiple of kTile columns. The copy
-// costs a few per cent of the arithmetic. `logical_width` is the width of a whole row of x, which numbers its elements for
-// the mask.
+// The columns [i, i + kSteps) of MR rows of `from`, as far as there are columns, into rows of a block, padded with zeros
+template <int MR, class Acc, class T>
+inline __attribute__((always_inline)) void copy_columns(const T* from, int64_t ld, int64_t i, int64_t columns,
+                                                        Acc* to) {
+  if (i + kSteps <= columns) {
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; m++)
+#pragma GCC unroll 8
+      for (int64_t v = 0; v < kSteps; v += kWidth<Acc>)
+        store<Acc>(to + m * kRow<Acc> + i + v, load<Acc>(from + m * ld + i + v));
+  } else {
+    for (int m = 0; m < MR; m++)
+      for (int64_t o = i; o < i + kSteps; o++)
+        to[m * kRow<Acc> + o] = o < columns ? to_acc<Acc>(from[m * ld + o]) : Acc(0);
+  }
+}
+
+// Rows of an activation for the microkernel: `data` is an element of the first row, `ld` leads to the next row
+template <class Acc>
+struct Source {
+  const Acc* data;
+  int64_t ld;
+};
+
+// Whether x's rows can be multiplied as they lie
+template <class Acc>
+bool usable_in_place(const Rows& x, const Mask& mask) {
+  return !mask.on && x.dtype == DTypeOf<Acc>::value && evenly_spaced(x);
+}
+
+// Whether a weight gradient can walk down x's rows as they lie, whole vectors at a time: as many of them as it takes together
+// must lie in enough sets of L1 (48 KiB, 12 ways).
+template <class Acc>
+bool usable_in_place_by_columns(const Rows& x, const Mask& mask, int64_t columns) {
+  return usable_in_place<Acc>(x, mask) && columns % kWidth<Acc> == 0 && x.leading_dims == 1 &&
+         x.strides[0] * int64_t(sizeof(Acc)) % 512 != 0;
+}
+
+template <class Acc>
+Source<Acc> in_place(const Rows& x, int64_t t, int64_t i) {
+  const int64_t ld = x.leading_dims == 1 ? x.strides[0] : 0;
+  return {static_cast<const Acc*>(x.data) + t * ld + i, ld};
+}
+
+// x[t0 .. t0+count, i0 .. i0+width), with dropout, into `block`, padded with zeros to a multiple of kTile columns.
+// `logical_width` is the width of a whole row of x, which numbers its elements for the mask.
 template <class Acc>
 void read_block(const Rows& x, int64_t t0, int64_t count, int64_t i0, int64_t width, int64_t logical_width,
                 const Mask& mask, const Block<Acc>& block) {
@@ -129,6 +175,15 @@ void read_block(const Rows& x, int64_t t0, int64_t count, int64_t i0, int64_t wi
       for (int64_t i = width; i % kTile<Acc> != 0; i++) row[i] = Acc(0);
     }
   });
+}
+
+// The same, without a copy where x's rows can be multiplied as they lie
+template <class Acc>
+Source<Acc> rows_to_multiply(const Rows& x, int64_t t0, int64_t count, int64_t i0, int64_t width, int64_t logical_width,
+                             const Mask& mask, const Block<Acc>& block) {
+  if (usable_in_place<Acc>(x, mask)) return in_place<Acc>(x, t0, i0);
+  read_block<Acc>(x, t0, count, i0, width, logical_width, mask, block);
+  return {block.rows, kRow<Acc>};
 }
 
 }  // namespace gralora::cpu::GRALORA_ISA

@@ -65,22 +65,4 @@ inline Vec<Acc> lane_sums(Vec<Acc> (&row)[kWidth<Acc>]) {
   return row[0];
 }
 
-// Rows of a group as the microkernel's `a` with row = 1 and step = MR: to[p*MR + m] = scale * from[m*stride + p] for m < MR
-// and p < K. `rows`: how many there are from the first on; `to` has room for a vector more.
-template <int MR, class Acc>
-inline void interleave_rows(const Acc* from, int64_t stride, int64_t rows, int64_t K, Acc scale, Acc* to) {
-  constexpr int W = kWidth<Acc>;
-  int64_t p = 0;
-  if (MR <= W && MR > W / 2 && rows >= W) {
-    Acc block[W * W];
-    for (; p + W <= K; p += W) {
-      transpose_block<Acc>(from + p, stride, block, W);
-      // In rising order: what a vector writes beyond its MR elements, the next one overwrites.
-      for (int64_t i = 0; i < W; i++) store<Acc>(to + (p + i) * MR, scale * load<Acc>(block + i * W));
-    }
-  }
-  for (; p < K; p++)
-    for (int m = 0; m < MR; m++) to[p * MR + m] = scale * from[m * stride + p];
-}
-
 }  // namespace gralora::cpu::GRALORA_ISA

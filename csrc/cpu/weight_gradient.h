@@ -22,23 +22,32 @@ struct WeightGradient {
     read_group(v + k * r, h, count, to + r * count);
   }
 
-  // sums (+)= the part of tokens first .. first + tokens of the `count` in `ranks`; x: their block; ahead: that of as many
+  // sums (+)= the part of tokens first .. first + tokens of the `count` in `ranks`; x: their rows; ahead: those of as many
   // tokens, which will be read next.
-  void add(const Acc* ranks, int64_t count, int64_t first, int64_t tokens, const Acc* x, int64_t columns,
-           bool accumulate, Acc* sums, Prefetch prefetch) const {
+  void add(const Acc* ranks, int64_t count, int64_t first, int64_t tokens, Source<Acc> x, int64_t columns,
+           bool accumulate, Acc* sums, Prefetch ahead) const {
+    if (x.ld == kRow<Acc>)
+      add_rows<kRow<Acc>>(ranks, count, first, tokens, x, columns, accumulate, sums, ahead);
+    else
+      add_rows<0>(ranks, count, first, tokens, x, columns, accumulate, sums, ahead);
+  }
+
+ private:
+  template <int ldx>
+  void add_rows(const Acc* ranks, int64_t count, int64_t first, int64_t tokens, Source<Acc> x, int64_t columns,
+                bool accumulate, Acc* sums, Prefetch ahead) const {
     for_column_tiles<Acc>(round_up(columns, kWidth<Acc>), [&](auto nv, int64_t i) {
       constexpr int NV = decltype(nv)::value;
       const auto add_group = [&](int64_t group, const Acc* from, Acc* to) {
         for_row_groups(group, [&](auto mr, int64_t c) {
           constexpr int MR = decltype(mr)::value;
-          Vec<Acc> acc[MR][NV] = {};
-          multiply<Acc, 1, MR>(tokens, from + c * count + first * MR, x + i, kRow<Acc>, acc, [&](int64_t t) {
-            if (to == sums && c == 0) prefetch.template rows_of<NV * kWidth<Acc>>(t, i);
-          });
-          for_accumulators<MR, NV>([&](int m, int v) {
-            Acc* at = to + (c + m) * kChunk + i + v * kWidth<Acc>;
-            store<Acc>(at, accumulate ? load<Acc>(at) + acc[m][v] : acc[m][v]);
-          });
+          const Acc* a = from + c * count + first * MR;
+          Acc* at = to + c * kChunk + i;
+          if (to == sums && c == 0)
+            tile<MR, NV, ldx>(tokens, a, x.data + i, x.ld, accumulate, at,
+                              [&](int64_t t) { ahead.template rows_of<NV * kWidth<Acc>>(t, i); });
+          else
+            tile<MR, NV, ldx>(tokens, a, x.data + i, x.ld, accumulate, at, nothing);
         });
       };
       add_group(r, ranks, sums);
@@ -46,6 +55,7 @@ struct WeightGradient {
     });
   }
 
+ public:
   // One chunk's sums, scaled, as columns [first, first + columns) of block b of the gradient [k, ranks, w]
   static void write(const Param& to, int64_t b, int64_t first, int64_t ranks, int64_t columns, Acc scale,
                     const Acc* sums) {
@@ -65,6 +75,18 @@ struct WeightGradient {
   }
 
  private:
+  // A function of its own, as in Expand. ldx: the distance of x's rows, if it is known, which saves 2 %
+  template <int MR, int NV, int ldx, class Each>
+  __attribute__((noinline)) static void tile(int64_t tokens, const Acc* ranks, const Acc* x, int64_t any_ldx,
+                                             bool accumulate, Acc* sums, Each&& each) {
+    Vec<Acc> acc[MR][NV] = {};
+    multiply_packed<Acc>(tokens, ranks, x, ldx > 0 ? ldx : any_ldx, acc, each);
+    for_accumulators<MR, NV>([&](int m, int v) {
+      Acc* at = sums + m * kChunk + v * kWidth<Acc>;
+      store<Acc>(at, accumulate ? load<Acc>(at) + acc[m][v] : acc[m][v]);
+    });
+  }
+
   // to[c*count + t*MR + m] = v[t, c + m] for each group of MR ranks
   void read_group(const Acc* v, int64_t group, int64_t count, Acc* to) const {
     for_row_groups(group, [&](auto mr, int64_t c) {

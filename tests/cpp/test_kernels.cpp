@@ -5,19 +5,21 @@
 
 #include "check.h"
 #include "gralora.h"
+#include "guarded.h"
 
 using namespace gralora;
 
 namespace {
 
-using Vector = std::vector<float>;
+using Vector = std::vector<float, GuardedAllocator<float>>;
 
 struct Case {
   int64_t T, N, M, k, r, h;
 };
 
-constexpr Case kCases[] = {{1, 4, 4, 1, 1, 0},    {5, 12, 20, 2, 4, 0},    {7, 33, 66, 3, 6, 2},
-                           {40, 64, 48, 8, 8, 0}, {130, 70, 90, 5, 10, 3}, {3, 520, 8, 4, 32, 16}};
+constexpr Case kCases[] = {{1, 4, 4, 1, 1, 0},      {5, 12, 20, 2, 4, 0},      {7, 33, 66, 3, 6, 2},
+                           {40, 64, 48, 8, 8, 0},   {130, 70, 90, 5, 10, 3},   {3, 520, 8, 4, 32, 16},
+                           {200, 96, 64, 2, 16, 0}, {260, 576, 128, 1, 64, 5}, {61, 270, 576, 2, 12, 0}};
 constexpr double kScaling = 0.75;
 constexpr double kTolerance = 1e-5;  // float sums of up to 520 products of standard normals, relative in norm
 
@@ -116,27 +118,61 @@ void test_forward_is_the_dense_product(const Case& c) {
   EXPECT(run_forward(f, x, base, u, 3) == y);
 }
 
-void test_backward_to_x_is_the_transposed_product(const Case& c) {
+struct Gradients {
+  Vector dx, dA, dB, dA_general, dB_general;
+  bool operator==(const Gradients& other) const {
+    return dx == other.dx && dA == other.dA && dB == other.dB && dA_general == other.dA_general &&
+           dB_general == other.dB_general;
+  }
+};
+
+Gradients run_backward(Fixture& f, Vector& grad, Vector& x, Vector& u, int threads) {
+  const Case& c = f.c;
+  Gradients g{Vector(x.size()), Vector(f.A.size()), Vector(f.B.size()), Vector(f.A_general.size()),
+              Vector(f.B_general.size())};
+  BackwardParams p;
+  p.shape = f.shape();
+  p.adapter = f.adapter();
+  p.grad_y = rows(grad, c.T, c.M);
+  p.x = rows(x, c.T, c.N);
+  p.grad_x = rows(g.dx, c.T, c.N);
+  p.grad = {param(g.dA, c.N / c.k, c.r), param(g.dB, c.r, c.M / c.k), {}, {}};
+  if (c.h > 0) p.grad.A_general = param(g.dA_general, c.h, c.N), p.grad.B_general = param(g.dB_general, c.M, c.h);
+  p.u = u.data();
+  p.scaling = kScaling;
+  p.threads = threads;
+  cpu::backward(p);
+  return g;
+}
+
+// dB_j = s U_j^T g_j, by the u that forward left
+std::vector<double> gradient_of_B(const Case& c, const Vector& grad, const Vector& u) {
+  const int64_t width = c.M / c.k, row = c.k * c.r + c.h;
+  std::vector<double> want(c.r * c.M, 0.0);
+  for (int64_t t = 0; t < c.T; t++)
+    for (int64_t j = 0; j < c.k; j++)
+      for (int64_t q = 0; q < c.r; q++)
+        for (int64_t o = 0; o < width; o++)
+          want[(j * c.r + q) * width + o] +=
+              kScaling * double(u[t * row + j * c.r + q]) * grad[t * c.M + j * width + o];
+  return want;
+}
+
+void test_backward_is_the_transposed_product(const Case& c) {
   Fixture f(c);
   Vector x = random_vector(c.T * c.N), base = random_vector(c.T * c.M), u(c.T * (c.k * c.r + c.h));
   run_forward(f, x, base, u, 1);
-  Vector grad = random_vector(c.T * c.M), dx(x.size());
+  Vector grad = random_vector(c.T * c.M);
   std::vector<double> want(x.size(), 0.0);
   for (int64_t t = 0; t < c.T; t++) {
     for (int64_t m = 0; m < c.M; m++) {
       for (int64_t n = 0; n < c.N; n++) want[t * c.N + n] += kScaling * f.dense[m * c.N + n] * grad[t * c.M + m];
     }
   }
-  BackwardParams p;
-  p.shape = f.shape();
-  p.adapter = f.adapter();
-  p.grad_y = rows(grad, c.T, c.M);
-  p.x = rows(x, c.T, c.N);
-  p.grad_x = rows(dx, c.T, c.N);
-  p.u = u.data();
-  p.scaling = kScaling;
-  cpu::backward(p);
-  EXPECT(relative_error(dx, want) < kTolerance);
+  const Gradients got = run_backward(f, grad, x, u, 1);
+  EXPECT(relative_error(got.dx, want) < kTolerance);
+  EXPECT(relative_error(got.dB, gradient_of_B(c, grad, u)) < kTolerance);
+  EXPECT(run_backward(f, grad, x, u, 3) == got);
 }
 
 void test_merge_adds_the_dense_weight(const Case& c) {
@@ -158,7 +194,7 @@ void test_merge_adds_the_dense_weight(const Case& c) {
 int main() {
   for (const Case& c : kCases) {
     test_forward_is_the_dense_product(c);
-    test_backward_to_x_is_the_transposed_product(c);
+    test_backward_is_the_transposed_product(c);
     test_merge_adds_the_dense_weight(c);
   }
   return check::result();
