@@ -217,7 +217,7 @@ struct Backward {
       if (copy) read(from_x, chunk, g.t0 + m, tokens, b);
       if (dA.wanted())
         gradient.add(b.gradient_ranks, g.tokens, m, tokens, rows(from_x, chunk, g.t0 + m, copy, b), columns, m > 0,
-                     sums, next_block(from_x, chunk, g, m, tokens));
+                     sums, rows_from(from_x, chunk, g, m + tokens, tokens));
       if (want_x) expand_block(panels, chunk, g.t0 + m, h + m * row, tokens, b);
     });
     if (dA.wanted() && segments == 1) dA.write(chunk, sums);
@@ -228,15 +228,9 @@ struct Backward {
     for (int64_t m = 0; m < g.tokens; m += kTokens) f(m, smaller(kTokens, g.tokens - m));
   }
 
-  Prefetch next_rows(const Project<Acc>& from, int64_t chunk, const Segment& g, int64_t m, int64_t rows) const {
-    if (m + 2 * rows <= g.tokens) return Prefetch::of(from.x, g.t0 + m + rows, from.cut.column(chunk));
-    if (chunk + 1 < from.chunks()) return Prefetch::of(from.x, g.t0, from.cut.column(chunk + 1));
-    return {};
-  }
-
-  // What follows a block of a segment: the next tokens, or the first ones of the next chunk
-  Prefetch next_block(const Project<Acc>& from, int64_t chunk, const Segment& g, int64_t m, int64_t tokens) const {
-    if (m + 2 * tokens <= g.tokens) return Prefetch::of(from.x, g.t0 + m + tokens, from.cut.column(chunk));
+  // Rows m.. of a segment's chunk, or where there are not as many, the first ones of the next chunk
+  Prefetch rows_from(const Project<Acc>& from, int64_t chunk, const Segment& g, int64_t m, int64_t rows) const {
+    if (m + rows <= g.tokens) return Prefetch::of(from.x, g.t0 + m, from.cut.column(chunk));
     if (chunk + 1 < from.chunks()) return Prefetch::of(from.x, g.t0, from.cut.column(chunk + 1));
     return {};
   }
@@ -260,11 +254,11 @@ struct Backward {
         rows_to_multiply(from.x, g.t0 + m0, tokens, from.cut.column(chunk), length, from.width, from.mask, b.block);
     for_row_groups(tokens, [&](auto mr, int64_t m) {
       constexpr int MR = decltype(mr)::value;
-      Prefetch prefetch = next_rows(from, chunk, g, m0 + m, MR);
+      const Prefetch prefetch = rows_from(from, chunk, g, m0 + m + MR, MR);
       const Acc* a = rows.data + m * rows.ld;
       from.template add_rows<MR>(panels, 0, length, a, rows.ld, add, to + (m0 + m) * from.sums(), [&](int64_t i) {
         prefetch.rows<MR>(i);
-        if (copy) copy_columns<MR>(a, rows.ld, i, length, b.block.rows + m * kRow<Acc>);
+        if (copy) copy_columns(a, rows.ld, MR, i, length, b.block.rows + m * kRow<Acc>);
       });
     });
   }

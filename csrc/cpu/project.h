@@ -86,28 +86,16 @@ struct Project {
 
   // u [count, k*r + h] of the tokens t0 .. t0+count, by one thread
   int64_t segment_scratch(int64_t count) const {
-    return panels_size(run_length()) + Block<Acc>::size(kMaxRows) + count * sums();
+    return panels_size(run_length()) + 2 * Block<Acc>::size(kMaxRows) + count * sums();
   }
   void run_segment(int64_t t0, int64_t count, Acc* u, Acc* scratch) const {
-    const Block<Acc> rows(scratch + panels_size(run_length()), kMaxRows);
-    Acc* sum = scratch + panels_size(run_length()) + Block<Acc>::size(kMaxRows);
+    Acc* sum = scratch + panels_size(run_length()) + 2 * Block<Acc>::size(kMaxRows);
     clear_sums(count, sum);
     for (int64_t block = 0; block < k; block++) {
       for (int64_t done = 0; done < cut.per_block; done += run_length()) {
         const int64_t begin = block * cut.per_block + done, chunks = smaller(run_length(), cut.per_block - done);
         const Panels panels = read_panels(begin, chunks, count, scratch);
-        for_row_groups(count, [&](auto mr, int64_t m) {
-          constexpr int MR = decltype(mr)::value;
-          for (int64_t i = 0; i < chunks; i++) {
-            const int64_t length = cut.length(begin + i), column = cut.column(begin + i);
-            const Prefetch prefetch = i + 1 < chunks   ? Prefetch::of(x, t0 + m, column + length)
-                                      : m + MR < count ? Prefetch::of(x, t0 + m + MR, cut.column(begin))
-                                                       : Prefetch{};
-            const auto source = rows_to_multiply<Acc>(x, t0 + m, MR, column, length, width, mask, rows);
-            add_rows<MR>(panels, i * cut.columns, length, source.data, source.ld, true, sum + m * sums(),
-                         [&](int64_t p) { prefetch.rows<MR>(p); });
-          }
-        });
+        add_run(panels, begin, chunks, t0, count, sum, scratch + panels_size(run_length()));
       }
       finish_chunk((block + 1) * cut.per_block - 1, count, sum, u);
     }
@@ -143,6 +131,42 @@ struct Project {
   }
 
  private:
+  // Adds the part of `chunks` chunks of one block, from `begin` on, to the sums of `count` tokens. Rows of 16 bits are converted
+  // while the rows before them are multiplied.
+  void add_run(const Panels& panels, int64_t begin, int64_t chunks, int64_t t0, int64_t count, Acc* sum,
+               Acc* scratch) const {
+    const bool ahead = converted_ahead<Acc>(x, mask);
+    Block<Acc> now(scratch, kMaxRows), next(scratch + Block<Acc>::size(kMaxRows), kMaxRows);
+    if (ahead) read_block<Acc>(x, t0, smaller(kMaxRows, count), cut.column(begin), cut.length(begin), width, mask, now);
+    for_dtype<Acc>(x.dtype, [&](auto* type) {
+      using X = std::remove_pointer_t<decltype(type)>;
+      for_row_groups(count, [&](auto mr, int64_t m) {
+        constexpr int MR = decltype(mr)::value;
+        for (int64_t i = 0; i < chunks; i++) {
+          const int64_t length = cut.length(begin + i), column = cut.column(begin + i);
+          const Source<Acc> a = ahead ? Source<Acc>{now.rows, kRow<Acc>}
+                                      : rows_to_multiply<Acc>(x, t0 + m, MR, column, length, width, mask, now);
+          const bool same_rows = i + 1 < chunks;  // what comes next: a chunk of the same rows, or other rows
+          const int64_t chunk = same_rows ? begin + i + 1 : begin, row = same_rows ? m : m + MR;
+          const Prefetch prefetch = ahead         ? Prefetch::of(x, m + MR < count ? t0 + m + MR : -1, column)
+                                    : row < count ? Prefetch::of(x, t0 + row, cut.column(chunk))
+                                                  : Prefetch{};
+          const int64_t rows = !ahead ? 0 : same_rows ? MR : smaller(kMaxRows, count - row);
+          const int64_t next_length = cut.length(chunk);
+          const Source<X> from = in_place<X>(x, t0 + row, cut.column(chunk));
+          const auto convert = [&](int64_t p) { copy_columns(from.data, from.ld, rows, p, next_length, next.rows); };
+          add_rows<MR>(panels, i * cut.columns, length, a.data, a.ld, true, sum + m * sums(), [&](int64_t p) {
+            prefetch.rows<MR>(p);
+            convert(p);
+          });
+          for (int64_t p = round_up(length, kSteps); p < next_length; p += kSteps) convert(p);
+          const Block<Acc> last = now;
+          now = next, next = last;
+        }
+      });
+    });
+  }
+
   // A function of its own, as in Expand.
   template <int MR, int NV, class Each>
   __attribute__((noinline)) void tile(int64_t length, const Acc* a, int64_t lda, const Acc* b, int64_t ldb,

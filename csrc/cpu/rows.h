@@ -102,27 +102,26 @@ struct Block {
   Block(Acc* scratch, int64_t count) : rows(scratch), draws(reinterpret_cast<uint16_t*>(scratch + count * kRow<Acc>)) {}
 };
 
-// The columns [i, i + kSteps) of MR rows of `from`, as far as there are columns, into rows of a block, padded with zeros
-template <int MR, class Acc, class T>
-inline __attribute__((always_inline)) void copy_columns(const T* from, int64_t ld, int64_t i, int64_t columns,
-                                                        Acc* to) {
+// The columns [i, i + kSteps) of some rows of `from`, as far as there are columns, into rows of a block, padded with zeros
+template <class Acc, class T>
+inline __attribute__((always_inline)) void copy_columns(const T* from, int64_t ld, int64_t rows, int64_t i,
+                                                        int64_t columns, Acc* to) {
   if (i + kSteps <= columns) {
-#pragma GCC unroll 16
-    for (int m = 0; m < MR; m++)
+    for (int64_t m = 0; m < rows; m++)
 #pragma GCC unroll 8
       for (int64_t v = 0; v < kSteps; v += kWidth<Acc>)
         store<Acc>(to + m * kRow<Acc> + i + v, load<Acc>(from + m * ld + i + v));
-  } else {
-    for (int m = 0; m < MR; m++)
+  } else if (i < columns) {
+    for (int64_t m = 0; m < rows; m++)
       for (int64_t o = i; o < i + kSteps; o++)
         to[m * kRow<Acc> + o] = o < columns ? to_acc<Acc>(from[m * ld + o]) : Acc(0);
   }
 }
 
-// Rows of an activation for the microkernel: `data` is an element of the first row, `ld` leads to the next row
-template <class Acc>
+// Rows of an activation: `data` is an element of the first row, `ld` leads to the next row
+template <class T>
 struct Source {
-  const Acc* data;
+  const T* data;
   int64_t ld;
 };
 
@@ -140,10 +139,17 @@ bool usable_in_place_by_columns(const Rows& x, const Mask& mask, int64_t columns
          x.strides[0] * int64_t(sizeof(Acc)) % 512 != 0;
 }
 
+// Whether they are converted beside the product before: those of 16 bits without dropout
 template <class Acc>
-Source<Acc> in_place(const Rows& x, int64_t t, int64_t i) {
+bool converted_ahead(const Rows& x, const Mask& mask) {
+  return !mask.on && x.dtype != DTypeOf<Acc>::value && evenly_spaced(x);
+}
+
+// Row t of x, whose rows are evenly spaced, from column i on
+template <class T>
+Source<T> in_place(const Rows& x, int64_t t, int64_t i) {
   const int64_t ld = x.leading_dims == 1 ? x.strides[0] : 0;
-  return {static_cast<const Acc*>(x.data) + t * ld + i, ld};
+  return {static_cast<const T*>(x.data) + t * ld + i, ld};
 }
 
 // x[t0 .. t0+count, i0 .. i0+width), with dropout, into `block`, padded with zeros to a multiple of kTile columns.
