@@ -3,7 +3,8 @@
 //   dB_j = s U_j^T g_j, dBg^T = s (x' Ag^T)^T g;   dA_n = x'_n^T dH_n, dAg = (s g Bg)^T x'   (weight_gradient)
 //
 // g is read once for dU and dB, then x once for dA while dx is written: an item is one chunk of columns for one segment of
-// tokens. The chunks' parts of dU meet in `partial` and are added in the order of the chunks. Weight gradients are summed
+// tokens. The chunks' parts of dU meet in `partial` and are added in the order of the chunks: at once where one thread takes
+// the segment, else when all are there. Weight gradients are summed
 // in a fixed tree: kTokens tokens in registers, those blocks within a segment, segments in their order. It does not depend
 // on the number of threads; neither does any other sum.
 #include "backward_few.h"
@@ -191,8 +192,8 @@ struct Backward {
     if (want_H) panels = from_g.read_panels(chunk, 1, g.tokens, b.panels);
     if (dB.wanted() && new_ranks) gradient.read_ranks(u, from_g.cut.block(chunk), g.tokens, b.gradient_ranks);
     Acc* sums = segments == 1 ? b.sums : dB.slot(g.first, g.index, chunk);
+    const bool copy = dB.wanted() && !usable_in_place_by_columns<Acc>(p.grad_y, no_mask, from_g.cut.length(chunk));
     for_blocks(g, [&](int64_t m, int64_t tokens) {
-      const bool copy = dB.wanted() && !usable_in_place_by_columns<Acc>(p.grad_y, no_mask, from_g.cut.length(chunk));
       if (want_H)
         project_block(from_g, panels, chunk, g, m, tokens, to, add, copy, b);
       else if (copy)
@@ -212,12 +213,12 @@ struct Backward {
     if (want_x) panels = to_x.read_panels(block, column, columns, g.tokens, b.panels);
     if (dA.wanted() && new_ranks) gradient.read_ranks(h, block, g.tokens, b.gradient_ranks);
     Acc* sums = segments == 1 ? b.sums : dA.slot(g.first, g.index, chunk);
+    const bool copy = mask.on || (dA.wanted() && !usable_in_place_by_columns<Acc>(p.x, mask, columns));
     for_blocks(g, [&](int64_t m, int64_t tokens) {
-      const bool copy = mask.on || (dA.wanted() && !usable_in_place_by_columns<Acc>(p.x, mask, columns));
       if (copy) read(from_x, chunk, g.t0 + m, tokens, b);
       if (dA.wanted())
         gradient.add(b.gradient_ranks, g.tokens, m, tokens, rows(from_x, chunk, g.t0 + m, copy, b), columns, m > 0,
-                     sums, rows_from(from_x, chunk, g, m + tokens, tokens));
+                     sums, prefetch_from(from_x, chunk, g, m + tokens, tokens));
       if (want_x) expand_block(panels, chunk, g.t0 + m, h + m * row, tokens, b);
     });
     if (dA.wanted() && segments == 1) dA.write(chunk, sums);
@@ -229,7 +230,7 @@ struct Backward {
   }
 
   // Rows m.. of a segment's chunk, or where there are not as many, the first ones of the next chunk
-  Prefetch rows_from(const Project<Acc>& from, int64_t chunk, const Segment& g, int64_t m, int64_t rows) const {
+  Prefetch prefetch_from(const Project<Acc>& from, int64_t chunk, const Segment& g, int64_t m, int64_t rows) const {
     if (m + rows <= g.tokens) return Prefetch::of(from.x, g.t0 + m, from.cut.column(chunk));
     if (chunk + 1 < from.chunks()) return Prefetch::of(from.x, g.t0, from.cut.column(chunk + 1));
     return {};
@@ -254,7 +255,7 @@ struct Backward {
         rows_to_multiply(from.x, g.t0 + m0, tokens, from.cut.column(chunk), length, from.width, from.mask, b.block);
     for_row_groups(tokens, [&](auto mr, int64_t m) {
       constexpr int MR = decltype(mr)::value;
-      const Prefetch prefetch = rows_from(from, chunk, g, m0 + m + MR, MR);
+      const Prefetch prefetch = prefetch_from(from, chunk, g, m0 + m + MR, MR);
       const Acc* a = rows.data + m * rows.ld;
       from.template add_rows<MR>(panels, 0, length, a, rows.ld, add, to + (m0 + m) * from.sums(), [&](int64_t i) {
         prefetch.rows<MR>(i);

@@ -112,7 +112,7 @@ struct Project {
     for (int64_t m = 0; m < count; m++) store_general(sum + m * sums(), u + m * (k * r + h));
   }
 
-  // The same where chunks were summed into partial [chunks][tokens][sums()] by several threads, for token m.
+  // One row of u, of token m, where several threads summed chunks into partial [chunks][tokens][sums()]
   void reduce(const Acc* partial, int64_t tokens, int64_t m, Acc* sum, Acc* u) const {
     const auto add_chunks = [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
       for (int64_t c = first; c < last; c += kWidth<Acc>) {

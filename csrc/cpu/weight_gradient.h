@@ -32,7 +32,26 @@ struct WeightGradient {
       add_rows<0>(ranks, count, first, tokens, x, columns, accumulate, sums, ahead);
   }
 
+  // One chunk's sums, scaled, as columns [first, first + columns) of block b of the gradient [k, ranks, w]
+  static void write(const Param& to, int64_t b, int64_t first, int64_t ranks, int64_t columns, Acc scale,
+                    const Acc* sums) {
+    for_dtype<Acc>(to.dtype, [&](auto* type) {
+      using P = std::remove_pointer_t<decltype(type)>;
+      P* out = static_cast<P*>(to.data) + b * to.block_stride + first * to.column_stride;
+      if (to.row_stride == 1 && to.column_stride != 1) return write_transposed(out, to, ranks, columns, scale, sums);
+      for (int64_t c = 0; c < ranks; c++) {
+        int64_t i = 0;
+        if (to.column_stride == 1)
+          for (; i + kWidth<Acc> <= columns; i += kWidth<Acc>)
+            store<Acc>(out + c * to.row_stride + i, scale * load<Acc>(sums + c * kChunk + i));
+        for (; i < columns; i++)
+          out[c * to.row_stride + i * to.column_stride] = from_acc<P>(scale * sums[c * kChunk + i]);
+      }
+    });
+  }
+
  private:
+  // ldx: the distance of x's rows where it is known, which saves 2 %; else 0
   template <int ldx>
   void add_rows(const Acc* ranks, int64_t count, int64_t first, int64_t tokens, Source<Acc> x, int64_t columns,
                 bool accumulate, Acc* sums, Prefetch ahead) const {
@@ -55,27 +74,7 @@ struct WeightGradient {
     });
   }
 
- public:
-  // One chunk's sums, scaled, as columns [first, first + columns) of block b of the gradient [k, ranks, w]
-  static void write(const Param& to, int64_t b, int64_t first, int64_t ranks, int64_t columns, Acc scale,
-                    const Acc* sums) {
-    for_dtype<Acc>(to.dtype, [&](auto* type) {
-      using P = std::remove_pointer_t<decltype(type)>;
-      P* out = static_cast<P*>(to.data) + b * to.block_stride + first * to.column_stride;
-      if (to.row_stride == 1 && to.column_stride != 1) return write_transposed(out, to, ranks, columns, scale, sums);
-      for (int64_t c = 0; c < ranks; c++) {
-        int64_t i = 0;
-        if (to.column_stride == 1)
-          for (; i + kWidth<Acc> <= columns; i += kWidth<Acc>)
-            store<Acc>(out + c * to.row_stride + i, scale * load<Acc>(sums + c * kChunk + i));
-        for (; i < columns; i++)
-          out[c * to.row_stride + i * to.column_stride] = from_acc<P>(scale * sums[c * kChunk + i]);
-      }
-    });
-  }
-
- private:
-  // A function of its own, as in Expand. ldx: the distance of x's rows, if it is known, which saves 2 %
+  // A function of its own, as in Expand.
   template <int MR, int NV, int ldx, class Each>
   __attribute__((noinline)) static void tile(int64_t tokens, const Acc* ranks, const Acc* x, int64_t any_ldx,
                                              bool accumulate, Acc* sums, Each&& each) {
