@@ -1,5 +1,5 @@
-// The kernels alone, without torch around them: medians of forward, backward and merge on one shape in float32, and the
-// share of a floor that is given. For profilers, and to tell what torch's side adds; built with the C++ tests.
+// The kernels alone, without torch around them: medians of forward, backward, the layer as one product and merge on one shape
+// in float32, and the share of a floor that is given. For profilers, and to tell what torch's side adds; built with the C++ tests.
 //
 // usage: kernel_times T N M r k [threads [dropout [GFLOP/s GB/s]]]      the floor: of one thread's GEMM and copy, say
 #include <time.h>
@@ -113,6 +113,16 @@ int main(int count, char** words) {
   merge.weight = param(W, M, N);
   merge.scaling = 1e-6, merge.threads = threads;
 
+  LinearParams linear;
+  linear.shape = forward.shape, linear.adapter = adapter;
+  linear.in = forward.x, linear.out = forward.y;
+  linear.weight = merge.weight;
+  linear.scaling = 0.5, linear.threads = threads;
+  LinearParams linear_dx = linear;
+  linear_dx.in = backward.grad_y, linear_dx.out = backward.grad_x, linear_dx.transposed = true;
+  BackwardParams rest = backward;  // what is left of backward then, with U made again
+  rest.grad_x = Rows{}, rest.u = nullptr;
+
   // The least work of each pass: see benchmarks/shapes.py.
   const double pass = 2.0 * double(r * (N + M) * T), dense = 2.0 * double(N * M * (r / k));
   std::printf("T=%lld %lldx%lld r=%lld k=%lld, %d threads\n", (long long)T, (long long)N, (long long)M, (long long)r,
@@ -122,6 +132,13 @@ int main(int count, char** words) {
   print("forward, in place", median_seconds([&] { cpu::forward(in_place); }), pass, 4.0 * double(T * (N + 2 * M)), peak,
         bandwidth);
   print("backward", median_seconds([&] { cpu::backward(backward); }), 2 * pass, 4.0 * double(T * (M + 3 * N)), peak,
+        bandwidth);
+  const double product = 2.0 * double(N * M * T) + dense, read_weight = 4.0 * double(N * M);
+  print("linear", median_seconds([&] { cpu::linear(linear); }), product, read_weight + 4.0 * double(T * (N + M)), peak,
+        bandwidth);
+  print("linear, dx", median_seconds([&] { cpu::linear(linear_dx); }), product, read_weight + 4.0 * double(T * (N + M)),
+        peak, bandwidth);
+  print("linear, dA and dB", median_seconds([&] { cpu::backward(rest); }), 2 * pass, 4.0 * double(T * (M + N)), peak,
         bandwidth);
   print("merge", median_seconds([&] { cpu::merge(merge); }), dense, 8.0 * double(N * M), peak, bandwidth);
   return 0;

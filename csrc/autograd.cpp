@@ -31,6 +31,19 @@ auto backward_op() {
   return op;
 }
 
+auto linear_op() {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("gralora_ext::linear", "").typed<decltype(linear_kernel)>();
+  return op;
+}
+
+auto linear_backward_op() {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("gralora_ext::linear_backward", "")
+                             .typed<decltype(linear_backward_kernel)>();
+  return op;
+}
+
 // Backward or forward mode: the latter has no derivative here, and goes the recorded way to get torch's error for it.
 bool differentiated(const at::Tensor& tensor) { return tensor.requires_grad() || tensor._fw_grad(0).defined(); }
 bool differentiated(const OptionalTensor& tensor) { return tensor.has_value() && differentiated(*tensor); }
@@ -102,7 +115,55 @@ std::tuple<at::Tensor, at::Tensor> forward_recorded_or_not(const at::Tensor& x, 
   return {y, u};
 }
 
+struct Linear : torch::autograd::Function<Linear> {
+  // What may have a gradient comes first: torch numbers only the tensors that are there.
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& A, const at::Tensor& B,
+                            const OptionalTensor& A_general, const OptionalTensor& B_general, const at::Tensor& weight,
+                            const OptionalTensor& bias, double scaling) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const auto kept = [](const OptionalTensor& tensor) { return tensor.value_or(at::Tensor()); };
+    ctx->save_for_backward({x, weight, A, B, kept(A_general), kept(B_general)});
+    ctx->saved_data["scaling"] = scaling;
+    return linear_op().call(x, weight, bias, A, B, A_general, B_general, scaling);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    variable_list result(8);
+    if (!grads[0].defined()) return result;
+    const variable_list saved = ctx->get_saved_variables();
+    const OptionalTensor A_general = optional(saved[4]), B_general = optional(saved[5]);
+    const bool hybrid = A_general.has_value();
+    const std::array<bool, 5> needs = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2),
+                                       hybrid && ctx->needs_input_grad(3), hybrid && ctx->needs_input_grad(4)};
+    auto [dx, dA, dB, dA_general, dB_general] =
+        linear_backward_op().call(grads[0], saved[0], saved[1], saved[2], saved[3], A_general, B_general,
+                                  ctx->saved_data["scaling"].toDouble(), needs);
+    if (needs[0]) result[0] = dx;
+    if (needs[1]) result[1] = dA;
+    if (needs[2]) result[2] = dB;
+    if (needs[3]) result[3] = dA_general;
+    if (needs[4]) result[4] = dB_general;
+    return result;
+  }
+};
+
 }  // namespace
+
+at::Tensor linear_autograd(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                           const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,
+                           const OptionalTensor& B_general, double scaling) {
+  const bool frozen = !(differentiated(weight) || differentiated(bias));
+  TORCH_CHECK(!at::GradMode::is_enabled() || frozen,
+              "gralora_ext: weight and bias must not require grad: they have no "
+              "derivative here");
+  const bool recorded = at::GradMode::is_enabled() && (differentiated(x) || differentiated(A) || differentiated(B) ||
+                                                       differentiated(A_general) || differentiated(B_general));
+  if (!recorded) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return linear_op().call(x, weight, bias, A, B, A_general, B_general, scaling);
+  }
+  return Linear::apply(x, A, B, A_general, B_general, weight, bias, scaling);
+}
 
 std::tuple<at::Tensor, at::Tensor> forward_autograd(const at::Tensor& x, const at::Tensor& base, const at::Tensor& A,
                                                     const at::Tensor& B, const OptionalTensor& A_general,

@@ -130,6 +130,32 @@ inline Shape check_backward(const at::Tensor& grad, const at::Tensor& x, const a
   return s;
 }
 
+// x and weight in the accumulation type
+inline Shape check_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                          const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,
+                          const OptionalTensor& B_general, double scaling) {
+  Shape s = check_adapter(A, B, A_general, B_general, scaling);
+  check_activation(x, "x", s.N, "N", A.device());
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kDouble || (x.scalar_type() == at::kFloat && A.scalar_type() != at::kDouble),
+                   "gralora_ext: x must be float32, or float64 where A is, but x is ", x.scalar_type(), " and A is ",
+                   A.scalar_type());
+  check_tensor(weight, "weight", A.device());
+  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(0) == s.M && weight.size(1) == s.N,
+                    "gralora_ext: weight must be [M, N] = [", s.M, ", ", s.N, "] to go with A and B, but has shape ",
+                    weight.sizes());
+  TORCH_CHECK_TYPE(weight.scalar_type() == x.scalar_type(), "gralora_ext: weight must have x's dtype ", x.scalar_type(),
+                   ", but is ", weight.scalar_type());
+  if (bias.has_value()) {
+    check_tensor(*bias, "bias", A.device());
+    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == s.M, "gralora_ext: bias must be [M] = [", s.M,
+                      "] to go with B, but has shape ", bias->sizes());
+    TORCH_CHECK_TYPE(bias->scalar_type() == x.scalar_type(), "gralora_ext: bias must have x's dtype ", x.scalar_type(),
+                     ", but is ", bias->scalar_type());
+  }
+  s.T = leading_size(x);
+  return s;
+}
+
 inline Shape check_merge(const at::Tensor& weight, const at::Tensor& A, const at::Tensor& B,
                          const OptionalTensor& A_general, const OptionalTensor& B_general, double scaling,
                          bool fan_in_fan_out) {

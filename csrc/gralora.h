@@ -104,10 +104,24 @@ struct MergeParams {
   int threads = 1;
 };
 
+// out = in (W + dW)^T + bias, with in [T, N] and out [T, M]; or, `transposed`, out = in (W + dW), with in [T, M] and out [T, N].
+struct LinearParams {
+  Shape shape;
+  Adapter adapter;
+  Rows in, out;                // of the accumulation type; out is contiguous
+  Param weight;                // [M, N] by its strides; block_stride is not used
+  const void* bias = nullptr;  // [columns of out], of the accumulation type, or none
+  bool transposed = false;
+  double scaling = 1.0;
+  bool accumulate_f64 = false;
+  int threads = 1;
+};
+
 namespace cpu {
 void forward(const ForwardParams& p);
 void backward(const BackwardParams& p);
 void merge(const MergeParams& p);
+void linear(const LinearParams& p);
 }  // namespace cpu
 
 }  // namespace gralora

@@ -35,6 +35,14 @@ void merge_kernel(at::Tensor weight, const at::Tensor& A, const at::Tensor& B, c
 at::Tensor delta_weight_kernel(const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,
                                const OptionalTensor& B_general, double scaling, bool fan_in_fan_out);
 
+// y = x (W + dW)^T + bias, and its gradients as above (linear_ops.cpp): a layer whose weight is frozen, in one product. CPU only.
+at::Tensor linear_kernel(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const at::Tensor& A,
+                         const at::Tensor& B, const OptionalTensor& A_general, const OptionalTensor& B_general,
+                         double scaling);
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_backward_kernel(
+    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& A, const at::Tensor& B,
+    const OptionalTensor& A_general, const OptionalTensor& B_general, double scaling, std::array<bool, 5> needs);
+
 // The autograd kernels of the forward ops (autograd.cpp).
 std::tuple<at::Tensor, at::Tensor> forward_autograd(const at::Tensor& x, const at::Tensor& base, const at::Tensor& A,
                                                     const at::Tensor& B, const OptionalTensor& A_general,
@@ -45,5 +53,8 @@ std::tuple<at::Tensor, at::Tensor> forward_into_autograd(const at::Tensor& x, co
                                                          const OptionalTensor& A_general,
                                                          const OptionalTensor& B_general, const OptionalTensor& seed,
                                                          double scaling, double dropout_p);
+at::Tensor linear_autograd(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                           const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,
+                           const OptionalTensor& B_general, double scaling);
 
 }  // namespace gralora

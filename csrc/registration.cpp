@@ -21,6 +21,12 @@ TORCH_LIBRARY(gralora_ext, m) {
   m.def(
       "delta_weight(Tensor A, Tensor B, Tensor? A_general, Tensor? B_general, float scaling, bool fan_in_fan_out) "
       "-> Tensor");
+  m.def(
+      "linear(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor? A_general, Tensor? B_general, "
+      "float scaling) -> Tensor");
+  m.def(
+      "linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor A, Tensor B, Tensor? A_general, "
+      "Tensor? B_general, float scaling, bool[5] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 namespace {
@@ -35,7 +41,11 @@ void register_kernels(torch::Library& m) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(gralora_ext, CPU, m) { register_kernels(m); }
+TORCH_LIBRARY_IMPL(gralora_ext, CPU, m) {
+  register_kernels(m);
+  m.impl("linear", &gralora::linear_kernel);
+  m.impl("linear_backward", &gralora::linear_backward_kernel);
+}
 #ifdef GRALORA_HAVE_CUDA
 TORCH_LIBRARY_IMPL(gralora_ext, CUDA, m) { register_kernels(m); }
 #endif
@@ -46,4 +56,6 @@ TORCH_LIBRARY_IMPL(gralora_ext, Autograd, m) {
   m.impl("gralora_backward", torch::autograd::autogradNotImplementedFallback());
   m.impl("merge_", torch::autograd::autogradNotImplementedFallback());
   m.impl("delta_weight", torch::autograd::autogradNotImplementedFallback());
+  m.impl("linear", &gralora::linear_autograd);
+  m.impl("linear_backward", torch::autograd::autogradNotImplementedFallback());
 }

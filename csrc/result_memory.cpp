@@ -1,9 +1,11 @@
 #include "result_memory.h"
 
 #include <ATen/EmptyTensor.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
+#include <c10/util/accumulate.h>
 
 #include <list>
 #include <mutex>
@@ -96,6 +98,15 @@ at::Tensor empty_result_like(const at::Tensor& like) {
   constexpr c10::DispatchKeySet keys(c10::DispatchKey::CPU);
   return at::Tensor(
       at::detail::empty_strided_generic(like.sizes(), like.strides(), &Pool::instance(), keys, like.scalar_type()));
+}
+
+at::Tensor empty_result(at::IntArrayRef sizes, const at::Tensor& like) {
+  const size_t bytes = size_t(c10::multiply_integers(sizes)) * like.element_size();
+  if (!like.is_cpu() || bytes < kSmallest)
+    return at::empty(sizes, like.options().memory_format(at::MemoryFormat::Contiguous));
+  constexpr c10::DispatchKeySet keys(c10::DispatchKey::CPU);
+  return at::Tensor(
+      at::detail::empty_generic(sizes, &Pool::instance(), keys, like.scalar_type(), at::MemoryFormat::Contiguous));
 }
 
 }  // namespace gralora

@@ -28,6 +28,7 @@ INCLUDE_DIR = "csrc"
 COMMON_SOURCES = [
     "csrc/registration.cpp",
     "csrc/ops.cpp",
+    "csrc/linear_ops.cpp",
     "csrc/run.cpp",
     "csrc/result_memory.cpp",
     "csrc/autograd.cpp",
@@ -36,7 +37,7 @@ COMMON_SOURCES = [
     "csrc/cpu/dispatch.cpp",
 ]
 # Compiled once per capability; they include no torch header.
-KERNEL_SOURCES = ["csrc/cpu/forward.cpp", "csrc/cpu/backward.cpp", "csrc/cpu/merge.cpp"]
+KERNEL_SOURCES = ["csrc/cpu/forward.cpp", "csrc/cpu/backward.cpp", "csrc/cpu/merge.cpp", "csrc/cpu/linear.cpp"]
 
 # In rising order: the linker keeps the first copy of a shared inline function, so the portable one must come first.
 X86_CAPABILITY_FLAGS = {

@@ -64,6 +64,10 @@ def _(x: Tensor, base: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     return base, _fake_forward(x, base, *others)[1]
 
 
+def _empty_gradient(wanted: bool, of: Tensor | None, A: Tensor) -> Tensor:
+    return torch.empty_like(of) if wanted and of is not None else (A if of is None else of).new_empty(0)
+
+
 @torch.library.register_fake("gralora_ext::gralora_backward")
 def _(
     grad: Tensor,
@@ -80,10 +84,39 @@ def _(
 ) -> tuple[Tensor, ...]:
     _check_devices(grad=grad, x=x, u=u, A=A, B=B, A_general=A_general, B_general=B_general, seed=seed)
 
-    def gradient(wanted: bool, of: Tensor | None) -> Tensor:
-        return torch.empty_like(of) if wanted and of is not None else (A if of is None else of).new_empty(0)
+    return tuple(_empty_gradient(n, t, A) for n, t in zip(needs, (x, A, B, A_general, B_general), strict=True))
 
-    return tuple(gradient(n, t) for n, t in zip(needs, (x, A, B, A_general, B_general), strict=True))
+
+@torch.library.register_fake("gralora_ext::linear")
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    A_general: Tensor | None,
+    B_general: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    _check_devices(x=x, weight=weight, bias=bias, A=A, B=B, A_general=A_general, B_general=B_general)
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.register_fake("gralora_ext::linear_backward")
+def _(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    A_general: Tensor | None,
+    B_general: Tensor | None,
+    scaling: float,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    _check_devices(grad=grad, x=x, weight=weight, A=A, B=B, A_general=A_general, B_general=B_general)
+    dx = x.new_empty(x.shape) if needs[0] else x.new_empty(0)
+    return dx, *(_empty_gradient(n, t, A) for n, t in zip(needs[1:], (A, B, A_general, B_general), strict=True))
 
 
 @torch.library.register_fake("gralora_ext::merge_")

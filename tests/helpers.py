@@ -200,7 +200,9 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def expected_results(inputs: Inputs, **options: object) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def expected_results(
+    inputs: Inputs, op: Callable[..., Tensor] = reference.gralora, **options: object
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The reference's results in float64 from the same rounded inputs, and the size that each one's norm may count as.
 
     A result of few terms can cancel to almost nothing, and then no sum is near it in relation to its norm. The norm
@@ -209,8 +211,8 @@ def expected_results(inputs: Inputs, **options: object) -> tuple[dict[str, Tenso
     """
     wide = inputs.to(torch.float64)
     with threads(1):  # small products, which a second thread on a busy machine would only delay
-        expected = value_and_gradients(reference.gralora, wide, **options)
-        squares = value_and_gradients(reference.gralora, wide.squared(), **options)
+        expected = value_and_gradients(op, wide, **options)
+        squares = value_and_gradients(op, wide.squared(), **options)
     sizes = {name: torch.maximum(t.norm(), squares[name].sum().sqrt()) for name, t in expected.items()}
     return expected, sizes
 
@@ -227,11 +229,20 @@ def assert_near(
     assert error <= bound, f"{name} ({NAMES[actual.dtype]}): error {error:.3e} exceeds {bound:.3e}"
 
 
-def assert_results_near(actual: dict[str, Tensor], inputs: Inputs, **options: object) -> None:
-    """y and every gradient in ``actual`` agree with the reference within the table, each in its tensor's dtype."""
-    expected, sizes = expected_results(inputs, **options)
+def assert_results_near(
+    actual: dict[str, Tensor],
+    inputs: Inputs,
+    op: Callable[..., Tensor] = reference.gralora,
+    like_y: str = "base",
+    **options: object,
+) -> None:
+    """y and every gradient in ``actual`` agree with ``op`` in float64 within the table, each in its tensor's dtype.
+
+    ``like_y`` names the tensor whose dtype is y's.
+    """
+    expected, sizes = expected_results(inputs, op, **options)
     for name, result in actual.items():
-        owner = inputs.tensors["base" if name == "y" else name]
+        owner = inputs.tensors[like_y if name == "y" else name]
         assert result.dtype == owner.dtype, f"{name}: dtype {result.dtype}, expected {owner.dtype}"
         tolerance = TOLERANCES[result.dtype].output * (1 if name == "y" else GRADIENT_FACTOR)
         assert_near(name, result, expected[name], sizes[name], tolerance)

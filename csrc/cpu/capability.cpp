@@ -99,4 +99,13 @@ Capability capability() {
   return chosen;
 }
 
+const char* vendor() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_is("amd")) return "amd";
+  if (__builtin_cpu_is("intel")) return "intel";
+#endif
+  return "other";
+}
+
 }  // namespace gralora::cpu

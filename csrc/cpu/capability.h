@@ -19,4 +19,7 @@ std::vector<Capability> compiled_capabilities();
 // variable holds another word than the three names.
 Capability capability();
 
+// Who made the processor: "amd", "intel" or "other".
+const char* vendor();
+
 }  // namespace gralora::cpu

@@ -10,6 +10,7 @@ namespace gralora::cpu {
   void forward(const ForwardParams& p);   \
   void backward(const BackwardParams& p); \
   void merge(const MergeParams& p);       \
+  void linear(const LinearParams& p);     \
   }
 
 GRALORA_DECLARE_KERNELS(isa_default)
@@ -26,17 +27,18 @@ struct Kernels {
   void (*forward)(const ForwardParams&);
   void (*backward)(const BackwardParams&);
   void (*merge)(const MergeParams&);
+  void (*linear)(const LinearParams&);
 };
 
 Kernels kernels(bool accumulate_f64) {
   switch (accumulate_f64 ? Capability::Default : capability()) {
 #ifdef GRALORA_HAVE_AVX512
-    case Capability::Avx512: return {isa_avx512::forward, isa_avx512::backward, isa_avx512::merge};
+    case Capability::Avx512: return {isa_avx512::forward, isa_avx512::backward, isa_avx512::merge, isa_avx512::linear};
 #endif
 #ifdef GRALORA_HAVE_AVX2
-    case Capability::Avx2: return {isa_avx2::forward, isa_avx2::backward, isa_avx2::merge};
+    case Capability::Avx2: return {isa_avx2::forward, isa_avx2::backward, isa_avx2::merge, isa_avx2::linear};
 #endif
-    default: return {isa_default::forward, isa_default::backward, isa_default::merge};
+    default: return {isa_default::forward, isa_default::backward, isa_default::merge, isa_default::linear};
   }
 }
 
@@ -45,5 +47,6 @@ Kernels kernels(bool accumulate_f64) {
 void forward(const ForwardParams& p) { kernels(p.accumulate_f64).forward(p); }
 void backward(const BackwardParams& p) { kernels(p.accumulate_f64).backward(p); }
 void merge(const MergeParams& p) { kernels(p.accumulate_f64).merge(p); }
+void linear(const LinearParams& p) { kernels(p.accumulate_f64).linear(p); }
 
 }  // namespace gralora::cpu

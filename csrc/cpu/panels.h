@@ -46,6 +46,18 @@ void pack_tile(const P* from, const Param& param, int64_t rows, int64_t columns,
   }
 }
 
+// The rows and columns from `offset` on, in tiles one after the other: panel_size elements
+template <class Acc>
+Panel<Acc> pack_panel(const Param& param, int64_t offset, int64_t rows, int64_t columns, Acc* to) {
+  for_dtype<Acc>(param.dtype, [&](auto* type) {
+    using P = std::remove_pointer_t<decltype(type)>;
+    const P* from = static_cast<const P*>(param.data) + offset;
+    for (int64_t c = 0; c < columns; c += kTile<Acc>)
+      pack_tile<Acc>(from + c * param.column_stride, param, rows, smaller(kTile<Acc>, columns - c), to + c * rows);
+  });
+  return {to, rows * kTile<Acc>, kTile<Acc>};
+}
+
 // Rows [row0, row0 + rows) and columns [column0, column0 + columns) of block `block`; `uses`: how many tokens will read it.
 // `scratch` holds panel_size elements.
 template <class Acc>
@@ -56,13 +68,7 @@ Panel<Acc> read_panel(const Param& param, int64_t block, int64_t row0, int64_t r
   const bool usable = param.dtype == DTypeOf<Acc>::value && param.column_stride == 1 && columns % kWidth<Acc> == 0;
   if (usable && (uses < kUsesWorthPacking || (columns <= kTile<Acc> && param.row_stride == columns)))
     return {static_cast<const Acc*>(param.data) + offset, kTile<Acc>, param.row_stride};
-  for_dtype<Acc>(param.dtype, [&](auto* type) {
-    using P = std::remove_pointer_t<decltype(type)>;
-    const P* from = static_cast<const P*>(param.data) + offset;
-    for (int64_t c = 0; c < columns; c += kTile<Acc>)
-      pack_tile<Acc>(from + c * param.column_stride, param, rows, smaller(kTile<Acc>, columns - c), scratch + c * rows);
-  });
-  return {scratch, rows * kTile<Acc>, kTile<Acc>};
+  return pack_panel<Acc>(param, offset, rows, columns, scratch);
 }
 
 }  // namespace gralora::cpu::GRALORA_ISA

@@ -85,11 +85,30 @@ def check(case: Case, device: torch.device) -> Iterator[tuple[str, float]]:
     for name, actual, right in zip(leaves, gradients, wanted, strict=True):
         yield f"gradient of {name}, {case}", _share(actual, right, GRADIENT_FACTOR)
 
+    if device.type == "cpu" and case.activations in (torch.float32, torch.float64):
+        yield from _check_layer(case, x.detach(), grad, values(case.M, case.N, dtype=case.activations), adapter)
+
     with torch.no_grad():
         weight = values(case.M, case.N, dtype=case.activations)
         merged = ops.merge_(weight.clone(), **adapter, scaling=0.75)
         wide_adapter = {name: t.double() for name, t in adapter.items()}
         yield f"merge {case}", _share(merged, reference.merge_(weight.double(), **wide_adapter, scaling=0.75), 1)
+
+
+def _check_layer(
+    case: Case, x: Tensor, grad: Tensor, weight: Tensor, adapter: dict[str, Tensor]
+) -> Iterator[tuple[str, float]]:
+    """The layer as one product."""
+    with torch.enable_grad():
+        leaves = {name: t.detach().requires_grad_() for name, t in {"x": x, **adapter}.items()}
+        y = ops.linear(weight=weight, bias=None, **leaves, scaling=0.75)
+        gradients = torch.autograd.grad(y, list(leaves.values()), grad)
+        wide = {name: t.detach().double().requires_grad_() for name, t in leaves.items()}
+        expected = reference.gralora(base=torch.nn.functional.linear(wide["x"], weight.double()), **wide, scaling=0.75)
+        wanted = torch.autograd.grad(expected, list(wide.values()), grad.double())
+    yield f"one product {case}", _share(y, expected, 1)
+    for name, actual, right in zip(leaves, gradients, wanted, strict=True):
+        yield f"gradient of {name} of one product, {case}", _share(actual, right, GRADIENT_FACTOR)
 
 
 def _share(actual: Tensor, expected: Tensor, factor: int) -> float:

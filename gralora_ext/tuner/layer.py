@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .. import ops
+from . import product
 
 _LINEAR_LAYERS = (nn.Linear, Conv1D)
 
@@ -45,6 +46,11 @@ class GraloraLinear(Linear):
         if self.disable_adapters and self.merged:
             self.unmerge()
         base_layer = self.base_layer
+        plain = not (args or kwargs or self.disable_adapters or self.merged)
+        if plain and (name := product.sole_adapter(self, x)) is not None:
+            operands = self._operands(name)
+            _check_device("the input", x, name, operands["A"])
+            return ops.linear(x, product.weight_of(base_layer), base_layer.bias, **operands)
         result = base_layer(x, *args, **kwargs)
         if not self.disable_adapters and not self.merged:
             op = ops.gralora_ if _may_write_into(result, base_layer, x) else ops.gralora

@@ -189,6 +189,45 @@ void test_merge_adds_the_dense_weight(const Case& c) {
   EXPECT(relative_error(weight, want) < kTolerance);
 }
 
+Vector run_linear(Fixture& f, Vector& in, Vector& weight, Vector* bias, bool transposed, int threads) {
+  const int64_t columns = transposed ? f.c.N : f.c.M;
+  Vector out(f.c.T * columns);
+  LinearParams p;
+  p.shape = f.shape();
+  p.adapter = f.adapter();
+  p.in = rows(in, f.c.T, transposed ? f.c.M : f.c.N);
+  p.out = rows(out, f.c.T, columns);
+  p.weight = param(weight, f.c.M, f.c.N);
+  p.bias = bias == nullptr ? nullptr : bias->data();
+  p.transposed = transposed;
+  p.scaling = kScaling;
+  p.threads = threads;
+  cpu::linear(p);
+  return out;
+}
+
+void test_linear_multiplies_by_the_merged_weight(const Case& c) {
+  Fixture f(c);
+  Vector x = random_vector(c.T * c.N), g = random_vector(c.T * c.M), weight = random_vector(c.M * c.N),
+         bias = random_vector(c.M);
+  std::vector<double> y(c.T * c.M), dx(c.T * c.N, 0.0);
+  for (int64_t t = 0; t < c.T; t++) {
+    for (int64_t m = 0; m < c.M; m++) {
+      double& sum = y[t * c.M + m];
+      sum = bias[m];
+      for (int64_t n = 0; n < c.N; n++) {
+        const double merged = weight[m * c.N + n] + kScaling * f.dense[m * c.N + n];
+        sum += merged * x[t * c.N + n], dx[t * c.N + n] += merged * g[t * c.M + m];
+      }
+    }
+  }
+  const Vector got_y = run_linear(f, x, weight, &bias, false, 1), got_dx = run_linear(f, g, weight, nullptr, true, 1);
+  EXPECT(relative_error(got_y, y) < kTolerance);
+  EXPECT(relative_error(got_dx, dx) < kTolerance);
+  EXPECT(run_linear(f, x, weight, &bias, false, 3) == got_y);
+  EXPECT(run_linear(f, g, weight, nullptr, true, 3) == got_dx);
+}
+
 }  // namespace
 
 int main() {
@@ -196,6 +235,7 @@ int main() {
     test_forward_is_the_dense_product(c);
     test_backward_is_the_transposed_product(c);
     test_merge_adds_the_dense_weight(c);
+    test_linear_multiplies_by_the_merged_weight(c);
   }
   return check::result();
 }

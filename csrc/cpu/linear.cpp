@@ -1,0 +1,252 @@
+// linear: out = in P + bias, where P = W + dW is made panel by panel while it is packed for the microkernel.
+//
+//   out[t, c] = bias[c] + sum_p in[t, p] * P[p, c]
+//   P[a*H + i, b*V + c] = W[...] + s * ( sum_q L[a][i, b*rb + q] * R[b][a*rb + q, c]  +  sum_g Lg[a][i, g] * Rg[b][g, c] )
+//
+// H = rows/k, V = columns/k. y: in = x, P = (W + dW)^T, L = A, R = B; dx: in = g, P = W + dW, L = B^T, R = A^T. An adapter costs
+// r/k multiply-adds for each weight and nothing for each token: there are no ranks, and base and y are not read again.
+//
+// An item is a strip of columns for a segment of tokens. Its part of P stays in L2; groups of kMaxRows tokens walk along `in`, a
+// chunk of P's rows at a time. Every sum is taken chunk by chunk in their order, whatever the items are.
+#include "panels.h"
+#include "project.h"
+
+namespace gralora::cpu::GRALORA_ISA {
+namespace {
+
+template <class Acc>
+struct Linear {
+  int64_t T, rows, columns, k, r, h;  // P is [rows, columns]
+  Rows in, out;
+  Param W;
+  Param L, Lg;  // [k, H, r], [k, H, h]
+  Param R, Rg;  // [k, r, V], [k, h, V]
+  const Acc* bias;
+  Acc scale;
+  Chunks cut = Chunks(rows, 1, 1);
+
+  static constexpr int64_t kStrip = 3 * kTile<Acc>;
+  // Chunks whose part of a strip fits in L2: runs of nearly equal length
+  int64_t run_length() const {
+    const int64_t most = larger(1, kPanelElements / (kStrip * cut.columns));
+    return ceil_div(cut.per_block, ceil_div(cut.per_block, most));
+  }
+
+  // So many that the threads share the items evenly
+  int64_t segments(int64_t strips, int threads) const {
+    constexpr int64_t kLeast = 8 * kMaxRows, kMost = 8;
+    int64_t n = 1;
+    for (; n < kMost && T / (n + 1) >= kLeast; n++) {
+      const int64_t items = n * strips, rounds = ceil_div(items, threads);
+      if (10 * items >= 9 * rounds * threads) break;
+    }
+    return n;
+  }
+
+  void run(int threads) const {
+    const int64_t strips = ceil_div(columns, kStrip);
+    const int64_t tokens = larger(1, round_up(ceil_div(T, segments(strips, threads)), kMaxRows));
+    const int64_t panel = run_length() * cut.columns * kStrip;
+    const int64_t ranks = larger(r / k, h);
+    Scratch scratch;
+    const PerThread<Acc> buffers(scratch, threads, panel + ranks * (kStrip + cut.columns) + Block<Acc>::size(kMaxRows));
+    parallel_items(strips * ceil_div(T, tokens), threads, [&](int64_t item, int thread) {
+      const int64_t c0 = item % strips * kStrip, t0 = item / strips * tokens;
+      run_item(c0, smaller(kStrip, columns - c0), t0, smaller(tokens, T - t0), buffers.of(thread));
+    });
+  }
+
+ private:
+  void run_item(int64_t c0, int64_t width, int64_t t0, int64_t count, Acc* panel) const {
+    Acc* ranks = panel + run_length() * cut.columns * kStrip;
+    const Block<Acc> block(ranks + larger(r / k, h) * (kStrip + cut.columns), kMaxRows);
+    for (int64_t begin = 0; begin < cut.per_block; begin += run_length()) {
+      const int64_t end = smaller(begin + run_length(), cut.per_block);
+      for (int64_t chunk = begin; chunk < end; chunk++)
+        make_panel(chunk, c0, width, panel_of(panel, chunk - begin), ranks);
+      for_row_groups(count, [&](auto mr, int64_t m) {
+        constexpr int MR = decltype(mr)::value;
+        for (int64_t chunk = begin; chunk < end; chunk++) {
+          const int64_t first = cut.first(chunk), length = cut.length(chunk);
+          const Source<Acc> a = rows_to_multiply<Acc>(in, t0 + m, MR, first, length, rows, Mask(Dropout{}), block);
+          const bool same_rows = chunk + 1 < end;
+          const int64_t next = same_rows ? m : m + MR;
+          const Prefetch prefetch =
+              next < count ? Prefetch::of(in, t0 + next, same_rows ? cut.first(chunk + 1) : cut.first(begin))
+                           : Prefetch{};
+          multiply_chunk<MR>(a, chunk, length, panel_of(panel, chunk - begin), c0, width, t0 + m, prefetch);
+        }
+      });
+    }
+  }
+
+  Acc* panel_of(Acc* panel, int64_t chunk) const { return panel + chunk * cut.columns * kStrip; }
+
+  // ------------------------------------------------------------------ P
+
+  // Rows of a chunk and columns c0 .. c0+width of P: tiles of kTile columns, padded with zeros
+  void make_panel(int64_t chunk, int64_t c0, int64_t width, Acc* panel, Acc* ranks) const {
+    const int64_t first = cut.first(chunk), length = cut.length(chunk), H = rows / k, V = columns / k, rb = r / k;
+    pack_panel<Acc>(W, first * W.row_stride + c0 * W.column_stride, length, width, panel);
+    for (int64_t a = first / H; a * H < first + length; a++) {
+      const int64_t row = larger(first, a * H), count = smaller(first + length, (a + 1) * H) - row;
+      for (int64_t b = c0 / V; b * V < c0 + width; b++) {
+        const int64_t column = larger(c0, b * V), of_block = smaller(c0 + width, (b + 1) * V) - column;
+        const auto add = [&](const Param& left, int64_t left0, const Param& right, int64_t right0, int64_t n) {
+          Acc* packed = ranks;
+          read_right(right, b, right0, n, column - b * V, of_block, column - c0, width, packed);
+          add_ranks(rank_rows(left, a, row - a * H, count, left0, n, packed + n * kStrip), packed, n, row - first,
+                    count, length, column - c0, of_block, panel);
+        };
+        add(L, b * rb, R, a * rb, rb);
+        if (h > 0) add(Lg, 0, Rg, 0, h);
+      }
+    }
+  }
+
+  // Rows row0.. of R[b], scaled, in the tiles of the strip whose columns at.. they are; zeros beside them
+  void read_right(const Param& from, int64_t b, int64_t row0, int64_t n, int64_t column0, int64_t count, int64_t at,
+                  int64_t width, Acc* to) const {
+    for (int64_t i = 0; i < n * round_up(width, kTile<Acc>); i++) to[i] = Acc(0);
+    for_dtype<Acc>(from.dtype, [&](auto* type) {
+      using P = std::remove_pointer_t<decltype(type)>;
+      const P* data = static_cast<const P*>(from.data) + b * from.block_stride + row0 * from.row_stride +
+                      column0 * from.column_stride;
+      for (int64_t q = 0; q < n; q++)
+        for (int64_t c = 0; c < count; c++) {
+          const int64_t column = at + c;
+          to[column / kTile<Acc> * n * kTile<Acc> + q * kTile<Acc> + column % kTile<Acc>] =
+              scale * to_acc<Acc>(data[q * from.row_stride + c * from.column_stride]);
+        }
+    });
+  }
+
+  // Rows row0 .. row0+count and ranks rank0 .. rank0+n of L[a]: as they lie, or a copy
+  Source<Acc> rank_rows(const Param& from, int64_t a, int64_t row0, int64_t count, int64_t rank0, int64_t n,
+                        Acc* to) const {
+    constexpr int64_t W = kWidth<Acc>;
+    const int64_t offset = a * from.block_stride + row0 * from.row_stride + rank0 * from.column_stride;
+    if (from.dtype == DTypeOf<Acc>::value && from.column_stride == 1)
+      return {static_cast<const Acc*>(from.data) + offset, from.row_stride};
+    for_dtype<Acc>(from.dtype, [&](auto* type) {
+      using P = std::remove_pointer_t<decltype(type)>;
+      const P* data = static_cast<const P*>(from.data) + offset;
+      int64_t whole_rows = 0, whole_ranks = n / W * W;
+      if (from.row_stride == 1)
+        for (; whole_rows + W <= count; whole_rows += W)
+          for (int64_t q = 0; q < whole_ranks; q += W)
+            transpose_block<Acc>(data + whole_rows + q * from.column_stride, from.column_stride,
+                                 to + whole_rows * n + q, n);
+      for (int64_t i = 0; i < count; i++)
+        for (int64_t q = i < whole_rows ? whole_ranks : 0; q < n; q++)
+          to[i * n + q] = to_acc<Acc>(data[i * from.row_stride + q * from.column_stride]);
+    });
+    return {to, n};
+  }
+
+  // panel += left right, for `count` rows from `row` on of the `length` in the panel
+  void add_ranks(Source<Acc> left, const Acc* right, int64_t n, int64_t row, int64_t count, int64_t length, int64_t at,
+                 int64_t width, Acc* panel) const {
+    for (int64_t tile = at / kTile<Acc>; tile * kTile<Acc> < at + width; tile++)
+      for_row_groups(count, [&](auto mr, int64_t m) {
+        constexpr int MR = decltype(mr)::value;
+        add_tile<MR>(left.data + m * left.ld, left.ld, right + tile * n * kTile<Acc>, n,
+                     panel + (tile * length + row + m) * kTile<Acc>);
+      });
+  }
+
+  template <int MR>
+  __attribute__((noinline)) static void add_tile(const Acc* left, int64_t ld, const Acc* right, int64_t n, Acc* to) {
+    Vec<Acc> acc[MR][2] = {};
+    multiply_rows<Acc>(n, left, ld, right, kTile<Acc>, acc, nothing);
+    for_accumulators<MR, 2>([&](int m, int v) {
+      Acc* at = to + m * kTile<Acc> + v * kWidth<Acc>;
+      store<Acc>(at, load<Acc>(at) + acc[m][v]);
+    });
+  }
+
+  // ------------------------------------------------------------------ in P
+
+  template <int MR>
+  void multiply_chunk(Source<Acc> a, int64_t chunk, int64_t length, const Acc* panel, int64_t c0, int64_t width,
+                      int64_t t, const Prefetch& prefetch) const {
+    Acc* to = static_cast<Acc*>(out.data) + t * columns + c0;
+    const Acc* start = bias == nullptr ? nullptr : bias + c0;
+    for_column_tiles<Acc>(round_up(width, kWidth<Acc>), [&](auto nv, int64_t c) {
+      constexpr int NV = decltype(nv)::value;
+      const Acc* b = panel + c * length;
+      const int64_t count = smaller(NV * kWidth<Acc>, width - c);
+      const Acc* from = start == nullptr ? nullptr : start + c;
+      if (c == 0)
+        tile<MR, NV>(length, a, b, chunk > 0, from, count, to + c, [&](int64_t p) { prefetch.template rows<MR>(p); });
+      else
+        tile<MR, NV>(length, a, b, chunk > 0, from, count, to + c, nothing);
+    });
+  }
+
+  // A function of its own, as in Expand.
+  template <int MR, int NV, class Each>
+  __attribute__((noinline)) void tile(int64_t length, Source<Acc> a, const Acc* b, bool accumulate, const Acc* start,
+                                      int64_t count, Acc* to, Each&& each) const {
+    Vec<Acc> acc[MR][NV] = {};
+    multiply_rows<Acc>(length, a.data, a.ld, b, kTile<Acc>, acc, each);
+    if (count == NV * kWidth<Acc>) {
+      if (accumulate) {
+        for_accumulators<MR, NV>([&](int m, int v) { acc[m][v] += load<Acc>(to + m * columns + v * kWidth<Acc>); });
+      } else if (start != nullptr) {
+        for_accumulators<MR, NV>([&](int m, int v) { acc[m][v] += load<Acc>(start + v * kWidth<Acc>); });
+      }
+      for_accumulators<MR, 1>([&](int m, int) { store_row<Acc, Acc, NV>(to + m * columns, acc[m]); });
+      return;
+    }
+    for_accumulators<MR, NV>([&](int m, int v) {
+      store_elements(acc[m][v], accumulate ? to + m * columns : start, v * kWidth<Acc>, count, to + m * columns);
+    });
+  }
+
+  __attribute__((noinline)) static void store_elements(Vec<Acc> sum, const Acc* from, int64_t c, int64_t count,
+                                                       Acc* to) {
+    for (int64_t i = 0; i < kWidth<Acc> && c + i < count; i++)
+      to[c + i] = sum[i] + (from == nullptr ? Acc(0) : from[c + i]);
+  }
+};
+
+template <class Acc>
+void run(const LinearParams& p) {
+  const int64_t N = p.shape.N, M = p.shape.M, k = p.shape.k, r = p.shape.r, h = p.shape.h;
+  const Adapter& a = p.adapter;
+  const Acc* bias = static_cast<const Acc*>(p.bias);
+  const Param Agt = blocks_of_rows(transposed(a.A_general), N / k),
+              Bgt = transposed(blocks_of_rows(a.B_general, M / k));
+  const Linear<Acc> linear =
+      p.transposed
+          ? Linear<Acc>{p.shape.T,
+                        M,
+                        N,
+                        k,
+                        r,
+                        h,
+                        p.in,
+                        p.out,
+                        p.weight,
+                        transposed(a.B),
+                        blocks_of_rows(a.B_general, M / k),
+                        transposed(a.A),
+                        transposed(Agt),
+                        bias,
+                        Acc(p.scaling)}
+          : Linear<Acc>{p.shape.T,     N, M, k, r, h, p.in, p.out, transposed(p.weight), a.A, Agt, a.B, Bgt, bias,
+                        Acc(p.scaling)};
+  linear.run(p.threads);
+}
+
+}  // namespace
+
+void linear(const LinearParams& p) {
+  if constexpr (kHasFloat64) {
+    if (p.accumulate_f64) return run<double>(p);
+  }
+  run<float>(p);
+}
+
+}  // namespace gralora::cpu::GRALORA_ISA

@@ -1,0 +1,89 @@
+// From tensors to the structs of gralora.h.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <initializer_list>
+#include <optional>
+
+#include "gralora.h"
+
+namespace gralora {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+inline DType dtype_of(const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kBFloat16: return DType::bf16;
+    case at::kHalf: return DType::f16;
+    case at::kDouble: return DType::f64;
+    default: return DType::f32;
+  }
+}
+
+inline bool any_double(std::initializer_list<const at::Tensor*> tensors) {
+  for (const at::Tensor* tensor : tensors)
+    if (tensor->scalar_type() == at::kDouble) return true;
+  return false;
+}
+
+inline at::TensorOptions accumulation_options(const at::Tensor& like, bool f64) {
+  return like.options().dtype(f64 ? at::kDouble : at::kFloat);
+}
+
+// Leading dimensions of one element vanish and those that lie as one are joined; false: too many are left.
+inline bool fill_rows(const at::Tensor& tensor, Rows& rows) {
+  rows = Rows{};
+  rows.data = const_cast<void*>(tensor.const_data_ptr());
+  rows.dtype = dtype_of(tensor);
+  rows.column_stride = tensor.stride(-1);
+  for (int64_t d = 0; d + 1 < tensor.dim(); d++) {
+    const int64_t size = tensor.size(d), stride = tensor.stride(d);
+    if (size == 1) continue;
+    const int last = rows.leading_dims - 1;
+    if (last >= 0 && rows.strides[last] == size * stride) {
+      rows.sizes[last] *= size, rows.strides[last] = stride;
+      continue;
+    }
+    if (rows.leading_dims == kMaxLeadingDims) return false;
+    rows.sizes[rows.leading_dims] = size, rows.strides[rows.leading_dims++] = stride;
+  }
+  return true;
+}
+
+// A tensor as the kernels take it: itself, or a contiguous copy. Those for the CPU walk any strides of at most kMaxLeadingDims
+// dimensions, those for CUDA want columns side by side, in rows that are evenly spaced.
+inline at::Tensor as_rows(const at::Tensor& tensor) {
+  Rows rows;
+  const bool fits = fill_rows(tensor, rows);
+  const bool simple = rows.leading_dims <= 1 && rows.column_stride == 1;
+  return fits && (simple || tensor.is_cpu()) ? tensor : tensor.contiguous();
+}
+
+inline Rows rows_of(const at::Tensor& tensor) {
+  Rows rows;
+  TORCH_INTERNAL_ASSERT(fill_rows(tensor, rows));
+  return rows;
+}
+
+inline Param param_of(const at::Tensor& tensor) {
+  Param p;
+  p.data = const_cast<void*>(tensor.const_data_ptr());
+  p.dtype = dtype_of(tensor);
+  p.column_stride = tensor.stride(-1), p.row_stride = tensor.stride(-2);
+  p.block_stride = tensor.dim() == 3 ? tensor.stride(0) : 0;
+  return p;
+}
+
+inline Adapter adapter_of(const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,
+                          const OptionalTensor& B_general) {
+  Adapter adapter{param_of(A), param_of(B), {}, {}};
+  if (A_general.has_value()) adapter.A_general = param_of(*A_general), adapter.B_general = param_of(*B_general);
+  return adapter;
+}
+
+inline Dropout dropout_of(double p, const OptionalTensor& seed) {
+  return p > 0.0 ? Dropout{p, seed->const_data_ptr<int64_t>()} : Dropout{};
+}
+
+}  // namespace gralora

@@ -1,0 +1,94 @@
+"""When a layer is computed as one product, ``y = x (W + ΔW)ᵀ + bias``, beside its base layer instead of through it.
+
+That is quicker where many tokens meet a frozen float32 weight on the CPU, and the same function of the parameters; it is
+right only where calling the base layer would do nothing but multiply. Everything else goes through the base layer: quantized,
+sharded, offloaded, hooked, trained and subclassed ones.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as global_hooks
+from transformers.pytorch_utils import Conv1D
+
+from .._loader import load
+
+if TYPE_CHECKING:
+    from .layer import GraloraLinear
+
+_TOKENS = 64  # from this many on; fewer do not repay W + ΔW
+# Where torch's GEMM is as quick as ours, a product with an adapter that is small beside the weight could only lose: its rank, as
+# a share of N·M/(N + M), must be at least this. On AMD's processors torch's MKL stays on AVX2, and ours wins anyway.
+_SHARE = 1 / 32
+
+_native = load()
+_HAS_KERNEL = _native.cpu_capability() != "default"
+_WINS_ANYWAY = _native.cpu_vendor() == "amd"
+_TENSORS = (Tensor, nn.Parameter)  # no subclass of a library's
+_FORWARDS = {nn.Linear: nn.Linear.forward, Conv1D: Conv1D.forward}  # a patched class is called
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
+
+
+def sole_adapter(layer: GraloraLinear, x: Tensor) -> str | None:
+    """The adapter with which ``layer`` may be one product for ``x``, or None where its base layer is to be called."""
+    if type(x) not in _TENSORS or x.numel() < _TOKENS * x.shape[-1] or x.dtype != torch.float32 or not x.is_cpu:
+        return None
+    names = [name for name in layer.active_adapters if name in layer.gralora_A]
+    if not _HAS_KERNEL or len(names) != 1:
+        return None
+    name, base = names[0], layer.base_layer
+    dropout = layer.gralora_dropout[name]
+    drops = dropout.training and isinstance(dropout, nn.Dropout) and dropout.p != 0.0
+    if drops or not _is_plain_mode() or not _only_multiplies(base):
+        return None
+    n, m = layer.in_features, layer.out_features
+    return name if _WINS_ANYWAY or layer.gralora_A[name].shape[-1] * (n + m) >= _SHARE * n * m else None
+
+
+def weight_of(base: nn.Module) -> Tensor:
+    """The weight of an eligible base layer as ``[M, N]``."""
+    return base.weight.t() if type(base) is Conv1D else base.weight
+
+
+def _is_plain_mode() -> bool:
+    """Eager mode in full precision, where nobody looks at the operations that torch runs."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and _multiplies_in_full_precision()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
+def _multiplies_in_full_precision() -> bool:
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    if matmul is None:  # torch before 2.9
+        return torch.get_float32_matmul_precision() == "highest"
+    return matmul.fp32_precision in ("none", "ieee")
+
+
+def _only_multiplies(base: nn.Module) -> bool:
+    """Whether calling ``base`` is ``x Wᵀ + bias`` with float32 tensors that need no gradient, and nothing beside it."""
+    return (
+        type(base) in _FORWARDS
+        and type(base).forward is _FORWARDS[type(base)]
+        and "forward" not in vars(base)
+        and not any(getattr(base, name) for name in _HOOKS)
+        and not any(getattr(global_hooks, name) for name in _GLOBAL_HOOKS)
+        and all(_is_frozen(p) for p in (base.weight, base.bias) if p is not None)
+    )
+
+
+def _is_frozen(parameter: Tensor) -> bool:
+    return (
+        type(parameter) in _TENSORS
+        and parameter.dtype == torch.float32
+        and parameter.is_cpu
+        and parameter.layout == torch.strided
+        and not (parameter.requires_grad and torch.is_grad_enabled())
+    )

@@ -1,0 +1,284 @@
+"""``ops.linear``, a frozen layer and its adapter as one product: against torch's layer and the reference in float64."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    EXTREME_SIZES,
+    LAYOUTS,
+    NAMES,
+    Case,
+    Inputs,
+    assert_results_near,
+    cases,
+    make,
+    run_python,
+    same_bits,
+    threads,
+    value_and_gradients,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from gralora_ext import ops, reference
+
+native = torch.ops.gralora_ext
+FP32 = Case(leading=(70,), k=2, n=48, m=40, rb=4)
+pytestmark = pytest.mark.skipif("config.getoption('device') != 'cpu'", reason="this operation is for the CPU")
+
+
+def layer_inputs(
+    case: Case, weight_layout: str = "contiguous", bias: bool = True, bias_layout: str = "contiguous"
+) -> Inputs:
+    """As ``case.inputs()``, with a weight (and a bias) of the layer in place of base."""
+    case = replace(case, base_dtype=case.x_dtype)
+    inputs = case.inputs()
+    generator = torch.Generator().manual_seed(case.seed + 1)
+    N, M = case.k * case.n, case.k * case.m
+    del inputs.tensors["base"]
+    inputs.tensors["weight"] = make((M, N), weight_layout, case.x_dtype, generator, N**-0.5)
+    if bias:
+        inputs.tensors["bias"] = make((1, M), bias_layout, case.x_dtype, generator)[0]
+    return inputs
+
+
+def expected_layer(x: Tensor, weight: Tensor, bias: Tensor | None = None, **others: Any) -> Tensor:
+    return reference.gralora(x, torch.nn.functional.linear(x, weight, bias), **others)
+
+
+def results(inputs: Inputs) -> dict[str, Tensor]:
+    """y and the gradients of all that has one."""
+    frozen = {name: inputs.tensors.get(name) for name in ("weight", "bias")}
+    trained = {name: t for name, t in inputs.tensors.items() if name not in frozen}
+
+    def op(x: Tensor, **others: Any) -> Tensor:
+        return ops.linear(x, **frozen, **others)
+
+    return value_and_gradients(op, Inputs(trained, inputs.grad, inputs.scaling))
+
+
+def assert_layer_near(inputs: Inputs) -> None:
+    assert_results_near(results(inputs), inputs, expected_layer, like_y="x")
+
+
+def layer_cases() -> st.SearchStrategy[Case]:
+    """Those whose activations are float32; where the adapter is float64, all are."""
+    return cases().map(
+        lambda c: replace(c, x_dtype=c.adapter_dtype if c.adapter_dtype == torch.float64 else torch.float32)
+    )
+
+
+@given(case=layer_cases())
+@settings(max_examples=300)
+def test_the_layer_is_torchs_and_the_references_in_random_cases(case: Case) -> None:
+    assert_layer_near(layer_inputs(case))
+
+
+@pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16, torch.float16], ids=NAMES.get)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_of_the_weight_and_dtype_of_the_adapter(layout: str, adapter: torch.dtype) -> None:
+    assert_layer_near(layer_inputs(replace(FP32, h=3, adapter_dtype=adapter), layout, bias_layout=layout))
+
+
+@pytest.mark.parametrize("layout", ["offset", "row_slice", "column_stride", "transposed"])
+def test_every_layout_of_the_adapter(layout: str) -> None:
+    assert_layer_near(layer_inputs(replace(FP32, h=3, n=33, m=41, adapter_layout=layout)))
+
+
+@pytest.mark.parametrize(("k", "n", "m", "rb", "h"), EXTREME_SIZES)
+def test_extreme_sizes(k: int, n: int, m: int, rb: int, h: int) -> None:
+    assert_layer_near(layer_inputs(Case((65,), k, n, m, rb, h)))
+
+
+@pytest.mark.parametrize(("N", "M"), [(576, 1536), (1536, 192), (2100, 290)])
+@pytest.mark.parametrize("T", [1, 12, 150, 700])
+def test_widths_of_several_chunks_and_runs(T: int, N: int, M: int) -> None:
+    """2100 rows of P do not fit in L2 beside each other: a strip is made in runs."""
+    assert_layer_near(layer_inputs(Case((T,), 2, N // 2, M // 2, 8, 4), bias=False))
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_every_capability(capability: str) -> None:
+    code = """
+from test_ops_linear import Case, assert_layer_near, layer_inputs
+for k, n, m, rb, h in ((2, 288, 96, 8, 0), (3, 37, 53, 5, 2)):
+    assert_layer_near(layer_inputs(Case((131,), k, n, m, rb, h)))
+"""
+    run_python(code, GRALORA_EXT_CPU_CAPABILITY=capability)
+
+
+@given(case=layer_cases())
+@settings(max_examples=60)
+def test_results_do_not_depend_on_the_number_of_threads_in_random_cases(case: Case) -> None:
+    assert_same_bits_for_any_threads(case)
+
+
+@pytest.mark.parametrize("T", [97, 770])
+@pytest.mark.parametrize(("n", "m"), [(288, 96), (576, 100), (64, 700)])
+def test_results_do_not_depend_on_the_number_of_threads(T: int, n: int, m: int) -> None:
+    assert_same_bits_for_any_threads(Case((T,), 2, n, m, 8, 5))
+
+
+def assert_same_bits_for_any_threads(case: Case) -> None:
+    inputs = layer_inputs(case)
+    with threads(1):
+        one = results(inputs)
+    for count in (2, 3, 8):
+        with threads(count):
+            many = results(inputs)
+        assert all(same_bits(many[name], one[name]) for name in one)
+
+
+def test_rows_do_not_depend_on_the_rows_beside_them() -> None:
+    inputs = layer_inputs(FP32)
+    clean = ops.linear(**inputs.tensors, scaling=1.0)
+    inputs.tensors["x"][33, 5] = float("nan")
+    y = ops.linear(**inputs.tensors, scaling=1.0)
+    others = [t for t in range(70) if t != 33]
+    assert same_bits(y[others], clean[others]) and y[33].isnan().all()
+
+
+@pytest.mark.parametrize("scaling", [0.0, 0.5])
+def test_an_adapter_that_is_zero_leaves_the_layer_as_it_is(scaling: float) -> None:
+    """To the bit: W + 0 is W, whatever the adapter's rank and grid."""
+    inputs = layer_inputs(replace(FP32, h=3))
+    zero = {name: t if scaling == 0.0 else t * 0 for name, t in inputs.adapter().items() if name.startswith(("A", "B"))}
+    layer = {name: inputs.tensors[name] for name in ("x", "weight", "bias")}
+    y = ops.linear(**layer, **zero, scaling=scaling)
+    plain = ops.linear(**layer, A=torch.zeros(1, 96, 1), B=torch.zeros(1, 1, 80), scaling=1.0)
+    assert same_bits(y, plain)
+
+
+@pytest.mark.parametrize("leading", [(0,), (0, 4), (4, 0)], ids=str)
+def test_no_tokens_give_empty_results_and_no_gradient(leading: tuple[int, ...]) -> None:
+    got = results(layer_inputs(replace(FP32, leading=leading, h=2)))
+    assert got["y"].shape == (*leading, 80) and got["x"].shape == (*leading, 96)
+    assert not any(got[name].any() for name in ("A", "B", "A_general", "B_general"))
+
+
+def test_no_input_is_written() -> None:
+    inputs = layer_inputs(replace(FP32, h=3))
+    before = {name: t.clone() for name, t in inputs.tensors.items()}
+    results(inputs)
+    assert all(same_bits(inputs.tensors[name], t) for name, t in before.items())
+
+
+@pytest.mark.parametrize("wanted", ["x", "A", "B", "A_general", "B_general"])
+def test_one_gradient_alone_has_the_bits_that_it_has_among_all(wanted: str) -> None:
+    inputs = layer_inputs(replace(FP32, h=3))
+    every = results(inputs)
+    leaf = inputs.tensors[wanted].requires_grad_()
+    y = ops.linear(**inputs.tensors, scaling=inputs.scaling)
+    assert same_bits(torch.autograd.grad(y, leaf, inputs.grad)[0], every[wanted])
+
+
+def test_only_x_and_the_parameters_are_kept_for_backward() -> None:
+    inputs = layer_inputs(replace(FP32, h=3))
+    for name in ("x", "A", "B", "A_general", "B_general"):
+        inputs.tensors[name].requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        ops.linear(**inputs.tensors, scaling=1.0)
+    assert set(kept) == {t.data_ptr() for name, t in inputs.tensors.items() if name != "bias"}
+
+
+@pytest.mark.parametrize("h", [0, 2])
+@pytest.mark.parametrize("bias", [False, True])
+def test_gradcheck(h: int, bias: bool) -> None:
+    inputs = layer_inputs(Case((5,), 2, 6, 4, 2, h).uniform(torch.float64), bias=bias)
+    frozen = [inputs.tensors["weight"], inputs.tensors.get("bias")]
+    x, A, B, *general = (t.requires_grad_() for name, t in inputs.tensors.items() if name not in ("weight", "bias"))
+
+    def call(x: Tensor, *adapter: Tensor) -> Tensor:
+        A, B, *general = adapter
+        return native.linear(x, *frozen, A, B, *(general or (None, None)), 0.5)
+
+    assert torch.autograd.gradcheck(call, (x, A, B, *general))
+
+
+@pytest.mark.parametrize("h", [0, 2])
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3), (0,)], ids=str)
+def test_opcheck(leading: tuple[int, ...], h: int) -> None:
+    inputs = layer_inputs(Case(leading, 2, 6, 4, 2, h), bias=bool(h))
+    t = inputs.tensors
+    adapter = (t["A"], t["B"], t.get("A_general"), t.get("B_general"))
+    torch.library.opcheck(
+        native.linear_backward.default,
+        (inputs.grad, t["x"], t["weight"], *adapter, 0.5, [True, True, True, bool(h), bool(h)]),
+    )
+    for name in ("x", "A", "B", "A_general", "B_general"):
+        if name in t:
+            t[name].requires_grad_()
+    torch.library.opcheck(native.linear.default, (t["x"], t["weight"], t.get("bias"), *adapter, 0.5))
+
+
+def test_torch_compile_gives_the_same_bits_in_one_graph() -> None:
+    inputs = layer_inputs(replace(FP32, h=3))
+    expected = results(inputs)
+    compiled = torch.compile(ops.linear, fullgraph=True, backend="aot_eager")
+    trained = {name: t.requires_grad_() for name, t in inputs.tensors.items() if name not in ("weight", "bias")}
+    y = compiled(**inputs.tensors, scaling=inputs.scaling)
+    gradients = torch.autograd.grad(y, list(trained.values()), inputs.grad)
+    assert same_bits(y.detach(), expected["y"])
+    assert all(same_bits(g, expected[name]) for name, g in zip(trained, gradients, strict=True))
+
+
+def test_what_has_no_derivative_says_so() -> None:
+    inputs = layer_inputs(FP32)
+    x = inputs.tensors["x"].requires_grad_()
+    y = ops.linear(**inputs.tensors, scaling=1.0)
+    (dx,) = torch.autograd.grad(y, x, inputs.grad.requires_grad_(), create_graph=True)
+    with pytest.raises(RuntimeError, match="linear_backward"):
+        dx.sum().backward()
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward AD|jvp"):
+        dual = forward_ad.make_dual(inputs.tensors["x"].detach(), torch.ones(70, 96))
+        ops.linear(**{**inputs.tensors, "x": dual}, scaling=1.0)
+    for name in ("weight", "bias"):
+        trained = {**inputs.tensors, name: inputs.tensors[name].clone().requires_grad_()}
+        with pytest.raises(RuntimeError, match="weight and bias must not require grad"):
+            ops.linear(**trained, scaling=1.0)
+        with torch.no_grad():
+            assert same_bits(ops.linear(**trained, scaling=1.0), y.detach())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"x": torch.zeros(7, 95)}, ValueError, ["x", "96", "7, 95"]),
+        ({"x": torch.zeros(())}, ValueError, ["x", r"\.\.\., N", "[]"]),
+        ({"x": torch.zeros(7, 96, dtype=torch.bfloat16)}, TypeError, ["x", "float32", "BFloat16"]),
+        ({"x": torch.zeros(7, 96, dtype=torch.int64)}, TypeError, ["x", "float32", "Long"]),
+        ({"weight": torch.zeros(96, 80)}, ValueError, ["weight", "80, 96", "96, 80"]),
+        ({"weight": torch.zeros(80, 96, dtype=torch.float64)}, TypeError, ["weight", "Float", "Double"]),
+        ({"weight": torch.zeros(80, 96, device="meta")}, ValueError, ["weight", "cpu", "meta"]),
+        ({"bias": torch.zeros(81)}, ValueError, ["bias", "80", "81"]),
+        ({"bias": torch.zeros(1, 80)}, ValueError, ["bias", "80", "1, 80"]),
+        ({"bias": torch.zeros(80, dtype=torch.float16)}, TypeError, ["bias", "Float", "Half"]),
+        ({"A": torch.zeros(2, 48, 7)}, ValueError, ["rank", "7", "2"]),
+        ({"scaling": float("nan")}, ValueError, ["scaling", "finite", "nan"]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_wrong_arguments_raise_with_their_names(change: dict[str, Any], error: type, words: list[str]) -> None:
+    arguments = {**layer_inputs(FP32).tensors, "scaling": 1.0, **change}
+    with pytest.raises(error) as raised:
+        ops.linear(**arguments)
+    message = str(raised.value)
+    assert all(re.search(re.escape(word) if "[" in word else word, message) for word in words), message
+
+
+def test_float64_adapter_beside_float32_is_refused() -> None:
+    with pytest.raises(TypeError, match="x must be float32, or float64 where A is"):
+        ops.linear(**layer_inputs(replace(FP32, adapter_dtype=torch.float64)).tensors, scaling=1.0)
+
+
+def test_a_gradient_of_any_strides() -> None:
+    for layout in LAYOUTS:
+        assert_layer_near(layer_inputs(replace(FP32, leading=(4, 20), grad_layout=layout, x_layout=layout)))

@@ -1,0 +1,269 @@
+"""Where a layer is one product, ``y = x (W + ΔW)ᵀ + bias``, and where its base layer is called instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from helpers import assert_near, same_bits
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from tuner_helpers import DEVICE, Conv1DMlp, Mlp, adapted, config, gradients, llama, pair, rows, tokens
+
+from gralora_ext import accelerate, ops, restore
+from gralora_ext.tuner import GraloraLinear, product
+
+FP32 = torch.float32
+pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="one product is for the CPU")
+
+
+@pytest.fixture(autouse=True)
+def on_any_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rule about speed out of the way: the kernel is right on every processor."""
+    monkeypatch.setattr(product, "_HAS_KERNEL", True)
+    monkeypatch.setattr(product, "_WINS_ANYWAY", True)
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Grows by one for every layer that is computed as one product."""
+    calls: list[Any] = []
+    linear = ops.linear
+    monkeypatch.setattr(ops, "linear", lambda *a, **k: calls.append(a) or linear(*a, **k))
+    return calls
+
+
+def layer_of(model: PeftModel) -> GraloraLinear:
+    return model.base_model.model.first
+
+
+@pytest.mark.parametrize("k", [1, 2, 4, 12])
+@pytest.mark.parametrize("hybrid_r", [0, 3])
+@pytest.mark.parametrize("base", [Mlp, Conv1DMlp])
+def test_one_product_has_the_output_and_the_gradients_of_pefts_layers(
+    base: Any, hybrid_r: int, k: int, products: list[Any]
+) -> None:
+    """PEFT's model in float64 from the same float32 values says what is right."""
+    stock, fused = pair(base, FP32, gralora_k=k, hybrid_r=hybrid_r)
+    stock.double()
+    x = rows(5, 20, dtype=FP32)
+    inputs = [x.double().requires_grad_(), x.clone().requires_grad_()]
+    outputs = [model(x) for model, x in zip((stock, fused), inputs, strict=True)]
+    for y in outputs:
+        (y * rows(5, 20, width=12, seed=2, dtype=FP32)).sum().backward()
+    assert len(products) == 2
+    assert_near("y", outputs[1], outputs[0])
+    assert_near("x", inputs[1].grad, inputs[0].grad, tolerance=1e-6)
+    expected = gradients(stock)
+    assert expected.keys() == gradients(fused).keys() and expected
+    for name, gradient in gradients(fused).items():
+        assert_near(name, gradient, expected[name], tolerance=1e-6)
+
+
+@contextmanager
+def precision(value: str) -> Iterator[None]:
+    torch.set_float32_matmul_precision(value)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+class Looks(TorchDispatchMode):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+class MyLinear(nn.Linear):
+    pass
+
+
+@contextmanager
+def patched_class() -> Iterator[None]:
+    forward = nn.Linear.forward
+    nn.Linear.forward = lambda self, x: forward(self, x)
+    try:
+        yield
+    finally:
+        nn.Linear.forward = forward
+
+
+@contextmanager
+def global_hook() -> Iterator[None]:
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def replace_forward(layer: GraloraLinear) -> None:
+    forward = layer.base_layer.forward
+    layer.base_layer.forward = lambda x: forward(x)
+
+
+def subclass_base(layer: GraloraLinear) -> None:
+    layer.base_layer.__class__ = MyLinear
+
+
+def add_second_adapter(layer: GraloraLinear) -> None:
+    layer.update_layer("other", "first", r=4, config=config(r=4, alpha=4))
+    layer.set_adapter(["default", "other"])
+
+
+# What must go through the base layer: (what is changed in the layer, what is around the call, the input)
+THROUGH_THE_BASE: dict[str, tuple[Callable[[GraloraLinear], Any], AbstractContextManager[Any] | None, Tensor]] = {
+    "few tokens": (lambda layer: None, None, rows(63, dtype=FP32)),
+    "bfloat16": (lambda layer: layer.base_layer.bfloat16(), None, rows(70, dtype=torch.bfloat16)),
+    "float64": (lambda layer: layer.double(), None, rows(70)),
+    "forward hook": (lambda layer: layer.base_layer.register_forward_hook(lambda *_: None), None, rows(70, dtype=FP32)),
+    "pre-hook": (lambda layer: layer.base_layer.register_forward_pre_hook(lambda *_: None), None, rows(70, dtype=FP32)),
+    "backward hook": (
+        lambda layer: layer.base_layer.register_full_backward_hook(lambda *_: None),
+        None,
+        rows(70, dtype=FP32),
+    ),
+    "global hook": (lambda layer: None, global_hook(), rows(70, dtype=FP32)),
+    "forward of the instance": (replace_forward, None, rows(70, dtype=FP32)),
+    "forward of the class": (lambda layer: None, patched_class(), rows(70, dtype=FP32)),
+    "subclass": (subclass_base, None, rows(70, dtype=FP32)),
+    "parametrization": (
+        lambda layer: parametrize.register_parametrization(layer.base_layer, "weight", Doubled()),
+        None,
+        rows(70, dtype=FP32),
+    ),
+    "trained weight": (lambda layer: layer.base_layer.weight.requires_grad_(), None, rows(70, dtype=FP32)),
+    "trained bias": (lambda layer: layer.base_layer.bias.requires_grad_(), None, rows(70, dtype=FP32)),
+    "two adapters": (add_second_adapter, None, rows(70, dtype=FP32)),
+    "merged": (lambda layer: layer.merge(), None, rows(70, dtype=FP32)),
+    "autocast": (lambda layer: None, torch.autocast("cpu", torch.bfloat16), rows(70, dtype=FP32)),
+    "lower precision": (lambda layer: None, precision("medium"), rows(70, dtype=FP32)),
+    "dispatch mode": (lambda layer: None, Looks(), rows(70, dtype=FP32)),
+}
+
+
+@pytest.mark.parametrize("name", THROUGH_THE_BASE)
+def test_what_needs_the_base_layer_gets_it(name: str, products: list[Any]) -> None:
+    change, around, x = THROUGH_THE_BASE[name]
+    layer = layer_of(adapted("fused", dtype=FP32, target_modules=["first"]))
+    change(layer)
+    with around or nullcontext():
+        layer(x)
+    assert not products
+
+
+def test_dropout_in_training_goes_through_the_base_layer_and_none_does_not(products: list[Any]) -> None:
+    model = adapted("fused", dtype=FP32, target_modules=["first"], gralora_dropout=0.3)
+    x = rows(70, dtype=FP32)
+    model(x)
+    assert len(products) == 0
+    model.eval()(x)
+    assert len(products) == 1
+
+
+def test_a_disabled_adapter_is_out_and_an_enabled_one_back(products: list[Any]) -> None:
+    model = adapted("fused", dtype=FP32, target_modules=["first"])
+    x = rows(70, dtype=FP32)
+    with model.disable_adapter():
+        base = model(x)
+    assert not products and same_bits(base, model.base_model.model.second(torch.relu(layer_of(model).base_layer(x))))
+    assert not torch.allclose(model(x), base) and len(products) == 1
+
+
+def test_a_trained_weight_matters_only_where_gradients_are_recorded(products: list[Any]) -> None:
+    layer = layer_of(adapted("fused", dtype=FP32, target_modules=["first"]))
+    layer.base_layer.weight.requires_grad_()
+    with torch.no_grad():
+        layer(rows(70, dtype=FP32))
+    assert len(products) == 1
+
+
+def test_a_small_adapter_beside_a_wide_weight_pays_only_where_our_gemm_is_quicker(
+    products: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(768, 768)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.first(x)
+
+    monkeypatch.setattr(product, "_WINS_ANYWAY", False)
+    x = rows(70, width=768, dtype=FP32)
+    for r, expected in ((8, 0), (12, 1)):  # 768·768 / (768 + 768) / 32 = 12
+        adapted("fused", Wide, FP32, r=r, target_modules=["first"])(x)
+        assert len(products) == expected
+    monkeypatch.setattr(product, "_HAS_KERNEL", False)
+    adapted("fused", Wide, FP32, target_modules=["first"])(x)
+    assert len(products) == 1
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])
+def test_activation_checkpointing_gives_the_same_bits(use_reentrant: bool, products: list[Any]) -> None:
+    model = adapted("fused", dtype=FP32)
+    results = []
+    for call in (model, lambda x: checkpoint(model, x, use_reentrant=use_reentrant)):
+        model.zero_grad()
+        x = rows(70, dtype=FP32).requires_grad_()
+        call(x).sum().backward()
+        results.append({**{n: g.clone() for n, g in gradients(model).items()}, "x": x.grad})
+    assert len(products) == 6
+    assert all(same_bits(results[1][name], value) for name, value in results[0].items())
+
+
+def test_a_language_model_trains_as_with_pefts_layers(products: list[Any]) -> None:
+    """Losses of five steps of AdamW, with PEFT's layers and with ours put in their place and out again."""
+    losses = []
+    batch = tokens(4, 32)
+    for fused in (False, True):
+        model = adapted("stock", llama, FP32, target_modules="all-linear", init_weights=True)
+        if fused:
+            assert accelerate(model).converted == 14
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        values = []
+        for _ in range(5):
+            loss = model(input_ids=batch, labels=batch).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            values.append(loss.item())
+        losses.append(values)
+        if fused:
+            restore(model)
+            model(input_ids=batch)
+    assert len(products) == 5 * 14
+    torch.testing.assert_close(losses[1], losses[0], rtol=2e-4, atol=0)
+    assert losses[0][-1] < losses[0][0]
+
+
+def test_saved_tensors_may_leave_memory(products: list[Any]) -> None:
+    model = adapted("fused", dtype=FP32)
+    results = []
+    for around in (nullcontext(), torch.autograd.graph.save_on_cpu()):
+        model.zero_grad()
+        with around:
+            y = model(rows(70, dtype=FP32))
+        y.sum().backward()
+        results.append({n: g.clone() for n, g in gradients(model).items()})
+    assert len(products) == 4
+    assert all(same_bits(results[1][name], value) for name, value in results[0].items())
+
+
+def test_an_adapter_on_another_device_is_refused() -> None:
+    model = adapted("fused", dtype=FP32, target_modules=["first"])
+    layer = layer_of(model)
+    layer.gralora_A["default"] = nn.Parameter(layer.gralora_A["default"].to("meta"))
+    with pytest.raises(ValueError, match="the input is on cpu, but adapter 'default' is on meta"):
+        model(rows(70, dtype=FP32))
