@@ -38,6 +38,7 @@ from .timing import Contender, Samples, differences
 
 NAME = "step"
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ADAPTED = ("ours", "ours-path", "peft", "lora")
 ERROR_TOKENS = 32
 STEP_SECONDS = 4.5  # for the estimate: a step of 768 tokens on one core of today's servers
 
@@ -52,7 +53,7 @@ SETTINGS = {
 
 def tasks(level: Level, threads: int, device: torch.device) -> list[Task]:
     size, adapters, rounds = SETTINGS[level.name]
-    models = 1 + 3 * len(adapters)
+    models = 1 + len(ADAPTED) * len(adapters)
     step = STEP_SECONDS / threads * math.prod(size) / 768
     seconds = 5 + models * (2 + step * (rounds + 1))
     return [Task(f"{NAME}: {_key(size)}", seconds, partial(measure, size, adapters, rounds), memory=6 << 30)]
@@ -69,9 +70,9 @@ def measure(
     models = {("base", ""): shared_copy(frozen)}
     errors: dict[tuple[str, str], float] = {}
     for setting, (r, k) in settings.items():
-        built = {name: adapted(frozen, name, r, k) for name in ("ours", "peft", "lora")}
+        built = {name: adapted(frozen, name, r, k) for name in ADAPTED}
         models |= {(name, setting): model for name, model in built.items()}
-        twins = {"ours": built["peft"], "peft": built["peft"], "lora": built["lora"]}
+        twins = {name: built["lora" if name == "lora" else "peft"] for name in ADAPTED}
         errors |= {(n, setting): logits_error(built[n], twin, ids) for n, twin in twins.items()}
     optimizers = {
         name: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
@@ -149,14 +150,19 @@ def shared_copy(model: nn.Module) -> nn.Module:
 
 
 def adapted(frozen: nn.Module, contender: str, r: int, k: int) -> nn.Module:
-    """``frozen`` with an adapter of random values, the same for ``ours`` and ``peft``."""
+    """``frozen`` with an adapter of random values, the same for all but ``lora``; ``ours-path`` calls the base layers."""
     torch.manual_seed(SEED)
     common = {"r": r, "target_modules": PROJECTIONS}
     if contender == "lora":
         return get_peft_model(shared_copy(frozen), LoraConfig(lora_alpha=r, init_lora_weights=False, **common))
     config = GraloraConfig(gralora_k=k, hybrid_r=0, alpha=r, init_weights=False, **common)
-    with gralora_ext.enable() if contender == "ours" else nullcontext():
-        return get_peft_model(shared_copy(frozen), config)
+    with nullcontext() if contender == "peft" else gralora_ext.enable():
+        model = get_peft_model(shared_copy(frozen), config)
+    if contender == "ours-path":
+        for module in model.modules():
+            if isinstance(module, gralora_ext.GraloraLinear):
+                module.one_product = False
+    return model
 
 
 def forward_backward(model: nn.Module, ids: Tensor) -> None:

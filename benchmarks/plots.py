@@ -16,6 +16,7 @@ from gralora_ext.cli.files import staged
 COLORS = {
     "ours": "tab:blue",
     "ours-op": "tab:cyan",
+    "ours-path": "tab:purple",
     "peft": "tab:red",
     "peft-compiled": "tab:pink",
     "lora": "tab:orange",
@@ -25,6 +26,7 @@ COLORS = {
 LABELS = {
     "ours": "ours (layer)",
     "ours-op": "ours (operation)",
+    "ours-path": "ours, base layers called",
     "peft": "PEFT GraLoRA",
     "peft-compiled": "PEFT GraLoRA, torch.compile",
     "lora": "PEFT LoRA",
@@ -124,24 +126,20 @@ def growth(by_bench: dict[str, list[Record]], content: dict[str, Any]) -> Figure
 
 
 def step(by_bench: dict[str, list[Record]], content: dict[str, Any]) -> Figure | None:
-    """A training step's parts: the frozen model, the adapters' overhead, the optimizer."""
+    """A training step's parts, and the frozen model's forward and backward as a line."""
     records = {(r["case"]["setting"], r["case"]["what"]): r["contenders"] for r in by_bench.get("step", [])}
     settings = list(dict.fromkeys(setting for setting, _ in records))
     if not settings:
         return None
     figure, panels = _figure(len(settings), width=5.5, height=3)
     for axes, setting in zip(panels, settings, strict=True):
-        steps, overheads, optimizers = (records[setting, what] for what in ("step", "overhead", "optimizer"))
+        steps, optimizers = (records[setting, what] for what in ("step", "optimizer"))
         names = [name for name in COLORS if name in steps]
-        left = [0.0] * len(names)
-        for label, color, values in (
-            ("frozen model, forward + backward", "0.75", {name: steps["base"] for name in names}),
-            ("adapters, forward + backward", "tab:blue", overheads),
-            ("optimizer", "tab:orange", optimizers),
-        ):
-            widths = [values[name]["median"] * 1e3 if name in values else 0.0 for name in names]
-            axes.barh(range(len(names)), widths, left=left, color=color, label=label)
-            left = [a + b for a, b in zip(left, widths, strict=True)]
+        passes = [steps[name]["median"] * 1e3 for name in names]
+        updates = [optimizers[name]["median"] * 1e3 if name in optimizers else 0.0 for name in names]
+        axes.barh(range(len(names)), passes, color="tab:blue", label="forward + backward")
+        axes.barh(range(len(names)), updates, left=passes, color="tab:orange", label="optimizer")
+        axes.axvline(steps["base"]["median"] * 1e3, color="0.3", linestyle="--", label="frozen model")
         axes.set_yticks(range(len(names)), [LABELS[name] for name in names], fontsize=8)
         axes.invert_yaxis()
         axes.set(

@@ -83,6 +83,20 @@ def training_work(s: Shape) -> Work:
     )
 
 
+def layer_work(s: Shape) -> Work:
+    """A frozen layer in training as one product (``ops.linear``): y and dx with W + ΔW made for each, and dA with dB.
+
+    4NMT + 2(2NMr/k + 2NMh) FLOPs for y and dx; U and dU anew, dA and dB: 4(r+h)(N+M) per token. The weight and the parameters
+    are read twice, x and g once, y, dx and the gradients written.
+    """
+    b, p = s.x_dtype.itemsize, s.adapter_dtype.itemsize
+    return Work(
+        flops=4 * s.N * s.M * (s.T + s.r // s.k + s.h) + 4 * s.parameters * s.T,
+        bytes=2 * b * (s.N * s.M + s.T * (s.N + s.M)) + 3 * p * s.parameters,
+        working_set=b * s.N * s.M + 2 * b * (s.N + s.M) * s.T + 2 * p * s.parameters,
+    )
+
+
 def merge_work(s: Shape) -> Work:
     """2NMr/k + 2NMh FLOPs; the weight (b bytes each) read and written once, the parameters read once."""
     b, p = s.x_dtype.itemsize, s.adapter_dtype.itemsize

@@ -43,8 +43,8 @@ def _ours(entry: dict[str, Any], scale: float, timed: bool) -> list[str]:
 
 
 def spread(entry: dict[str, Any]) -> str:
-    """The interquartile range as a share of the median."""
-    return f"{(entry['q3'] - entry['q1']) / entry['median']:.0%}" if entry["median"] else ""
+    """The interquartile range as a share of the median; an overhead can be negative."""
+    return f"{(entry['q3'] - entry['q1']) / abs(entry['median']):.0%}" if entry["median"] else ""
 
 
 def number(value: float) -> str:

@@ -149,6 +149,7 @@ THROUGH_THE_BASE: dict[str, tuple[Callable[[GraloraLinear], Any], AbstractContex
     "merged": (lambda layer: layer.merge(), None, rows(70, dtype=FP32)),
     "autocast": (lambda layer: None, torch.autocast("cpu", torch.bfloat16), rows(70, dtype=FP32)),
     "lower precision": (lambda layer: None, precision("medium"), rows(70, dtype=FP32)),
+    "switched off": (lambda layer: setattr(layer, "one_product", False), None, rows(70, dtype=FP32)),
     "dispatch mode": (lambda layer: None, Looks(), rows(70, dtype=FP32)),
 }
 

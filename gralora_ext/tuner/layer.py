@@ -19,6 +19,9 @@ _LINEAR_LAYERS = (nn.Linear, Conv1D)
 class GraloraLinear(Linear):
     """``y = base_layer(x) + Σ_adapters s·exchange(x_n A_n) B_j (+ s·(x Agᵀ) Bgᵀ)``, one kernel per active adapter.
 
+    On the CPU, many tokens of a frozen float32 layer are one product with W + ΔW instead (:func:`gralora_ext.ops.linear`), and
+    the base layer is not called, where calling it would do nothing but multiply (``product.py``).
+
     Built by :class:`~gralora_ext.tuner.GraloraModel`, or made in place of PEFT's layer by
     :func:`~gralora_ext.tuner.accelerate`. It differs from PEFT's layer in this: x may have any rank ≥ 1 (PEFT: 2 or 3);
     the adapter computes in float32 without a cast copy of x; the block part and the hybrid part share one dropout mask
@@ -28,6 +31,9 @@ class GraloraLinear(Linear):
 
     # Read by peft.helpers.disable_input_dtype_casting, which fails on PEFT's own layer; this one never casts its input.
     cast_input_dtype_enabled: bool = True
+
+    # False, on the class or on a layer: the base layer is always called. Not stored in checkpoints.
+    one_product: bool = True
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """The layer's output in x's dtype.
@@ -46,8 +52,8 @@ class GraloraLinear(Linear):
         if self.disable_adapters and self.merged:
             self.unmerge()
         base_layer = self.base_layer
-        plain = not (args or kwargs or self.disable_adapters or self.merged)
-        if plain and (name := product.sole_adapter(self, x)) is not None:
+        alone = self.one_product and not (args or kwargs or self.disable_adapters or self.merged)
+        if alone and (name := product.sole_adapter(self, x)) is not None:
             operands = self._operands(name)
             _check_device("the input", x, name, operands["A"])
             return ops.linear(x, product.weight_of(base_layer), base_layer.bias, **operands)

@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from .layer import GraloraLinear
 
 _TOKENS = 64  # from this many on; fewer do not repay W + ΔW
-# Where torch's GEMM is as quick as ours, a product with an adapter that is small beside the weight could only lose: its rank, as
-# a share of N·M/(N + M), must be at least this. On AMD's processors torch's MKL stays on AVX2, and ours wins anyway.
+# Where torch's GEMM is as quick as ours, the product of a wide weight with a small adapter has nothing to win: r(N + M)/(NM), the
+# path's work as a share of the base layer's, must be at least this. On AMD's processors MKL stays on AVX2, and ours wins anyway.
 _SHARE = 1 / 32
 
 _native = load()
 _HAS_KERNEL = _native.cpu_capability() != "default"
-_WINS_ANYWAY = _native.cpu_vendor() == "amd"
+_WINS_ANYWAY = _native.cpu_vendor() == "amd" and torch.backends.mkl.is_available()
 _TENSORS = (Tensor, nn.Parameter)  # no subclass of a library's
 _FORWARDS = {nn.Linear: nn.Linear.forward, Conv1D: Conv1D.forward}  # a patched class is called
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
