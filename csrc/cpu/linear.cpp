@@ -23,80 +23,103 @@ struct Linear {
   Param R, Rg;  // [k, r, V], [k, h, V]
   const Acc* bias;
   Acc scale;
-  Chunks cut = Chunks(rows, 1, 1);
+  Chunks cut = Chunks(rows, 1, 1, kChunk / 2);
 
-  static constexpr int64_t kStrip = 3 * kTile<Acc>;
+  // How the product is shared: strips of so many columns, for segments of so many tokens
+  struct Share {
+    int64_t strip, tokens;
+  };
+  // The one that takes least, where a thread's items follow each other and making a panel takes as long as some tokens.
+  Share share(int threads) const {
+    constexpr int64_t kTiles[] = {3, 4, 2}, kPanelTokens = 16, kLeast = 8 * kMaxRows, kMost = 8;
+    Share best{3 * kTile<Acc>, round_up(larger(T, 1), kMaxRows)};
+    int64_t least = INT64_MAX;
+    for (const int64_t tiles : kTiles) {
+      const int64_t strip = tiles * kTile<Acc>, strips = ceil_div(columns, strip);
+      for (int64_t n = 1; n == 1 || (n <= kMost && T / n >= kLeast); n++) {
+        const int64_t tokens = larger(kMaxRows, round_up(ceil_div(T, n), kMaxRows));
+        const int64_t time = ceil_div(strips * ceil_div(T, tokens), threads) * strip * (tokens + kPanelTokens);
+        if (time < least) least = time, best = {strip, tokens};
+      }
+    }
+    return best;
+  }
+
   // Chunks whose part of a strip fits in L2: runs of nearly equal length
-  int64_t run_length() const {
-    const int64_t most = larger(1, kPanelElements / (kStrip * cut.columns));
+  int64_t run_length(int64_t strip) const {
+    const int64_t most = larger(1, kPanelElements / (strip * cut.columns));
     return ceil_div(cut.per_block, ceil_div(cut.per_block, most));
   }
 
-  // So many that the threads share the items evenly
-  int64_t segments(int64_t strips, int threads) const {
-    constexpr int64_t kLeast = 8 * kMaxRows, kMost = 8;
-    int64_t n = 1;
-    for (; n < kMost && T / (n + 1) >= kLeast; n++) {
-      const int64_t items = n * strips, rounds = ceil_div(items, threads);
-      if (10 * items >= 9 * rounds * threads) break;
-    }
-    return n;
-  }
-
   void run(int threads) const {
-    const int64_t strips = ceil_div(columns, kStrip);
-    const int64_t tokens = larger(1, round_up(ceil_div(T, segments(strips, threads)), kMaxRows));
-    const int64_t panel = run_length() * cut.columns * kStrip;
-    const int64_t ranks = larger(r / k, h);
+    const auto [strip, tokens] = share(threads);
+    const int64_t strips = ceil_div(columns, strip), chunks = run_length(strip);
+    const int64_t panel = chunks * cut.columns * strip;
+    const int64_t ranks = larger(r / k, h) * (strip + cut.columns);
     Scratch scratch;
-    const PerThread<Acc> buffers(scratch, threads, panel + ranks * (kStrip + cut.columns) + Block<Acc>::size(kMaxRows));
-    parallel_items(strips * ceil_div(T, tokens), threads, [&](int64_t item, int thread) {
-      const int64_t c0 = item % strips * kStrip, t0 = item / strips * tokens;
-      run_item(c0, smaller(kStrip, columns - c0), t0, smaller(tokens, T - t0), buffers.of(thread));
-    });
+    const PerThread<Acc> buffers(scratch, threads, panel + ranks + Block<Acc>::size(kMaxRows));
+    parallel_items(strips * ceil_div(T, tokens), threads,
+                   [&, strip = strip, tokens = tokens](int64_t item, int thread) {
+                     const int64_t c0 = item % strips * strip, t0 = item / strips * tokens;
+                     Acc* own = buffers.of(thread);
+                     const Item it{c0,
+                                   smaller(strip, columns - c0),
+                                   t0,
+                                   smaller(tokens, T - t0),
+                                   own,
+                                   own + panel,
+                                   Block<Acc>(own + panel + ranks, kMaxRows)};
+                     for (int64_t begin = 0; begin < cut.per_block; begin += chunks)
+                       run_chunks(it, begin, smaller(begin + chunks, cut.per_block));
+                   });
   }
 
  private:
-  void run_item(int64_t c0, int64_t width, int64_t t0, int64_t count, Acc* panel) const {
-    Acc* ranks = panel + run_length() * cut.columns * kStrip;
-    const Block<Acc> block(ranks + larger(r / k, h) * (kStrip + cut.columns), kMaxRows);
-    for (int64_t begin = 0; begin < cut.per_block; begin += run_length()) {
-      const int64_t end = smaller(begin + run_length(), cut.per_block);
-      for (int64_t chunk = begin; chunk < end; chunk++)
-        make_panel(chunk, c0, width, panel_of(panel, chunk - begin), ranks);
-      for_row_groups(count, [&](auto mr, int64_t m) {
-        constexpr int MR = decltype(mr)::value;
-        for (int64_t chunk = begin; chunk < end; chunk++) {
-          const int64_t first = cut.first(chunk), length = cut.length(chunk);
-          const Source<Acc> a = rows_to_multiply<Acc>(in, t0 + m, MR, first, length, rows, Mask(Dropout{}), block);
-          const bool same_rows = chunk + 1 < end;
-          const int64_t next = same_rows ? m : m + MR;
-          const Prefetch prefetch =
-              next < count ? Prefetch::of(in, t0 + next, same_rows ? cut.first(chunk + 1) : cut.first(begin))
-                           : Prefetch{};
-          multiply_chunk<MR>(a, chunk, length, panel_of(panel, chunk - begin), c0, width, t0 + m, prefetch);
-        }
-      });
-    }
+  struct Item {
+    int64_t c0, width, t0, count;  // its columns and tokens
+    Acc *panel, *ranks;
+    Block<Acc> block;
+  };
+
+  void run_chunks(const Item& item, int64_t begin, int64_t end) const {
+    for (int64_t chunk = begin; chunk < end; chunk++) make_panel(item, chunk, panel_of(item, chunk - begin));
+    for_row_groups(item.count, [&](auto mr, int64_t m) {
+      constexpr int MR = decltype(mr)::value;
+      for (int64_t chunk = begin; chunk < end; chunk++) {
+        const int64_t first = cut.first(chunk), length = cut.length(chunk);
+        const Source<Acc> a =
+            rows_to_multiply<Acc>(in, item.t0 + m, MR, first, length, rows, Mask(Dropout{}), item.block);
+        const bool same_rows = chunk + 1 < end;
+        const int64_t next = same_rows ? m : m + MR;
+        const Prefetch prefetch =
+            next < item.count ? Prefetch::of(in, item.t0 + next, same_rows ? cut.first(chunk + 1) : cut.first(begin))
+                              : Prefetch{};
+        multiply_chunk<MR>(item, a, chunk, length, panel_of(item, chunk - begin), item.t0 + m, prefetch);
+      }
+    });
   }
 
-  Acc* panel_of(Acc* panel, int64_t chunk) const { return panel + chunk * cut.columns * kStrip; }
+  Acc* panel_of(const Item& item, int64_t chunk) const {
+    return item.panel + chunk * cut.columns * round_up(item.width, kTile<Acc>);
+  }
 
   // ------------------------------------------------------------------ P
 
-  // Rows of a chunk and columns c0 .. c0+width of P: tiles of kTile columns, padded with zeros
-  void make_panel(int64_t chunk, int64_t c0, int64_t width, Acc* panel, Acc* ranks) const {
+  // Rows of a chunk and an item's columns of P: tiles of kTile columns, padded with zeros
+  void make_panel(const Item& item, int64_t chunk, Acc* panel) const {
     const int64_t first = cut.first(chunk), length = cut.length(chunk), H = rows / k, V = columns / k, rb = r / k;
+    const int64_t c0 = item.c0, width = item.width;
     pack_panel<Acc>(W, first * W.row_stride + c0 * W.column_stride, length, width, panel);
     for (int64_t a = first / H; a * H < first + length; a++) {
       const int64_t row = larger(first, a * H), count = smaller(first + length, (a + 1) * H) - row;
       for (int64_t b = c0 / V; b * V < c0 + width; b++) {
         const int64_t column = larger(c0, b * V), of_block = smaller(c0 + width, (b + 1) * V) - column;
         const auto add = [&](const Param& left, int64_t left0, const Param& right, int64_t right0, int64_t n) {
-          Acc* packed = ranks;
+          Acc* packed = item.ranks;
+          Acc* copied = packed + n * round_up(width, kTile<Acc>);
           read_right(right, b, right0, n, column - b * V, of_block, column - c0, width, packed);
-          add_ranks(rank_rows(left, a, row - a * H, count, left0, n, packed + n * kStrip), packed, n, row - first,
-                    count, length, column - c0, of_block, panel);
+          add_ranks(rank_rows(left, a, row - a * H, count, left0, n, copied), packed, n, row - first, count, length,
+                    column - c0, of_block, panel);
         };
         add(L, b * rb, R, a * rb, rb);
         if (h > 0) add(Lg, 0, Rg, 0, h);
@@ -168,14 +191,14 @@ struct Linear {
   // ------------------------------------------------------------------ in P
 
   template <int MR>
-  void multiply_chunk(Source<Acc> a, int64_t chunk, int64_t length, const Acc* panel, int64_t c0, int64_t width,
-                      int64_t t, const Prefetch& prefetch) const {
-    Acc* to = static_cast<Acc*>(out.data) + t * columns + c0;
-    const Acc* start = bias == nullptr ? nullptr : bias + c0;
-    for_column_tiles<Acc>(round_up(width, kWidth<Acc>), [&](auto nv, int64_t c) {
+  void multiply_chunk(const Item& item, Source<Acc> a, int64_t chunk, int64_t length, const Acc* panel, int64_t t,
+                      const Prefetch& prefetch) const {
+    Acc* to = static_cast<Acc*>(out.data) + t * columns + item.c0;
+    const Acc* start = bias == nullptr ? nullptr : bias + item.c0;
+    for_column_tiles<Acc>(round_up(item.width, kWidth<Acc>), [&](auto nv, int64_t c) {
       constexpr int NV = decltype(nv)::value;
       const Acc* b = panel + c * length;
-      const int64_t count = smaller(NV * kWidth<Acc>, width - c);
+      const int64_t count = smaller(NV * kWidth<Acc>, item.width - c);
       const Acc* from = start == nullptr ? nullptr : start + c;
       if (c == 0)
         tile<MR, NV>(length, a, b, chunk > 0, from, count, to + c, [&](int64_t p) { prefetch.template rows<MR>(p); });

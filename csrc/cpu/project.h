@@ -20,9 +20,9 @@ constexpr int64_t kSegment = 512;  // tokens that share a chunk of a parameter
 // The chunks of a width in k blocks, of nearly equal size.
 struct Chunks {
   int64_t block_width, per_block, columns;
-  Chunks(int64_t width, int64_t k, int64_t tile)
+  Chunks(int64_t width, int64_t k, int64_t tile, int64_t most = kChunk)
       : block_width(width / k),
-        per_block(ceil_div(block_width, kChunk)),
+        per_block(ceil_div(block_width, most)),
         columns(round_up(ceil_div(block_width, per_block), tile)) {
     per_block = ceil_div(block_width, columns);
   }
