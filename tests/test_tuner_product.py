@@ -85,6 +85,15 @@ class Doubled(nn.Module):
         return 2 * weight
 
 
+class Wide(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(768, 768)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x)
+
+
 class MyLinear(nn.Linear):
     pass
 
@@ -127,6 +136,7 @@ THROUGH_THE_BASE: dict[str, tuple[Callable[[GraloraLinear], Any], AbstractContex
     "few tokens": (lambda layer: None, None, rows(63, dtype=FP32)),
     "bfloat16": (lambda layer: layer.base_layer.bfloat16(), None, rows(70, dtype=torch.bfloat16)),
     "float64": (lambda layer: layer.double(), None, rows(70)),
+    "float64 adapter": (lambda layer: (layer.gralora_A.double(), layer.gralora_B.double()), None, rows(70, dtype=FP32)),
     "forward hook": (lambda layer: layer.base_layer.register_forward_hook(lambda *_: None), None, rows(70, dtype=FP32)),
     "pre-hook": (lambda layer: layer.base_layer.register_forward_pre_hook(lambda *_: None), None, rows(70, dtype=FP32)),
     "backward hook": (
@@ -193,22 +203,25 @@ def test_a_trained_weight_matters_only_where_gradients_are_recorded(products: li
 def test_a_small_adapter_beside_a_wide_weight_pays_only_where_our_gemm_is_quicker(
     products: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Wide(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first = nn.Linear(768, 768)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.first(x)
-
     monkeypatch.setattr(product, "_WINS_ANYWAY", False)
-    x = rows(70, width=768, dtype=FP32)
-    for r, expected in ((8, 0), (12, 1)):  # 768·768 / (768 + 768) / 32 = 12
-        adapted("fused", Wide, FP32, r=r, target_modules=["first"])(x)
+    for r, count, expected in (
+        (10, 500, 0),
+        (12, 383, 0),
+        (12, 384, 1),
+    ):  # the path's share: r / 384; made for r / 2 tokens
+        adapted("fused", Wide, FP32, r=r, target_modules=["first"])(rows(count, width=768, dtype=FP32))
         assert len(products) == expected
     monkeypatch.setattr(product, "_HAS_KERNEL", False)
-    adapted("fused", Wide, FP32, target_modules=["first"])(x)
+    adapted("fused", Wide, FP32, target_modules=["first"])(rows(400, width=768, dtype=FP32))
     assert len(products) == 1
+
+
+def test_a_large_rank_beside_few_tokens_does_not_pay(products: list[Any]) -> None:
+    """W + ΔW would take longer than what it saves."""
+    model = adapted("fused", Wide, FP32, r=384, gralora_k=1, target_modules=["first"])
+    for count, expected in ((383, 0), (384, 1)):  # the path's share is 1
+        model(rows(count, width=768, dtype=FP32))
+        assert len(products) == expected
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])
@@ -260,6 +273,14 @@ def test_saved_tensors_may_leave_memory(products: list[Any]) -> None:
         results.append({n: g.clone() for n, g in gradients(model).items()})
     assert len(products) == 4
     assert all(same_bits(results[1][name], value) for name, value in results[0].items())
+
+
+def test_no_feature_and_no_dimension_are_torchs_to_refuse(products: list[Any]) -> None:
+    layer = layer_of(adapted("fused", dtype=FP32, target_modules=["first"]))
+    for x in (torch.zeros(70, 0), torch.tensor(1.0), torch.zeros(90, 23)):
+        with pytest.raises((RuntimeError, ValueError)):
+            layer(x)
+    assert layer(torch.zeros(0, 24)).shape == (0, 36)
 
 
 def test_an_adapter_on_another_device_is_refused() -> None:
