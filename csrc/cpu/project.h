@@ -182,8 +182,10 @@ struct Project {
   // One row of u; the sums of the block are cleared for the next one.
   void store_block(int64_t n, Acc* sum, Acc* u) const {
     const int64_t rb = r / k;
-    for (int64_t c = 0; c < r; c++) sum[c] *= scale;
+    for (int64_t c = 0; c < r; c += kWidth<Acc>) store<Acc>(sum + c, scale * load<Acc>(sum + c));
     switch (rb) {
+      case 1: exchange<1>(n, sum, u); break;
+      case 2: exchange<2>(n, sum, u); break;
       case 4: exchange<4>(n, sum, u); break;
       case 8: exchange<8>(n, sum, u); break;
       case 16: exchange<16>(n, sum, u); break;
@@ -191,7 +193,7 @@ struct Project {
         for (int64_t j = 0; j < k; j++)
           for (int64_t q = 0; q < rb; q++) u[j * r + n * rb + q] = sum[j * rb + q];
     }
-    for (int64_t c = 0; c < r; c++) sum[c] = Acc(0);
+    for (int64_t c = 0; c < r; c += kWidth<Acc>) store<Acc>(sum + c, Vec<Acc>{});
   }
 
   template <int rb>
