@@ -154,8 +154,7 @@ at::Tensor linear_autograd(const at::Tensor& x, const at::Tensor& weight, const 
                            const OptionalTensor& B_general, double scaling) {
   const bool frozen = !(differentiated(weight) || differentiated(bias));
   TORCH_CHECK(!at::GradMode::is_enabled() || frozen,
-              "gralora_ext: weight and bias must not require grad: they have no "
-              "derivative here");
+              "gralora_ext: weight and bias must not require grad: they have no derivative here");
   const bool recorded = at::GradMode::is_enabled() && (differentiated(x) || differentiated(A) || differentiated(B) ||
                                                        differentiated(A_general) || differentiated(B_general));
   if (!recorded) {

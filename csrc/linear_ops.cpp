@@ -43,6 +43,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_ba
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& A, const at::Tensor& B,
     const OptionalTensor& A_general, const OptionalTensor& B_general, double scaling, std::array<bool, 5> needs) {
   const Shape shape = check_linear(x, weight, {}, A, B, A_general, B_general, scaling);
+  TORCH_CHECK_TYPE(grad.scalar_type() == x.scalar_type(), "gralora_ext: grad must have x's dtype ", x.scalar_type(),
+                   ", but is ", grad.scalar_type());
   const at::Tensor u = at::empty({0, shape.k * shape.r + shape.h}, x.options());
   const bool want_x = needs[0];
   needs[0] = false;

@@ -274,6 +274,15 @@ def test_wrong_arguments_raise_with_their_names(change: dict[str, Any], error: t
     assert all(re.search(re.escape(word) if "[" in word else word, message) for word in words), message
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=NAMES.get)
+def test_a_gradient_of_another_dtype_is_refused(dtype: torch.dtype) -> None:
+    inputs = layer_inputs(FP32)
+    t = inputs.tensors
+    rest = (t["x"], t["weight"], t["A"], t["B"], None, None, 1.0, [True, False, False, False, False])
+    with pytest.raises(TypeError, match="grad must have x's dtype Float"):
+        native.linear_backward(inputs.grad.to(dtype), *rest)
+
+
 def test_float64_adapter_beside_float32_is_refused() -> None:
     with pytest.raises(TypeError, match="x must be float32, or float64 where A is"):
         ops.linear(**layer_inputs(replace(FP32, adapter_dtype=torch.float64)).tensors, scaling=1.0)
