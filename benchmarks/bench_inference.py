@@ -15,9 +15,9 @@ from . import grid, peers
 from .bench import Bench, Context, Task
 from .data import Data
 from .levels import Level
-from .results import Record
+from .results import Record, overhead
 from .shapes import Shape, forward_work
-from .timing import Contender, differences
+from .timing import Contender
 
 NAME = "inference"
 WIDTHS = {
@@ -48,15 +48,7 @@ def measure(shape: Shape, context: Context) -> Iterator[Record]:
     case = asdict(shape)
     yield Record(NAME, f"layer {shape.key}", "s", samples, {**case, "what": "layer"})
     work = forward_work(shape)
-    yield Record(
-        bench=NAME,
-        key=f"overhead {shape.key}",
-        unit="s",
-        samples=differences(samples, "base"),
-        case={**case, "what": "overhead"},
-        work=work,
-        least=context.floor.least_seconds(work),
-    )
+    yield overhead(NAME, shape.key, samples, case, work, context.floor.least_seconds(work))
 
 
 BENCH = Bench(NAME, "One token through a layer, and the overhead over the base layer", tasks)

@@ -20,9 +20,9 @@ from .accuracy import relative_error
 from .bench import Bench, Context, Task
 from .data import Data
 from .levels import Level
-from .results import Record
+from .results import Record, overhead
 from .shapes import Shape, layer_work, training_work
-from .timing import Contender, differences
+from .timing import Contender
 
 NAME = "layer"
 CALL_SECONDS = 2e-11  # for the estimate: a multiply-add of y or dx, on one core
@@ -30,6 +30,7 @@ ERROR_TOKENS = 64
 
 
 def shapes(level: Level) -> list[Shape]:
+    """768 tokens, those of ``step``, through widths of real models."""
     if level.name == "tiny":
         return [Shape(48, 32, T=70, r=4)]
     wide = {"quick": grid.WIDTHS[:2], "default": grid.WIDTHS[:4], "full": grid.WIDTHS}[level.name]
@@ -74,15 +75,7 @@ def measure(shape: Shape, context: Context) -> Iterator[Record]:
         least=context.floor.least_seconds(work),
     )
     path = training_work(shape)
-    yield Record(
-        bench=NAME,
-        key=f"overhead {shape.key}",
-        unit="s",
-        samples=differences(samples, "base"),
-        case={**case, "what": "overhead"},
-        work=path,
-        least=context.floor.least_seconds(path),
-    )
+    yield overhead(NAME, shape.key, samples, case, path, context.floor.least_seconds(path))
 
 
 def _trained(layer: nn.Module) -> list[nn.Parameter]:

@@ -32,9 +32,9 @@ from .bench import Bench, Context, Task
 from .data import SEED
 from .errors import Skip
 from .levels import Level
-from .results import Record
+from .results import Record, overhead
 from .shapes import Shape, Work, training_work
-from .timing import Contender, Samples, differences
+from .timing import Contender, Samples
 
 NAME = "step"
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -109,15 +109,9 @@ def _records(
 
     step: Samples = of(passes)
     yield Record(NAME, f"forward+backward {key}", "s", step, {**case, "what": "step"}, of(errors))
-    yield Record(
-        bench=NAME,
-        key=f"overhead {key}",
-        unit="s",
-        samples=differences(step, "base"),
-        case={**case, "what": "overhead"},
-        work=Work(sum(w.flops for w in works), sum(w.bytes for w in works), max(w.working_set for w in works)),
-        least=sum(context.floor.least_seconds(work) for work in works),
-    )
+    work = Work(sum(w.flops for w in works), sum(w.bytes for w in works), max(w.working_set for w in works))
+    least = sum(context.floor.least_seconds(work) for work in works)
+    yield overhead(NAME, key, step, case, work, least)
     yield Record(NAME, f"optimizer {key}", "s", of(updates), {**case, "what": "optimizer"})
 
 

@@ -11,7 +11,7 @@ from gralora_ext.cli.errors import JobError
 from gralora_ext.cli.files import staged, write_json
 
 from .shapes import Work
-from .timing import Samples, quartiles, ratio
+from .timing import Samples, differences, quartiles, ratio
 
 FILE = "results.json"
 FORMAT = 1
@@ -63,6 +63,12 @@ class Record:
             "error": self.errors.get(name),
             "roofline": self.least / median if self.least and median > 0 else None,
         }
+
+
+def overhead(bench: str, key: str, samples: Samples, case: dict[str, Any], work: Work, least: float) -> Record:
+    """The record of what each contender of ``samples`` takes beyond ``base``, round by round."""
+    beyond = differences(samples, "base")
+    return Record(bench, f"overhead {key}", "s", beyond, {**case, "what": "overhead"}, work=work, least=least)
 
 
 def save(content: dict[str, Any], folder: Path) -> Path:

@@ -11,36 +11,33 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
+template <class Kernel>
+auto find_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Kernel>();
+}
+
 auto forward_op() {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("gralora_ext::gralora", "").typed<decltype(forward_kernel)>();
+  static const auto op = find_op<decltype(forward_kernel)>("gralora_ext::gralora");
   return op;
 }
 
 auto forward_into_op() {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("gralora_ext::gralora_", "")
-                             .typed<decltype(forward_into_kernel)>();
+  static const auto op = find_op<decltype(forward_into_kernel)>("gralora_ext::gralora_");
   return op;
 }
 
 auto backward_op() {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("gralora_ext::gralora_backward", "")
-                             .typed<decltype(backward_kernel)>();
+  static const auto op = find_op<decltype(backward_kernel)>("gralora_ext::gralora_backward");
   return op;
 }
 
 auto linear_op() {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("gralora_ext::linear", "").typed<decltype(linear_kernel)>();
+  static const auto op = find_op<decltype(linear_kernel)>("gralora_ext::linear");
   return op;
 }
 
 auto linear_backward_op() {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("gralora_ext::linear_backward", "")
-                             .typed<decltype(linear_backward_kernel)>();
+  static const auto op = find_op<decltype(linear_backward_kernel)>("gralora_ext::linear_backward");
   return op;
 }
 
@@ -48,6 +45,8 @@ auto linear_backward_op() {
 bool differentiated(const at::Tensor& tensor) { return tensor.requires_grad() || tensor._fw_grad(0).defined(); }
 bool differentiated(const OptionalTensor& tensor) { return tensor.has_value() && differentiated(*tensor); }
 
+// An optional tensor as autograd saves it, and back
+at::Tensor kept(const OptionalTensor& tensor) { return tensor.value_or(at::Tensor()); }
 OptionalTensor optional(const at::Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : OptionalTensor();
 }
@@ -61,7 +60,6 @@ struct Gralora : torch::autograd::Function<Gralora<into_base>> {
     at::AutoDispatchBelowADInplaceOrView guard;
     auto [y, u] = (into_base ? forward_into_op() : forward_op())
                       .call(x, base, A, B, A_general, B_general, seed, scaling, dropout_p);
-    const auto kept = [](const OptionalTensor& tensor) { return tensor.value_or(at::Tensor()); };
     ctx->save_for_backward({x, A, B, kept(A_general), kept(B_general), u, kept(seed)});
     ctx->saved_data["scaling"] = scaling;
     ctx->saved_data["dropout_p"] = dropout_p;
@@ -121,7 +119,6 @@ struct Linear : torch::autograd::Function<Linear> {
                             const OptionalTensor& A_general, const OptionalTensor& B_general, const at::Tensor& weight,
                             const OptionalTensor& bias, double scaling) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    const auto kept = [](const OptionalTensor& tensor) { return tensor.value_or(at::Tensor()); };
     ctx->save_for_backward({x, weight, A, B, kept(A_general), kept(B_general)});
     ctx->saved_data["scaling"] = scaling;
     return linear_op().call(x, weight, bias, A, B, A_general, B_general, scaling);

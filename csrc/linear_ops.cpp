@@ -1,6 +1,8 @@
 // The layer in one product, y = x (W + dW)^T + bias, and its backward. Per op: check -> allocate -> fill Params -> launch.
 #include <ATen/ops/empty.h>
 
+#include <vector>
+
 #include "checks.h"
 #include "ops.h"
 #include "params.h"
@@ -26,7 +28,7 @@ at::Tensor multiply(const Shape& shape, const at::Tensor& in, const at::Tensor& 
   p.transposed = transposed;
   p.scaling = scaling;
   p.accumulate_f64 = in.scalar_type() == at::kDouble;
-  run(p, in);
+  run(p);
   return out;
 }
 

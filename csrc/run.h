@@ -12,6 +12,6 @@ namespace gralora {
 void run(ForwardParams p, const at::Tensor& like);
 void run(BackwardParams p, const at::Tensor& like);
 void run(MergeParams p, const at::Tensor& like);
-void run(LinearParams p, const at::Tensor& like);
+void run(LinearParams p);  // the CPU only
 
 }  // namespace gralora

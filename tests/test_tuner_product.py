@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from tuner_helpers import DEVICE, Conv1DMlp, Mlp, adapted, config, gradients, llama, pair, rows, tokens
+from tuner_helpers import DEVICE, Conv1DMlp, Mlp, Single, adapted, config, gradients, llama, pair, rows, tokens
 
 from gralora_ext import accelerate, ops, restore
 from gralora_ext.tuner import GraloraLinear, product
@@ -85,13 +85,14 @@ class Doubled(nn.Module):
         return 2 * weight
 
 
-class Wide(nn.Module):
+class Wide(Single):
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Linear(768, 768)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.first(x)
+
+class MyParameter(nn.Parameter):
+    """As those of libraries that shard or quantize."""
 
 
 class MyLinear(nn.Linear):
@@ -126,6 +127,10 @@ def subclass_base(layer: GraloraLinear) -> None:
     layer.base_layer.__class__ = MyLinear
 
 
+def subclass_weight(layer: GraloraLinear) -> None:
+    layer.base_layer.weight = MyParameter(layer.base_layer.weight.detach(), requires_grad=False)
+
+
 def add_second_adapter(layer: GraloraLinear) -> None:
     layer.update_layer("other", "first", r=4, config=config(r=4, alpha=4))
     layer.set_adapter(["default", "other"])
@@ -155,6 +160,7 @@ THROUGH_THE_BASE: dict[str, tuple[Callable[[GraloraLinear], Any], AbstractContex
     ),
     "trained weight": (lambda layer: layer.base_layer.weight.requires_grad_(), None, rows(70, dtype=FP32)),
     "trained bias": (lambda layer: layer.base_layer.bias.requires_grad_(), None, rows(70, dtype=FP32)),
+    "subclass of a parameter": (subclass_weight, None, rows(70, dtype=FP32)),
     "two adapters": (add_second_adapter, None, rows(70, dtype=FP32)),
     "merged": (lambda layer: layer.merge(), None, rows(70, dtype=FP32)),
     "autocast": (lambda layer: None, torch.autocast("cpu", torch.bfloat16), rows(70, dtype=FP32)),

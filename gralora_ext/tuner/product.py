@@ -2,7 +2,7 @@
 
 That is quicker where many tokens meet a frozen float32 weight on the CPU, and the same function of the parameters; it is
 right only where calling the base layer would do nothing but multiply. Everything else goes through the base layer: quantized,
-sharded, offloaded, hooked, trained and subclassed ones.
+offloaded, hooked, trained and subclassed ones, and those whose tensors are of a subclass, such as DTensor.
 """
 
 from __future__ import annotations
