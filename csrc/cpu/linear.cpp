@@ -6,8 +6,8 @@
 // H = rows/k, V = columns/k. y: in = x, P = (W + dW)^T, L = A, R = B; dx: in = g, P = W + dW, L = B^T, R = A^T. An adapter costs
 // r/k multiply-adds for each weight and nothing for each token: there are no ranks, and base and y are not read again.
 //
-// An item is a strip of columns for a segment of tokens. Its part of P stays in L2; groups of kMaxRows tokens walk along `in`, a
-// chunk of P's rows at a time. Every sum is taken chunk by chunk in their order, whatever the items are.
+// An item is a strip of columns for a segment of tokens. Its part of P stays in L2; kTogether tokens walk along `in`, a chunk of
+// P's rows at a time, and share each of its tiles in L1. Every sum is taken chunk by chunk in their order, whatever the items are.
 #include "panels.h"
 #include "project.h"
 
@@ -23,7 +23,10 @@ struct Linear {
   Param R, Rg;  // [k, r, V], [k, h, V]
   const Acc* bias;
   Acc scale;
-  Chunks cut = Chunks(rows, 1, 1, kChunk / 2);
+  Chunks cut = Chunks(rows, 1, 1, kRowsOfP);
+
+  static constexpr int64_t kRowsOfP = 192;            // of a chunk, at most: a tile of P is half of L1
+  static constexpr int64_t kTogether = 4 * kMaxRows;  // tokens that share a tile of P in L1
 
   // How the product is shared: strips of so many columns, for segments of so many tokens
   struct Share {
@@ -57,7 +60,7 @@ struct Linear {
     const int64_t panel = chunks * cut.columns * strip;
     const int64_t ranks = larger(r / k, h) * (strip + cut.columns);
     Scratch scratch;
-    const PerThread<Acc> buffers(scratch, threads, panel + ranks + Block<Acc>::size(kMaxRows));
+    const PerThread<Acc> buffers(scratch, threads, panel + ranks + Block<Acc>::size(kTogether));
     parallel_items(strips * ceil_div(T, tokens), threads,
                    [&, strip = strip, tokens = tokens](int64_t item, int thread) {
                      const int64_t c0 = item % strips * strip, t0 = item / strips * tokens;
@@ -68,7 +71,7 @@ struct Linear {
                                    smaller(tokens, T - t0),
                                    own,
                                    own + panel,
-                                   Block<Acc>(own + panel + ranks, kMaxRows)};
+                                   Block<Acc>(own + panel + ranks, kTogether)};
                      for (int64_t begin = 0; begin < cut.per_block; begin += chunks)
                        run_chunks(it, begin, smaller(begin + chunks, cut.per_block));
                    });
@@ -83,20 +86,16 @@ struct Linear {
 
   void run_chunks(const Item& item, int64_t begin, int64_t end) const {
     for (int64_t chunk = begin; chunk < end; chunk++) make_panel(item, chunk, panel_of(item, chunk - begin));
-    for_row_groups(item.count, [&](auto mr, int64_t m) {
-      constexpr int MR = decltype(mr)::value;
+    for (int64_t m = 0; m < item.count; m += kTogether) {
+      const int64_t tokens = smaller(kTogether, item.count - m);
       for (int64_t chunk = begin; chunk < end; chunk++) {
-        const int64_t first = cut.first(chunk), length = cut.length(chunk);
-        const Source<Acc> a =
-            rows_to_multiply<Acc>(in, item.t0 + m, MR, first, length, rows, Mask(Dropout{}), item.block);
-        const bool same_rows = chunk + 1 < end;
-        const int64_t next = same_rows ? m : m + MR;
-        const Prefetch prefetch =
-            next < item.count ? Prefetch::of(in, item.t0 + next, same_rows ? cut.first(chunk + 1) : cut.first(begin))
-                              : Prefetch{};
-        multiply_chunk<MR>(item, a, chunk, length, panel_of(item, chunk - begin), item.t0 + m, prefetch);
+        const Source<Acc> a = rows_to_multiply<Acc>(in, item.t0 + m, tokens, cut.first(chunk), cut.length(chunk), rows,
+                                                    Mask(Dropout{}), item.block);
+        const bool same_tokens = chunk + 1 < end;
+        multiply_chunk(item, a, chunk, panel_of(item, chunk - begin), m, tokens,
+                       Next{same_tokens ? m : m + kTogether, cut.first(same_tokens ? chunk + 1 : begin)});
       }
-    });
+    }
   }
 
   Acc* panel_of(const Item& item, int64_t chunk) const {
@@ -127,19 +126,23 @@ struct Linear {
     }
   }
 
-  // Rows row0.. of R[b], scaled, in the tiles of the strip whose columns at.. they are; zeros beside them
+  // Rows row0.. of R[b] in the tiles of the strip whose columns at.. they are; zeros beside them
   void read_right(const Param& from, int64_t b, int64_t row0, int64_t n, int64_t column0, int64_t count, int64_t at,
                   int64_t width, Acc* to) const {
+    const int64_t offset = b * from.block_stride + row0 * from.row_stride + column0 * from.column_stride;
+    if (at % kTile<Acc> == 0) {
+      pack_panel<Acc>(from, offset, n, count, to + at * n);
+      return;
+    }
     for (int64_t i = 0; i < n * round_up(width, kTile<Acc>); i++) to[i] = Acc(0);
     for_dtype<Acc>(from.dtype, [&](auto* type) {
       using P = std::remove_pointer_t<decltype(type)>;
-      const P* data = static_cast<const P*>(from.data) + b * from.block_stride + row0 * from.row_stride +
-                      column0 * from.column_stride;
+      const P* data = static_cast<const P*>(from.data) + offset;
       for (int64_t q = 0; q < n; q++)
         for (int64_t c = 0; c < count; c++) {
           const int64_t column = at + c;
           to[column / kTile<Acc> * n * kTile<Acc> + q * kTile<Acc> + column % kTile<Acc>] =
-              scale * to_acc<Acc>(data[q * from.row_stride + c * from.column_stride]);
+              to_acc<Acc>(data[q * from.row_stride + c * from.column_stride]);
         }
     });
   }
@@ -167,7 +170,7 @@ struct Linear {
     return {to, n};
   }
 
-  // panel += left right, for `count` rows from `row` on of the `length` in the panel
+  // panel += s * left right, for `count` rows from `row` on of the `length` in the panel
   void add_ranks(Source<Acc> left, const Acc* right, int64_t n, int64_t row, int64_t count, int64_t length, int64_t at,
                  int64_t width, Acc* panel) const {
     for (int64_t tile = at / kTile<Acc>; tile * kTile<Acc> < at + width; tile++)
@@ -179,31 +182,40 @@ struct Linear {
   }
 
   template <int MR>
-  __attribute__((noinline)) static void add_tile(const Acc* left, int64_t ld, const Acc* right, int64_t n, Acc* to) {
+  __attribute__((noinline)) void add_tile(const Acc* left, int64_t ld, const Acc* right, int64_t n, Acc* to) const {
     Vec<Acc> acc[MR][2] = {};
     multiply_rows<Acc>(n, left, ld, right, kTile<Acc>, acc, nothing);
     for_accumulators<MR, 2>([&](int m, int v) {
       Acc* at = to + m * kTile<Acc> + v * kWidth<Acc>;
-      store<Acc>(at, load<Acc>(at) + acc[m][v]);
+      store<Acc>(at, load<Acc>(at) + scale * acc[m][v]);
     });
   }
 
   // ------------------------------------------------------------------ in P
 
-  template <int MR>
-  void multiply_chunk(const Item& item, Source<Acc> a, int64_t chunk, int64_t length, const Acc* panel, int64_t t,
-                      const Prefetch& prefetch) const {
-    Acc* to = static_cast<Acc*>(out.data) + t * columns + item.c0;
+  // The elements of `in` that are read after those of a chunk: the item's tokens from m on, columns from `first` on
+  struct Next {
+    int64_t m, first;
+  };
+
+  void multiply_chunk(const Item& item, Source<Acc> a, int64_t chunk, const Acc* panel, int64_t m0, int64_t tokens,
+                      Next next) const {
+    const int64_t length = cut.length(chunk);
+    Acc* to = static_cast<Acc*>(out.data) + (item.t0 + m0) * columns + item.c0;
     const Acc* start = bias == nullptr ? nullptr : bias + item.c0;
     for_column_tiles<Acc>(round_up(item.width, kWidth<Acc>), [&](auto nv, int64_t c) {
       constexpr int NV = decltype(nv)::value;
-      const Acc* b = panel + c * length;
+      const Acc *b = panel + c * length, *from = start == nullptr ? nullptr : start + c;
       const int64_t count = smaller(NV * kWidth<Acc>, item.width - c);
-      const Acc* from = start == nullptr ? nullptr : start + c;
-      if (c == 0)
-        tile<MR, NV>(length, a, b, chunk > 0, from, count, to + c, [&](int64_t p) { prefetch.template rows<MR>(p); });
-      else
-        tile<MR, NV>(length, a, b, chunk > 0, from, count, to + c, nothing);
+      for_row_groups(tokens, [&](auto mr, int64_t m) {
+        constexpr int MR = decltype(mr)::value;
+        const Source<Acc> own{a.data + m * a.ld, a.ld};
+        Acc* at = to + m * columns + c;
+        if (c > 0) return tile<MR, NV>(length, own, b, chunk > 0, from, count, at, nothing);
+        const bool more = next.m + m + MR <= item.count;
+        const Prefetch prefetch = more ? Prefetch::of(in, item.t0 + next.m + m, next.first) : Prefetch{};
+        tile<MR, NV>(length, own, b, chunk > 0, from, count, at, [&](int64_t p) { prefetch.template rows<MR>(p); });
+      });
     });
   }
 
