@@ -55,18 +55,19 @@ struct WeightGradient {
   template <int ldx>
   void add_rows(const Acc* ranks, int64_t count, int64_t first, int64_t tokens, Source<Acc> x, int64_t columns,
                 bool accumulate, Acc* sums, Prefetch ahead) const {
+    int64_t groups = 0;  // of ranks: each fetches its part of what lies ahead
+    for_row_groups(r, [&](auto, int64_t) { groups++; });
     for_column_tiles<Acc>(round_up(columns, kWidth<Acc>), [&](auto nv, int64_t i) {
       constexpr int NV = decltype(nv)::value;
+      int64_t begun = 0;
       const auto add_group = [&](int64_t group, const Acc* from, Acc* to) {
         for_row_groups(group, [&](auto mr, int64_t c) {
           constexpr int MR = decltype(mr)::value;
           const Acc* a = from + c * count + first * MR;
-          Acc* at = to + c * kChunk + i;
-          if (to == sums && c == 0)
-            tile<MR, NV, ldx>(tokens, a, x.data + i, x.ld, accumulate, at,
-                              [&](int64_t t) { ahead.template rows_of<NV * kWidth<Acc>>(t, i); });
-          else
-            tile<MR, NV, ldx>(tokens, a, x.data + i, x.ld, accumulate, at, nothing);
+          int64_t turn = begun++ * kSteps;
+          tile<MR, NV, ldx>(tokens, a, x.data + i, x.ld, accumulate, to + c * kChunk + i, [&](int64_t t) {
+            if (t == turn) ahead.template rows_of<NV * kWidth<Acc>>(t, i), turn += groups * kSteps;
+          });
         });
       };
       add_group(r, ranks, sums);
