@@ -86,12 +86,14 @@ def training_work(s: Shape) -> Work:
 def layer_work(s: Shape) -> Work:
     """A frozen layer in training as one product (``ops.linear``): y and dx with W + ΔW made for each, and dA with dB.
 
-    4NMT + 2(2NMr/k + 2NMh) FLOPs for y and dx; U and dU anew, dA and dB: 4(r+h)(N+M) per token. The weight and the parameters
-    are read twice, x and g once, y, dx and the gradients written.
+    4NMT + 2(2NMr/k + 2NMh) FLOPs for y and dx; U and dU anew, dA and dB: 4(r+h)(N+M) per token. With dropout 4NMT, and the
+    path's 6(r+h)(N+M). The weight and the parameters are read twice, x and g once, y, dx and the gradients written.
     """
     b, p = s.x_dtype.itemsize, s.adapter_dtype.itemsize
+    products = 4 * s.N * s.M * s.T
+    made, path = 4 * s.N * s.M * (s.r // s.k + s.h) + 4 * s.parameters * s.T, 6 * s.parameters * s.T
     return Work(
-        flops=4 * s.N * s.M * (s.T + s.r // s.k + s.h) + 4 * s.parameters * s.T,
+        flops=products + (path if s.dropout else made),
         bytes=2 * b * (s.N * s.M + s.T * (s.N + s.M)) + 3 * p * s.parameters,
         working_set=b * s.N * s.M + 2 * b * (s.N + s.M) * s.T + 2 * p * s.parameters,
     )

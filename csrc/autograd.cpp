@@ -117,24 +117,28 @@ struct Linear : torch::autograd::Function<Linear> {
   // What may have a gradient comes first: torch numbers only the tensors that are there.
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& A, const at::Tensor& B,
                             const OptionalTensor& A_general, const OptionalTensor& B_general, const at::Tensor& weight,
-                            const OptionalTensor& bias, double scaling) {
+                            const OptionalTensor& bias, const OptionalTensor& seed, double scaling, double dropout_p,
+                            at::Tensor* u_out) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    ctx->save_for_backward({x, weight, A, B, kept(A_general), kept(B_general)});
+    auto [y, u] = linear_op().call(x, weight, bias, A, B, A_general, B_general, seed, scaling, dropout_p);
+    ctx->save_for_backward({x, weight, A, B, kept(A_general), kept(B_general), u, kept(seed)});
     ctx->saved_data["scaling"] = scaling;
-    return linear_op().call(x, weight, bias, A, B, A_general, B_general, scaling);
+    ctx->saved_data["dropout_p"] = dropout_p;
+    *u_out = u;
+    return y;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(8);
+    variable_list result(11);
     if (!grads[0].defined()) return result;
     const variable_list saved = ctx->get_saved_variables();
     const OptionalTensor A_general = optional(saved[4]), B_general = optional(saved[5]);
     const bool hybrid = A_general.has_value();
     const std::array<bool, 5> needs = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2),
                                        hybrid && ctx->needs_input_grad(3), hybrid && ctx->needs_input_grad(4)};
-    auto [dx, dA, dB, dA_general, dB_general] =
-        linear_backward_op().call(grads[0], saved[0], saved[1], saved[2], saved[3], A_general, B_general,
-                                  ctx->saved_data["scaling"].toDouble(), needs);
+    auto [dx, dA, dB, dA_general, dB_general] = linear_backward_op().call(
+        grads[0], saved[0], saved[6], saved[1], saved[2], saved[3], A_general, B_general, optional(saved[7]),
+        ctx->saved_data["scaling"].toDouble(), ctx->saved_data["dropout_p"].toDouble(), needs);
     if (needs[0]) result[0] = dx;
     if (needs[1]) result[1] = dA;
     if (needs[2]) result[2] = dB;
@@ -146,9 +150,10 @@ struct Linear : torch::autograd::Function<Linear> {
 
 }  // namespace
 
-at::Tensor linear_autograd(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
-                           const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,
-                           const OptionalTensor& B_general, double scaling) {
+std::tuple<at::Tensor, at::Tensor> linear_autograd(const at::Tensor& x, const at::Tensor& weight,
+                                                   const OptionalTensor& bias, const at::Tensor& A, const at::Tensor& B,
+                                                   const OptionalTensor& A_general, const OptionalTensor& B_general,
+                                                   const OptionalTensor& seed, double scaling, double dropout_p) {
   const bool frozen = !(differentiated(weight) || differentiated(bias));
   TORCH_CHECK(!at::GradMode::is_enabled() || frozen,
               "gralora_ext: weight and bias must not require grad: they have no derivative here");
@@ -156,9 +161,11 @@ at::Tensor linear_autograd(const at::Tensor& x, const at::Tensor& weight, const 
                                                        differentiated(A_general) || differentiated(B_general));
   if (!recorded) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return linear_op().call(x, weight, bias, A, B, A_general, B_general, scaling);
+    return linear_op().call(x, weight, bias, A, B, A_general, B_general, seed, scaling, dropout_p);
   }
-  return Linear::apply(x, A, B, A_general, B_general, weight, bias, scaling);
+  at::Tensor u;
+  const at::Tensor y = Linear::apply(x, A, B, A_general, B_general, weight, bias, seed, scaling, dropout_p, &u);
+  return {y, u};
 }
 
 std::tuple<at::Tensor, at::Tensor> forward_autograd(const at::Tensor& x, const at::Tensor& base, const at::Tensor& A,

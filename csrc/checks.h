@@ -133,7 +133,8 @@ inline Shape check_backward(const at::Tensor& grad, const at::Tensor& x, const a
 // x and weight in the accumulation type
 inline Shape check_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                           const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,
-                          const OptionalTensor& B_general, double scaling) {
+                          const OptionalTensor& B_general, const OptionalTensor& seed, double scaling,
+                          double dropout_p) {
   Shape s = check_adapter(A, B, A_general, B_general, scaling);
   check_activation(x, "x", s.N, "N", A.device());
   TORCH_CHECK_TYPE(x.scalar_type() == at::kDouble || (x.scalar_type() == at::kFloat && A.scalar_type() != at::kDouble),
@@ -152,6 +153,7 @@ inline Shape check_linear(const at::Tensor& x, const at::Tensor& weight, const O
     TORCH_CHECK_TYPE(bias->scalar_type() == x.scalar_type(), "gralora_ext: bias must have x's dtype ", x.scalar_type(),
                      ", but is ", bias->scalar_type());
   }
+  check_dropout(dropout_p, seed, A.device());
   s.T = leading_size(x);
   return s;
 }

@@ -85,6 +85,7 @@ struct BackwardParams {
   Shape shape;
   Adapter adapter;
   Rows grad_y, x, grad_x;
+  bool add_to_grad_x = false;  // += instead; the CPU's kernels only
   const void* u = nullptr;
   Adapter grad;
   double scaling = 1.0;
@@ -105,6 +106,7 @@ struct MergeParams {
 };
 
 // out = in (W + dW)^T + bias, with in [T, N] and out [T, M]; or, `transposed`, out = in (W + dW), with in [T, M] and out [T, N].
+// r == 0 and h == 0: there is no dW, and the adapter is not read.
 struct LinearParams {
   Shape shape;
   Adapter adapter;

@@ -1,4 +1,5 @@
-// The layer in one product, y = x (W + dW)^T + bias, and its backward. Per op: check -> allocate -> fill Params -> launch.
+// The layer in one product, y = x (W + dW)^T + bias, and its backward; with dropout, which falls on x before A alone, y = x W^T +
+// bias, and then the path of x into it. Per op: check -> allocate -> fill Params -> launch.
 #include <ATen/ops/empty.h>
 
 #include <vector>
@@ -32,27 +33,42 @@ at::Tensor multiply(const Shape& shape, const at::Tensor& in, const at::Tensor& 
   return out;
 }
 
+Shape without_adapter(Shape shape) {
+  shape.k = 1, shape.r = 0, shape.h = 0;
+  return shape;
+}
+
 }  // namespace
 
-at::Tensor linear_kernel(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const at::Tensor& A,
-                         const at::Tensor& B, const OptionalTensor& A_general, const OptionalTensor& B_general,
-                         double scaling) {
-  const Shape shape = check_linear(x, weight, bias, A, B, A_general, B_general, scaling);
-  return multiply(shape, x, weight, bias, adapter_of(A, B, A_general, B_general), scaling, false);
+std::tuple<at::Tensor, at::Tensor> linear_kernel(const at::Tensor& x, const at::Tensor& weight,
+                                                 const OptionalTensor& bias, const at::Tensor& A, const at::Tensor& B,
+                                                 const OptionalTensor& A_general, const OptionalTensor& B_general,
+                                                 const OptionalTensor& seed, double scaling, double dropout_p) {
+  const Shape shape = check_linear(x, weight, bias, A, B, A_general, B_general, seed, scaling, dropout_p);
+  if (dropout_p > 0.0) {
+    const at::Tensor y = multiply(without_adapter(shape), x, weight, bias, {}, 1.0, false);
+    return forward_into_kernel(x, y, A, B, A_general, B_general, seed, scaling, dropout_p);
+  }
+  const at::Tensor y = multiply(shape, x, weight, bias, adapter_of(A, B, A_general, B_general), scaling, false);
+  return {y, at::empty({0, shape.k * shape.r + shape.h}, x.options())};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_backward_kernel(
-    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& A, const at::Tensor& B,
-    const OptionalTensor& A_general, const OptionalTensor& B_general, double scaling, std::array<bool, 5> needs) {
-  const Shape shape = check_linear(x, weight, {}, A, B, A_general, B_general, scaling);
+    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& u, const at::Tensor& weight, const at::Tensor& A,
+    const at::Tensor& B, const OptionalTensor& A_general, const OptionalTensor& B_general, const OptionalTensor& seed,
+    double scaling, double dropout_p, std::array<bool, 5> needs) {
+  const Shape shape = check_linear(x, weight, {}, A, B, A_general, B_general, seed, scaling, dropout_p);
   TORCH_CHECK_TYPE(grad.scalar_type() == x.scalar_type(), "gralora_ext: grad must have x's dtype ", x.scalar_type(),
                    ", but is ", grad.scalar_type());
-  const at::Tensor u = at::empty({0, shape.k * shape.r + shape.h}, x.options());
-  const bool want_x = needs[0];
-  needs[0] = false;
-  auto gradients = backward_kernel(grad, x, u, A, B, A_general, B_general, {}, scaling, 0.0, needs);
-  if (want_x)
-    std::get<0>(gradients) = multiply(shape, grad, weight, {}, adapter_of(A, B, A_general, B_general), scaling, true);
+  check_backward(grad, x, u, A, B, A_general, B_general, seed, scaling, dropout_p);
+  const bool drops = dropout_p > 0.0;
+  at::Tensor dx;
+  if (needs[0])
+    dx = drops ? multiply(without_adapter(shape), grad, weight, {}, {}, 1.0, true)
+               : multiply(shape, grad, weight, {}, adapter_of(A, B, A_general, B_general), scaling, true);
+  auto gradients = backward_to(drops ? dx : at::Tensor(), true, shape, grad, x, u, A, B, A_general, B_general, seed,
+                               scaling, dropout_p, needs);
+  if (needs[0]) std::get<0>(gradients) = dx;
   return gradients;
 }
 

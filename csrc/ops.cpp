@@ -81,11 +81,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_
     const OptionalTensor& A_general, const OptionalTensor& B_general, const OptionalTensor& seed, double scaling,
     double dropout_p, std::array<bool, 5> needs) {
   const Shape shape = check_backward(grad, x, u, A, B, A_general, B_general, seed, scaling, dropout_p);
-  const at::Tensor grad_rows = as_rows(grad), x_rows = as_rows(x);
+  const at::Tensor dx = needs[0] ? empty_result_like(x) : at::Tensor();
+  return backward_to(dx, false, shape, grad, x, u, A, B, A_general, B_general, seed, scaling, dropout_p, needs);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_to(
+    const at::Tensor& dx, bool add, const Shape& shape, const at::Tensor& grad, const at::Tensor& x,
+    const at::Tensor& u, const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,
+    const OptionalTensor& B_general, const OptionalTensor& seed, double scaling, double dropout_p,
+    std::array<bool, 5> needs) {
+  const at::Tensor grad_rows = as_rows(grad), x_rows = as_rows(x), dx_rows = dx.defined() ? as_rows(dx) : dx;
   const auto gradient = [](bool wanted, const at::Tensor& of) {
     return wanted ? empty_result_like(of) : at::empty({0}, of.options());
   };
-  const at::Tensor dx = gradient(needs[0], x), dx_rows = as_rows(dx);
   const at::Tensor dA = gradient(needs[1], A), dB = gradient(needs[2], B);
   const at::Tensor dA_general = gradient(needs[3] && A_general.has_value(), A_general.value_or(A));
   const at::Tensor dB_general = gradient(needs[4] && B_general.has_value(), B_general.value_or(B));
@@ -95,7 +103,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_
   p.adapter = adapter_of(A, B, A_general, B_general);
   p.grad_y = rows_of(grad_rows), p.x = rows_of(x_rows);
   p.u = u.size(0) == shape.T ? u.const_data_ptr() : nullptr;
-  if (needs[0]) p.grad_x = rows_of(dx_rows);
+  if (dx.defined()) p.grad_x = rows_of(dx_rows), p.add_to_grad_x = add;
   if (needs[1]) p.grad.A = param_of(dA);
   if (needs[2]) p.grad.B = param_of(dB);
   if (needs[3] && A_general.has_value()) p.grad.A_general = param_of(dA_general);
@@ -104,8 +112,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_
   p.dropout = dropout_of(dropout_p, seed);
   p.accumulate_f64 = u.scalar_type() == at::kDouble;
   run(p, x);
-  if (!dx_rows.is_same(dx)) dx.copy_(dx_rows);
-  return {dx, dA, dB, dA_general, dB_general};
+  if (dx.defined() && !dx_rows.is_same(dx)) dx.copy_(dx_rows);
+  return {dx.defined() ? dx : gradient(false, x), dA, dB, dA_general, dB_general};
 }
 
 void merge_kernel(at::Tensor weight, const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,

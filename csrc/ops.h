@@ -7,6 +7,8 @@
 #include <optional>
 #include <tuple>
 
+#include "gralora.h"
+
 namespace gralora {
 
 using OptionalTensor = std::optional<at::Tensor>;
@@ -28,6 +30,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& u, const at::Tensor& A, const at::Tensor& B,
     const OptionalTensor& A_general, const OptionalTensor& B_general, const OptionalTensor& seed, double scaling,
     double dropout_p, std::array<bool, 5> needs);
+// The same without checks, with dx written, or added, to a tensor that is given; undefined: not wanted
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_to(
+    const at::Tensor& dx, bool add, const Shape& shape, const at::Tensor& grad, const at::Tensor& x,
+    const at::Tensor& u, const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,
+    const OptionalTensor& B_general, const OptionalTensor& seed, double scaling, double dropout_p,
+    std::array<bool, 5> needs);
 
 void merge_kernel(at::Tensor weight, const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,
                   const OptionalTensor& B_general, double scaling, bool fan_in_fan_out);
@@ -35,13 +43,17 @@ void merge_kernel(at::Tensor weight, const at::Tensor& A, const at::Tensor& B, c
 at::Tensor delta_weight_kernel(const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,
                                const OptionalTensor& B_general, double scaling, bool fan_in_fan_out);
 
-// y = x (W + dW)^T + bias, and its gradients as above (linear_ops.cpp): a layer whose weight is frozen, in one product. CPU only.
-at::Tensor linear_kernel(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias, const at::Tensor& A,
-                         const at::Tensor& B, const OptionalTensor& A_general, const OptionalTensor& B_general,
-                         double scaling);
+// A layer whose weight is frozen, with its adapter (linear_ops.cpp): y = x (W + dW)^T + bias in one product, with dropout
+// y = x W^T + bias and then the path of x. (y, u), with u [0, k*r + h] where nothing is dropped, and the gradients as above.
+// CPU only.
+std::tuple<at::Tensor, at::Tensor> linear_kernel(const at::Tensor& x, const at::Tensor& weight,
+                                                 const OptionalTensor& bias, const at::Tensor& A, const at::Tensor& B,
+                                                 const OptionalTensor& A_general, const OptionalTensor& B_general,
+                                                 const OptionalTensor& seed, double scaling, double dropout_p);
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_backward_kernel(
-    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& weight, const at::Tensor& A, const at::Tensor& B,
-    const OptionalTensor& A_general, const OptionalTensor& B_general, double scaling, std::array<bool, 5> needs);
+    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& u, const at::Tensor& weight, const at::Tensor& A,
+    const at::Tensor& B, const OptionalTensor& A_general, const OptionalTensor& B_general, const OptionalTensor& seed,
+    double scaling, double dropout_p, std::array<bool, 5> needs);
 
 // The autograd kernels of the forward ops (autograd.cpp).
 std::tuple<at::Tensor, at::Tensor> forward_autograd(const at::Tensor& x, const at::Tensor& base, const at::Tensor& A,
@@ -53,8 +65,9 @@ std::tuple<at::Tensor, at::Tensor> forward_into_autograd(const at::Tensor& x, co
                                                          const OptionalTensor& A_general,
                                                          const OptionalTensor& B_general, const OptionalTensor& seed,
                                                          double scaling, double dropout_p);
-at::Tensor linear_autograd(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
-                           const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,
-                           const OptionalTensor& B_general, double scaling);
+std::tuple<at::Tensor, at::Tensor> linear_autograd(const at::Tensor& x, const at::Tensor& weight,
+                                                   const OptionalTensor& bias, const at::Tensor& A, const at::Tensor& B,
+                                                   const OptionalTensor& A_general, const OptionalTensor& B_general,
+                                                   const OptionalTensor& seed, double scaling, double dropout_p);
 
 }  // namespace gralora

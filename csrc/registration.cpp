@@ -23,10 +23,11 @@ TORCH_LIBRARY(gralora_ext, m) {
       "-> Tensor");
   m.def(
       "linear(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor? A_general, Tensor? B_general, "
-      "float scaling) -> Tensor");
+      "Tensor? seed, float scaling, float dropout_p) -> (Tensor y, Tensor u)");
   m.def(
-      "linear_backward(Tensor grad, Tensor x, Tensor weight, Tensor A, Tensor B, Tensor? A_general, "
-      "Tensor? B_general, float scaling, bool[5] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "linear_backward(Tensor grad, Tensor x, Tensor u, Tensor weight, Tensor A, Tensor B, Tensor? A_general, "
+      "Tensor? B_general, Tensor? seed, float scaling, float dropout_p, bool[5] needs) -> (Tensor, Tensor, Tensor, "
+      "Tensor, Tensor)");
 }
 
 namespace {

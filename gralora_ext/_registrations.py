@@ -5,6 +5,7 @@ The autograd of the forward op is in C++ (``csrc/autograd.cpp``): a Python one w
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -24,6 +25,10 @@ def _check_devices(**tensors: Tensor | None) -> None:
             raise ValueError(
                 f"gralora_ext: all tensors must be on one device, but {name} is on {device} where {expected} was expected"
             )
+
+
+def _tokens(x: Tensor) -> int:
+    return math.prod(x.shape[:-1])
 
 
 def _accumulation_dtype(*tensors: Tensor) -> torch.dtype:
@@ -53,9 +58,8 @@ def _fake_forward(
         )
     h = 0 if A_general is None else A_general.shape[0]
     ranks = k * r + h
-    tokens = 1 if x.element_size() > 2 or 16 * ranks <= x.shape[-1] + ranks else 0  # keeps_u in csrc/ops.cpp
-    for size in x.shape[:-1]:
-        tokens = tokens * size
+    keeps_u = x.element_size() > 2 or 16 * ranks <= x.shape[-1] + ranks  # as in csrc/ops.cpp
+    tokens = _tokens(x) if keeps_u else 0
     return torch.empty_like(base), x.new_empty((tokens, ranks), dtype=_accumulation_dtype(x, base, A))
 
 
@@ -96,25 +100,32 @@ def _(
     B: Tensor,
     A_general: Tensor | None,
     B_general: Tensor | None,
+    seed: Tensor | None,
     scaling: float,
-) -> Tensor:
-    _check_devices(x=x, weight=weight, bias=bias, A=A, B=B, A_general=A_general, B_general=B_general)
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    _check_devices(x=x, weight=weight, bias=bias, A=A, B=B, A_general=A_general, B_general=B_general, seed=seed)
+    ranks = A.shape[0] * A.shape[2] + (0 if A_general is None else A_general.shape[0])
+    tokens = _tokens(x) if dropout_p > 0.0 else 0
+    return x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty((tokens, ranks))
 
 
 @torch.library.register_fake("gralora_ext::linear_backward")
 def _(
     grad: Tensor,
     x: Tensor,
+    u: Tensor,
     weight: Tensor,
     A: Tensor,
     B: Tensor,
     A_general: Tensor | None,
     B_general: Tensor | None,
+    seed: Tensor | None,
     scaling: float,
+    dropout_p: float,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    _check_devices(grad=grad, x=x, weight=weight, A=A, B=B, A_general=A_general, B_general=B_general)
+    _check_devices(grad=grad, x=x, u=u, weight=weight, A=A, B=B, A_general=A_general, B_general=B_general, seed=seed)
     dx = x.new_empty(x.shape) if needs[0] else x.new_empty(0)
     return dx, *(_empty_gradient(n, t, A) for n, t in zip(needs[1:], (A, B, A_general, B_general), strict=True))
 

@@ -92,8 +92,11 @@ def gralora_(
 def _forward(
     op: Any, x: Tensor, base: Tensor, adapter: tuple[Tensor | None, ...], scaling: float, dropout_p: float
 ) -> Tensor:
-    seed = draw_seed(x.device) if dropout_p != 0.0 else None
-    return op(x, base, *adapter, seed, scaling, dropout_p)[0]
+    return op(x, base, *adapter, _seed(x, dropout_p), scaling, dropout_p)[0]
+
+
+def _seed(x: Tensor, dropout_p: float) -> Tensor | None:
+    return draw_seed(x.device) if dropout_p != 0.0 else None
 
 
 def linear(
@@ -106,6 +109,8 @@ def linear(
     scaling: float,
     A_general: Tensor | None = None,
     B_general: Tensor | None = None,
+    dropout_p: float = 0.0,
+    training: bool = True,
 ) -> Tensor:
     """A frozen linear layer with its adapter as one product, ``y = x (W + ΔW)ᵀ + bias``; differentiable in all but the layer.
 
@@ -113,11 +118,14 @@ def linear(
     by block where the product packs its operand anyway, so that the adapter costs 2NMr/k FLOPs in forward and again for dx,
     whatever the tokens, and for backward nothing is kept but x and the parameters. ΔW is that of :func:`merge_`.
 
+    With dropout, of which the layer's own x is free, it is ``y = x Wᵀ + bias``, to which the path of x is added in place, and
+    backward adds the path's dx to that of the layer: the bits of :func:`gralora` on such a base.
+
     Args:
         x: ``[..., N]``, any rank ≥ 1, any strides; float32 (float64 for checks).
         weight: ``[M, N]``, any strides, in x's dtype; not differentiated.
         bias: ``[M]`` in x's dtype, or None; not differentiated.
-        A, B, scaling, A_general, B_general: as in :func:`gralora`.
+        A, B, scaling, A_general, B_general, dropout_p, training: as in :func:`gralora`.
 
     Returns:
         y ``[..., M]`` in x's dtype, the dtype of its sums.
@@ -126,7 +134,8 @@ def linear(
         ValueError, TypeError: as :func:`gralora`.
         RuntimeError: ``weight`` or ``bias`` requires grad, or the tensors are not on the CPU.
     """
-    return _linear(x, weight, bias, A, B, A_general, B_general, scaling)
+    p = dropout_p if training else 0.0
+    return _linear(x, weight, bias, A, B, A_general, B_general, _seed(x, p), scaling, p)[0]
 
 
 def merge_(

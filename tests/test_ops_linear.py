@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -53,13 +54,13 @@ def expected_layer(x: Tensor, weight: Tensor, bias: Tensor | None = None, **othe
     return reference.gralora(x, torch.nn.functional.linear(x, weight, bias), **others)
 
 
-def results(inputs: Inputs) -> dict[str, Tensor]:
+def results(inputs: Inputs, layer: Callable[..., Tensor] = ops.linear) -> dict[str, Tensor]:
     """y and the gradients of all that has one."""
     frozen = {name: inputs.tensors.get(name) for name in ("weight", "bias")}
     trained = {name: t for name, t in inputs.tensors.items() if name not in frozen}
 
     def op(x: Tensor, **others: Any) -> Tensor:
-        return ops.linear(x, **frozen, **others)
+        return layer(x, **frozen, **others)
 
     return value_and_gradients(op, Inputs(trained, inputs.grad, inputs.scaling))
 
@@ -184,39 +185,47 @@ def test_only_x_and_the_parameters_are_kept_for_backward() -> None:
     for name in ("x", "A", "B", "A_general", "B_general"):
         inputs.tensors[name].requires_grad_()
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         ops.linear(**inputs.tensors, scaling=1.0)
-    assert set(kept) == {t.data_ptr() for name, t in inputs.tensors.items() if name != "bias"}
+    assert {t.data_ptr() for t in kept if t.numel()} == {
+        t.data_ptr() for name, t in inputs.tensors.items() if name != "bias"
+    }
 
 
 @pytest.mark.parametrize("h", [0, 2])
 @pytest.mark.parametrize("bias", [False, True])
-def test_gradcheck(h: int, bias: bool) -> None:
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_gradcheck(dropout_p: float, h: int, bias: bool) -> None:
+    seed = torch.tensor([3]) if dropout_p else None
     inputs = layer_inputs(Case((5,), 2, 6, 4, 2, h).uniform(torch.float64), bias=bias)
     frozen = [inputs.tensors["weight"], inputs.tensors.get("bias")]
     x, A, B, *general = (t.requires_grad_() for name, t in inputs.tensors.items() if name not in ("weight", "bias"))
 
     def call(x: Tensor, *adapter: Tensor) -> Tensor:
         A, B, *general = adapter
-        return native.linear(x, *frozen, A, B, *(general or (None, None)), 0.5)
+        return native.linear(x, *frozen, A, B, *(general or (None, None)), seed, 0.5, dropout_p)[0]
 
     assert torch.autograd.gradcheck(call, (x, A, B, *general))
 
 
 @pytest.mark.parametrize("h", [0, 2])
 @pytest.mark.parametrize("leading", [(), (3,), (2, 3), (0,)], ids=str)
-def test_opcheck(leading: tuple[int, ...], h: int) -> None:
+@pytest.mark.parametrize("dropout_p", [0.0, 0.4])
+def test_opcheck(dropout_p: float, leading: tuple[int, ...], h: int) -> None:
+    seed = torch.tensor([3]) if dropout_p else None
     inputs = layer_inputs(Case(leading, 2, 6, 4, 2, h), bias=bool(h))
     t = inputs.tensors
     adapter = (t["A"], t["B"], t.get("A_general"), t.get("B_general"))
+    layer = (t["x"], t["weight"], t.get("bias"), *adapter, seed, 0.5, dropout_p)
+    u = native.linear(*layer)[1]
     torch.library.opcheck(
         native.linear_backward.default,
-        (inputs.grad, t["x"], t["weight"], *adapter, 0.5, [True, True, True, bool(h), bool(h)]),
+        (inputs.grad, t["x"], u, t["weight"], *adapter, seed, 0.5, dropout_p, [True, True, True, bool(h), bool(h)]),
     )
     for name in ("x", "A", "B", "A_general", "B_general"):
         if name in t:
             t[name].requires_grad_()
-    torch.library.opcheck(native.linear.default, (t["x"], t["weight"], t.get("bias"), *adapter, 0.5))
+    torch.library.opcheck(native.linear.default, layer)
 
 
 def test_torch_compile_gives_the_same_bits_in_one_graph() -> None:
@@ -228,6 +237,63 @@ def test_torch_compile_gives_the_same_bits_in_one_graph() -> None:
     gradients = torch.autograd.grad(y, list(trained.values()), inputs.grad)
     assert same_bits(y.detach(), expected["y"])
     assert all(same_bits(g, expected[name]) for name, g in zip(trained, gradients, strict=True))
+
+
+# ---------------------------------------------------------------- with dropout
+
+
+def dropped(seed: int, dropout_p: float) -> Any:
+    """The op with a given seed, as ``results`` wants it."""
+
+    def op(x: Tensor, weight: Tensor, bias: Tensor | None, *, scaling: float, A: Tensor, B: Tensor, **general: Tensor):
+        both = (general.get("A_general"), general.get("B_general"))
+        return native.linear(x, weight, bias, A, B, *both, torch.tensor([seed]), scaling, dropout_p)[0]
+
+    return op
+
+
+@given(case=layer_cases(), seed=st.integers(-(2**63), 2**63 - 1), dropout_p=st.sampled_from([0.05, 0.1, 0.5, 0.8]))
+@settings(max_examples=150)
+def test_the_layer_with_dropout_is_the_references_in_random_cases(case: Case, seed: int, dropout_p: float) -> None:
+    inputs = layer_inputs(case)
+    got = results(inputs, dropped(seed, dropout_p))
+    assert_results_near(got, inputs, expected_layer, like_y="x", dropout_p=dropout_p, seed=torch.tensor([seed]))
+
+
+@pytest.mark.parametrize(("n", "m"), [(288, 96), (37, 700)])
+@pytest.mark.parametrize("T", [1, 3, 97, 770])
+@pytest.mark.parametrize("h", [0, 5])
+def test_with_dropout_results_do_not_depend_on_the_number_of_threads(h: int, T: int, n: int, m: int) -> None:
+    inputs, op = layer_inputs(Case((T,), 2, n, m, 8, h)), dropped(5, 0.3)
+    with threads(1):
+        one = results(inputs, op)
+    assert_results_near(one, inputs, expected_layer, like_y="x", dropout_p=0.3, seed=torch.tensor([5]))
+    for count in (2, 3, 8):
+        with threads(count):
+            many = results(inputs, op)
+        assert all(same_bits(many[name], one[name]) for name in one)
+
+
+def test_with_dropout_it_is_the_op_on_the_output_of_the_layer_to_the_bit() -> None:
+    inputs = layer_inputs(replace(FP32, h=3))
+    layer = {name: inputs.tensors[name] for name in ("x", "weight", "bias")}
+    torch.manual_seed(7)
+    y = ops.linear(**inputs.tensors, scaling=0.5, dropout_p=0.3)
+    plain = ops.linear(**layer, A=torch.zeros(1, 96, 1), B=torch.zeros(1, 1, 80), scaling=1.0)
+    adapter = {name: t for name, t in inputs.adapter().items() if name not in layer}
+    torch.manual_seed(7)
+    assert same_bits(y, ops.gralora(layer["x"], plain, **adapter, scaling=0.5, dropout_p=0.3))
+    evaluated = ops.linear(**inputs.tensors, scaling=0.5, dropout_p=0.3, training=False)
+    assert same_bits(evaluated, ops.linear(**inputs.tensors, scaling=0.5)) and not same_bits(evaluated, y)
+
+
+@pytest.mark.parametrize("wanted", ["x", "A", "B", "A_general", "B_general"])
+def test_with_dropout_one_gradient_alone_has_the_bits_that_it_has_among_all(wanted: str) -> None:
+    inputs, op = layer_inputs(replace(FP32, h=3)), dropped(5, 0.3)
+    every = results(inputs, op)
+    leaf = inputs.tensors[wanted].requires_grad_()
+    y = op(**inputs.tensors, scaling=inputs.scaling)
+    assert same_bits(torch.autograd.grad(y, leaf, inputs.grad)[0], every[wanted])
 
 
 def test_what_has_no_derivative_says_so() -> None:
@@ -263,6 +329,7 @@ def test_what_has_no_derivative_says_so() -> None:
         ({"bias": torch.zeros(80, dtype=torch.float16)}, TypeError, ["bias", "Float", "Half"]),
         ({"A": torch.zeros(2, 48, 7)}, ValueError, ["rank", "7", "2"]),
         ({"scaling": float("nan")}, ValueError, ["scaling", "finite", "nan"]),
+        ({"dropout_p": 1.0}, ValueError, ["dropout_p", "1"]),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )
@@ -278,7 +345,8 @@ def test_wrong_arguments_raise_with_their_names(change: dict[str, Any], error: t
 def test_a_gradient_of_another_dtype_is_refused(dtype: torch.dtype) -> None:
     inputs = layer_inputs(FP32)
     t = inputs.tensors
-    rest = (t["x"], t["weight"], t["A"], t["B"], None, None, 1.0, [True, False, False, False, False])
+    u = torch.empty(0, 16)
+    rest = (t["x"], u, t["weight"], t["A"], t["B"], None, None, None, 1.0, 0.0, [True, False, False, False, False])
     with pytest.raises(TypeError, match="grad must have x's dtype Float"):
         native.linear_backward(inputs.grad.to(dtype), *rest)
 

@@ -180,13 +180,40 @@ def test_what_needs_the_base_layer_gets_it(name: str, products: list[Any]) -> No
     assert not products
 
 
-def test_dropout_in_training_goes_through_the_base_layer_and_none_does_not(products: list[Any]) -> None:
+def test_dropout_in_training_is_for_our_gemm_only_where_it_is_quicker(
+    products: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no W + ΔW then, so that the base layer's product alone is taken over."""
     model = adapted("fused", dtype=FP32, target_modules=["first"], gralora_dropout=0.3)
     x = rows(70, dtype=FP32)
     model(x)
-    assert len(products) == 0
-    model.eval()(x)
     assert len(products) == 1
+    monkeypatch.setattr(product, "_WINS_ANYWAY", False)
+    model(x)
+    assert len(products) == 1
+    model.eval()(x)
+    assert len(products) == 2
+
+
+@pytest.mark.parametrize("hybrid_r", [0, 3])
+def test_with_dropout_output_and_gradients_are_those_of_the_path_beside_the_base_layer(
+    hybrid_r: int, products: list[Any]
+) -> None:
+    model = adapted("fused", dtype=FP32, gralora_dropout=0.3, hybrid_r=hybrid_r)
+    got = []
+    for one_product in (False, True):
+        for module in model.modules():
+            if isinstance(module, GraloraLinear):
+                module.one_product = one_product
+        model.zero_grad()
+        torch.manual_seed(3)
+        x = rows(70, dtype=FP32).requires_grad_()
+        y = model(x)
+        (y * rows(70, width=12, seed=2, dtype=FP32)).sum().backward()
+        got.append({"y": y.detach(), "x": x.grad, **{n: g.clone() for n, g in gradients(model).items()}})
+    assert len(products) == 2 and len(got[0]) > 4
+    for name, expected in got[0].items():
+        assert_near(name, got[1][name], expected, tolerance=1e-6)
 
 
 def test_a_disabled_adapter_is_out_and_an_enabled_one_back(products: list[Any]) -> None:
@@ -231,11 +258,13 @@ def test_a_large_rank_beside_few_tokens_does_not_pay(products: list[Any]) -> Non
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])
-def test_activation_checkpointing_gives_the_same_bits(use_reentrant: bool, products: list[Any]) -> None:
-    model = adapted("fused", dtype=FP32)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_activation_checkpointing_gives_the_same_bits(dropout: float, use_reentrant: bool, products: list[Any]) -> None:
+    model = adapted("fused", dtype=FP32, gralora_dropout=dropout)
     results = []
     for call in (model, lambda x: checkpoint(model, x, use_reentrant=use_reentrant)):
         model.zero_grad()
+        torch.manual_seed(3)
         x = rows(70, dtype=FP32).requires_grad_()
         call(x).sum().backward()
         results.append({**{n: g.clone() for n, g in gradients(model).items()}, "x": x.grad})

@@ -35,9 +35,16 @@ struct Backward {
   // U again, where forward did not keep it
   const Project<Acc> from_x{
       s.N, s.k, s.r, s.h, p.x, mask, p.adapter.A, blocks_of_rows(transposed(p.adapter.A_general), s.N / s.k), Acc(1)};
-  const Expand<Acc> to_x{
-      s.N,    s.k,  s.r,    s.h,     transposed(p.adapter.A), blocks_of_columns(p.adapter.A_general, s.N / s.k),
-      Acc(1), mask, Rows{}, p.grad_x};
+  const Expand<Acc> to_x{s.N,
+                         s.k,
+                         s.r,
+                         s.h,
+                         transposed(p.adapter.A),
+                         blocks_of_columns(p.adapter.A_general, s.N / s.k),
+                         Acc(1),
+                         mask,
+                         p.add_to_grad_x ? p.grad_x : Rows{},
+                         p.grad_x};
   const WeightGradient<Acc> gradient{s.k, s.r, s.h};
 
   Scratch scratch;

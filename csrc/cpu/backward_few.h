@@ -30,8 +30,8 @@ struct BackwardFew {
       return parameter.column_stride == 1 &&
              (gradient.data == nullptr || (gradient.column_stride == 1 && gradient.dtype == parameter.dtype));
     };
-    return p.shape.T > 0 && p.shape.T <= kFewTokens && p.shape.h == 0 && in_rows(p.adapter.A, p.grad.A) &&
-           in_rows(p.adapter.B, p.grad.B);
+    return p.shape.T > 0 && p.shape.T <= kFewTokens && p.shape.h == 0 && !p.add_to_grad_x &&
+           in_rows(p.adapter.A, p.grad.A) && in_rows(p.adapter.B, p.grad.B);
   }
 
   void run() {

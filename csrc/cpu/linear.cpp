@@ -120,7 +120,7 @@ struct Linear {
           add_ranks(rank_rows(left, a, row - a * H, count, left0, n, copied), packed, n, row - first, count, length,
                     column - c0, of_block, panel);
         };
-        add(L, b * rb, R, a * rb, rb);
+        if (rb > 0) add(L, b * rb, R, a * rb, rb);
         if (h > 0) add(Lg, 0, Rg, 0, h);
       }
     }

@@ -86,7 +86,9 @@ def check(case: Case, device: torch.device) -> Iterator[tuple[str, float]]:
         yield f"gradient of {name}, {case}", _share(actual, right, GRADIENT_FACTOR)
 
     if device.type == "cpu" and case.activations in (torch.float32, torch.float64):
-        yield from _check_layer(case, x.detach(), grad, values(case.M, case.N, dtype=case.activations), adapter)
+        weight = values(case.M, case.N, dtype=case.activations)
+        for p in (0.0, P_DROPOUT) if case.dropout else (0.0,):
+            yield from _check_layer(case, p, x.detach(), grad, weight, adapter)
 
     with torch.no_grad():
         weight = values(case.M, case.N, dtype=case.activations)
@@ -96,19 +98,23 @@ def check(case: Case, device: torch.device) -> Iterator[tuple[str, float]]:
 
 
 def _check_layer(
-    case: Case, x: Tensor, grad: Tensor, weight: Tensor, adapter: dict[str, Tensor]
+    case: Case, dropout_p: float, x: Tensor, grad: Tensor, weight: Tensor, adapter: dict[str, Tensor]
 ) -> Iterator[tuple[str, float]]:
-    """The layer as one product."""
+    """The frozen layer with its adapter: one product, or with dropout its own and the path."""
     with torch.enable_grad():
         leaves = {name: t.detach().requires_grad_() for name, t in {"x": x, **adapter}.items()}
-        y = ops.linear(weight=weight, bias=None, **leaves, scaling=0.75)
+        torch.manual_seed(1)
+        y = ops.linear(weight=weight, bias=None, **leaves, scaling=0.75, dropout_p=dropout_p)
         gradients = torch.autograd.grad(y, list(leaves.values()), grad)
+        torch.manual_seed(1)
         wide = {name: t.detach().double().requires_grad_() for name, t in leaves.items()}
-        expected = reference.gralora(base=torch.nn.functional.linear(wide["x"], weight.double()), **wide, scaling=0.75)
+        base = torch.nn.functional.linear(wide["x"], weight.double())
+        expected = reference.gralora(base=base, **wide, scaling=0.75, dropout_p=dropout_p)
         wanted = torch.autograd.grad(expected, list(wide.values()), grad.double())
-    yield f"one product {case}", _share(y, expected, 1)
+    layer = "frozen layer" if dropout_p else "one product"
+    yield f"{layer} {case}", _share(y, expected, 1)
     for name, actual, right in zip(leaves, gradients, wanted, strict=True):
-        yield f"gradient of {name} of one product, {case}", _share(actual, right, GRADIENT_FACTOR)
+        yield f"gradient of {name} of {layer}, {case}", _share(actual, right, GRADIENT_FACTOR)
 
 
 def _share(actual: Tensor, expected: Tensor, factor: int) -> float:

@@ -54,19 +54,13 @@ class GraloraLinear(Linear):
         base_layer = self.base_layer
         alone = self.one_product and not (args or kwargs or self.disable_adapters or self.merged)
         if alone and (name := product.sole_adapter(self, x)) is not None:
-            operands = self._operands(name)
-            _check_device("the input", x, name, operands["A"])
-            return ops.linear(x, product.weight_of(base_layer), base_layer.bias, **operands)
+            return ops.linear(x, product.weight_of(base_layer), base_layer.bias, **self._path(name, x))
         result = base_layer(x, *args, **kwargs)
         if not self.disable_adapters and not self.merged:
             op = ops.gralora_ if _may_write_into(result, base_layer, x) else ops.gralora
             for name in self.active_adapters:
                 if name in self.gralora_A:
-                    operands = self._operands(name)
-                    _check_device("the input", x, name, operands["A"])
-                    dropout = self.gralora_dropout[name]
-                    p = dropout.p if isinstance(dropout, nn.Dropout) else 0.0  # nn.Identity where there is none
-                    result = op(x, result, **operands, dropout_p=p, training=dropout.training)
+                    result = op(x, result, **self._path(name, x))
         return result.to(x.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -119,6 +113,15 @@ class GraloraLinear(Linear):
             "B_general": self.gralora_B_general[adapter].weight if hybrid else None,
             "scaling": self.scaling[adapter],
         }
+
+    def _path(self, adapter: str, x: Tensor) -> dict[str, Any]:
+        """The operands and the dropout of the adapter, for an x on its device."""
+        operands = self._operands(adapter)
+        _check_device("the input", x, adapter, operands["A"])
+        dropout = self.gralora_dropout[adapter]
+        operands["dropout_p"] = dropout.p if isinstance(dropout, nn.Dropout) else 0.0  # nn.Identity where there is none
+        operands["training"] = dropout.training
+        return operands
 
     def _add_to(self, weight: Tensor, adapter: str, sign: float = 1.0) -> None:
         operands = self._operands(adapter)

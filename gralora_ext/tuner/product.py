@@ -47,9 +47,10 @@ def sole_adapter(layer: GraloraLinear, x: Tensor) -> str | None:
         return None
     (name,) = names
     A, dropout = layer.gralora_A[name], layer.gralora_dropout[name]
-    drops = dropout.training and isinstance(dropout, nn.Dropout) and dropout.p != 0.0
-    if drops or A.dtype == torch.float64:  # sums would be in float64
+    if A.dtype == torch.float64:  # sums would be in float64
         return None
+    if dropout.training and isinstance(dropout, nn.Dropout) and dropout.p != 0.0:
+        return name if _WINS_ANYWAY else None  # W stays without ΔW: only the GEMM is ours
     k, _, r = A.shape
     tokens = x.numel() // layer.in_features
     return name if _pays(tokens, layer.in_features, layer.out_features, k, r, layer.hybrid_r[name]) else None
