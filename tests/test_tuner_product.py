@@ -91,6 +91,12 @@ class Wide(Single):
         self.first = nn.Linear(768, 768)
 
 
+class Long(Single):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(2048, 64)
+
+
 class MyParameter(nn.Parameter):
     """As those of libraries that shard or quantize."""
 
@@ -244,9 +250,14 @@ def test_a_small_adapter_beside_a_wide_weight_pays_only_where_our_gemm_is_quicke
     ):  # the path's share: r / 384; made for r / 2 tokens
         adapted("fused", Wide, FP32, r=r, target_modules=["first"])(rows(count, width=768, dtype=FP32))
         assert len(products) == expected
+    adapted("fused", Long, FP32, target_modules=["first"])(rows(400, width=2048, dtype=FP32))
+    assert len(products) == 1
+    monkeypatch.setattr(product, "_WINS_ANYWAY", True)
+    adapted("fused", Long, FP32, target_modules=["first"])(rows(400, width=2048, dtype=FP32))
+    assert len(products) == 2
     monkeypatch.setattr(product, "_HAS_KERNEL", False)
     adapted("fused", Wide, FP32, target_modules=["first"])(rows(400, width=768, dtype=FP32))
-    assert len(products) == 1
+    assert len(products) == 2
 
 
 def test_a_large_rank_beside_few_tokens_does_not_pay(products: list[Any]) -> None:

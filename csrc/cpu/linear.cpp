@@ -23,10 +23,8 @@ struct Linear {
   Param R, Rg;  // [k, r, V], [k, h, V]
   const Acc* bias;
   Acc scale;
-  Chunks cut = Chunks(rows, 1, 1, kRowsOfP);
-
-  static constexpr int64_t kRowsOfP = 192;            // of a chunk, at most: a tile of P is half of L1
-  static constexpr int64_t kTogether = 4 * kMaxRows;  // tokens that share a tile of P in L1
+  Chunks cut = Chunks(rows, 1, 1);  // a tile of P of 256 rows is two thirds of L1; longer sums lose more
+  static constexpr int64_t kTogether = 8 * kMaxRows;  // tokens that share a tile of P in L1
 
   // How the product is shared: strips of so many columns, for segments of so many tokens
   struct Share {

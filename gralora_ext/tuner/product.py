@@ -1,7 +1,7 @@
 """When a layer is computed as one product, ``y = x (W + ΔW)ᵀ + bias``, beside its base layer instead of through it.
 
-That is quicker where many tokens meet a frozen float32 weight on the CPU, and the same function of the parameters; it is
-right only where calling the base layer would do nothing but multiply. Everything else goes through the base layer: quantized,
+That is quicker where many tokens meet a frozen float32 weight on the CPU, and the same function of the parameters. With dropout
+in training, where W + ΔW is not what multiplies x, the layer's own product is taken over alone. Either is right only where calling the base layer would do nothing but multiply. Everything else goes through the base layer: quantized,
 offloaded, hooked, trained and subclassed ones, and those whose tensors are of a subclass, such as DTensor.
 """
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from .layer import GraloraLinear
 
 _TOKENS = 64  # from this many on; fewer do not repay W + ΔW
-# Where torch's GEMM is as quick as ours, the product of a wide weight with a small adapter has nothing to win: the path's work as
-# a share of the base layer's, (r + h)(N + M)/(NM), must be at least this.
-_SHARE = 1 / 32
+# Where torch's GEMM is as quick as ours, one product has to win by what it saves of the path: its work as a share of the base
+# layer's, (r + h)(N + M)/(NM), must be at least _SHARE, and the weight narrower than _WIDTH, from which on torch's GEMM gains more.
+_SHARE, _WIDTH = 1 / 32, 2048
 
 _native = load()
 _HAS_KERNEL = _native.cpu_capability() != "default"
@@ -62,7 +62,7 @@ def _pays(tokens: int, n: int, m: int, k: int, r: int, h: int) -> bool:
     That is the path's share of the product, and half of the product itself where our GEMM wins anyway.
     """
     share = (r + h) * (n + m) / (n * m)
-    if not _WINS_ANYWAY and share < _SHARE:
+    if not _WINS_ANYWAY and (share < _SHARE or max(n, m) >= _WIDTH):
         return False
     return 2 * (r / k + h) <= tokens * (share + _WINS_ANYWAY)
 
