@@ -14,9 +14,9 @@ from benchmarks.data import Data
 from benchmarks.floor import CACHED_BYTES, LARGE_BYTES, Bandwidth, Floor
 from benchmarks.memory import peak_bytes, saved_bytes
 from benchmarks.merging import layers, merge_error
-from benchmarks.peers import paths
+from benchmarks.peers import Path, compiled, paths
 from benchmarks.results import Record
-from benchmarks.shapes import Shape, Work, forward_work, merge_work, training_work
+from benchmarks.shapes import Shape, Work, forward_work, layer_work, merge_work, training_work
 from benchmarks.timing import Contender, differences, interleave, quartiles, ratio
 
 CPU = torch.device("cpu")
@@ -33,6 +33,10 @@ def test_work_is_that_of_the_formulas():
     assert forward_work(s) == Work(flops=2 * 6 * 24 * 5, bytes=2 * 40 * 5 + 576, working_set=2 * 24 * 5 + 576)
     assert training_work(s) == Work(flops=4320, bytes=2 * (40 + 32 + 8) * 5 + 3 * 576, working_set=480 + 1152)
     assert merge_work(s) == Work(flops=512 + 512, bytes=512 + 576, working_set=256 + 576)
+    layer = replace(s, activation="fp32")
+    memory = {"bytes": 8 * (128 + 5 * 24) + 3 * 576, "working_set": 512 + 960 + 1152}
+    assert layer_work(layer) == Work(flops=2560 + 2048 + 2880, **memory)
+    assert layer_work(replace(layer, dropout=0.1)) == Work(flops=2560 + 4320, **memory)
 
 
 def test_the_bandwidth_goes_from_that_in_cache_to_that_out_of_cache():
@@ -127,6 +131,17 @@ def test_the_error_shows_a_wrong_output_and_a_wrong_gradient():
     halved = replace(path, call=lambda x, base: path.call(0.5 * x + 0.5 * x.detach(), base))
     assert path_error(halved, data, gradients=False) < 1e-6
     assert path_error(halved, data, gradients=True) > 0.1
+
+
+def test_every_shape_is_compiled(monkeypatch):
+    """torch compiles a function for eight shapes at most, and runs it as it is for any further."""
+    graphs = []
+    compile_ = partial(torch.compile, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    monkeypatch.setattr(torch, "compile", compile_)
+    for width in range(2, 12):
+        path = compiled(Path(lambda x, base: x + base, (), dict))
+        path.call(torch.zeros(3, width), torch.zeros(3, width))
+    assert len(graphs) == 10
 
 
 @pytest.mark.parametrize("shape", [replace(SMALL, T=1), replace(SMALL, T=1, h=2)], ids=lambda shape: shape.key)
