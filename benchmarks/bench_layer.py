@@ -32,9 +32,9 @@ ERROR_TOKENS = 64
 def shapes(level: Level) -> list[Shape]:
     """768 tokens, those of ``step``, through widths of real models."""
     if level.name == "tiny":
-        return [Shape(48, 32, T=70, r=4)]
+        return [Shape(48, 32, T=70, r=4, dropout=p) for p in (0.0, 0.1)]
     wide = {"quick": grid.WIDTHS[:2], "default": grid.WIDTHS[:4], "full": grid.WIDTHS}[level.name]
-    of_rank = {(16, 2): wide, (64, 4): wide if level.name == "full" else wide[:2]}
+    of_rank = {(16, 2): wide, (64, 4): wide if level.name == "full" else wide[1:2]}
     plain = [Shape(n, m, T=768, r=r, k=k) for (r, k), widths in of_rank.items() for n, m in widths]
     return plain if level.name == "quick" else [*plain, replace(plain[1], dropout=0.1)]
 

@@ -80,7 +80,9 @@ def test_what_a_run_times_was_right(content):
     for record in content["records"]:
         errors = {name: entry["error"] for name, entry in record["contenders"].items()}
         if record["bench"] == "layer" and record["case"]["what"] == "layer":
-            assert all(0 < errors[name] < 1e-6 for name in ("ours", "ours-path", "peft", "lora"))
+            dropout = record["case"]["dropout"] > 0  # peers draw another mask
+            assert all(0 < errors[name] < 1e-6 for name in ("ours", "ours-path"))
+            assert all(errors[name] is None if dropout else 0 < errors[name] < 1e-6 for name in ("peft", "lora"))
         if record["bench"] in ("forward", "training", "growth", "threads"):
             assert all(0 < error < 1e-6 for error in errors.values()), record["key"]
         if record["key"].startswith("merge"):
