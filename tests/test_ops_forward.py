@@ -15,6 +15,7 @@ from helpers import (
     assert_results_near,
     cases,
     same_bits,
+    threads,
 )
 from hypothesis import given, settings
 from peft import GraloraConfig, get_peft_model
@@ -99,6 +100,25 @@ def test_rows_do_not_depend_on_the_rows_beside_them(device: torch.device) -> Non
     assert same_bits(y[others], clean[others])
     assert y[33].isnan().all()
     assert y[50].isinf().sum() == 1
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "offset", "row_slice"])
+@pytest.mark.parametrize("T", [1, 5, 97, 300])
+@pytest.mark.parametrize(("k", "n", "m", "rb"), [(1, 2, 5, 1), (3, 30, 40, 11), (2, 31, 40, 16), (2, 600, 96, 24)])
+def test_ranks_of_bfloat16_activations_and_adapters_stay_float32(
+    k: int, n: int, m: int, rb: int, T: int, layout: str, device: torch.device
+) -> None:
+    """Within float32's tolerance and with the same bits for any number of threads, where two bfloat16 products are one
+    instruction (even widths of blocks) and where they are not."""
+    bf16 = torch.bfloat16
+    case = Case((T,), k, n, m, rb, x_dtype=bf16, adapter_dtype=bf16, x_layout=layout, adapter_layout=layout)
+    inputs = case.inputs(device)
+    assert_forward_near(inputs)
+    results = []
+    for count in (1, 2, 5):
+        with threads(count):
+            results.append(ops.gralora(**inputs.tensors, scaling=inputs.scaling))
+    assert same_bits(results[1], results[0]) and same_bits(results[2], results[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=NAMES.get)

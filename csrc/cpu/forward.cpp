@@ -31,6 +31,7 @@ struct Forward {
                p.adapter.B,    transposed(blocks_of_rows(p.adapter.B_general, p.shape.M / p.shape.k)),
                Acc(p.scaling), Mask(Dropout{}),
                p.base,         p.y} {
+    project.pairs = project.takes_pairs();
     const int64_t w = p.shape.M / p.shape.k;
     strip = larger(kPanelElements / (p.shape.r + p.shape.h), 4 * kTile<Acc>);
     strip = round_up(smaller(strip, w), kTile<Acc>);
@@ -76,10 +77,16 @@ struct Forward {
       const Block<Acc> rows(buffers.of(thread) + project.panels_size(1), kMaxRows);
       for_row_groups(tokens, [&](auto mr, int64_t m) {
         constexpr int MR = decltype(mr)::value;
-        const auto source =
-            rows_to_multiply<Acc>(p.x, t0 + m, MR, project.cut.column(chunk), length, p.shape.N, project.mask, rows);
-        project.template add_rows<MR>(panels, 0, length, source.data, source.ld, false,
-                                      partial + (chunk * tokens + m) * sums, nothing);
+        const int64_t column = project.cut.column(chunk);
+        Acc* sum = partial + (chunk * tokens + m) * sums;
+        if constexpr (kMultipliesPairs<Acc>) {
+          if (project.pairs) {
+            const auto source = in_place<bf16>(p.x, t0 + m, column);
+            return project.template add_pair_rows<MR>(panels, 0, length, source, false, sum, nothing);
+          }
+        }
+        const auto source = rows_to_multiply<Acc>(p.x, t0 + m, MR, column, length, p.shape.N, project.mask, rows);
+        project.template add_rows<MR>(panels, 0, length, source.data, source.ld, false, sum, nothing);
       });
     });
     parallel_items(tokens, tokens < 16 ? 1 : p.threads,

@@ -41,6 +41,7 @@ struct Project {
   Param P;  // [k, w, r]
   Param G;  // [k, w, h]
   Acc scale;
+  bool pairs = false;  // panels and rows are multiplied as pairs of bf16: only where takes_pairs()
   Chunks cut = Chunks(width, k, kTile<Acc>);
 
   int64_t chunks() const { return k * cut.per_block; }
@@ -61,6 +62,9 @@ struct Project {
   Panels read_panels(int64_t chunk, int64_t count, int64_t uses, Acc* scratch) const {
     const int64_t b = cut.block(chunk), first = cut.first(chunk);
     const int64_t rows = smaller(count * cut.columns, cut.block_width - first);
+    if constexpr (kMultipliesPairs<Acc>) {
+      if (pairs) return {pack_pairs(P, b, first, rows, r, scratch), {}};
+    }
     Panels panels{read_panel<Acc>(P, b, first, rows, 0, r, uses, scratch), {}};
     if (h > 0) panels.G = read_panel<Acc>(G, b, first, rows, 0, h, uses, scratch + panel_size<Acc>(rows, r));
     return panels;
@@ -82,6 +86,26 @@ struct Project {
     };
     add(panels.P, r, true, sum);
     if (h > 0) add(panels.G, h, false, sum + general_start());
+  }
+
+  // Whether x and P are bf16 whose pairs of columns can be read as they lie: AVX512-BF16 multiplies two at float's rate.
+  bool takes_pairs() const {
+    return kMultipliesPairs<Acc> && has_pair_products() && x.dtype == DType::bf16 && P.dtype == DType::bf16 && h == 0 &&
+           !mask.on && evenly_spaced(x) && P.column_stride == 1 && cut.block_width % 2 == 0;
+  }
+
+  // add_rows() on pairs: a are the rows of x, the panel is packed by pack_pairs().
+  template <int MR, class Each>
+  void add_pair_rows(const Panels& panels, int64_t row, int64_t length, Source<bf16> a, bool accumulate, Acc* sum,
+                     Each&& each) const {
+    for_column_tiles<Acc>(round_up(r, kWidth<Acc>), [&](auto nv, int64_t c) {
+      constexpr int NV = decltype(nv)::value;
+      const Acc* b = panels.P.at(row / 2, c);
+      if (c == 0)
+        pair_tile<MR, NV>(length / 2, a, b, accumulate, sum, each);
+      else
+        pair_tile<MR, NV>(length / 2, a, b, accumulate, sum + c, nothing);
+    });
   }
 
   // u [count, k*r + h] of the tokens t0 .. t0+count, by one thread
@@ -135,6 +159,9 @@ struct Project {
   // while the rows before them are multiplied.
   void add_run(const Panels& panels, int64_t begin, int64_t chunks, int64_t t0, int64_t count, Acc* sum,
                Acc* scratch) const {
+    if constexpr (kMultipliesPairs<Acc>) {
+      if (pairs) return add_run_of_pairs(panels, begin, chunks, t0, count, sum);
+    }
     const bool ahead = converted_ahead<Acc>(x, mask);
     Block<Acc> now(scratch, kMaxRows), next(scratch + Block<Acc>::size(kMaxRows), kMaxRows);
     if (ahead) read_block<Acc>(x, t0, smaller(kMaxRows, count), cut.column(begin), cut.length(begin), width, mask, now);
@@ -164,6 +191,62 @@ struct Project {
           now = next, next = last;
         }
       });
+    });
+  }
+
+  void add_run_of_pairs(const Panels& panels, int64_t begin, int64_t chunks, int64_t t0, int64_t count,
+                        Acc* sum) const {
+    for_row_groups(count, [&](auto mr, int64_t m) {
+      constexpr int MR = decltype(mr)::value;
+      for (int64_t i = 0; i < chunks; i++) {
+        const bool same_rows = i + 1 < chunks;
+        const int64_t row = same_rows ? m : m + MR, next = cut.column(same_rows ? begin + i + 1 : begin);
+        const Prefetch prefetch = row < count ? Prefetch::of(x, t0 + row, next) : Prefetch{};
+        add_pair_rows<MR>(panels, i * cut.columns, cut.length(begin + i),
+                          in_place<bf16>(x, t0 + m, cut.column(begin + i)), true, sum + m * sums(),
+                          [&](int64_t p) { prefetch.template rows<MR>(p); });
+      }
+    });
+  }
+
+  // Rows row0.. of block b of a parameter, two by two: a tile is [rows/2, kTile] pairs
+  static Panel<Acc> pack_pairs(const Param& param, int64_t b, int64_t row0, int64_t rows, int64_t columns, Acc* to) {
+    const bf16* from = static_cast<const bf16*>(param.data) + b * param.block_stride + row0 * param.row_stride;
+    Acc* at = to;
+    for (int64_t c = 0; c < columns; c += kTile<Acc>)
+      for (int64_t i = 0; i < rows; i += 2, at += kTile<Acc>) {
+        const bf16* pair = from + i * param.row_stride + c;
+        __builtin_prefetch(pair + 24 * param.row_stride);
+        interleave_pairs(pair, pair + param.row_stride, smaller(kTile<Acc>, columns - c), at);
+      }
+    return {to, rows / 2 * kTile<Acc>, kTile<Acc>};
+  }
+
+  template <int MR, int NV, class Each>
+  __attribute__((noinline)) void pair_tile(int64_t count, Source<bf16> a, const Acc* b, bool accumulate, Acc* to,
+                                           Each&& each) const {
+    Vec<Acc> acc[MR][NV] = {};
+    TensorRows<bf16, MR> rows(a.data, a.ld);
+    for (int64_t p0 = 0; p0 < count; p0 += kSteps) {
+      each(2 * p0);
+      const int64_t end = smaller(p0 + kSteps, count);
+#pragma GCC unroll 1
+      for (int64_t p = p0; p < end; p++) {
+        Vec<Acc> b_row[NV];
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; v++) b_row[v] = load<Acc>(b + p * kTile<Acc> + v * kWidth<Acc>);
+#pragma GCC unroll 16
+        for (int m = 0; m < MR; m++) {
+          const Vec<Acc> pair = broadcast_pair(rows.address(m));
+#pragma GCC unroll 2
+          for (int v = 0; v < NV; v++) acc[m][v] = add_pair_products(acc[m][v], pair, b_row[v]);
+        }
+        rows.next(), rows.next();
+      }
+    }
+    for_accumulators<MR, NV>([&](int m, int v) {
+      Acc* at = to + m * sums() + v * kWidth<Acc>;
+      store<Acc>(at, accumulate ? load<Acc>(at) + acc[m][v] : acc[m][v]);
     });
   }
 
