@@ -119,7 +119,7 @@ def linear(
     whatever the tokens, and for backward nothing is kept but x and the parameters. ΔW is that of :func:`merge_`.
 
     With dropout, of which the layer's own x is free, it is ``y = x Wᵀ + bias``, to which the path of x is added in place, and
-    backward adds the path's dx to that of the layer: the bits of :func:`gralora` on such a base.
+    backward adds the path's dx to that of the layer: y has the bits of :func:`gralora` on such a base, and U and the seed are kept.
 
     Args:
         x: ``[..., N]``, any rank ≥ 1, any strides; float32 (float64 for checks).

@@ -11,7 +11,7 @@
 // memory in long runs (short ones on many rows would miss the TLB), a chunk at a time in L1.
 #pragma once
 
-#include "panels.h"
+#include "pairs.h"
 
 namespace gralora::cpu::GRALORA_ISA {
 
@@ -63,7 +63,7 @@ struct Project {
     const int64_t b = cut.block(chunk), first = cut.first(chunk);
     const int64_t rows = smaller(count * cut.columns, cut.block_width - first);
     if constexpr (kMultipliesPairs<Acc>) {
-      if (pairs) return {pack_pairs(P, b, first, rows, r, scratch), {}};
+      if (pairs) return {pack_pairs<Acc>(P, b, first, rows, r, scratch), {}};
     }
     Panels panels{read_panel<Acc>(P, b, first, rows, 0, r, uses, scratch), {}};
     if (h > 0) panels.G = read_panel<Acc>(G, b, first, rows, 0, h, uses, scratch + panel_size<Acc>(rows, r));
@@ -209,45 +209,12 @@ struct Project {
     });
   }
 
-  // Rows row0.. of block b of a parameter, two by two: a tile is [rows/2, kTile] pairs
-  static Panel<Acc> pack_pairs(const Param& param, int64_t b, int64_t row0, int64_t rows, int64_t columns, Acc* to) {
-    const bf16* from = static_cast<const bf16*>(param.data) + b * param.block_stride + row0 * param.row_stride;
-    Acc* at = to;
-    for (int64_t c = 0; c < columns; c += kTile<Acc>)
-      for (int64_t i = 0; i < rows; i += 2, at += kTile<Acc>) {
-        const bf16* pair = from + i * param.row_stride + c;
-        __builtin_prefetch(pair + 24 * param.row_stride);
-        interleave_pairs(pair, pair + param.row_stride, smaller(kTile<Acc>, columns - c), at);
-      }
-    return {to, rows / 2 * kTile<Acc>, kTile<Acc>};
-  }
-
   template <int MR, int NV, class Each>
   __attribute__((noinline)) void pair_tile(int64_t count, Source<bf16> a, const Acc* b, bool accumulate, Acc* to,
                                            Each&& each) const {
     Vec<Acc> acc[MR][NV] = {};
-    TensorRows<bf16, MR> rows(a.data, a.ld);
-    for (int64_t p0 = 0; p0 < count; p0 += kSteps) {
-      each(2 * p0);
-      const int64_t end = smaller(p0 + kSteps, count);
-#pragma GCC unroll 1
-      for (int64_t p = p0; p < end; p++) {
-        Vec<Acc> b_row[NV];
-#pragma GCC unroll 2
-        for (int v = 0; v < NV; v++) b_row[v] = load<Acc>(b + p * kTile<Acc> + v * kWidth<Acc>);
-#pragma GCC unroll 16
-        for (int m = 0; m < MR; m++) {
-          const Vec<Acc> pair = broadcast_pair(rows.address(m));
-#pragma GCC unroll 2
-          for (int v = 0; v < NV; v++) acc[m][v] = add_pair_products(acc[m][v], pair, b_row[v]);
-        }
-        rows.next(), rows.next();
-      }
-    }
-    for_accumulators<MR, NV>([&](int m, int v) {
-      Acc* at = to + m * sums() + v * kWidth<Acc>;
-      store<Acc>(at, accumulate ? load<Acc>(at) + acc[m][v] : acc[m][v]);
-    });
+    multiply_pairs<Acc>(count, a, b, acc, each);
+    add_to_sums<MR, NV>(acc, accumulate, to);
   }
 
   // A function of its own, as in Expand.
@@ -256,6 +223,12 @@ struct Project {
                                       bool accumulate, Acc* to, Each&& each) const {
     Vec<Acc> acc[MR][NV] = {};
     multiply_rows<Acc>(length, a, lda, b, ldb, acc, each);
+    add_to_sums<MR, NV>(acc, accumulate, to);
+  }
+
+  template <int MR, int NV>
+  inline __attribute__((always_inline)) void add_to_sums(const Vec<Acc> (&acc)[MR][NV], bool accumulate,
+                                                         Acc* to) const {
     for_accumulators<MR, NV>([&](int m, int v) {
       Acc* at = to + m * sums() + v * kWidth<Acc>;
       store<Acc>(at, accumulate ? load<Acc>(at) + acc[m][v] : acc[m][v]);

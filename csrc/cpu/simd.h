@@ -226,38 +226,6 @@ inline __attribute__((always_inline)) void store_row<float, bf16, 2>(bf16* p, co
     store<float>(p, v[0]), store<float>(p + kWidth<float>, v[1]);
   }
 }
-
-// sum + a0*b0 + a1*b1 in each lane, whose 32 bits of a and b are a pair of bf16. Subnormal numbers count as zero, as in torch's
-// own products of bf16. The sum is passed by value: an element of an array in an asm statement stays in memory.
-inline __attribute__((always_inline)) Vec<float> add_pair_products(Vec<float> sum, Vec<float> a, Vec<float> b) {
-  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(b), "v"(a));
-  return sum;
-}
-
-inline __attribute__((always_inline)) Vec<float> broadcast_pair(const bf16* pair) {
-  float bits;
-  memcpy(&bits, pair, sizeof bits);
-  return Vec<float>(_mm512_set1_ps(bits));
-}
-
-// Lane i of `to` (two vectors): the pair first[i], second[i] for the first `count` of 32 columns, and zeros
-inline void interleave_pairs(const bf16* first, const bf16* second, int64_t count, float* to) {
-  alignas(64) static const uint16_t kLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                                                8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-  const __mmask32 some = count >= 32 ? ~__mmask32(0) : (__mmask32(1) << count) - 1;
-  const __m512i low = _mm512_load_si512(kLow), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-  const __m512i a = _mm512_maskz_loadu_epi16(some, first), b = _mm512_maskz_loadu_epi16(some, second);
-  _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, low, b));
-  _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi16(a, high, b));
-}
-
-template <class Acc>
-constexpr bool kMultipliesPairs = sizeof(Acc) == sizeof(float);
-inline bool has_pair_products() { return kHasBf16Instructions; }
-#else
-template <class Acc>
-constexpr bool kMultipliesPairs = false;
-inline bool has_pair_products() { return false; }
 #endif
 
 }  // namespace gralora::cpu::GRALORA_ISA

@@ -1,8 +1,9 @@
 """When a layer is computed as one product, ``y = x (W + ΔW)ᵀ + bias``, beside its base layer instead of through it.
 
 That is quicker where many tokens meet a frozen float32 weight on the CPU, and the same function of the parameters. With dropout
-in training, where W + ΔW is not what multiplies x, the layer's own product is taken over alone. Either is right only where calling the base layer would do nothing but multiply. Everything else goes through the base layer: quantized,
-offloaded, hooked, trained and subclassed ones, and those whose tensors are of a subclass, such as DTensor.
+in training, where W + ΔW is not what multiplies x, the layer's own product is taken over alone. Either is right only where
+calling the base layer would do nothing but multiply. Everything else goes through the base layer: quantized, offloaded, hooked,
+trained and subclassed ones, and those whose tensors are of a subclass, such as DTensor.
 """
 
 from __future__ import annotations
