@@ -12,12 +12,12 @@
 namespace gralora {
 namespace {
 
-// Whether U is kept for backward. Beside a 16-bit x it must stay small, for PEFT's layer keeps a float copy of x there; where
-// the ranks are many, backward makes U again from x.
-bool keeps_u(const at::Tensor& x, const Shape& s) {
+// Whether U is kept for backward. A 16-bit x beside wider parameters is chosen to save memory (PEFT's layer keeps a copy of x in
+// their dtype): U must stay small there, and where the ranks are many, backward makes it again from x.
+bool keeps_u(const at::Tensor& x, const at::Tensor& A, const Shape& s) {
   constexpr int64_t kShare = 16;
   const int64_t ranks = s.k * s.r + s.h;
-  return x.element_size() > 2 || kShare * ranks <= s.N + ranks;
+  return x.element_size() > 2 || A.element_size() <= 2 || kShare * ranks <= s.N + ranks;
 }
 
 // Writes y, which may be base, and returns u.
@@ -29,7 +29,7 @@ at::Tensor run_forward(const Shape& shape, const at::Tensor& x, const at::Tensor
   p.accumulate_f64 = any_double({&x, &base, &A});
   const auto options = accumulation_options(x, p.accumulate_f64);
   const int64_t ranks = shape.k * shape.r + shape.h;
-  const bool keep_u = keeps_u(x, shape);
+  const bool keep_u = keeps_u(x, A, shape);
   const at::Tensor u = at::empty({keep_u || x.is_cpu() ? shape.T : 0, ranks}, options);  // the CPU's kernels work in it
   p.shape = shape;
   p.adapter = adapter_of(A, B, A_general, B_general);

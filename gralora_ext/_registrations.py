@@ -58,7 +58,8 @@ def _fake_forward(
         )
     h = 0 if A_general is None else A_general.shape[0]
     ranks = k * r + h
-    keeps_u = x.element_size() > 2 or 16 * ranks <= x.shape[-1] + ranks  # as in csrc/ops.cpp
+    # as in csrc/ops.cpp
+    keeps_u = x.element_size() > 2 or A.element_size() <= 2 or 16 * ranks <= x.shape[-1] + ranks
     tokens = _tokens(x) if keeps_u else 0
     return torch.empty_like(base), x.new_empty((tokens, ranks), dtype=_accumulation_dtype(x, base, A))
 

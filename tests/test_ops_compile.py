@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import LAYOUTS, Case, assert_near, same_bits, value_and_gradients
+from helpers import LAYOUTS, NAMES, Case, assert_near, same_bits, value_and_gradients
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
@@ -58,9 +58,11 @@ def test_opcheck_passes_gralora_with_y_in_base(case: Case, device: torch.device)
             torch.library.opcheck(native.gralora_.default, arguments, test_utils=utils)
 
 
-@pytest.mark.parametrize("rb", [1, 20], ids=["U kept", "U made again"])
-def test_opcheck_passes_beside_a_16_bit_x(rb: int, device: torch.device) -> None:
-    case = Case((5,), 2, 80, 60, rb, x_dtype=torch.bfloat16, base_dtype=torch.bfloat16)
+@pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16], ids=lambda d: f"adapter_{NAMES[d]}")
+@pytest.mark.parametrize("rb", [1, 20], ids=["few ranks", "many ranks"])
+def test_opcheck_passes_beside_a_16_bit_x(rb: int, adapter: torch.dtype, device: torch.device) -> None:
+    """U is kept, except for many ranks of float32 parameters."""
+    case = Case((5,), 2, 80, 60, rb, x_dtype=torch.bfloat16, base_dtype=torch.bfloat16, adapter_dtype=adapter)
     torch.library.opcheck(native.gralora.default, forward_arguments(case, 0.5, device, True))
     torch.library.opcheck(native.gralora_backward.default, backward_arguments(case, 0.5, device))
 

@@ -4,48 +4,75 @@
 //
 // g is read once for dU and dB, then x once for dA while dx is written: an item is one chunk of columns for one segment of
 // tokens. The chunks' parts of dU meet in `partial` and are added in the order of the chunks: at once where one thread takes
-// the segment, else when all are there. Weight gradients are summed
-// in a fixed tree: kTokens tokens in registers, those blocks within a segment, segments in their order. It does not depend
-// on the number of threads; neither does any other sum.
+// the segment, else when all are there. Weight gradients are summed in a fixed tree: kTokens tokens (or pairs of them) in
+// registers, those blocks within a segment, segments in their order. It does not depend on the number of threads; neither does
+// any other sum. Where g, x, A and B are bf16, all products are of pairs (pairs.h), with U and dH rounded as factors.
 #include "backward_few.h"
 #include "expand.h"
 #include "gradient_totals.h"
 #include "project.h"
+#include "weight_gradient.h"
 
 namespace gralora::cpu::GRALORA_ISA {
 namespace {
 
-template <class Acc>
+template <class Acc, class Product>
 struct Backward {
+  using FromWide = Project<Acc, Product>;
+  using ToWide = Expand<Acc, Product>;
+  static constexpr int kTerms = Product::kTerms;
+
   explicit Backward(const BackwardParams& params) : p(params) {}
+
+  static FromWide project_g(const BackwardParams& p) {
+    const Shape& s = p.shape;
+    return {s.M,
+            s.k,
+            s.r,
+            s.h,
+            p.grad_y,
+            Mask(Dropout{}),
+            transposed(p.adapter.B),
+            blocks_of_rows(p.adapter.B_general, s.M / s.k),
+            Acc(p.scaling)};
+  }
+  static FromWide project_x(const BackwardParams& p) {
+    const Shape& s = p.shape;
+    return {s.N,         s.k,
+            s.r,         s.h,
+            p.x,         Mask(p.dropout),
+            p.adapter.A, blocks_of_rows(transposed(p.adapter.A_general), s.N / s.k),
+            Acc(1)};
+  }
+  static ToWide expand_x(const BackwardParams& p) {
+    const Shape& s = p.shape;
+    return {s.N,
+            s.k,
+            s.r,
+            s.h,
+            transposed(p.adapter.A),
+            blocks_of_columns(p.adapter.A_general, s.N / s.k),
+            Acc(1),
+            Mask(p.dropout),
+            p.add_to_grad_x ? p.grad_x : Rows{},
+            p.grad_x};
+  }
+  // Whether all products can be of pairs
+  static bool takes_pairs(const BackwardParams& p) {
+    const bool reads_x = p.grad.A.data != nullptr || p.grad.A_general.data != nullptr || p.u == nullptr;
+    return p.shape.T >= kTokensToRound && project_g(p).takes_pairs() && (!reads_x || project_x(p).takes_pairs()) &&
+           (p.grad_x.data == nullptr || expand_x(p).takes_pairs());
+  }
 
   const BackwardParams& p;
   const Shape& s = p.shape;
   const int64_t ranks = s.r + s.h, row = s.k * s.r + s.h;  // of u and dH
-  const Mask no_mask = Mask(Dropout{}), mask = Mask(p.dropout);
-  const Project<Acc> from_g{s.M,
-                            s.k,
-                            s.r,
-                            s.h,
-                            p.grad_y,
-                            no_mask,
-                            transposed(p.adapter.B),
-                            blocks_of_rows(p.adapter.B_general, s.M / s.k),
-                            Acc(p.scaling)};
+  const Mask mask = Mask(p.dropout);
+  const FromWide from_g = project_g(p);
   // U again, where forward did not keep it
-  const Project<Acc> from_x{
-      s.N, s.k, s.r, s.h, p.x, mask, p.adapter.A, blocks_of_rows(transposed(p.adapter.A_general), s.N / s.k), Acc(1)};
-  const Expand<Acc> to_x{s.N,
-                         s.k,
-                         s.r,
-                         s.h,
-                         transposed(p.adapter.A),
-                         blocks_of_columns(p.adapter.A_general, s.N / s.k),
-                         Acc(1),
-                         mask,
-                         p.add_to_grad_x ? p.grad_x : Rows{},
-                         p.grad_x};
-  const WeightGradient<Acc> gradient{s.k, s.r, s.h};
+  const FromWide from_x = project_x(p);
+  const ToWide to_x = expand_x(p);
+  const WeightGradient<Acc, Product> gradient{s.k, s.r, s.h};
 
   Scratch scratch;
   Totals<Acc> dB{from_g.cut,      s.r,      s.h,
@@ -68,7 +95,7 @@ struct Backward {
                            : smaller(segments, ceil_div(4 * p.threads, smaller(from_g.chunks(), from_x.chunks())));
   const int64_t wave_tokens = wave * segment_tokens;
   const int64_t panels_size = larger(to_x.panels_size(kChunk), larger(from_g.panels_size(1), from_x.panels_size(1)));
-  const int64_t block_tokens = smaller(kTokens, s.T);
+  const int64_t block_tokens = smaller(kTokens * kTerms, s.T);
   const int64_t gradient_ranks_size = round_up(ranks * segment_tokens, kWidth<Acc>);
   const PerThread<Acc> buffers{scratch, p.threads,
                                larger(from_g.sums(), panels_size) + gradient_ranks_size +
@@ -78,6 +105,7 @@ struct Backward {
   Acc* partial = scratch.take<Acc>((always_by_tokens() ? smaller(places, 1) : places) * wave_tokens * from_g.sums());
   Acc* dH = scratch.take<Acc>(want_H ? wave_tokens * row : 0);
   Acc* remade = scratch.take<Acc>(remake_U ? wave_tokens * row : 0);
+  Acc* rounded = scratch.take<Acc>(want_x && kTerms == 2 ? wave_tokens * row / 2 : 0);  // dH
 
   // One thread's scratch
   struct Buffers {
@@ -126,12 +154,13 @@ struct Backward {
       const Buffers b = of(thread);
       // Chunk after chunk is added to the same place: the order, and so the bits, of reduce().
       Acc* sums = partial + g.row * from_g.sums();
-      const auto for_chunks = [&](const Project<Acc>& project, Acc* to, auto&& f) {
+      const auto for_chunks = [&](const FromWide& project, Acc* to, auto&& f) {
         if (to != nullptr) project.clear_sums(g.tokens, sums);
         for (int64_t chunk = 0; chunk < project.chunks(); chunk++) {
           f(chunk, project.cut.first(chunk) == 0);
           if (to != nullptr) project.finish_chunk(chunk, g.tokens, sums, to + g.row * row);
         }
+        if (to != nullptr && to == dH) round_dH(g.row, g.tokens);
       };
       if (remake_U) for_chunks(from_x, remade, [&](int64_t chunk, bool) { project_U(g, chunk, sums, true, b); });
       for_chunks(from_g, want_H ? dH : nullptr,
@@ -142,13 +171,13 @@ struct Backward {
 
   // Threads share the chunks of all segments.
   void run_by_columns(int64_t wave_first, int64_t count) {
-    const auto for_chunks = [&](const Project<Acc>& of_chunks, auto&& f) {
+    const auto for_chunks = [&](const FromWide& of_chunks, auto&& f) {
       parallel_items(count * of_chunks.chunks(), p.threads, [&](int64_t item, int thread) {
         f(segment(wave_first, item / of_chunks.chunks()), item % of_chunks.chunks(), of(thread));
       });
     };
     const int64_t rows = smaller(count * segment_tokens, s.T - wave_first * segment_tokens);
-    const auto reduce_all = [&](const Project<Acc>& project, Acc* to) {
+    const auto reduce_all = [&](const FromWide& project, Acc* to) {
       parallel_items(rows, rows < 16 ? 1 : p.threads,
                      [&](int64_t m, int thread) { reduce(project, m, to, of(thread)); });
     };
@@ -178,12 +207,20 @@ struct Backward {
   }
 
   // A chunk's own place in `partial` for a segment's ranks, and their sum over the chunks
-  Acc* place(const Project<Acc>& project, const Segment& g, int64_t chunk) const {
+  Acc* place(const FromWide& project, const Segment& g, int64_t chunk) const {
     return partial + (chunk * wave_tokens + g.row) * project.sums();
   }
-  void reduce(const Project<Acc>& project, int64_t m, Acc* to, Buffers b) const {
+  void reduce(const FromWide& project, int64_t m, Acc* to, Buffers b) const {
     project.reduce(partial, wave_tokens, m, b.panels, to + m * row);
+    if (to == dH) round_dH(m, 1);
   }
+
+  // dH of some tokens of the wave as dx takes them
+  void round_dH(int64_t m, int64_t tokens) const {
+    if constexpr (kTerms == 2)
+      if (want_x) round_row(dH + m * row, tokens * row, rounded + m * row / 2);
+  }
+  const Acc* ranks_of_x(int64_t m) const { return kTerms == 2 ? rounded + m * row / 2 : dH + m * row; }
 
   void project_U(const Segment& g, int64_t chunk, Acc* to, bool add, Buffers b) const {
     const auto panels = from_x.read_panels(chunk, 1, g.tokens, b.panels);
@@ -194,12 +231,12 @@ struct Backward {
   // The part of dU and of dB that one chunk of g gives, the former written or added to `to`; new_ranks: b has not those of this
   // chunk's block yet.
   void pass_g(const Segment& g, int64_t chunk, Acc* to, bool add, Buffers b, bool new_ranks) const {
-    typename Project<Acc>::Panels panels;
+    typename FromWide::Panels panels;
     const Acc* u = remake_U ? remade + g.row * row : static_cast<const Acc*>(p.u) + g.t0 * row;
     if (want_H) panels = from_g.read_panels(chunk, 1, g.tokens, b.panels);
     if (dB.wanted() && new_ranks) gradient.read_ranks(u, from_g.cut.block(chunk), g.tokens, b.gradient_ranks);
     Acc* sums = segments == 1 ? b.sums : dB.slot(g.first, g.index, chunk);
-    const bool copy = dB.wanted() && !usable_in_place_by_columns<Acc>(p.grad_y, no_mask, from_g.cut.length(chunk));
+    const bool copy = dB.wanted() && !usable_in_place_by_columns<Acc>(p.grad_y, from_g.mask, from_g.cut.length(chunk));
     for_blocks(g, [&](int64_t m, int64_t tokens) {
       if (want_H)
         project_block(from_g, panels, chunk, g, m, tokens, to, add, copy, b);
@@ -215,10 +252,9 @@ struct Backward {
   // dx of one chunk of x, and its part of dA
   void pass_x(const Segment& g, int64_t chunk, Buffers b, bool new_ranks) const {
     const int64_t block = from_x.cut.block(chunk), column = from_x.cut.first(chunk), columns = from_x.cut.length(chunk);
-    const Acc* h = dH + g.row * row;
-    typename Expand<Acc>::Panels panels;
+    typename ToWide::Panels panels;
     if (want_x) panels = to_x.read_panels(block, column, columns, g.tokens, b.panels);
-    if (dA.wanted() && new_ranks) gradient.read_ranks(h, block, g.tokens, b.gradient_ranks);
+    if (dA.wanted() && new_ranks) gradient.read_ranks(dH + g.row * row, block, g.tokens, b.gradient_ranks);
     Acc* sums = segments == 1 ? b.sums : dA.slot(g.first, g.index, chunk);
     const bool copy = mask.on || (dA.wanted() && !usable_in_place_by_columns<Acc>(p.x, mask, columns));
     for_blocks(g, [&](int64_t m, int64_t tokens) {
@@ -226,60 +262,69 @@ struct Backward {
       if (dA.wanted())
         gradient.add(b.gradient_ranks, g.tokens, m, tokens, rows(from_x, chunk, g.t0 + m, copy, b), columns, m > 0,
                      sums, prefetch_from(from_x, chunk, g, m + tokens, tokens));
-      if (want_x) expand_block(panels, chunk, g.t0 + m, h + m * row, tokens, b);
+      if (want_x) expand_block(panels, chunk, g.t0 + m, ranks_of_x(g.row + m), tokens, b);
     });
     if (dA.wanted() && segments == 1) dA.write(chunk, sums);
   }
 
   template <class F>
   static void for_blocks(const Segment& g, F&& f) {
-    for (int64_t m = 0; m < g.tokens; m += kTokens) f(m, smaller(kTokens, g.tokens - m));
+    constexpr int64_t most = kTokens * kTerms;
+    for (int64_t m = 0; m < g.tokens; m += most) f(m, smaller(most, g.tokens - m));
   }
 
   // Rows m.. of a segment's chunk, or where there are not as many, the first ones of the next chunk
-  Prefetch prefetch_from(const Project<Acc>& from, int64_t chunk, const Segment& g, int64_t m, int64_t rows) const {
+  Prefetch prefetch_from(const FromWide& from, int64_t chunk, const Segment& g, int64_t m, int64_t rows) const {
     if (m + rows <= g.tokens) return Prefetch::of(from.x, g.t0 + m, from.cut.column(chunk));
     if (chunk + 1 < from.chunks()) return Prefetch::of(from.x, g.t0, from.cut.column(chunk + 1));
     return {};
   }
 
-  void read(const Project<Acc>& from, int64_t chunk, int64_t t, int64_t tokens, Buffers b) const {
-    read_block<Acc>(from.x, t, tokens, from.cut.column(chunk), from.cut.length(chunk), from.width, from.mask, b.block);
+  void read(const FromWide& from, int64_t chunk, int64_t t, int64_t tokens, Buffers b) const {
+    const int64_t column = from.cut.column(chunk), length = from.cut.length(chunk);
+    if constexpr (kTerms == 2)
+      interleave_rows(in_place<bf16>(from.x, t, column), tokens, 0, length, length, b.block.rows);
+    else
+      read_block<Acc>(from.x, t, tokens, column, length, from.width, from.mask, b.block);
   }
 
   // The rows of tokens t.. of a chunk: their copy, or as they lie
-  Source<Acc> rows(const Project<Acc>& from, int64_t chunk, int64_t t, bool copied, Buffers b) const {
+  Source<Acc> rows(const FromWide& from, int64_t chunk, int64_t t, bool copied, Buffers b) const {
     return copied ? Source<Acc>{b.block.rows, kRow<Acc>} : in_place<Acc>(from.x, t, from.cut.column(chunk));
   }
 
   // Writes or adds the part of the ranks of tokens m0.. of a segment's chunk, and leaves the chunk itself in b.block, if it is
   // to be kept. Where the rows can be multiplied as they lie, they are copied meanwhile.
-  void project_block(const Project<Acc>& from, const typename Project<Acc>::Panels& panels, int64_t chunk,
-                     const Segment& g, int64_t m0, int64_t tokens, Acc* to, bool add, bool keep, Buffers b) const {
+  void project_block(const FromWide& from, const typename FromWide::Panels& panels, int64_t chunk, const Segment& g,
+                     int64_t m0, int64_t tokens, Acc* to, bool add, bool keep, Buffers b) const {
     const int64_t length = from.cut.length(chunk);
-    const bool copy = keep && usable_in_place<Acc>(from.x, from.mask);
-    const Source<Acc> rows =
-        rows_to_multiply(from.x, g.t0 + m0, tokens, from.cut.column(chunk), length, from.width, from.mask, b.block);
+    const bool copy = keep && (kTerms == 2 || usable_in_place<Acc>(from.x, from.mask));
+    const Source<Acc> rows = from.rows_to_multiply(g.t0 + m0, tokens, from.cut.column(chunk), length, b.block);
     for_row_groups(tokens, [&](auto mr, int64_t m) {
       constexpr int MR = decltype(mr)::value;
       const Prefetch prefetch = prefetch_from(from, chunk, g, m0 + m + MR, MR);
       const Acc* a = rows.data + m * rows.ld;
       from.template add_rows<MR>(panels, 0, length, a, rows.ld, add, to + (m0 + m) * from.sums(), [&](int64_t i) {
-        prefetch.rows<MR>(i);
-        if (copy) copy_columns(a, rows.ld, MR, i, length, b.block.rows + m * kRow<Acc>);
+        prefetch.rows<MR>(i * kTerms);
+        if (!copy) return;
+        if constexpr (kTerms == 2)
+          interleave_rows(in_place<bf16>(from.x, g.t0 + m0 + m, from.cut.column(chunk)), MR, 2 * i, 2 * (i + kSteps),
+                          length, b.block.rows + m / 2 * kRow<Acc>);
+        else
+          copy_columns(a, rows.ld, MR, i, length, b.block.rows + m * kRow<Acc>);
       });
     });
   }
 
   // dx of tokens t.. of a chunk
-  void expand_block(const typename Expand<Acc>::Panels& panels, int64_t chunk, int64_t t, const Acc* h, int64_t tokens,
+  void expand_block(const typename ToWide::Panels& panels, int64_t chunk, int64_t t, const Acc* h, int64_t tokens,
                     Buffers b) const {
     for_dtype<Acc>(p.grad_x.dtype, [&](auto* type) {
       using X = std::remove_pointer_t<decltype(type)>;
       for_row_groups(tokens, [&](auto mr, int64_t m) {
         constexpr int MR = decltype(mr)::value;
         to_x.template run_rows<MR, X>(panels, t + m, from_x.cut.block(chunk), from_x.cut.first(chunk),
-                                      from_x.cut.length(chunk), h + m * row, b.block.draws + m * kChunk, {});
+                                      from_x.cut.length(chunk), h + m * row / kTerms, b.block.draws + m * kChunk, {});
       });
     });
   }
@@ -288,7 +333,10 @@ struct Backward {
 template <class Acc>
 void run(const BackwardParams& p) {
   if (BackwardFew<Acc>::fits(p)) return BackwardFew<Acc>{p}.run();
-  Backward<Acc>(p).run();
+  if constexpr (kMultipliesPairs<Acc>) {
+    if (Backward<Acc, Pairs>::takes_pairs(p)) return Backward<Acc, Pairs>(p).run();
+  }
+  Backward<Acc, Singles<Acc>>(p).run();
 }
 
 }  // namespace

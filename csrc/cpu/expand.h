@@ -7,12 +7,14 @@
 // columns stays in L1 or L2 for all tokens of a segment. Each y is one sum in a fixed order, rounded once.
 #pragma once
 
-#include "panels.h"
+#include "pairs.h"
 
 namespace gralora::cpu::GRALORA_ISA {
 
-template <class Acc>
+template <class Acc, class Product>
 struct Expand {
+  static constexpr int kTerms = Product::kTerms;
+
   int64_t width, k, r, h;
   Param Q;  // [k, r, w]
   Param G;  // [k, h, w]
@@ -27,17 +29,24 @@ struct Expand {
   int64_t panels_size(int64_t columns) const { return panel_size<Acc>(r, columns) + panel_size<Acc>(h, columns); }
   // `columns` from `first` on within block j
   Panels read_panels(int64_t j, int64_t first, int64_t columns, int64_t uses, Acc* scratch) const {
-    Panels panels{read_panel<Acc>(Q, j, 0, r, first, columns, uses, scratch), {}};
-    if (h > 0) panels.G = read_panel<Acc>(G, j, 0, h, first, columns, uses, scratch + panel_size<Acc>(r, columns));
+    Panels panels{read_panel_for<Product>(Q, j, 0, r, first, columns, uses, scratch), {}};
+    if (h > 0)
+      panels.G = read_panel_for<Product>(G, j, 0, h, first, columns, uses, scratch + panel_size<Acc>(r, columns));
     return panels;
   }
 
-  // MR tokens from t0 on, whose rows of ranks are at u; draws: those of their elements, where there is a mask
+  // Whether products can be of pairs, the ranks rounded to y's dtype
+  bool takes_pairs() const {
+    return has_pair_products() && !mask.on && y.dtype == DType::bf16 && has_pairs(Q, r) && (h == 0 || has_pairs(G, h));
+  }
+
+  // MR tokens from t0 on, whose rows of ranks are at u, in pairs where products are; draws: those of their elements, where there
+  // is a mask
   template <int MR, class Y>
   void run_rows(const Panels& panels, int64_t t0, int64_t j, int64_t first, int64_t columns, const Acc* u,
                 const uint16_t* draws, Prefetch prefetch) const {
     const int64_t start = j * (width / k) + first;
-    RowGroup<MR, Y> group{panels, u + j * r, u + k * r, {}, {}, draws, prefetch, columns};
+    RowGroup<MR, Y> group{panels, u + j * r / kTerms, u + k * r / kTerms, {}, {}, draws, prefetch, columns};
     for (int m = 0; m < MR; m++) {
       group.to[m] = static_cast<Y*>(y.data) + row_offset(y, t0 + m) + start * y.column_stride;
       group.from[m] = base.data == nullptr
@@ -63,14 +72,15 @@ struct Expand {
   // A function of its own: inlined among other code, GCC would keep part of the accumulators in memory.
   template <int MR, int NV, class Y>
   __attribute__((noinline)) void tile(const RowGroup<MR, Y>& g, int64_t c) const {
-    const int64_t ldu = k * r + h;
+    const int64_t ldu = (k * r + h) / kTerms, steps = r / kTerms;
     Vec<Acc> acc[MR][NV] = {};
-    multiply_rows<Acc>(r, g.ranks, ldu, g.panels.Q.at(0, c), g.panels.Q.ld, acc, [&](int64_t p) {
+    multiply_rows<Product>(steps, g.ranks, ldu, g.panels.Q.at(0, c), g.panels.Q.ld, acc, [&](int64_t p) {
       constexpr int64_t columns = NV * kWidth<Acc>;
       if (p < columns) g.prefetch.template rows<MR>(c + p);
-      if (r <= kSteps && kSteps < columns) g.prefetch.template rows<MR>(c + kSteps);
+      if (steps <= kSteps && kSteps < columns) g.prefetch.template rows<MR>(c + kSteps);
     });
-    if (h > 0) multiply_rows<Acc>(h, g.general_ranks, ldu, g.panels.G.at(0, c), g.panels.G.ld, acc, nothing);
+    if (h > 0)
+      multiply_rows<Product>(h / kTerms, g.general_ranks, ldu, g.panels.G.at(0, c), g.panels.G.ld, acc, nothing);
     const bool unit = y.column_stride == 1 && (base.data == nullptr || base.column_stride == 1);
     if (unit && c + NV * kWidth<Acc> <= g.columns) return store_tile<MR, NV, Y>(acc, g.from, g.to, c, g.draws);
     for_accumulators<MR, NV>([&](int m, int v) {

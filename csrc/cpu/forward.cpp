@@ -8,11 +8,11 @@
 namespace gralora::cpu::GRALORA_ISA {
 namespace {
 
-template <class Acc>
+template <class Acc, class InProject, class InExpand>
 struct Forward {
   const ForwardParams& p;
-  Project<Acc> project;
-  Expand<Acc> expand;
+  Project<Acc, InProject> project;
+  Expand<Acc, InExpand> expand;
   int64_t strip;     // columns of a block of B that are taken together
   int64_t together;  // blocks that are, where they are narrow: rows of y in long runs
 
@@ -31,7 +31,6 @@ struct Forward {
                p.adapter.B,    transposed(blocks_of_rows(p.adapter.B_general, p.shape.M / p.shape.k)),
                Acc(p.scaling), Mask(Dropout{}),
                p.base,         p.y} {
-    project.pairs = project.takes_pairs();
     const int64_t w = p.shape.M / p.shape.k;
     strip = larger(kPanelElements / (p.shape.r + p.shape.h), 4 * kTile<Acc>);
     strip = round_up(smaller(strip, w), kTile<Acc>);
@@ -39,7 +38,19 @@ struct Forward {
     together = smaller(together, p.shape.k);
   }
 
-  Acc* u(int64_t t) const { return static_cast<Acc*>(p.u) + t * (p.shape.k * p.shape.r + p.shape.h); }
+  int64_t row() const { return p.shape.k * p.shape.r + p.shape.h; }
+  Acc* u(int64_t t) const { return static_cast<Acc*>(p.u) + t * row(); }
+
+  // The ranks of `tokens` tokens as expand takes them: as they are, or rounded into a place of rounded_size() elements
+  int64_t rounded_size(int64_t tokens) const { return InExpand::kTerms == 1 ? 0 : tokens * row() / InExpand::kTerms; }
+  const Acc* ranks(int64_t t0, int64_t tokens, Acc* place) const {
+    if constexpr (InExpand::kTerms == 1) {
+      return u(t0);
+    } else {
+      round_row(u(t0), tokens * row(), place);
+      return place;
+    }
+  }
 
   void run() {
     if (p.threads == 1 || p.shape.T >= kTokensPerThread * p.threads)
@@ -52,12 +63,15 @@ struct Forward {
     const int64_t T = p.shape.T, segments = round_up(ceil_div(T, kSegment), p.threads);
     const int64_t tokens = round_up(ceil_div(T, segments), kMaxRows);
     Scratch scratch;
-    const PerThread<Acc> buffers(scratch, p.threads, larger(project.segment_scratch(tokens), expand_scratch()));
+    const PerThread<Acc> buffers(scratch, p.threads,
+                                 larger(project.segment_scratch(tokens), expand_scratch()) + rounded_size(tokens));
     parallel_items(ceil_div(T, tokens), p.threads, [&](int64_t item, int thread) {
       const int64_t t0 = item * tokens, count = smaller(tokens, T - t0);
-      project.run_segment(t0, count, u(t0), buffers.of(thread));
+      Acc* rest = buffers.of(thread) + rounded_size(tokens);
+      project.run_segment(t0, count, u(t0), rest);
+      const Acc* from = ranks(t0, count, buffers.of(thread));
       for (int64_t j = 0; j < p.shape.k; j += together)
-        expand_blocks(t0, count, j, smaller(together, p.shape.k - j), 0, p.shape.M / p.shape.k, buffers.of(thread));
+        expand_blocks(t0, count, from, j, smaller(together, p.shape.k - j), 0, p.shape.M / p.shape.k, rest);
     });
   }
 
@@ -71,50 +85,45 @@ struct Forward {
         scratch, p.threads,
         larger(project.panels_size(1) + Block<Acc>::size(kMaxRows), larger(sums, expand_scratch())));
     Acc* partial = scratch.take<Acc>(chunks * tokens * sums);
+    Acc* rounded = scratch.take<Acc>(rounded_size(tokens));
     parallel_items(chunks, p.threads, [&](int64_t chunk, int thread) {
       const int64_t length = project.cut.length(chunk);
       const auto panels = project.read_panels(chunk, 1, tokens, buffers.of(thread));
       const Block<Acc> rows(buffers.of(thread) + project.panels_size(1), kMaxRows);
       for_row_groups(tokens, [&](auto mr, int64_t m) {
         constexpr int MR = decltype(mr)::value;
-        const int64_t column = project.cut.column(chunk);
+        const Source<Acc> a = project.rows_to_multiply(t0 + m, MR, project.cut.column(chunk), length, rows);
         Acc* sum = partial + (chunk * tokens + m) * sums;
-        if constexpr (kMultipliesPairs<Acc>) {
-          if (project.pairs) {
-            const auto source = in_place<bf16>(p.x, t0 + m, column);
-            return project.template add_pair_rows<MR>(panels, 0, length, source, false, sum, nothing);
-          }
-        }
-        const auto source = rows_to_multiply<Acc>(p.x, t0 + m, MR, column, length, p.shape.N, project.mask, rows);
-        project.template add_rows<MR>(panels, 0, length, source.data, source.ld, false, sum, nothing);
+        project.template add_rows<MR>(panels, 0, length, a.data, a.ld, false, sum, nothing);
       });
     });
     parallel_items(tokens, tokens < 16 ? 1 : p.threads,
                    [&](int64_t m, int thread) { project.reduce(partial, tokens, m, buffers.of(thread), u(t0 + m)); });
+    const Acc* from = ranks(t0, tokens, rounded);
     parallel_items(p.shape.k * strips, p.threads, [&](int64_t item, int thread) {
       const int64_t first = item % strips * strip;
-      expand_blocks(t0, tokens, item / strips, 1, first, smaller(first + strip, w), buffers.of(thread));
+      expand_blocks(t0, tokens, from, item / strips, 1, first, smaller(first + strip, w), buffers.of(thread));
     });
   }
 
   int64_t expand_scratch() const { return together * expand.panels_size(strip); }
 
-  // Columns [first, last) of the output blocks j .. j+blocks
-  void expand_blocks(int64_t t0, int64_t count, int64_t j, int64_t blocks, int64_t first, int64_t last,
+  // Columns [first, last) of the output blocks j .. j+blocks, for `count` tokens whose ranks are at `from`
+  void expand_blocks(int64_t t0, int64_t count, const Acc* from, int64_t j, int64_t blocks, int64_t first, int64_t last,
                      Acc* scratch) const {
     const int64_t w = p.shape.M / p.shape.k;
     for_dtype<Acc>(p.y.dtype, [&](auto* type) {
       using Y = std::remove_pointer_t<decltype(type)>;
       for (int64_t column = first; column < last; column += strip) {
         const int64_t columns = smaller(strip, last - column);
-        typename Expand<Acc>::Panels panels[kTogether];
+        typename Expand<Acc, InExpand>::Panels panels[kTogether];
         for (int64_t b = 0; b < blocks; b++)
           panels[b] = expand.read_panels(j + b, column, columns, count, scratch + b * expand.panels_size(strip));
         for_row_groups(count, [&](auto mr, int64_t m) {
           constexpr int MR = decltype(mr)::value;
           for (int64_t b = 0; b < blocks; b++)
             expand.template run_rows<MR, Y>(
-                panels[b], t0 + m, j + b, column, columns, u(t0 + m), nullptr,
+                panels[b], t0 + m, j + b, column, columns, from + m * row() / InExpand::kTerms, nullptr,
                 Prefetch::of(p.base, m + MR < count ? t0 + m + MR : -1, (j + b) * w + column));
         });
       }
@@ -122,13 +131,25 @@ struct Forward {
   }
 };
 
+template <class Acc>
+void run(const ForwardParams& p) {
+  if constexpr (kMultipliesPairs<Acc>) {
+    Forward<Acc, Pairs, Pairs> pairs(p);
+    if (pairs.project.takes_pairs()) {
+      if (p.shape.T >= kTokensToRound && pairs.expand.takes_pairs()) return pairs.run();
+      return Forward<Acc, Pairs, Singles<Acc>>(p).run();
+    }
+  }
+  Forward<Acc, Singles<Acc>, Singles<Acc>>(p).run();
+}
+
 }  // namespace
 
 void forward(const ForwardParams& p) {
   if constexpr (kHasFloat64) {
-    if (p.accumulate_f64) return Forward<double>(p).run();
+    if (p.accumulate_f64) return run<double>(p);
   }
-  Forward<float>(p).run();
+  run<float>(p);
 }
 
 }  // namespace gralora::cpu::GRALORA_ISA

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "project.h"
-#include "weight_gradient.h"
 
 namespace gralora::cpu::GRALORA_ISA {
 
@@ -39,8 +38,45 @@ struct Totals {
   }
   void write(int64_t chunk, const Acc* from) const {
     const int64_t b = cut.block(chunk), i = cut.first(chunk), columns = cut.length(chunk);
-    if (block.data != nullptr) WeightGradient<Acc>::write(block, b, i, r, columns, scale, from);
-    if (general.data != nullptr) WeightGradient<Acc>::write(general, b, i, h, columns, scale, from + r * kChunk);
+    if (block.data != nullptr) write_block(block, b, i, r, columns, from);
+    if (general.data != nullptr) write_block(general, b, i, h, columns, from + r * kChunk);
+  }
+
+ private:
+  // One chunk's sums, scaled, as columns [first, first + columns) of block b of the gradient [k, ranks, w]
+  void write_block(const Param& to, int64_t b, int64_t first, int64_t ranks, int64_t columns, const Acc* sums) const {
+    for_dtype<Acc>(to.dtype, [&](auto* type) {
+      using P = std::remove_pointer_t<decltype(type)>;
+      P* out = static_cast<P*>(to.data) + b * to.block_stride + first * to.column_stride;
+      if (to.row_stride == 1 && to.column_stride != 1) return write_transposed(out, to, ranks, columns, sums);
+      for (int64_t c = 0; c < ranks; c++) {
+        int64_t i = 0;
+        if (to.column_stride == 1)
+          for (; i + kTile<Acc> <= columns; i += kTile<Acc>) {
+            const Acc* from = sums + c * kChunk + i;
+            const Vec<Acc> row[2] = {scale * load<Acc>(from), scale * load<Acc>(from + kWidth<Acc>)};
+            store_row<Acc, P, 2>(out + c * to.row_stride + i, row);
+          }
+        for (; i < columns; i++)
+          out[c * to.row_stride + i * to.column_stride] = from_acc<P>(scale * sums[c * kChunk + i]);
+      }
+    });
+  }
+
+  template <class P>
+  void write_transposed(P* out, const Param& to, int64_t ranks, int64_t columns, const Acc* sums) const {
+    constexpr int64_t W = kWidth<Acc>;
+    const int64_t whole_ranks = ranks / W * W, whole_columns = columns / W * W;
+    Acc block[W * W];
+    for (int64_t i = 0; i < whole_columns; i += W)
+      for (int64_t c = 0; c < whole_ranks; c += W) {
+        transpose_block<Acc>(sums + c * kChunk + i, kChunk, block, W);
+        for (int64_t m = 0; m < W; m++)
+          store<Acc>(out + (i + m) * to.column_stride + c, scale * load<Acc>(block + m * W));
+      }
+    for (int64_t i = 0; i < columns; i++)
+      for (int64_t c = i < whole_columns ? whole_ranks : 0; c < ranks; c++)
+        out[i * to.column_stride + c] = from_acc<P>(scale * sums[c * kChunk + i]);
   }
 };
 

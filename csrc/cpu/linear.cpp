@@ -182,7 +182,7 @@ struct Linear {
   template <int MR>
   __attribute__((noinline)) void add_tile(const Acc* left, int64_t ld, const Acc* right, int64_t n, Acc* to) const {
     Vec<Acc> acc[MR][2] = {};
-    multiply_rows<Acc>(n, left, ld, right, kTile<Acc>, acc, nothing);
+    multiply_rows<Singles<Acc>>(n, left, ld, right, kTile<Acc>, acc, nothing);
     for_accumulators<MR, 2>([&](int m, int v) {
       Acc* at = to + m * kTile<Acc> + v * kWidth<Acc>;
       store<Acc>(at, load<Acc>(at) + scale * acc[m][v]);
@@ -222,7 +222,7 @@ struct Linear {
   __attribute__((noinline)) void tile(int64_t length, Source<Acc> a, const Acc* b, bool accumulate, const Acc* start,
                                       int64_t count, Acc* to, Each&& each) const {
     Vec<Acc> acc[MR][NV] = {};
-    multiply_rows<Acc>(length, a.data, a.ld, b, kTile<Acc>, acc, each);
+    multiply_rows<Singles<Acc>>(length, a.data, a.ld, b, kTile<Acc>, acc, each);
     if (count == NV * kWidth<Acc>) {
       if (accumulate) {
         for_accumulators<MR, NV>([&](int m, int v) { acc[m][v] += load<Acc>(to + m * columns + v * kWidth<Acc>); });

@@ -77,8 +77,8 @@ struct Merge {
     for_column_tiles<Acc>(round_up(width, kWidth<Acc>), [&](auto nv, int64_t c) {
       constexpr int NV = decltype(nv)::value;
       Vec<Acc> acc[MR][NV] = {};
-      multiply_packed<Acc>(rb, left, right.at(0, c), right.ld, acc, nothing);
-      if (h > 0) multiply_packed<Acc>(h, left + rb * MR, general.at(0, c), general.ld, acc, nothing);
+      multiply_packed<Singles<Acc>>(rb, left, right.at(0, c), right.ld, acc, nothing);
+      if (h > 0) multiply_packed<Singles<Acc>>(h, left + rb * MR, general.at(0, c), general.ld, acc, nothing);
       if (W.column_stride == 1 && c + NV * kWidth<Acc> <= width) {
         // All weights of the tile are loaded before one is stored: see Expand::store_tile.
         if (accumulate)

@@ -4,7 +4,8 @@
 //
 // One scalar of `a` is broadcast against NV vectors of a row of `b`; MR x NV accumulators stay in registers. The order of the
 // sum does not depend on MR, so a row's result does not depend on how rows are grouped or on the number of threads. `each(p)`
-// is called every kSteps steps, for what can go on beside the arithmetic.
+// is called every kSteps steps, for what can go on beside the arithmetic. `Product` says what an element of a and b stands for:
+// a number here, two of them in pairs.h.
 #pragma once
 
 #include "simd.h"
@@ -20,7 +21,14 @@ static_assert(kMaxRows * 2 + 3 <= kVectorRegisters);
 
 constexpr int64_t kSteps = 16;  // one cache line of floats of each row of `a`
 
-template <class Acc, int MR, int NV, class A, class Each>
+// How a scalar of `a` meets a vector of `b`: kTerms terms of a sum at a time.
+template <class Acc>
+struct Singles {
+  static constexpr int kTerms = 1;
+  static inline __attribute__((always_inline)) Vec<Acc> add(Vec<Acc> sum, Acc a, Vec<Acc> b) { return sum + a * b; }
+};
+
+template <class Product, class Acc, int MR, int NV, class A, class Each>
 inline __attribute__((always_inline)) void multiply_steps(int64_t K, A&& a, const Acc* b, int64_t ldb,
                                                           Vec<Acc> (&acc)[MR][NV], Each&& each) {
   for (int64_t p0 = 0; p0 < K; p0 += kSteps) {
@@ -35,7 +43,7 @@ inline __attribute__((always_inline)) void multiply_steps(int64_t K, A&& a, cons
       for (int m = 0; m < MR; m++) {
         const Acc scalar = a.at(m, p);
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; v++) acc[m][v] += scalar * b_row[v];
+        for (int v = 0; v < NV; v++) acc[m][v] = Product::add(acc[m][v], scalar, b_row[v]);
       }
       a.next();
     }
@@ -73,16 +81,16 @@ struct PackedRows {
   inline __attribute__((always_inline)) void next() {}
 };
 
-template <class Acc, int MR, int NV, class Each>
+template <class Product, class Acc, int MR, int NV, class Each>
 inline __attribute__((always_inline)) void multiply_rows(int64_t K, const Acc* a, int64_t lda, const Acc* b,
                                                          int64_t ldb, Vec<Acc> (&acc)[MR][NV], Each&& each) {
-  multiply_steps<Acc>(K, TensorRows<Acc, MR>(a, lda), b, ldb, acc, each);
+  multiply_steps<Product>(K, TensorRows<Acc, MR>(a, lda), b, ldb, acc, each);
 }
 
-template <class Acc, int MR, int NV, class Each>
+template <class Product, class Acc, int MR, int NV, class Each>
 inline __attribute__((always_inline)) void multiply_packed(int64_t K, const Acc* a, const Acc* b, int64_t ldb,
                                                            Vec<Acc> (&acc)[MR][NV], Each&& each) {
-  multiply_steps<Acc>(K, PackedRows<Acc, MR>{a}, b, ldb, acc, each);
+  multiply_steps<Product>(K, PackedRows<Acc, MR>{a}, b, ldb, acc, each);
 }
 
 inline void nothing(int64_t) {}  // for `each`

@@ -1,85 +1,149 @@
-// Products of pairs of bf16: where a processor has AVX512-BF16, x and a parameter of bf16 are multiplied two columns at a time,
-// at the rate of one column in float, and summed in float.
+// Pairs of bf16: where a processor has AVX512-BF16, two terms of a sum are multiplied in one step, at the rate of one in float,
+// and summed in float. An element of the microkernel's `a` and `b` is then a pair, in the 32 bits of a float.
 //
-//   acc[m][v] += sum_p a[m][2p] * P[2p][...] + a[m][2p+1] * P[2p+1][...]       p = 0 .. count-1, in this order
+//   x, g and the ranks as the left factor      pairs as they lie in a row
+//   a parameter as the right factor            two rows, interleaved; where its columns lie in one run instead, pairs as they
+//                                              lie, transposed like floats
+//   x, g and the ranks in a sum over tokens    two rows, interleaved
 //
-// A panel holds rows of P two by two: a tile is [rows/2, kTile] lanes of a pair each.
+// Ranks are sums in float: as a factor they are rounded to bf16, from kTokensToRound tokens on, where arithmetic is what costs.
+// PEFT rounds them too, and the path besides. In one more piece, to keep float's accuracy, they would cost as much as in float.
 #pragma once
 
 #include "panels.h"
 
 namespace gralora::cpu::GRALORA_ISA {
 
+constexpr int64_t kTokensToRound = 64;
+
+inline bool even(int64_t n) { return n % 2 == 0; }
+inline bool aligned_to_pairs(const void* data) { return reinterpret_cast<uintptr_t>(data) % sizeof(float) == 0; }
+
+// Whether pairs of columns of x can be read as they lie
+inline bool has_pairs(const Rows& x) {
+  return x.dtype == DType::bf16 && evenly_spaced(x) && aligned_to_pairs(x.data) &&
+         (x.leading_dims == 0 || even(x.strides[0]));
+}
+
+inline Source<float> pairs_in_place(const Rows& x, int64_t t, int64_t i) {
+  const Source<bf16> rows = in_place<bf16>(x, t, i);
+  return {reinterpret_cast<const float*>(rows.data), rows.ld / 2};
+}
+
+// Whether `rows` rows of each block of a parameter are pairs
+inline bool has_pairs(const Param& param, int64_t rows) {
+  return param.dtype == DType::bf16 && even(rows) &&
+         (param.column_stride == 1 || (param.row_stride == 1 && even(param.column_stride) && even(param.block_stride) &&
+                                       aligned_to_pairs(param.data)));
+}
+
 #if defined(__AVX512F__)
 template <class Acc>
 constexpr bool kMultipliesPairs = sizeof(Acc) == sizeof(float);
 inline bool has_pair_products() { return kHasBf16Instructions; }
 
-// sum + a0*b0 + a1*b1 in each lane, whose 32 bits of a and b are a pair of bf16. Subnormal numbers count as zero, as in torch's
-// own products of bf16. The sum is passed by value: an element of an array in an asm statement stays in memory.
-inline __attribute__((always_inline)) Vec<float> add_pair_products(Vec<float> sum, Vec<float> a, Vec<float> b) {
-  asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(b), "v"(a));
-  return sum;
+// sum + a0*b0 + a1*b1 in each lane. Subnormal numbers count as zero, as in torch's own products of bf16. The sum is passed by
+// value: an element of an array in an asm statement stays in memory.
+struct Pairs {
+  static constexpr int kTerms = 2;
+  static inline __attribute__((always_inline)) Vec<float> add(Vec<float> sum, float a, Vec<float> b) {
+    const Vec<float> pair = Vec<float>(_mm512_set1_ps(a));
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(b), "v"(pair));
+    return sum;
+  }
+};
+
+// The low bits of lane i for i = 0 .. 15: number i of the first vector, then of the second
+inline __m512i interleaving() {
+  alignas(64) static const uint16_t kLanes[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                  8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  return _mm512_load_si512(kLanes);
 }
 
-inline __attribute__((always_inline)) Vec<float> broadcast_pair(const bf16* pair) {
-  float bits;
-  memcpy(&bits, pair, sizeof bits);
-  return Vec<float>(_mm512_set1_ps(bits));
-}
+inline __mmask32 first_columns(int64_t count) { return count >= 32 ? ~__mmask32(0) : (__mmask32(1) << count) - 1; }
 
-// Lane i of `to` (two vectors): the pair first[i], second[i] for the first `count` of 32 columns, and zeros
-inline void interleave_pairs(const bf16* first, const bf16* second, int64_t count, float* to) {
-  alignas(64) static const uint16_t kLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                                                8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-  const __mmask32 some = count >= 32 ? ~__mmask32(0) : (__mmask32(1) << count) - 1;
-  const __m512i low = _mm512_load_si512(kLow), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-  const __m512i a = _mm512_maskz_loadu_epi16(some, first), b = _mm512_maskz_loadu_epi16(some, second);
+// Lane i of `to` (two vectors): the pair first[i], second[i] for the first `count` of 32 columns, and zeros; no second row: zeros
+inline __attribute__((always_inline)) void interleave(const bf16* first, const bf16* second, int64_t count, float* to) {
+  const __mmask32 some = first_columns(count);
+  const __m512i low = interleaving(), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  const __m512i a = _mm512_maskz_loadu_epi16(some, first);
+  const __m512i b = _mm512_maskz_loadu_epi16(second == nullptr ? 0 : some, second);
   _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, low, b));
   _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi16(a, high, b));
+}
+
+// Columns [begin, end) of `rows` rows, as far as there are columns, two and two as a row of a block of pairs; begin and end are
+// multiples of 32 or the last column. An odd row's fellow is zeros.
+inline __attribute__((always_inline)) void interleave_rows(Source<bf16> from, int64_t rows, int64_t begin, int64_t end,
+                                                           int64_t columns, float* to) {
+  for (int64_t i = begin; i < smaller(end, columns); i += 32)
+    for (int64_t m = 0; m < rows; m += 2) {
+      const bf16* row = from.data + m * from.ld + i;
+      interleave(row, m + 1 < rows ? row + from.ld : nullptr, columns - i, to + m / 2 * kRow<float> + i);
+    }
+}
+
+// Both rounded to bf16, those of `low` first
+inline __attribute__((always_inline)) __m512i round_both(__m512 low, __m512 high) {
+  __m512i both;
+  asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(both) : "v"(high), "v"(low));
+  return both;
+}
+
+// A row of `count` (even) numbers, rounded: count/2 pairs
+inline void round_row(const float* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; i += 32) {
+    const __mmask32 some = first_columns(count - i);
+    const __m512 low = _mm512_maskz_loadu_ps(__mmask16(some), from + i);
+    const __m512 high = _mm512_maskz_loadu_ps(__mmask16(some >> 16), from + i + 16);
+    _mm512_mask_storeu_epi16(to + i / 2, some, round_both(low, high));
+  }
+}
+
+// to[m] = the pair first[m], second[m] rounded, for m = 0 .. count-1 (at most 16); no second row: zeros
+inline __attribute__((always_inline)) void round_two_rows(const float* first, const float* second, int count,
+                                                          float* to) {
+  const __mmask16 some = (1 << count) - 1;
+  const __m512 a = _mm512_maskz_loadu_ps(some, first);
+  const __m512 b = _mm512_maskz_loadu_ps(second == nullptr ? 0 : some, second);
+  // Those of b follow in the same vector: number 16 + i, modulo 32, where interleaving() says 32 + i.
+  const __m512i lanes = _mm512_add_epi32(interleaving(), _mm512_set1_epi32(16 << 16));
+  _mm512_mask_storeu_ps(to, some, _mm512_castsi512_ps(_mm512_permutexvar_epi16(lanes, round_both(a, b))));
+}
+
+// As pack_panel(): [rows/2, columns] pairs. `rows` is even.
+inline Panel<float> pack_pairs(const Param& param, int64_t offset, int64_t rows, int64_t columns, float* to) {
+  if (param.column_stride != 1) {
+    Param as_floats = param;
+    as_floats.dtype = DType::f32, as_floats.column_stride /= 2;
+    return pack_panel<float>(as_floats, offset / 2, rows / 2, columns, to);
+  }
+  const bf16* from = static_cast<const bf16*>(param.data) + offset;
+  float* at = to;
+  for (int64_t c = 0; c < columns; c += kTile<float>)
+    for (int64_t i = 0; i < rows; i += 2, at += kTile<float>) {
+      const bf16* pair = from + i * param.row_stride + c;
+      __builtin_prefetch(pair + 24 * param.row_stride);
+      interleave(pair, pair + param.row_stride, columns - c, at);
+    }
+  return {to, rows / 2 * kTile<float>, kTile<float>};
 }
 #else
 template <class Acc>
 constexpr bool kMultipliesPairs = false;
 inline bool has_pair_products() { return false; }
+struct Pairs;
 #endif
 
-// Rows row0.. of block b of a parameter whose rows lie in one run; `rows` is even. `to` holds panel_size(rows/2, columns).
-template <class Acc>
-Panel<Acc> pack_pairs(const Param& param, int64_t b, int64_t row0, int64_t rows, int64_t columns, Acc* to) {
-  const bf16* from = static_cast<const bf16*>(param.data) + b * param.block_stride + row0 * param.row_stride;
-  Acc* at = to;
-  for (int64_t c = 0; c < columns; c += kTile<Acc>)
-    for (int64_t i = 0; i < rows; i += 2, at += kTile<Acc>) {
-      const bf16* pair = from + i * param.row_stride + c;
-      __builtin_prefetch(pair + 24 * param.row_stride);
-      interleave_pairs(pair, pair + param.row_stride, smaller(kTile<Acc>, columns - c), at);
-    }
-  return {to, rows / 2 * kTile<Acc>, kTile<Acc>};
-}
-
-// As multiply_rows() on a tile of such a panel; each(column) is called every kSteps pairs.
-template <class Acc, int MR, int NV, class Each>
-inline __attribute__((always_inline)) void multiply_pairs(int64_t count, Source<bf16> a, const Acc* b,
-                                                          Vec<Acc> (&acc)[MR][NV], Each&& each) {
-  TensorRows<bf16, MR> rows(a.data, a.ld);
-  for (int64_t p0 = 0; p0 < count; p0 += kSteps) {
-    each(2 * p0);
-    const int64_t end = smaller(p0 + kSteps, count);
-#pragma GCC unroll 1
-    for (int64_t p = p0; p < end; p++) {
-      Vec<Acc> b_row[NV];
-#pragma GCC unroll 2
-      for (int v = 0; v < NV; v++) b_row[v] = load<Acc>(b + p * kTile<Acc> + v * kWidth<Acc>);
-#pragma GCC unroll 16
-      for (int m = 0; m < MR; m++) {
-        const Vec<Acc> pair = broadcast_pair(rows.address(m));
-#pragma GCC unroll 2
-        for (int v = 0; v < NV; v++) acc[m][v] = add_pair_products(acc[m][v], pair, b_row[v]);
-      }
-      rows.next(), rows.next();
-    }
-  }
+// read_panel() of the elements that a product takes
+template <class Product, class Acc>
+Panel<Acc> read_panel_for(const Param& param, int64_t block, int64_t row0, int64_t rows, int64_t column0,
+                          int64_t columns, int64_t uses, Acc* scratch) {
+  if constexpr (Product::kTerms == 1)
+    return read_panel<Acc>(param, block, row0, rows, column0, columns, uses, scratch);
+  else
+    return pack_pairs(param, block * param.block_stride + row0 * param.row_stride + column0 * param.column_stride, rows,
+                      columns, scratch);
 }
 
 }  // namespace gralora::cpu::GRALORA_ISA

@@ -35,9 +35,11 @@ void pack_tile(const P* from, const Param& param, int64_t rows, int64_t columns,
   int64_t i0 = 0;
   if (param.row_stride == 1 && param.column_stride != 1 && columns == kTile<Acc>) {
     for (; i0 + W <= rows; i0 += W)
-      for (int64_t c0 = 0; c0 < columns; c0 += W)
-        transpose_block<Acc>(from + i0 + c0 * param.column_stride, param.column_stride, to + i0 * kTile<Acc> + c0,
-                             kTile<Acc>);
+      for (int64_t c0 = 0; c0 < columns; c0 += W) {
+        const P* block = from + i0 + c0 * param.column_stride;
+        for (int64_t c = 0; c < W; c++) __builtin_prefetch(block + 2 * W + c * param.column_stride);
+        transpose_block<Acc>(block, param.column_stride, to + i0 * kTile<Acc> + c0, kTile<Acc>);
+      }
   }
   for (int64_t i = i0; i < rows; i++) {
     __builtin_prefetch(from + (i + 12) * param.row_stride);

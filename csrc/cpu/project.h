@@ -33,15 +33,15 @@ struct Chunks {
   int64_t column(int64_t chunk) const { return block(chunk) * block_width + first(chunk); }
 };
 
-template <class Acc>
+template <class Acc, class Product>
 struct Project {
+  static constexpr int kTerms = Product::kTerms;
   int64_t width, k, r, h;
   Rows x;
   Mask mask;
   Param P;  // [k, w, r]
   Param G;  // [k, w, h]
   Acc scale;
-  bool pairs = false;  // panels and rows are multiplied as pairs of bf16: only where takes_pairs()
   Chunks cut = Chunks(width, k, kTile<Acc>);
 
   int64_t chunks() const { return k * cut.per_block; }
@@ -62,16 +62,22 @@ struct Project {
   Panels read_panels(int64_t chunk, int64_t count, int64_t uses, Acc* scratch) const {
     const int64_t b = cut.block(chunk), first = cut.first(chunk);
     const int64_t rows = smaller(count * cut.columns, cut.block_width - first);
-    if constexpr (kMultipliesPairs<Acc>) {
-      if (pairs) return {pack_pairs<Acc>(P, b, first, rows, r, scratch), {}};
-    }
-    Panels panels{read_panel<Acc>(P, b, first, rows, 0, r, uses, scratch), {}};
-    if (h > 0) panels.G = read_panel<Acc>(G, b, first, rows, 0, h, uses, scratch + panel_size<Acc>(rows, r));
+    Panels panels{read_panel_for<Product>(P, b, first, rows, 0, r, uses, scratch), {}};
+    if (h > 0) panels.G = read_panel_for<Product>(G, b, first, rows, 0, h, uses, scratch + panel_size<Acc>(rows, r));
     return panels;
   }
 
+  // Rows of x as the left factor: their copy in `block` where they are not multiplied as they lie. ld counts elements of Acc.
+  Source<Acc> rows_to_multiply(int64_t t0, int64_t count, int64_t column, int64_t length,
+                               const Block<Acc>& block) const {
+    if constexpr (kTerms == 2)
+      return pairs_in_place(x, t0, column);
+    else
+      return cpu::GRALORA_ISA::rows_to_multiply<Acc>(x, t0, count, column, length, width, mask, block);
+  }
+
   // sum[m] (+)= the part of MR tokens, whose rows are at a, of a chunk that lies at `row` of the panels. each(p) is called
-  // once for every kSteps columns.
+  // once for every kSteps steps.
   template <int MR, class Each>
   void add_rows(const Panels& panels, int64_t row, int64_t length, const Acc* a, int64_t lda, bool accumulate, Acc* sum,
                 Each&& each) const {
@@ -79,33 +85,19 @@ struct Project {
       for_column_tiles<Acc>(round_up(columns, kWidth<Acc>), [&](auto nv, int64_t c) {
         constexpr int NV = decltype(nv)::value;
         if (first && c == 0)
-          tile<MR, NV>(length, a, lda, panel.at(row, c), panel.ld, accumulate, to + c, each);
+          tile<MR, NV>(length / kTerms, a, lda, panel.at(row / kTerms, c), panel.ld, accumulate, to + c, each);
         else
-          tile<MR, NV>(length, a, lda, panel.at(row, c), panel.ld, accumulate, to + c, nothing);
+          tile<MR, NV>(length / kTerms, a, lda, panel.at(row / kTerms, c), panel.ld, accumulate, to + c, nothing);
       });
     };
     add(panels.P, r, true, sum);
     if (h > 0) add(panels.G, h, false, sum + general_start());
   }
 
-  // Whether x and P are bf16 whose pairs of columns can be read as they lie: AVX512-BF16 multiplies two at float's rate.
+  // Whether products can be of pairs
   bool takes_pairs() const {
-    return kMultipliesPairs<Acc> && has_pair_products() && x.dtype == DType::bf16 && P.dtype == DType::bf16 && h == 0 &&
-           !mask.on && evenly_spaced(x) && P.column_stride == 1 && cut.block_width % 2 == 0;
-  }
-
-  // add_rows() on pairs: a are the rows of x, the panel is packed by pack_pairs().
-  template <int MR, class Each>
-  void add_pair_rows(const Panels& panels, int64_t row, int64_t length, Source<bf16> a, bool accumulate, Acc* sum,
-                     Each&& each) const {
-    for_column_tiles<Acc>(round_up(r, kWidth<Acc>), [&](auto nv, int64_t c) {
-      constexpr int NV = decltype(nv)::value;
-      const Acc* b = panels.P.at(row / 2, c);
-      if (c == 0)
-        pair_tile<MR, NV>(length / 2, a, b, accumulate, sum, each);
-      else
-        pair_tile<MR, NV>(length / 2, a, b, accumulate, sum + c, nothing);
-    });
+    return has_pair_products() && !mask.on && has_pairs(x) && has_pairs(P, cut.block_width) &&
+           (h == 0 || has_pairs(G, cut.block_width));
   }
 
   // u [count, k*r + h] of the tokens t0 .. t0+count, by one thread
@@ -159,10 +151,7 @@ struct Project {
   // while the rows before them are multiplied.
   void add_run(const Panels& panels, int64_t begin, int64_t chunks, int64_t t0, int64_t count, Acc* sum,
                Acc* scratch) const {
-    if constexpr (kMultipliesPairs<Acc>) {
-      if (pairs) return add_run_of_pairs(panels, begin, chunks, t0, count, sum);
-    }
-    const bool ahead = converted_ahead<Acc>(x, mask);
+    const bool ahead = kTerms == 1 && converted_ahead<Acc>(x, mask);
     Block<Acc> now(scratch, kMaxRows), next(scratch + Block<Acc>::size(kMaxRows), kMaxRows);
     if (ahead) read_block<Acc>(x, t0, smaller(kMaxRows, count), cut.column(begin), cut.length(begin), width, mask, now);
     for_dtype<Acc>(x.dtype, [&](auto* type) {
@@ -171,8 +160,8 @@ struct Project {
         constexpr int MR = decltype(mr)::value;
         for (int64_t i = 0; i < chunks; i++) {
           const int64_t length = cut.length(begin + i), column = cut.column(begin + i);
-          const Source<Acc> a = ahead ? Source<Acc>{now.rows, kRow<Acc>}
-                                      : rows_to_multiply<Acc>(x, t0 + m, MR, column, length, width, mask, now);
+          const Source<Acc> a =
+              ahead ? Source<Acc>{now.rows, kRow<Acc>} : rows_to_multiply(t0 + m, MR, column, length, now);
           const bool same_rows = i + 1 < chunks;  // what comes next: a chunk of the same rows, or other rows
           const int64_t chunk = same_rows ? begin + i + 1 : begin, row = same_rows ? m : m + MR;
           const Prefetch prefetch = ahead         ? Prefetch::of(x, m + MR < count ? t0 + m + MR : -1, column)
@@ -183,7 +172,7 @@ struct Project {
           const Source<X> from = in_place<X>(x, t0 + row, cut.column(chunk));
           const auto convert = [&](int64_t p) { copy_columns(from.data, from.ld, rows, p, next_length, next.rows); };
           add_rows<MR>(panels, i * cut.columns, length, a.data, a.ld, true, sum + m * sums(), [&](int64_t p) {
-            prefetch.rows<MR>(p);
+            prefetch.rows<MR>(p * kTerms);
             convert(p);
           });
           for (int64_t p = round_up(length, kSteps); p < next_length; p += kSteps) convert(p);
@@ -194,41 +183,12 @@ struct Project {
     });
   }
 
-  void add_run_of_pairs(const Panels& panels, int64_t begin, int64_t chunks, int64_t t0, int64_t count,
-                        Acc* sum) const {
-    for_row_groups(count, [&](auto mr, int64_t m) {
-      constexpr int MR = decltype(mr)::value;
-      for (int64_t i = 0; i < chunks; i++) {
-        const bool same_rows = i + 1 < chunks;
-        const int64_t row = same_rows ? m : m + MR, next = cut.column(same_rows ? begin + i + 1 : begin);
-        const Prefetch prefetch = row < count ? Prefetch::of(x, t0 + row, next) : Prefetch{};
-        add_pair_rows<MR>(panels, i * cut.columns, cut.length(begin + i),
-                          in_place<bf16>(x, t0 + m, cut.column(begin + i)), true, sum + m * sums(),
-                          [&](int64_t p) { prefetch.template rows<MR>(p); });
-      }
-    });
-  }
-
-  template <int MR, int NV, class Each>
-  __attribute__((noinline)) void pair_tile(int64_t count, Source<bf16> a, const Acc* b, bool accumulate, Acc* to,
-                                           Each&& each) const {
-    Vec<Acc> acc[MR][NV] = {};
-    multiply_pairs<Acc>(count, a, b, acc, each);
-    add_to_sums<MR, NV>(acc, accumulate, to);
-  }
-
   // A function of its own, as in Expand.
   template <int MR, int NV, class Each>
-  __attribute__((noinline)) void tile(int64_t length, const Acc* a, int64_t lda, const Acc* b, int64_t ldb,
+  __attribute__((noinline)) void tile(int64_t steps, const Acc* a, int64_t lda, const Acc* b, int64_t ldb,
                                       bool accumulate, Acc* to, Each&& each) const {
     Vec<Acc> acc[MR][NV] = {};
-    multiply_rows<Acc>(length, a, lda, b, ldb, acc, each);
-    add_to_sums<MR, NV>(acc, accumulate, to);
-  }
-
-  template <int MR, int NV>
-  inline __attribute__((always_inline)) void add_to_sums(const Vec<Acc> (&acc)[MR][NV], bool accumulate,
-                                                         Acc* to) const {
+    multiply_rows<Product>(steps, a, lda, b, ldb, acc, each);
     for_accumulators<MR, NV>([&](int m, int v) {
       Acc* at = to + m * sums() + v * kWidth<Acc>;
       store<Acc>(at, accumulate ? load<Acc>(at) + acc[m][v] : acc[m][v]);

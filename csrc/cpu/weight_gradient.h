@@ -2,28 +2,29 @@
 //
 //   sums[c, i] = sum_t v[t, b*r + c] * x'[t, column + i]   c = 0 .. r-1       sums[r + c, i] = sum_t v[t, k*r + c] * x'[...]
 //
-// x' is x after dropout. U and g give dB and dBg; dH and x give dA and dAg. Tokens are taken in blocks of kTokens, each
-// summed in registers, then added in order, so that long sums lose less; `sums` stays in L2.
+// x' is x after dropout. U and g give dB and dBg; dH and x give dA and dAg. Tokens are taken in blocks of kTokens, or
+// of as many pairs, each summed in registers, then added in order, so that long sums lose less; `sums` stays in L2.
 #pragma once
 
-#include "panels.h"
+#include "pairs.h"
 
 namespace gralora::cpu::GRALORA_ISA {
 
 constexpr int64_t kTokens = 128;
 
-template <class Acc>
+template <class Acc, class Product>
 struct WeightGradient {
+  static constexpr int kTerms = Product::kTerms;
   int64_t k, r, h;
 
   // The ranks of `count` tokens that meet block b, as add() takes them: (r + h) * count, and a vector beyond
   void read_ranks(const Acc* v, int64_t b, int64_t count, Acc* to) const {
     read_group(v + b * r, r, count, to);
-    read_group(v + k * r, h, count, to + r * count);
+    read_group(v + k * r, h, count, to + r * steps(count));
   }
 
-  // sums (+)= the part of tokens first .. first + tokens of the `count` in `ranks`; x: their rows; ahead: those of as many
-  // tokens, which will be read next.
+  // sums (+)= the part of tokens first .. first + tokens of the `count` in `ranks`, where first is even; x: their rows, or pairs
+  // of them; ahead: the rows of as many tokens, which will be read next.
   void add(const Acc* ranks, int64_t count, int64_t first, int64_t tokens, Source<Acc> x, int64_t columns,
            bool accumulate, Acc* sums, Prefetch ahead) const {
     if (x.ld == kRow<Acc>)
@@ -32,25 +33,9 @@ struct WeightGradient {
       add_rows<0>(ranks, count, first, tokens, x, columns, accumulate, sums, ahead);
   }
 
-  // One chunk's sums, scaled, as columns [first, first + columns) of block b of the gradient [k, ranks, w]
-  static void write(const Param& to, int64_t b, int64_t first, int64_t ranks, int64_t columns, Acc scale,
-                    const Acc* sums) {
-    for_dtype<Acc>(to.dtype, [&](auto* type) {
-      using P = std::remove_pointer_t<decltype(type)>;
-      P* out = static_cast<P*>(to.data) + b * to.block_stride + first * to.column_stride;
-      if (to.row_stride == 1 && to.column_stride != 1) return write_transposed(out, to, ranks, columns, scale, sums);
-      for (int64_t c = 0; c < ranks; c++) {
-        int64_t i = 0;
-        if (to.column_stride == 1)
-          for (; i + kWidth<Acc> <= columns; i += kWidth<Acc>)
-            store<Acc>(out + c * to.row_stride + i, scale * load<Acc>(sums + c * kChunk + i));
-        for (; i < columns; i++)
-          out[c * to.row_stride + i * to.column_stride] = from_acc<P>(scale * sums[c * kChunk + i]);
-      }
-    });
-  }
-
  private:
+  static int64_t steps(int64_t tokens) { return ceil_div(tokens, kTerms); }
+
   // ldx: the distance of x's rows where it is known, which saves 2 %; else 0
   template <int ldx>
   void add_rows(const Acc* ranks, int64_t count, int64_t first, int64_t tokens, Source<Acc> x, int64_t columns,
@@ -63,52 +48,47 @@ struct WeightGradient {
       const auto add_group = [&](int64_t group, const Acc* from, Acc* to) {
         for_row_groups(group, [&](auto mr, int64_t c) {
           constexpr int MR = decltype(mr)::value;
-          const Acc* a = from + c * count + first * MR;
+          const Acc* a = from + c * steps(count) + first / kTerms * MR;
           int64_t turn = begun++ * kSteps;
-          tile<MR, NV, ldx>(tokens, a, x.data + i, x.ld, accumulate, to + c * kChunk + i, [&](int64_t t) {
-            if (t == turn) ahead.template rows_of<NV * kWidth<Acc>>(t, i), turn += groups * kSteps;
+          tile<MR, NV, ldx>(steps(tokens), a, x.data + i, x.ld, accumulate, to + c * kChunk + i, [&](int64_t p) {
+            if (p != turn) return;
+            for (int term = 0; term < kTerms; term++)
+              ahead.template rows_of<NV * kWidth<Acc>>(p * kTerms + term * kSteps, i);
+            turn += groups * kSteps;
           });
         });
       };
       add_group(r, ranks, sums);
-      add_group(h, ranks + r * count, sums + r * kChunk);
+      add_group(h, ranks + r * steps(count), sums + r * kChunk);
     });
   }
 
   // A function of its own, as in Expand.
   template <int MR, int NV, int ldx, class Each>
-  __attribute__((noinline)) static void tile(int64_t tokens, const Acc* ranks, const Acc* x, int64_t any_ldx,
+  __attribute__((noinline)) static void tile(int64_t steps, const Acc* ranks, const Acc* x, int64_t any_ldx,
                                              bool accumulate, Acc* sums, Each&& each) {
     Vec<Acc> acc[MR][NV] = {};
-    multiply_packed<Acc>(tokens, ranks, x, ldx > 0 ? ldx : any_ldx, acc, each);
+    multiply_packed<Product>(steps, ranks, x, ldx > 0 ? ldx : any_ldx, acc, each);
     for_accumulators<MR, NV>([&](int m, int v) {
       Acc* at = sums + m * kChunk + v * kWidth<Acc>;
       store<Acc>(at, accumulate ? load<Acc>(at) + acc[m][v] : acc[m][v]);
     });
   }
 
-  // to[c*count + t*MR + m] = v[t, c + m] for each group of MR ranks
+  // to[c*steps + t*MR + m] = v[t, c + m] for each group of MR ranks; as pairs, t counts pairs of tokens
   void read_group(const Acc* v, int64_t group, int64_t count, Acc* to) const {
+    const int64_t ld = k * r + h;
     for_row_groups(group, [&](auto mr, int64_t c) {
       constexpr int MR = decltype(mr)::value;
-      for (int64_t t = 0; t < count; t++) memcpy(to + c * count + t * MR, v + t * (k * r + h) + c, MR * sizeof(Acc));
-    });
-  }
-
-  template <class P>
-  static void write_transposed(P* out, const Param& to, int64_t ranks, int64_t columns, Acc scale, const Acc* sums) {
-    constexpr int64_t W = kWidth<Acc>;
-    const int64_t whole_ranks = ranks / W * W, whole_columns = columns / W * W;
-    Acc block[W * W];
-    for (int64_t i = 0; i < whole_columns; i += W)
-      for (int64_t c = 0; c < whole_ranks; c += W) {
-        transpose_block<Acc>(sums + c * kChunk + i, kChunk, block, W);
-        for (int64_t m = 0; m < W; m++)
-          store<Acc>(out + (i + m) * to.column_stride + c, scale * load<Acc>(block + m * W));
+      Acc* at = to + c * steps(count);
+      for (int64_t t = 0; t < count; t += kTerms, at += MR) {
+        const Acc* from = v + t * ld + c;
+        if constexpr (kTerms == 1)
+          memcpy(at, from, MR * sizeof(Acc));
+        else
+          round_two_rows(from, t + 1 < count ? from + ld : nullptr, MR, at);
       }
-    for (int64_t i = 0; i < columns; i++)
-      for (int64_t c = i < whole_columns ? whole_ranks : 0; c < ranks; c++)
-        out[i * to.column_stride + c] = from_acc<P>(scale * sums[c * kChunk + i]);
+    });
   }
 };
 

@@ -1,0 +1,151 @@
+// The kernels on tensors that are all bfloat16 beside the same values in float, each array at the edge of its memory.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "check.h"
+#include "gralora.h"
+#include "guarded.h"
+
+using namespace gralora;
+
+namespace {
+
+template <class T>
+using Array = std::vector<T, GuardedAllocator<T>>;
+using Floats = Array<float>;
+
+constexpr double kTolerance = 6e-3;  // of a result that is rounded to bfloat16, and its ranks too
+constexpr double kGradientTolerance = 4 * kTolerance;
+
+// Even and odd numbers of tokens, widths and ranks, with and without the hybrid part
+constexpr Shape kShapes[] = {{64, 4, 4, 1, 2, 0},     {97, 12, 20, 2, 4, 2},     {130, 70, 90, 5, 10, 3},
+                             {200, 96, 64, 2, 16, 0}, {261, 576, 128, 1, 64, 6}, {70, 270, 1128, 2, 24, 0},
+                             {63, 64, 48, 8, 8, 0},   {1, 36, 68, 2, 4, 0}};
+
+uint16_t upper_half(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return uint16_t(bits >> 16);
+}
+float to_float(float value) { return value; }
+float to_float(uint16_t half) {
+  const uint32_t bits = uint32_t(half) << 16;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+std::mt19937 generator(7);
+
+// Normal values that bfloat16 holds
+Floats random_floats(int64_t count) {
+  std::normal_distribution<float> normal;
+  Floats values(count);
+  for (float& value : values) value = to_float(upper_half(normal(generator)));
+  return values;
+}
+
+void copy(const Floats& from, Array<float>& to) { to = from; }
+void copy(const Floats& from, Array<uint16_t>& to) {
+  to.resize(from.size());
+  for (size_t i = 0; i < from.size(); i++) to[i] = upper_half(from[i]);
+}
+
+constexpr DType dtype_of(float) { return DType::f32; }
+constexpr DType dtype_of(uint16_t) { return DType::bf16; }
+
+template <class T>
+Rows rows(Array<T>& values, int64_t count, int64_t width) {
+  Rows rows;
+  rows.data = values.data(), rows.dtype = dtype_of(T());
+  rows.leading_dims = 1, rows.sizes[0] = count, rows.strides[0] = width;
+  return rows;
+}
+
+struct Inputs {
+  Floats x, base, grad, A, B, A_general, B_general;
+};
+
+template <class T>
+struct Results {
+  Array<T> y, dx, dA, dB, dA_general, dB_general;
+  bool operator==(const Results& o) const {
+    return y == o.y && dx == o.dx && dA == o.dA && dB == o.dB && dA_general == o.dA_general &&
+           dB_general == o.dB_general;
+  }
+};
+
+template <class T>
+Adapter adapter(const Shape& s, Array<T>& A, Array<T>& B, Array<T>& A_general, Array<T>& B_general) {
+  const auto param = [](Array<T>& values, int64_t rows, int64_t columns) {
+    return Param{values.data(), dtype_of(T()), rows * columns, columns, 1};
+  };
+  Adapter adapter{param(A, s.N / s.k, s.r), param(B, s.r, s.M / s.k), {}, {}};
+  if (s.h > 0) adapter.A_general = param(A_general, s.h, s.N), adapter.B_general = param(B_general, s.M, s.h);
+  return adapter;
+}
+
+template <class T>
+Results<T> run(const Shape& s, const Inputs& inputs, int threads) {
+  Array<T> x, grad, A, B, A_general, B_general;
+  copy(inputs.x, x), copy(inputs.grad, grad), copy(inputs.A, A), copy(inputs.B, B);
+  copy(inputs.A_general, A_general), copy(inputs.B_general, B_general);
+  Results<T> results{{},
+                     Array<T>(x.size()),
+                     Array<T>(A.size()),
+                     Array<T>(B.size()),
+                     Array<T>(A_general.size()),
+                     Array<T>(B_general.size())};
+  copy(inputs.base, results.y);
+  Floats u(s.T * (s.k * s.r + s.h));
+
+  ForwardParams forward;
+  forward.shape = s;
+  forward.adapter = adapter(s, A, B, A_general, B_general);
+  forward.x = rows(x, s.T, s.N), forward.base = forward.y = rows(results.y, s.T, s.M);
+  forward.u = u.data();
+  forward.scaling = 0.75, forward.threads = threads;
+  cpu::forward(forward);
+
+  BackwardParams backward;
+  backward.shape = s, backward.adapter = forward.adapter;
+  backward.grad_y = rows(grad, s.T, s.M), backward.x = forward.x, backward.grad_x = rows(results.dx, s.T, s.N);
+  backward.grad = adapter(s, results.dA, results.dB, results.dA_general, results.dB_general);
+  backward.u = u.data();
+  backward.scaling = 0.75, backward.threads = threads;
+  cpu::backward(backward);
+  return results;
+}
+
+bool near(const Array<uint16_t>& got, const Floats& want, double tolerance) {
+  double difference = 0.0, norm = 0.0;
+  for (size_t i = 0; i < want.size(); i++) {
+    difference += std::pow(double(to_float(got[i])) - want[i], 2);
+    norm += std::pow(double(want[i]), 2);
+  }
+  return std::sqrt(difference) <= tolerance * std::sqrt(norm);
+}
+
+void test_bfloat16_is_near_float(const Shape& s) {
+  const Inputs inputs{random_floats(s.T * s.N), random_floats(s.T * s.M), random_floats(s.T * s.M),
+                      random_floats(s.N * s.r), random_floats(s.r * s.M), random_floats(s.h * s.N),
+                      random_floats(s.M * s.h)};
+  const Results<float> want = run<float>(s, inputs, 1);
+  const Results<uint16_t> got = run<uint16_t>(s, inputs, 1);
+  EXPECT(near(got.y, want.y, kTolerance));
+  EXPECT(near(got.dx, want.dx, kGradientTolerance));
+  EXPECT(near(got.dA, want.dA, kGradientTolerance) && near(got.dB, want.dB, kGradientTolerance));
+  EXPECT(near(got.dA_general, want.dA_general, kGradientTolerance));
+  EXPECT(near(got.dB_general, want.dB_general, kGradientTolerance));
+  EXPECT(run<uint16_t>(s, inputs, 3) == got);
+}
+
+}  // namespace
+
+int main() {
+  for (const Shape& s : kShapes) test_bfloat16_is_near_float(s);
+  return check::result();
+}
