@@ -13,8 +13,11 @@ WIDTHS = ((576, 576), (576, 1536), (1536, 576), (2048, 2048), (4096, 4096), (409
 DTYPES = (("bf16", "fp32"), ("bf16", "bf16"), ("fp16", "fp32"))
 SQUARE, SMALL = Shape(2048, 2048), Shape(576, 1536)
 WITH_DROPOUT = replace(SQUARE, dropout=0.1)
-# The hardest: PEFT's GEMMs run at twice float32's rate there, and it rounds the ranks.
-MANY_RANKS_OF_16_BITS = Shape(4096, 4096, r=64, activation="bf16", adapter="bf16")
+# The hardest: PEFT's GEMMs run at twice float32's rate there.
+MANY_RANKS_OF_16_BITS = (
+    Shape(4096, 4096, r=64, activation="bf16", adapter="bf16"),
+    Shape(4096, 14336, T=512, r=128, k=4, activation="bf16", adapter="bf16"),
+)
 LONG = Shape(4096, 4096, T=8192, activation="bf16")  # with PEFT's default adapters: what a GPU is for
 
 
@@ -52,7 +55,7 @@ def _default() -> list[Shape]:
         *(replace(SQUARE, r=r, k=k) for r, k in ((16, 8), (64, 4), (128, 8))),
         *(replace(s, h=s.r // 2) for s in (SMALL, SQUARE)),
         *(_in(s, *dtypes, T=t) for s in (SMALL, Shape(4096, 4096)) for dtypes in DTYPES for t in (1, 256)),
-        MANY_RANKS_OF_16_BITS,
+        *MANY_RANKS_OF_16_BITS,
         WITH_DROPOUT,
     ]
 
@@ -63,7 +66,7 @@ def _full() -> list[Shape]:
         *(replace(s, r=r, k=k) for s in (SMALL, SQUARE) for r in (16, 32, 64, 128) for k in (2, 4, 8)),
         *(Shape(n, m, h=16) for n, m in WIDTHS),
         *(_in(Shape(n, m), *dtypes, T=t) for n, m in WIDTHS for dtypes in DTYPES for t in (1, 256, 2048)),
-        MANY_RANKS_OF_16_BITS,
+        *MANY_RANKS_OF_16_BITS,
         WITH_DROPOUT,
         LONG,
     ]
