@@ -39,7 +39,7 @@ class Scratch {
   }
 
  private:
-  static constexpr int64_t kKept = 1 << 25;
+  static constexpr int64_t kKept = 1 << 26;
   struct Extra {
     Extra* next;
   };
