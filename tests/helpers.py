@@ -68,6 +68,8 @@ def make(
         return values(math.prod(shape) + 1)[1:].view(shape)
     if layout == "row_slice":
         return values(*leading, columns + 5)[..., 2 : 2 + columns]
+    if layout == "padded":  # pairs of columns are aligned where there is an even number of them
+        return values(*leading, columns + 6)[..., 4 : 4 + columns]
     if layout == "column_stride":
         return values(*leading, 3 * columns)[..., ::3]
     if layout == "transposed":

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import Case, assert_results_near, cases, same_bits, threads, value_and_gradients
+from helpers import MERGE_MISROUNDED, NAMES, Case, assert_results_near, cases, same_bits, threads, value_and_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import GraloraConfig, get_peft_model
 from torch import nn
 
-from gralora_ext import ops, reference
+from gralora_ext import build_info, ops, reference
 
 BF16 = torch.bfloat16
 ROUNDED_FROM = 64  # tokens: kTokensToRound
@@ -37,7 +38,7 @@ def test_results_equal_the_references_in_random_cases(case: Case, T: int, device
     assert_results_near(value_and_gradients(ops.gralora, inputs), inputs)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "offset", "row_slice"])
+@pytest.mark.parametrize("layout", ["contiguous", "padded", "offset"])
 @pytest.mark.parametrize("T", TOKENS)
 @pytest.mark.parametrize(("k", "n", "m", "rb", "h"), SIZES)
 def test_results_are_right_and_the_same_for_any_number_of_threads(
@@ -65,21 +66,28 @@ def test_dropout(k: int, n: int, m: int, rb: int, h: int, T: int, device: torch.
     assert_results_near(actual, inputs, dropout_p=0.3, seed=reference.draw_seed(device).cpu())
 
 
-@pytest.mark.parametrize("T", [1, 5, 63])
-def test_ranks_of_fewer_tokens_stay_float32(T: int, device: torch.device) -> None:
-    """y is the float32 result, rounded once."""
+def share_of_y_not_rounded_once(T: int, device: torch.device) -> float:
+    """Elements of y that differ from the result in float32, rounded."""
     inputs = Case((T,), 2, 96, 80, 16).uniform(BF16).inputs(device)
     tensors = {**inputs.tensors, "base": torch.zeros_like(inputs.tensors["base"])}
     wide = ops.gralora(**{**tensors, "base": tensors["base"].float()}, scaling=inputs.scaling)
-    assert torch.equal(ops.gralora(**tensors, scaling=inputs.scaling), wide.to(BF16))
+    y = ops.gralora(**tensors, scaling=inputs.scaling)
+    return (y != wide.to(BF16)).double().mean().item()
 
 
-@pytest.mark.parametrize("T", [64, 300])
-def test_ranks_stay_float32_where_y_is_float32(T: int, device: torch.device) -> None:
-    inputs = Case((T,), 2, 96, 80, 16, x_dtype=BF16, adapter_dtype=BF16).inputs(device)
-    expected = reference.gralora(**inputs.to(torch.float64).tensors, scaling=inputs.scaling)
-    error = ops.gralora(**inputs.tensors, scaling=inputs.scaling).cpu().double() - expected
-    assert error.norm() <= 3e-6 * expected.norm()
+@pytest.mark.parametrize("T", [1, 5, 63])
+def test_ranks_of_fewer_tokens_stay_float32(T: int, device: torch.device) -> None:
+    share = share_of_y_not_rounded_once(T, device)
+    assert share <= (MERGE_MISROUNDED if device.type == "cuda" else 0.0)  # other kernels there, where base is float32
+
+
+def test_ranks_are_rounded_where_the_processor_multiplies_pairs(device: torch.device) -> None:
+    processor = Path("/proc/cpuinfo")
+    if device.type != "cpu" or not processor.exists() or "avx512_bf16" not in processor.read_text():
+        pytest.skip("AVX512-BF16 is not supported")
+    if build_info()["cpu_capability"] != "avx512":
+        pytest.skip("the kernels are held to fewer instructions")
+    assert share_of_y_not_rounded_once(ROUNDED_FROM, device) > 0.1
 
 
 @pytest.mark.parametrize(("T", "N", "M", "r", "k", "h"), [(64, 576, 1536, 32, 2, 0), (300, 320, 256, 64, 4, 8)])
@@ -135,12 +143,18 @@ def test_not_a_number_stays_in_its_rows_and_blocks(name: str, device: torch.devi
 
 
 @pytest.mark.parametrize("wanted", ["x", "A", "B", "AB", "xA", "xB"])
-@pytest.mark.parametrize("h", [0, 4], ids=["", "hybrid"])
-def test_each_gradient_is_the_same_whichever_others_are_wanted(wanted: str, h: int, device: torch.device) -> None:
-    inputs = Case((97,), 2, 96, 80, 8, h).uniform(BF16).inputs(device)
-    complete = value_and_gradients(ops.gralora, inputs)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3], ids=["", "dropout"])
+@pytest.mark.parametrize("x_dtype", [BF16, torch.float32], ids=lambda d: f"x_{NAMES[d]}")
+@pytest.mark.parametrize("h", [0, 3, 4])
+def test_each_gradient_is_the_same_whichever_others_are_wanted(
+    h: int, x_dtype: torch.dtype, dropout_p: float, wanted: str, device: torch.device
+) -> None:
+    inputs = replace(Case((97,), 2, 96, 80, 8, h).uniform(BF16), x_dtype=x_dtype).inputs(device)
+    torch.manual_seed(0)
+    complete = value_and_gradients(ops.gralora, inputs, dropout_p=dropout_p)
     leaves = {name: t.detach().clone().requires_grad_(name[0] in wanted) for name, t in inputs.tensors.items()}
-    ops.gralora(**leaves, scaling=inputs.scaling).backward(inputs.grad)
+    torch.manual_seed(0)
+    ops.gralora(**leaves, scaling=inputs.scaling, dropout_p=dropout_p).backward(inputs.grad)
     for name, leaf in leaves.items():
         assert (leaf.grad is not None) == (name[0] in wanted)
         assert leaf.grad is None or same_bits(leaf.grad, complete[name])

@@ -6,7 +6,7 @@
 // tokens. The chunks' parts of dU meet in `partial` and are added in the order of the chunks: at once where one thread takes
 // the segment, else when all are there. Weight gradients are summed in a fixed tree: kTokens tokens (or pairs of them) in
 // registers, those blocks within a segment, segments in their order. It does not depend on the number of threads; neither does
-// any other sum. Where g, x, A and B are bf16, all products are of pairs (pairs.h), with U and dH rounded as factors.
+// any other sum. Where g, x, A and B are bf16, all products can be of pairs (pairs.h), with U and dH rounded as factors.
 #include "backward_few.h"
 #include "expand.h"
 #include "gradient_totals.h"
@@ -57,11 +57,10 @@ struct Backward {
             p.add_to_grad_x ? p.grad_x : Rows{},
             p.grad_x};
   }
-  // Whether all products can be of pairs
+  // Whether all products can be of pairs, whichever gradients are wanted
   static bool takes_pairs(const BackwardParams& p) {
-    const bool reads_x = p.grad.A.data != nullptr || p.grad.A_general.data != nullptr || p.u == nullptr;
-    return p.shape.T >= kTokensToRound && project_g(p).takes_pairs() && (!reads_x || project_x(p).takes_pairs()) &&
-           (p.grad_x.data == nullptr || expand_x(p).takes_pairs());
+    return p.shape.T >= kTokensToRound && project_g(p).takes_pairs() && project_x(p).takes_pairs() &&
+           expand_x(p).takes_pairs();
   }
 
   const BackwardParams& p;
@@ -95,11 +94,11 @@ struct Backward {
                            : smaller(segments, ceil_div(4 * p.threads, smaller(from_g.chunks(), from_x.chunks())));
   const int64_t wave_tokens = wave * segment_tokens;
   const int64_t panels_size = larger(to_x.panels_size(kChunk), larger(from_g.panels_size(1), from_x.panels_size(1)));
-  const int64_t block_tokens = smaller(kTokens * kTerms, s.T);
-  const int64_t gradient_ranks_size = round_up(ranks * segment_tokens, kWidth<Acc>);
+  const int64_t block_rows = smaller(kTokens, ceil_div(s.T, kTerms));
+  const int64_t gradient_ranks_size = round_up(ranks * ceil_div(segment_tokens, kTerms), kWidth<Acc>);
   const PerThread<Acc> buffers{scratch, p.threads,
-                               larger(from_g.sums(), panels_size) + gradient_ranks_size +
-                                   Block<Acc>::size(block_tokens) + (segments == 1 ? ranks * kChunk : 0)};
+                               larger(from_g.sums(), panels_size) + gradient_ranks_size + Block<Acc>::size(block_rows) +
+                                   (segments == 1 ? ranks * kChunk : 0)};
   // A token's ranks have one place, or one for each chunk
   const int64_t places = larger(want_H ? from_g.chunks() : 0, remake_U ? from_x.chunks() : 0);
   Acc* partial = scratch.take<Acc>((always_by_tokens() ? smaller(places, 1) : places) * wave_tokens * from_g.sums());
@@ -116,7 +115,7 @@ struct Backward {
     Acc* panels = buffers.of(thread);
     Acc* gradient_ranks = panels + larger(from_g.sums(), panels_size);
     Acc* block = gradient_ranks + gradient_ranks_size;
-    return {panels, gradient_ranks, block + Block<Acc>::size(block_tokens), {block, block_tokens}};
+    return {panels, gradient_ranks, block + Block<Acc>::size(block_rows), {block, block_rows}};
   }
 
   // How a wave of `count` segments is shared
@@ -160,7 +159,7 @@ struct Backward {
           f(chunk, project.cut.first(chunk) == 0);
           if (to != nullptr) project.finish_chunk(chunk, g.tokens, sums, to + g.row * row);
         }
-        if (to != nullptr && to == dH) round_dH(g.row, g.tokens);
+        if (to == dH) round_dH(g.row, g.tokens);
       };
       if (remake_U) for_chunks(from_x, remade, [&](int64_t chunk, bool) { project_U(g, chunk, sums, true, b); });
       for_chunks(from_g, want_H ? dH : nullptr,
@@ -299,7 +298,7 @@ struct Backward {
                      int64_t m0, int64_t tokens, Acc* to, bool add, bool keep, Buffers b) const {
     const int64_t length = from.cut.length(chunk);
     const bool copy = keep && (kTerms == 2 || usable_in_place<Acc>(from.x, from.mask));
-    const Source<Acc> rows = from.rows_to_multiply(g.t0 + m0, tokens, from.cut.column(chunk), length, b.block);
+    const Source<Acc> rows = from.left_rows(g.t0 + m0, tokens, from.cut.column(chunk), length, b.block);
     for_row_groups(tokens, [&](auto mr, int64_t m) {
       constexpr int MR = decltype(mr)::value;
       const Prefetch prefetch = prefetch_from(from, chunk, g, m0 + m + MR, MR);
@@ -319,7 +318,7 @@ struct Backward {
   // dx of tokens t.. of a chunk
   void expand_block(const typename ToWide::Panels& panels, int64_t chunk, int64_t t, const Acc* h, int64_t tokens,
                     Buffers b) const {
-    for_dtype<Acc>(p.grad_x.dtype, [&](auto* type) {
+    for_dtype_of<Product, Acc>(p.grad_x.dtype, [&](auto* type) {
       using X = std::remove_pointer_t<decltype(type)>;
       for_row_groups(tokens, [&](auto mr, int64_t m) {
         constexpr int MR = decltype(mr)::value;

@@ -35,10 +35,8 @@ struct Expand {
     return panels;
   }
 
-  // Whether products can be of pairs, the ranks rounded to y's dtype
-  bool takes_pairs() const {
-    return has_pair_products() && !mask.on && y.dtype == DType::bf16 && has_pairs(Q, r) && (h == 0 || has_pairs(G, h));
-  }
+  // Whether products can be of pairs: of ranks that the caller rounds, for y of bf16
+  bool takes_pairs() const { return has_pair_products() && !mask.on && has_pairs(Q, r) && (h == 0 || has_pairs(G, h)); }
 
   // MR tokens from t0 on, whose rows of ranks are at u, in pairs where products are; draws: those of their elements, where there
   // is a mask

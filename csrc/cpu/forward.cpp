@@ -41,15 +41,13 @@ struct Forward {
   int64_t row() const { return p.shape.k * p.shape.r + p.shape.h; }
   Acc* u(int64_t t) const { return static_cast<Acc*>(p.u) + t * row(); }
 
-  // The ranks of `tokens` tokens as expand takes them: as they are, or rounded into a place of rounded_size() elements
-  int64_t rounded_size(int64_t tokens) const { return InExpand::kTerms == 1 ? 0 : tokens * row() / InExpand::kTerms; }
-  const Acc* ranks(int64_t t0, int64_t tokens, Acc* place) const {
-    if constexpr (InExpand::kTerms == 1) {
-      return u(t0);
-    } else {
-      round_row(u(t0), tokens * row(), place);
-      return place;
-    }
+  // The ranks as expand takes them, from token t0 on: u itself, or what round_ranks() left for each in a place of rounded_size()
+  const Acc* ranks(int64_t t0, const Acc* rounded) const { return InExpand::kTerms == 1 ? u(t0) : rounded; }
+  int64_t rounded_size(int64_t tokens) const {
+    return InExpand::kTerms == 1 ? 0 : round_up(tokens * row() / 2, kWidth<Acc>);
+  }
+  void round_ranks(int64_t t0, int64_t m, int64_t tokens, Acc* rounded) const {
+    if constexpr (InExpand::kTerms == 2) round_row(u(t0 + m), tokens * row(), rounded + m * row() / 2);
   }
 
   void run() {
@@ -69,7 +67,8 @@ struct Forward {
       const int64_t t0 = item * tokens, count = smaller(tokens, T - t0);
       Acc* rest = buffers.of(thread) + rounded_size(tokens);
       project.run_segment(t0, count, u(t0), rest);
-      const Acc* from = ranks(t0, count, buffers.of(thread));
+      round_ranks(t0, 0, count, buffers.of(thread));
+      const Acc* from = ranks(t0, buffers.of(thread));
       for (int64_t j = 0; j < p.shape.k; j += together)
         expand_blocks(t0, count, from, j, smaller(together, p.shape.k - j), 0, p.shape.M / p.shape.k, rest);
     });
@@ -92,14 +91,16 @@ struct Forward {
       const Block<Acc> rows(buffers.of(thread) + project.panels_size(1), kMaxRows);
       for_row_groups(tokens, [&](auto mr, int64_t m) {
         constexpr int MR = decltype(mr)::value;
-        const Source<Acc> a = project.rows_to_multiply(t0 + m, MR, project.cut.column(chunk), length, rows);
+        const Source<Acc> a = project.left_rows(t0 + m, MR, project.cut.column(chunk), length, rows);
         Acc* sum = partial + (chunk * tokens + m) * sums;
         project.template add_rows<MR>(panels, 0, length, a.data, a.ld, false, sum, nothing);
       });
     });
-    parallel_items(tokens, tokens < 16 ? 1 : p.threads,
-                   [&](int64_t m, int thread) { project.reduce(partial, tokens, m, buffers.of(thread), u(t0 + m)); });
-    const Acc* from = ranks(t0, tokens, rounded);
+    parallel_items(tokens, tokens < 16 ? 1 : p.threads, [&](int64_t m, int thread) {
+      project.reduce(partial, tokens, m, buffers.of(thread), u(t0 + m));
+      round_ranks(t0, m, 1, rounded);
+    });
+    const Acc* from = ranks(t0, rounded);
     parallel_items(p.shape.k * strips, p.threads, [&](int64_t item, int thread) {
       const int64_t first = item % strips * strip;
       expand_blocks(t0, tokens, from, item / strips, 1, first, smaller(first + strip, w), buffers.of(thread));
@@ -112,7 +113,7 @@ struct Forward {
   void expand_blocks(int64_t t0, int64_t count, const Acc* from, int64_t j, int64_t blocks, int64_t first, int64_t last,
                      Acc* scratch) const {
     const int64_t w = p.shape.M / p.shape.k;
-    for_dtype<Acc>(p.y.dtype, [&](auto* type) {
+    for_dtype_of<InExpand, Acc>(p.y.dtype, [&](auto* type) {
       using Y = std::remove_pointer_t<decltype(type)>;
       for (int64_t column = first; column < last; column += strip) {
         const int64_t columns = smaller(strip, last - column);
@@ -136,7 +137,7 @@ void run(const ForwardParams& p) {
   if constexpr (kMultipliesPairs<Acc>) {
     Forward<Acc, Pairs, Pairs> pairs(p);
     if (pairs.project.takes_pairs()) {
-      if (p.shape.T >= kTokensToRound && pairs.expand.takes_pairs()) return pairs.run();
+      if (p.shape.T >= kTokensToRound && p.y.dtype == DType::bf16 && pairs.expand.takes_pairs()) return pairs.run();
       return Forward<Acc, Pairs, Singles<Acc>>(p).run();
     }
   }

@@ -51,12 +51,15 @@ struct Totals {
       if (to.row_stride == 1 && to.column_stride != 1) return write_transposed(out, to, ranks, columns, sums);
       for (int64_t c = 0; c < ranks; c++) {
         int64_t i = 0;
-        if (to.column_stride == 1)
+        if (to.column_stride == 1) {
+          const auto scaled = [&](int64_t at) { return scale * load<Acc>(sums + c * kChunk + at); };
+          P* row = out + c * to.row_stride;
           for (; i + kTile<Acc> <= columns; i += kTile<Acc>) {
-            const Acc* from = sums + c * kChunk + i;
-            const Vec<Acc> row[2] = {scale * load<Acc>(from), scale * load<Acc>(from + kWidth<Acc>)};
-            store_row<Acc, P, 2>(out + c * to.row_stride + i, row);
+            const Vec<Acc> both[2] = {scaled(i), scaled(i + kWidth<Acc>)};
+            store_row<Acc, P, 2>(row + i, both);
           }
+          if (i + kWidth<Acc> <= columns) store<Acc>(row + i, scaled(i)), i += kWidth<Acc>;
+        }
         for (; i < columns; i++)
           out[c * to.row_stride + i * to.column_stride] = from_acc<P>(scale * sums[c * kChunk + i]);
       }

@@ -53,7 +53,7 @@ struct Pairs {
   }
 };
 
-// The low bits of lane i for i = 0 .. 15: number i of the first vector, then of the second
+// Indices that bring number i of one vector and number i of another into lane i, for i = 0 .. 15
 inline __m512i interleaving() {
   alignas(64) static const uint16_t kLanes[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
                                                   8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
@@ -73,7 +73,7 @@ inline __attribute__((always_inline)) void interleave(const bf16* first, const b
 }
 
 // Columns [begin, end) of `rows` rows, as far as there are columns, two and two as a row of a block of pairs; begin and end are
-// multiples of 32 or the last column. An odd row's fellow is zeros.
+// multiples of 32 or the last column. Where rows are odd, the last one is paired with zeros.
 inline __attribute__((always_inline)) void interleave_rows(Source<bf16> from, int64_t rows, int64_t begin, int64_t end,
                                                            int64_t columns, float* to) {
   for (int64_t i = begin; i < smaller(end, columns); i += 32)
@@ -135,7 +135,15 @@ inline bool has_pair_products() { return false; }
 struct Pairs;
 #endif
 
-// read_panel() of the elements that a product takes
+// for_dtype() of an activation, and read_panel(), as a product takes them
+template <class Product, class Acc, class F>
+void for_dtype_of(DType dtype, F&& f) {
+  if constexpr (Product::kTerms == 1)
+    for_dtype<Acc>(dtype, f);
+  else
+    f(static_cast<bf16*>(nullptr));
+}
+
 template <class Product, class Acc>
 Panel<Acc> read_panel_for(const Param& param, int64_t block, int64_t row0, int64_t rows, int64_t column0,
                           int64_t columns, int64_t uses, Acc* scratch) {

@@ -68,12 +68,11 @@ struct Project {
   }
 
   // Rows of x as the left factor: their copy in `block` where they are not multiplied as they lie. ld counts elements of Acc.
-  Source<Acc> rows_to_multiply(int64_t t0, int64_t count, int64_t column, int64_t length,
-                               const Block<Acc>& block) const {
+  Source<Acc> left_rows(int64_t t0, int64_t count, int64_t column, int64_t length, const Block<Acc>& block) const {
     if constexpr (kTerms == 2)
       return pairs_in_place(x, t0, column);
     else
-      return cpu::GRALORA_ISA::rows_to_multiply<Acc>(x, t0, count, column, length, width, mask, block);
+      return rows_to_multiply<Acc>(x, t0, count, column, length, width, mask, block);
   }
 
   // sum[m] (+)= the part of MR tokens, whose rows are at a, of a chunk that lies at `row` of the panels. each(p) is called
@@ -154,14 +153,13 @@ struct Project {
     const bool ahead = kTerms == 1 && converted_ahead<Acc>(x, mask);
     Block<Acc> now(scratch, kMaxRows), next(scratch + Block<Acc>::size(kMaxRows), kMaxRows);
     if (ahead) read_block<Acc>(x, t0, smaller(kMaxRows, count), cut.column(begin), cut.length(begin), width, mask, now);
-    for_dtype<Acc>(x.dtype, [&](auto* type) {
+    for_dtype_of<Product, Acc>(x.dtype, [&](auto* type) {
       using X = std::remove_pointer_t<decltype(type)>;
       for_row_groups(count, [&](auto mr, int64_t m) {
         constexpr int MR = decltype(mr)::value;
         for (int64_t i = 0; i < chunks; i++) {
           const int64_t length = cut.length(begin + i), column = cut.column(begin + i);
-          const Source<Acc> a =
-              ahead ? Source<Acc>{now.rows, kRow<Acc>} : rows_to_multiply(t0 + m, MR, column, length, now);
+          const Source<Acc> a = ahead ? Source<Acc>{now.rows, kRow<Acc>} : left_rows(t0 + m, MR, column, length, now);
           const bool same_rows = i + 1 < chunks;  // what comes next: a chunk of the same rows, or other rows
           const int64_t chunk = same_rows ? begin + i + 1 : begin, row = same_rows ? m : m + MR;
           const Prefetch prefetch = ahead         ? Prefetch::of(x, m + MR < count ? t0 + m + MR : -1, column)

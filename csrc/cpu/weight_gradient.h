@@ -17,7 +17,7 @@ struct WeightGradient {
   static constexpr int kTerms = Product::kTerms;
   int64_t k, r, h;
 
-  // The ranks of `count` tokens that meet block b, as add() takes them: (r + h) * count, and a vector beyond
+  // The ranks of `count` tokens that meet block b, as add() takes them: (r + h) * steps(count)
   void read_ranks(const Acc* v, int64_t b, int64_t count, Acc* to) const {
     read_group(v + b * r, r, count, to);
     read_group(v + k * r, h, count, to + r * steps(count));

@@ -89,7 +89,7 @@ Adapter adapter(const Shape& s, Array<T>& A, Array<T>& B, Array<T>& A_general, A
 }
 
 template <class T>
-Results<T> run(const Shape& s, const Inputs& inputs, int threads) {
+Results<T> run(const Shape& s, const Inputs& inputs, int threads, bool u_again = false) {
   Array<T> x, grad, A, B, A_general, B_general;
   copy(inputs.x, x), copy(inputs.grad, grad), copy(inputs.A, A), copy(inputs.B, B);
   copy(inputs.A_general, A_general), copy(inputs.B_general, B_general);
@@ -114,7 +114,7 @@ Results<T> run(const Shape& s, const Inputs& inputs, int threads) {
   backward.shape = s, backward.adapter = forward.adapter;
   backward.grad_y = rows(grad, s.T, s.M), backward.x = forward.x, backward.grad_x = rows(results.dx, s.T, s.N);
   backward.grad = adapter(s, results.dA, results.dB, results.dA_general, results.dB_general);
-  backward.u = u.data();
+  backward.u = u_again ? nullptr : u.data();
   backward.scaling = 0.75, backward.threads = threads;
   cpu::backward(backward);
   return results;
@@ -141,6 +141,7 @@ void test_bfloat16_is_near_float(const Shape& s) {
   EXPECT(near(got.dA_general, want.dA_general, kGradientTolerance));
   EXPECT(near(got.dB_general, want.dB_general, kGradientTolerance));
   EXPECT(run<uint16_t>(s, inputs, 3) == got);
+  EXPECT(run<uint16_t>(s, inputs, 2, true) == got);
 }
 
 }  // namespace
