@@ -16,11 +16,11 @@ from torch import nn
 from gralora_ext import build_info, ops, reference
 
 BF16 = torch.bfloat16
-ROUNDED_FROM = 64  # tokens: kTokensToRound
+ROUNDED_FROM = 5  # tokens: kTokensToRound
 
 # An even and an odd number of tokens, in one segment and in several; widths of blocks that are even, odd, a part of a vector and
 # of several chunks; ranks of a block that are even, odd and more than a vector; the hybrid part.
-TOKENS = [64, 97, 300, 1301]
+TOKENS = [5, 64, 97, 1301]
 SIZES = [
     (1, 2, 4, 2, 0),
     (3, 30, 40, 12, 2),
@@ -75,7 +75,7 @@ def share_of_y_not_rounded_once(T: int, device: torch.device) -> float:
     return (y != wide.to(BF16)).double().mean().item()
 
 
-@pytest.mark.parametrize("T", [1, 5, 63])
+@pytest.mark.parametrize("T", [1, 2, 4])
 def test_ranks_of_fewer_tokens_stay_float32(T: int, device: torch.device) -> None:
     share = share_of_y_not_rounded_once(T, device)
     assert share <= (MERGE_MISROUNDED if device.type == "cuda" else 0.0)  # other kernels there, where base is float32

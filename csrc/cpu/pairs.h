@@ -6,15 +6,16 @@
 //                                              lie, transposed like floats
 //   x, g and the ranks in a sum over tokens    two rows, interleaved
 //
-// Ranks are sums in float: as a factor they are rounded to bf16, from kTokensToRound tokens on, where arithmetic is what costs.
-// PEFT rounds them too, and the path besides. In one more piece, to keep float's accuracy, they would cost as much as in float.
+// Ranks are sums in float: as a factor they are rounded to bf16, from kTokensToRound tokens on (below, reading the parameters is
+// what costs). PEFT rounds them too, and the path besides. In one more piece, to keep float's accuracy, they would cost as much
+// as in float.
 #pragma once
 
 #include "panels.h"
 
 namespace gralora::cpu::GRALORA_ISA {
 
-constexpr int64_t kTokensToRound = 64;
+constexpr int64_t kTokensToRound = 5;
 
 inline bool even(int64_t n) { return n % 2 == 0; }
 inline bool aligned_to_pairs(const void* data) { return reinterpret_cast<uintptr_t>(data) % sizeof(float) == 0; }
