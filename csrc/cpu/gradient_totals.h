@@ -66,20 +66,37 @@ struct Totals {
     });
   }
 
+  // A cache line of a row at a time, where there are as many ranks
   template <class P>
   void write_transposed(P* out, const Param& to, int64_t ranks, int64_t columns, const Acc* sums) const {
     constexpr int64_t W = kWidth<Acc>;
     const int64_t whole_ranks = ranks / W * W, whole_columns = columns / W * W;
-    Acc block[W * W];
-    for (int64_t i = 0; i < whole_columns; i += W)
-      for (int64_t c = 0; c < whole_ranks; c += W) {
-        transpose_block<Acc>(sums + c * kChunk + i, kChunk, block, W);
-        for (int64_t m = 0; m < W; m++)
-          store<Acc>(out + (i + m) * to.column_stride + c, scale * load<Acc>(block + m * W));
-      }
+    for (int64_t i = 0; i < whole_columns; i += W) {
+      int64_t c = 0;
+      if constexpr (sizeof(P) < sizeof(Acc))
+        for (; c + 2 * W <= whole_ranks; c += 2 * W)
+          write_blocks<2>(out + i * to.column_stride + c, to, sums + c * kChunk + i);
+      for (; c < whole_ranks; c += W) write_blocks<1>(out + i * to.column_stride + c, to, sums + c * kChunk + i);
+    }
     for (int64_t i = 0; i < columns; i++)
       for (int64_t c = i < whole_columns ? whole_ranks : 0; c < ranks; c++)
         out[i * to.column_stride + c] = from_acc<P>(scale * sums[c * kChunk + i]);
+  }
+
+  // A vector of columns by NV vectors of ranks
+  template <int NV, class P>
+  void write_blocks(P* out, const Param& to, const Acc* sums) const {
+    constexpr int64_t W = kWidth<Acc>;
+    Acc blocks[NV][W * W];
+    for (int v = 0; v < NV; v++) transpose_block<Acc>(sums + v * W * kChunk, kChunk, blocks[v], W);
+    for (int64_t m = 0; m < W; m++) {
+      Vec<Acc> row[NV];
+      for (int v = 0; v < NV; v++) row[v] = scale * load<Acc>(blocks[v] + m * W);
+      P* at = out + m * to.column_stride;
+      store_row<Acc, P, NV>(at, row);
+      if (NV == 2)
+        __builtin_prefetch(at + 2 * W, 1);  // the line of the ranks that follow: each row is far from the last one
+    }
   }
 };
 
