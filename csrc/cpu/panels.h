@@ -30,21 +30,35 @@ int64_t panel_size(int64_t rows, int64_t columns) {
 }
 
 template <class Acc, class P>
-void pack_tile(const P* from, const Param& param, int64_t rows, int64_t columns, Acc* to) {
-  constexpr int64_t W = kWidth<Acc>;
-  int64_t i0 = 0;
-  if (param.row_stride == 1 && param.column_stride != 1 && columns == kTile<Acc>) {
-    for (; i0 + W <= rows; i0 += W)
-      for (int64_t c0 = 0; c0 < columns; c0 += W) {
-        const P* block = from + i0 + c0 * param.column_stride;
-        for (int64_t c = 0; c < W; c++) __builtin_prefetch(block + 2 * W + c * param.column_stride);
-        transpose_block<Acc>(block, param.column_stride, to + i0 * kTile<Acc> + c0, kTile<Acc>);
+void pack_transposed(const P* from, int64_t column_stride, int64_t rows, int64_t columns, Acc* to) {
+  constexpr int64_t W = kWidth<Acc>, ld = kTile<Acc>;
+  for (int64_t i = 0; i < rows; i += W)
+    for (int64_t c0 = 0; c0 < ld; c0 += W) {
+      const P* block = from + i + c0 * column_stride;
+      Acc* transposed = to + i * ld + c0;
+      if (i + W <= rows && c0 + W <= columns) {
+        for (int64_t c = 0; c < W; c++) __builtin_prefetch(block + 2 * W + c * column_stride);
+        transpose_block<Acc>(block, column_stride, transposed, ld);
+      } else {
+        transpose_some<Acc>(block, column_stride, smaller(W, rows - i), columns - c0, transposed, ld);
       }
-  }
-  for (int64_t i = i0; i < rows; i++) {
-    __builtin_prefetch(from + (i + 12) * param.row_stride);
-    convert_row<Acc>(from + i * param.row_stride, param.column_stride, columns, to + i * kTile<Acc>);
-    for (int64_t c = columns; c < kTile<Acc>; c++) to[i * kTile<Acc> + c] = Acc(0);
+    }
+}
+
+template <class Acc, class P>
+void pack_tile(const P* from, const Param& param, int64_t rows, int64_t columns, Acc* to) {
+  constexpr int64_t W = kWidth<Acc>, ld = kTile<Acc>;
+  if (param.row_stride == 1 && param.column_stride != 1)
+    return pack_transposed<Acc>(from, param.column_stride, rows, columns, to);
+  const bool in_run = param.column_stride == 1, whole = in_run && columns == ld;
+  for (int64_t i = 0; i < rows; i++, from += param.row_stride, to += ld) {
+    __builtin_prefetch(from + 12 * param.row_stride);
+    if (whole)
+      for (int64_t c = 0; c < ld; c += W) store<Acc>(to + c, load<Acc>(from + c));
+    else if (in_run)
+      for (int64_t c = 0; c < ld; c += W) store<Acc>(to + c, load_some<Acc>(from + c, columns - c));
+    else
+      for (int64_t c = 0; c < ld; c++) to[c] = c < columns ? to_acc<Acc>(from[c * param.column_stride]) : Acc(0);
   }
 }
 

@@ -198,6 +198,24 @@ inline void store(T* p, Vec<Acc> v) {
   Access<Acc, T>::store(p, v);
 }
 
+// The first `count` elements (all of a vector's, if there are as many), zeros beyond; nothing beyond is read.
+template <class Acc, class T>
+inline Vec<Acc> load_some(const T* p, int64_t count) {
+  if (count >= kWidth<Acc>) return load<Acc>(p);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Acc) == sizeof(float)) {
+    const __mmask16 some = count <= 0 ? 0 : (1 << count) - 1;
+    if constexpr (sizeof(T) == sizeof(float)) return Vec<Acc>(_mm512_maskz_loadu_ps(some, p));
+    alignas(32) T part[kWidth<Acc>];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(part), _mm256_maskz_loadu_epi16(some, p));
+    return load<Acc>(part);
+  }
+#endif
+  Vec<Acc> v{};
+  for (int64_t i = 0; i < count; i++) v[i] = to_acc<Acc>(p[i]);
+  return v;
+}
+
 // One row of a register tile: NV vectors side by side.
 template <class Acc, class T, int NV>
 inline __attribute__((always_inline)) void store_row(T* p, const Vec<Acc> (&v)[NV]) {

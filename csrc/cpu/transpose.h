@@ -26,13 +26,9 @@ inline void pair_lanes(int step, typename LaneMaskOf<Acc>::type& upper, typename
   }
 }
 
-// to[i*to_stride + c] = from[c*from_stride + i] for i, c = 0 .. W-1
-template <class Acc, class T>
-inline void transpose_block(const T* from, int64_t from_stride, Acc* to, int64_t to_stride) {
+template <class Acc>
+inline __attribute__((always_inline)) void transpose(Vec<Acc> (&row)[kWidth<Acc>]) {
   constexpr int W = kWidth<Acc>;
-  Vec<Acc> row[W];
-#pragma GCC unroll 16
-  for (int c = 0; c < W; c++) row[c] = load<Acc>(from + c * from_stride);
 #pragma GCC unroll 4
   for (int step = 1; step < W; step *= 2) {
     typename LaneMaskOf<Acc>::type upper{}, lower{};
@@ -44,8 +40,36 @@ inline void transpose_block(const T* from, int64_t from_stride, Acc* to, int64_t
       row[c] = __builtin_shuffle(a, b, upper), row[c + step] = __builtin_shuffle(a, b, lower);
     }
   }
+}
+
+// to[i*to_stride + c] = from[c*from_stride + i] for i, c = 0 .. W-1
+template <class Acc, class T>
+inline void transpose_block(const T* from, int64_t from_stride, Acc* to, int64_t to_stride) {
+  constexpr int W = kWidth<Acc>;
+  Vec<Acc> row[W];
+#pragma GCC unroll 16
+  for (int c = 0; c < W; c++) row[c] = load<Acc>(from + c * from_stride);
+  transpose<Acc>(row);
 #pragma GCC unroll 16
   for (int i = 0; i < W; i++) store<Acc>(to + i * to_stride, row[i]);
+}
+
+// The same at an edge: for i = 0 .. rows-1, with zeros from c = columns on
+template <class Acc, class T>
+__attribute__((noinline)) void transpose_some(const T* from, int64_t from_stride, int64_t rows, int64_t columns,
+                                              Acc* to, int64_t to_stride) {
+  constexpr int W = kWidth<Acc>;
+  if (columns <= 0) {
+    for (int64_t i = 0; i < rows; i++) store<Acc>(to + i * to_stride, Vec<Acc>{});
+    return;
+  }
+  Vec<Acc> row[W];
+#pragma GCC unroll 16
+  for (int c = 0; c < W; c++) row[c] = c < columns ? load_some<Acc>(from + c * from_stride, rows) : Vec<Acc>{};
+  transpose<Acc>(row);
+#pragma GCC unroll 16
+  for (int i = 0; i < W; i++)
+    if (i < rows) store<Acc>(to + i * to_stride, row[i]);
 }
 
 // Lane m of the result is the sum over the lanes of row[m]: the same rounds, but pairs are added and need no second row.
