@@ -54,6 +54,7 @@ def _default() -> list[Shape]:
         *(replace(SQUARE, k=k) for k in (4, 8)),
         *(replace(SQUARE, r=r, k=k) for r, k in ((16, 8), (64, 4), (128, 8))),
         *(replace(s, h=s.r // 2) for s in (SMALL, SQUARE)),
+        *(replace(SQUARE, T=1, r=r, h=h) for r, h in ((8, 0), (8, 8))),
         *(_in(s, *dtypes, T=t) for s in (SMALL, Shape(4096, 4096)) for dtypes in DTYPES for t in (1, 256)),
         *MANY_RANKS_OF_16_BITS,
         WITH_DROPOUT,

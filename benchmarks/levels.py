@@ -17,6 +17,6 @@ class Level:
 LEVELS = {
     "tiny": Level("tiny", 0.01, 2),
     "quick": Level("quick", 1.0, 5),
-    "default": Level("default", 2.0, 7),
+    "default": Level("default", 1.8, 7),
     "full": Level("full", 5.0, 9),
 }
