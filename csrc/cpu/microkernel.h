@@ -65,8 +65,7 @@ struct TensorRows {
       asm("" : "+r"(third[i]));
     }
   }
-  inline __attribute__((always_inline)) const Acc* address(int m) const { return third[m / 3] + m % 3 * ld; }
-  inline __attribute__((always_inline)) Acc at(int m, int64_t) const { return *address(m); }
+  inline __attribute__((always_inline)) Acc at(int m, int64_t) const { return third[m / 3][m % 3 * ld]; }
   inline __attribute__((always_inline)) void next() {
 #pragma GCC unroll 4
     for (int i = 0; i < kPointers; i++) third[i]++;
