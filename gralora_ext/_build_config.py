@@ -39,12 +39,16 @@ COMMON_SOURCES = [
 # Compiled once per capability; they include no torch header.
 KERNEL_SOURCES = ["csrc/cpu/forward.cpp", "csrc/cpu/backward.cpp", "csrc/cpu/merge.cpp", "csrc/cpu/linear.cpp"]
 
+# GCC would multiply and add in two steps, rounded twice, where a loop has one sum alone: a token's bits would depend on how many
+# are beside it.
+FMA_FLAGS = ["-mfma", "--param=avoid-fma-max-bits=0"]
+
 # In rising order: the linker keeps the first copy of a shared inline function, so the portable one must come first.
 X86_CAPABILITY_FLAGS = {
     "default": [],
-    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx2": ["-mavx2", *FMA_FLAGS, "-mf16c"],
     "avx512": [
-        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *FMA_FLAGS, "-mf16c"),
         "-mprefer-vector-width=512",
     ],
 }

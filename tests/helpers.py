@@ -254,7 +254,8 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal in shape, dtype and every bit (so NaN equals itself, and 0.0 differs from -0.0)."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return torch.equal(a.contiguous().flatten().view(torch.uint8), b.contiguous().flatten().view(torch.uint8))
+    a, b = (t.flatten().clone(memory_format=torch.contiguous_format) for t in (a, b))  # one element may have any stride
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 def run_python(code: str, timeout: float = 120, **environment: str) -> str:

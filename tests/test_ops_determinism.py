@@ -162,14 +162,14 @@ print(resident() - before)
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_each_cpu_capability_passes_the_tests_of_dtypes_sizes_and_rounding(capability: str) -> None:
-    names = ("forward", "backward", "merge", "dropout")
+    names = ("forward", "backward", "merge", "dropout", "few_tokens")
     files = [str(Path(__file__).with_name(f"test_ops_{name}.py")) for name in names]
     printed = run_python(
         f"""
 import sys, pytest
 from gralora_ext import build_info
 print(build_info()["cpu_capability"], flush=True)
-names = "gradients_are_right or 16_bit or both_masks or merge_takes_every"
+names = "gradients_are_right or 16_bit or both_masks or merge_takes_every or few_tokens"
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", names, *{files}]))
 """,
         GRALORA_EXT_CPU_CAPABILITY=capability,

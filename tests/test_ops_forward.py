@@ -102,6 +102,21 @@ def test_rows_do_not_depend_on_the_rows_beside_them(device: torch.device) -> Non
     assert y[50].isinf().sum() == 1
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+@pytest.mark.parametrize(("n", "m", "rb"), [(16, 8, 4), (40, 24, 8), (17, 19, 1), (260, 40, 2)])
+def test_rows_do_not_depend_on_how_many_are_beside_them(
+    n: int, m: int, rb: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Registers hold twelve tokens or what is left of them, down to one: every sum is rounded in the same places."""
+    if device.type != "cpu":
+        pytest.skip("kernels for CUDA are chosen by the number of tokens")
+    tensors = Case((48,), 2, n, m, rb, 3).uniform(dtype).inputs(device).tensors
+    whole = ops.gralora(**tensors, scaling=1.0)
+    for T in range(5, 48):
+        some = {name: t[:T] if name in ("x", "base") else t for name, t in tensors.items()}
+        assert same_bits(ops.gralora(**some, scaling=1.0), whole[:T])
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "offset", "padded"])
 @pytest.mark.parametrize("T", [1, 5, 97, 300])
 @pytest.mark.parametrize(("k", "n", "m", "rb"), [(1, 2, 5, 1), (3, 30, 40, 11), (2, 31, 40, 16), (2, 600, 96, 24)])

@@ -7,11 +7,10 @@
 // Every parameter is read once, along its rows, and its gradient is written beside it. Each sum belongs to one item.
 #pragma once
 
+#include "few_tokens.h"
 #include "project.h"
 
 namespace gralora::cpu::GRALORA_ISA {
-
-constexpr int64_t kFewTokens = 4;
 
 template <class Acc>
 struct BackwardFew {
@@ -41,7 +40,7 @@ struct BackwardFew {
     const int64_t groups = ceil_div(s.r, kRanks), chunks = ceil_div(w_in, kChunk);
     for_dtype<Acc>(p.adapter.B.dtype, [&](auto* type) {
       using P = std::remove_pointer_t<decltype(type)>;
-      for_tokens([&](auto tokens) {
+      for_few_tokens(s.T, [&](auto tokens) {
         parallel_items(s.k * groups, p.threads, [&](int64_t item, int) {
           const int64_t j = item / groups, c = item % groups * kRanks;
           if (c + kRanks <= s.r) return pass_B<tokens.value, kRanks, P>(j, c, want_H);
@@ -52,7 +51,7 @@ struct BackwardFew {
     if (!want_H) return;
     for_dtype<Acc>(p.adapter.A.dtype, [&](auto* type) {
       using P = std::remove_pointer_t<decltype(type)>;
-      for_tokens([&](auto tokens) {
+      for_few_tokens(s.T, [&](auto tokens) {
         parallel_items(s.k * chunks, p.threads, [&](int64_t item, int thread) {
           const int64_t first = item % chunks * kChunk;
           pass_A<tokens.value, P>(item / chunks, first, smaller(kChunk, w_in - first), buffers.of(thread));
@@ -62,13 +61,6 @@ struct BackwardFew {
   }
 
  private:
-  template <class F>
-  void for_tokens(F&& f) const {
-    if (s.T == 1) return f(Int<1>{});
-    if (s.T == 2) return f(Int<2>{});
-    f(Int<4>{});
-  }
-
   // g and U in the accumulation type; U again, where forward did not keep it
   void read_tokens() {
     for_dtype<Acc>(p.grad_y.dtype, [&](auto* type) {
@@ -148,30 +140,10 @@ struct BackwardFew {
     for (int64_t i = 0; i < columns; i += W) {
       const int64_t count = smaller(W, columns - i);
       for (int64_t t = 0; want_x && t < s.T; t++)
-        dot_rows(a + i * from.row_stride, from.row_stride, count, h + t * row, dx + t * kRow<Acc> + i);
+        dot_all_rows<W>(a + i * from.row_stride, from.row_stride, count, s.r, h + t * row, dx + t * kRow<Acc> + i);
       for (int64_t m = i; want_A && m < i + count; m++) outer_row<T>(block.rows + m, h, da + m * to.row_stride);
     }
     if (want_x) store_x(n * w_in + first, columns, dx, block.draws);
-  }
-
-  // to[m] = sum_c h[c] a[m*stride + c] for m < count; to[count .. W) is written too
-  template <class P>
-  void dot_rows(const P* a, int64_t stride, int64_t count, const Acc* h, Acc* to) const {
-    constexpr int64_t W = kWidth<Acc>;
-    const int64_t whole = s.r / W * W;
-    Vec<Acc> sum[W] = {};
-    if (count == W) {
-      for (int64_t c = 0; c < whole; c += W) {
-        const Vec<Acc> h_c = load<Acc>(h + c);
-#pragma GCC unroll 16
-        for (int64_t m = 0; m < W; m++) sum[m] += h_c * load<Acc>(a + m * stride + c);
-      }
-      store<Acc>(to, lane_sums<Acc>(sum));
-    } else {
-      for (int64_t m = 0; m < W; m++) to[m] = Acc(0);
-    }
-    for (int64_t m = 0; m < count; m++)
-      for (int64_t c = count == W ? whole : 0; c < s.r; c++) to[m] += h[c] * to_acc<Acc>(a[m * stride + c]);
   }
 
   template <int T, class P>

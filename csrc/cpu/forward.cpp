@@ -3,6 +3,7 @@
 // Many tokens: a thread takes a segment through both passes, and nothing but u and y leaves its cache. Few: threads share
 // the columns instead, chunks of x first, strips of y then. Both give the same bits.
 #include "expand.h"
+#include "forward_few.h"
 #include "project.h"
 
 namespace gralora::cpu::GRALORA_ISA {
@@ -134,6 +135,7 @@ struct Forward {
 
 template <class Acc>
 void run(const ForwardParams& p) {
+  if (ForwardFew<Acc>::fits(p)) return ForwardFew<Acc>{p}.run();
   if constexpr (kMultipliesPairs<Acc>) {
     Forward<Acc, Pairs, Pairs> pairs(p);
     if (pairs.project.takes_pairs()) {

@@ -153,10 +153,11 @@ template <>
 struct Access<float, bf16> {
   typedef typename VectorOf<uint16_t, kWidth<float>>::type Half;
   typedef typename VectorOf<uint32_t, kWidth<float>>::type Word;
+  static Vec<float> widen(Half half) { return bit_cast<Vec<float>>(__builtin_convertvector(half, Word) << 16); }
   static Vec<float> load(const bf16* p) {
     Half half;
     memcpy(&half, p, sizeof half);
-    return bit_cast<Vec<float>>(__builtin_convertvector(half, Word) << 16);
+    return widen(half);
   }
   static void store(bf16* p, Vec<float> v) {
     const Word u = bit_cast<Word>(v);
@@ -170,9 +171,9 @@ struct Access<float, bf16> {
 #if defined(__AVX512F__)
 template <>
 struct Access<float, f16> {
-  static Vec<float> load(const f16* p) {
-    return Vec<float>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
-  }
+  typedef __m256i Half;
+  static Vec<float> widen(Half half) { return Vec<float>(_mm512_cvtph_ps(half)); }
+  static Vec<float> load(const f16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
   static void store(f16* p, Vec<float> v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(__m512(v), _MM_FROUND_TO_NEAREST_INT));
   }
@@ -205,10 +206,10 @@ inline Vec<Acc> load_some(const T* p, int64_t count) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(Acc) == sizeof(float)) {
     const __mmask16 some = count <= 0 ? 0 : (1 << count) - 1;
-    if constexpr (sizeof(T) == sizeof(float)) return Vec<Acc>(_mm512_maskz_loadu_ps(some, p));
-    alignas(32) T part[kWidth<Acc>];
-    _mm256_store_si256(reinterpret_cast<__m256i*>(part), _mm256_maskz_loadu_epi16(some, p));
-    return load<Acc>(part);
+    if constexpr (sizeof(T) == sizeof(float))
+      return Vec<Acc>(_mm512_maskz_loadu_ps(some, p));
+    else
+      return Access<Acc, T>::widen(bit_cast<typename Access<Acc, T>::Half>(_mm256_maskz_loadu_epi16(some, p)));
   }
 #endif
   Vec<Acc> v{};

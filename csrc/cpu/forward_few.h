@@ -1,0 +1,187 @@
+// forward for a few tokens, where reading the parameters is nearly all of the work: no packing, no transposing. For parameters
+// whose rows lie in one run.
+//
+//   an item of pass A, a chunk of columns:   its part of H_n[t, c] = sum_i x'_n[t, i] A_n[i, c], and of sum_i x'[t, i] Ag[c, i]
+//   an item of pass B, a strip of columns:   y_j[t, o] = base_j[t, o] + s (sum_c U_j[t, c] B_j[c, o] + sum_c U[t, k*r + c] Bg[o, c])
+//
+// The lanes are columns of A and B; the general part is dot products along its rows. A token's sums depend neither on the other
+// tokens nor on threads.
+#pragma once
+
+#include "few_tokens.h"
+#include "project.h"
+
+namespace gralora::cpu::GRALORA_ISA {
+
+template <class Acc>
+struct ForwardFew {
+  const ForwardParams& p;
+  const Shape& s = p.shape;
+  const int64_t row = s.k * s.r + s.h, w_out = s.M / s.k;
+  const Project<Acc, Singles<Acc>> project{s.N, s.k, s.r, s.h, p.x, Mask(p.dropout), p.adapter.A, Param{}, Acc(1)};
+
+  static bool fits(const ForwardParams& p) {
+    const auto in_rows = [](const Param& parameter) { return parameter.column_stride == 1; };
+    return p.shape.T <= kFewTokens && in_rows(p.adapter.A) && in_rows(p.adapter.B) &&
+           (p.shape.h == 0 || (in_rows(p.adapter.A_general) && in_rows(p.adapter.B_general))) &&
+           p.base.column_stride == 1 && p.y.column_stride == 1;
+  }
+
+  void run() const {
+    const int64_t chunks = project.chunks(), sums = project.sums();
+    const int64_t most = p.threads == 1 ? kStrip : ceil_div(s.M, 4 * p.threads);
+    const int64_t strip = smaller(kStrip, round_up(smaller(most, w_out), kTile<Acc>)), strips = ceil_div(w_out, strip);
+    Scratch scratch;
+    const PerThread<Acc> buffers(scratch, p.threads, larger(Block<Acc>::size(kFewTokens), kFewTokens * kStrip));
+    Acc* partial = scratch.take<Acc>(chunks * s.T * sums);
+    Acc* sum = scratch.take<Acc>(sums);
+    for_dtype<Acc>(p.adapter.A.dtype, [&](auto* type) {
+      using P = std::remove_pointer_t<decltype(type)>;
+      for_few_tokens(s.T, [&](auto tokens) {
+        parallel_items(chunks, p.threads, [&](int64_t chunk, int thread) {
+          pass_A<tokens.value, P>(chunk, buffers.of(thread), partial + chunk * s.T * sums);
+        });
+        for (int64_t t = 0; t < s.T; t++) project.reduce(partial, s.T, t, sum, u(t));
+        parallel_items(s.k * strips, p.threads, [&](int64_t item, int thread) {
+          const int64_t first = item % strips * strip;
+          pass_B<tokens.value, P>(item / strips, first, smaller(strip, w_out - first), buffers.of(thread));
+        });
+      });
+    });
+  }
+
+ private:
+  static constexpr int64_t kStrip = 1024;  // columns of y whose sums stay in L1
+  // A row of A goes to one of these sums, in turns: a single one would wait for itself.
+  static constexpr int kPhases = kVectorRegisters == 32 ? 4 : 2;
+
+  Acc* u(int64_t t) const { return static_cast<Acc*>(p.u) + t * row; }
+
+  // Rows beyond the last token are the last token's
+  template <int T>
+  void rows_of(const Acc* first, int64_t ld, const Acc* (&rows)[T]) const {
+    for (int64_t t = 0; t < T; t++) rows[t] = first + smaller(t, s.T - 1) * ld;
+  }
+
+  template <int T, class P>
+  void pass_A(int64_t chunk, Acc* buffer, Acc* to) const {
+    constexpr int64_t W = kWidth<Acc>;
+    constexpr int kWide = T == 4 ? 1 : 4 / T, kGeneralRows = W < 4 ? W : 4;
+    const int64_t length = project.cut.length(chunk), column = project.cut.column(chunk), sums = project.sums();
+    const Source<Acc> x = rows_to_multiply<Acc>(p.x, 0, s.T, column, length, s.N, project.mask, {buffer, kFewTokens});
+    const Param &A = p.adapter.A, &G = p.adapter.A_general;
+    const P* a = static_cast<const P*>(A.data) + project.cut.block(chunk) * A.block_stride +
+                 project.cut.first(chunk) * A.row_stride;
+    int64_t c = 0;
+    for (; c + kWide * W <= s.r; c += kWide * W) sum_rows<T, kWide>(x, length, a + c, to + c);
+    for (; c < s.r; c += W) sum_rows<T, 1>(x, length, a + c, to + c, s.r - c);
+    if (s.h == 0) return;
+    const P* g = static_cast<const P*>(G.data) + column;
+    for (int64_t t = 0; t < s.T; t++)
+      dot_all_rows<kGeneralRows>(g, G.row_stride, s.h, length, x.data + t * x.ld,
+                                 to + t * sums + project.general_start());
+  }
+
+  // to[t*sums + c] = sum_i x[t, i] a[i, c] for NV vectors of columns, or for the first `columns` of one
+  template <int T, int NV, class P>
+  __attribute__((noinline)) void sum_rows(const Source<Acc>& x, int64_t length, const P* a, Acc* to,
+                                          int64_t columns = NV * kWidth<Acc>) const {
+    const int64_t stride = p.adapter.A.row_stride;
+    const Acc* rows[T];
+    rows_of(x.data, x.ld, rows);
+    Vec<Acc> sum[kPhases][T][NV] = {};
+    const auto add = [&](auto whole, int phase, int64_t i) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; v++) {
+        const P* at = a + i * stride + v * kWidth<Acc>;
+        const Vec<Acc> b = whole.value ? load<Acc>(at) : load_some<Acc>(at, columns);
+#pragma GCC unroll 4
+        for (int t = 0; t < T; t++) sum[phase][t][v] += rows[t][i] * b;
+      }
+    };
+    const auto add_all = [&](auto whole) __attribute__((always_inline)) {
+      int64_t i = 0;
+      for (; i + kPhases <= length; i += kPhases)
+#pragma GCC unroll 4
+        for (int phase = 0; phase < kPhases; phase++) add(whole, phase, i + phase);
+#pragma GCC unroll 4
+      for (int phase = 0; phase + 1 < kPhases; phase++)
+        if (i + phase < length) add(whole, phase, i + phase);
+    };
+    if (columns >= NV * kWidth<Acc>)
+      add_all(Int<1>{});
+    else
+      add_all(Int<0>{});
+    for_accumulators<T, NV>([&](int t, int v) {
+      Vec<Acc> total = sum[0][t][v];
+#pragma GCC unroll 4
+      for (int phase = 1; phase < kPhases; phase++) total += sum[phase][t][v];
+      if (t < s.T) store<Acc>(to + t * project.sums() + v * kWidth<Acc>, total);
+    });
+  }
+
+  // `columns` from `first` on of the output block j
+  template <int T, class P>
+  void pass_B(int64_t j, int64_t first, int64_t columns, Acc* sum) const {
+    constexpr int64_t W = kWidth<Acc>;
+    constexpr int kWide = kVectorRegisters == 32 ? (T == 1 ? 8 : 4) : (T == 4 ? 2 : 4);
+    const Param &B = p.adapter.B, &G = p.adapter.B_general;
+    const P* b = static_cast<const P*>(B.data) + j * B.block_stride + first;
+    int64_t o = 0;
+    for (; o + kWide * W <= columns; o += kWide * W) sum_ranks<T, kWide>(j, b + o, sum + o);
+    for (; o < columns; o += W) sum_ranks<T, 1>(j, b + o, sum + o, columns - o);
+    const int64_t column = j * w_out + first;
+    for (int64_t t = 0; t < s.T && s.h > 0; t++) {
+      const P* g = static_cast<const P*>(G.data) + column * G.row_stride;
+      Acc general[kStrip];
+      dot_all_rows<W>(g, G.row_stride, columns, s.h, u(t) + s.k * s.r, general);
+      for (int64_t i = 0; i < columns; i++) sum[t * kStrip + i] += general[i];
+    }
+    for_dtype<Acc>(p.y.dtype, [&](auto* type) {
+      using Y = std::remove_pointer_t<decltype(type)>;
+      for (int64_t t = 0; t < s.T; t++) store_y<Y>(t, column, columns, sum + t * kStrip);
+    });
+  }
+
+  // to[t*kStrip + o] = sum_c U_j[t, c] b[c, o] for NV vectors of columns, or for the first `columns` of one
+  template <int T, int NV, class P>
+  __attribute__((noinline)) void sum_ranks(int64_t j, const P* b, Acc* to, int64_t columns = NV * kWidth<Acc>) const {
+    const int64_t stride = p.adapter.B.row_stride;
+    const Acc* rows[T];
+    rows_of(u(0) + j * s.r, row, rows);
+    Vec<Acc> sum[T][NV] = {};
+    const auto add_all = [&](auto whole) __attribute__((always_inline)) {
+      for (int64_t c = 0; c < s.r; c++)
+#pragma GCC unroll 8
+        for (int v = 0; v < NV; v++) {
+          const P* at = b + c * stride + v * kWidth<Acc>;
+          const Vec<Acc> value = whole.value ? load<Acc>(at) : load_some<Acc>(at, columns);
+#pragma GCC unroll 4
+          for (int t = 0; t < T; t++) sum[t][v] += rows[t][c] * value;
+        }
+    };
+    if (columns >= NV * kWidth<Acc>)
+      add_all(Int<1>{});
+    else
+      add_all(Int<0>{});
+    for_accumulators<T, NV>([&](int t, int v) { store<Acc>(to + t * kStrip + v * kWidth<Acc>, sum[t][v]); });
+  }
+
+  template <class Y>
+  void store_y(int64_t t, int64_t column, int64_t columns, const Acc* sum) const {
+    constexpr int64_t W = kWidth<Acc>;
+    const Acc scale = Acc(p.scaling);
+    const Y* from = static_cast<const Y*>(p.base.data) + row_offset(p.base, t) + column;
+    Y* to = static_cast<Y*>(p.y.data) + row_offset(p.y, t) + column;
+    int64_t o = 0;
+    for (; o + 2 * W <= columns; o += 2 * W) {
+      Vec<Acc> y[2];
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; v++) y[v] = scale * load<Acc>(sum + o + v * W) + load<Acc>(from + o + v * W);
+      store_row<Acc, Y, 2>(to + o, y);
+    }
+    for (; o < columns; o++) to[o] = from_acc<Y>(scale * sum[o] + to_acc<Acc>(from[o]));
+  }
+};
+
+}  // namespace gralora::cpu::GRALORA_ISA
