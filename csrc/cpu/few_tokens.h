@@ -41,11 +41,17 @@ inline void dot_rows(const P* a, int64_t stride, int64_t length, const Acc* h, A
     for (int m = 0; m < R; m++) to[m] = sums[m];
 }
 
-// The same for any number of rows: R at a time, the last ones one by one
+// The same for any number of rows: R at a time, the last ones one by one. Short rows, of which a vector's width is taken, are fetched
+// ahead: sums of lanes leave no room for the loads of what comes next.
 template <int R, class Acc, class P>
 inline void dot_all_rows(const P* a, int64_t stride, int64_t rows, int64_t length, const Acc* h, Acc* to) {
   int64_t m = 0;
-  for (; m + R <= rows; m += R) dot_rows<R>(a + m * stride, stride, length, h, to + m);
+  for (; m + R <= rows; m += R) {
+    const char* ahead = reinterpret_cast<const char*>(a + (m + 4 * R) * stride);
+    for (int64_t byte = 0; R == kWidth<Acc> && byte < R * stride * int64_t(sizeof(P)); byte += 64)
+      __builtin_prefetch(ahead + byte);
+    dot_rows<R>(a + m * stride, stride, length, h, to + m);
+  }
   for (; m < rows; m++) dot_rows<1>(a + m * stride, stride, length, h, to + m);
 }
 

@@ -54,6 +54,7 @@ struct ForwardFew {
   static constexpr int64_t kStrip = 1024;  // columns of y whose sums stay in L1
   // A row of A goes to one of these sums, in turns: a single one would wait for itself.
   static constexpr int kPhases = kVectorRegisters == 32 ? 4 : 2;
+  static constexpr int64_t kAhead = 32;  // rows of A; of B, it is the next columns of a row
 
   Acc* u(int64_t t) const { return static_cast<Acc*>(p.u) + t * row; }
 
@@ -94,6 +95,7 @@ struct ForwardFew {
 #pragma GCC unroll 4
       for (int v = 0; v < NV; v++) {
         const P* at = a + i * stride + v * kWidth<Acc>;
+        __builtin_prefetch(at + kAhead * stride);
         const Vec<Acc> b = whole.value ? load<Acc>(at) : load_some<Acc>(at, columns);
 #pragma GCC unroll 4
         for (int t = 0; t < T; t++) sum[phase][t][v] += rows[t][i] * b;
@@ -155,6 +157,7 @@ struct ForwardFew {
 #pragma GCC unroll 8
         for (int v = 0; v < NV; v++) {
           const P* at = b + c * stride + v * kWidth<Acc>;
+          __builtin_prefetch(at + NV * kWidth<Acc>);
           const Vec<Acc> value = whole.value ? load<Acc>(at) : load_some<Acc>(at, columns);
 #pragma GCC unroll 4
           for (int t = 0; t < T; t++) sum[t][v] += rows[t][c] * value;
