@@ -323,7 +323,7 @@ struct Backward {
       for_row_groups(tokens, [&](auto mr, int64_t m) {
         constexpr int MR = decltype(mr)::value;
         to_x.template run_rows<MR, X>(panels, t + m, from_x.cut.block(chunk), from_x.cut.first(chunk),
-                                      from_x.cut.length(chunk), h + m * row / kTerms, b.block.draws + m * kChunk, {});
+                                      from_x.cut.length(chunk), h + m * row / kTerms, b.block.kept + m * kKept, {});
       });
     });
   }

@@ -143,7 +143,7 @@ struct BackwardFew {
         dot_all_rows<W>(a + i * from.row_stride, from.row_stride, count, s.r, h + t * row, dx + t * kRow<Acc> + i);
       for (int64_t m = i; want_A && m < i + count; m++) outer_row<T>(block.rows + m, h, da + m * to.row_stride);
     }
-    if (want_x) store_x(n * w_in + first, columns, dx, block.draws);
+    if (want_x) store_x(n * w_in + first, columns, dx, block.kept);
   }
 
   template <int T, class P>
@@ -163,14 +163,14 @@ struct BackwardFew {
     }
   }
 
-  void store_x(int64_t column, int64_t columns, Acc* dx, const uint16_t* draws) const {
+  void store_x(int64_t column, int64_t columns, Acc* dx, const uint8_t* kept) const {
     for_dtype<Acc>(p.grad_x.dtype, [&](auto* type) {
       using X = std::remove_pointer_t<decltype(type)>;
       for (int64_t t = 0; t < s.T; t++) {
         X* to = static_cast<X*>(p.grad_x.data) + row_offset(p.grad_x, t) + column * p.grad_x.column_stride;
         for (int64_t i = 0; i < columns; i++) {
           const Acc value = dx[t * kRow<Acc> + i];
-          to[i * p.grad_x.column_stride] = from_acc<X>(mask.on ? mask.drop(value, draws[t * kChunk + i]) : value);
+          to[i * p.grad_x.column_stride] = from_acc<X>(mask.on ? mask.drop(value, kept + t * kKept, i) : value);
         }
       }
     });

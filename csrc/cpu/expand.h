@@ -38,13 +38,13 @@ struct Expand {
   // Whether products can be of pairs: of ranks that the caller rounds, for y of bf16
   bool takes_pairs() const { return has_pair_products() && !mask.on && has_pairs(Q, r) && (h == 0 || has_pairs(G, h)); }
 
-  // MR tokens from t0 on, whose rows of ranks are at u, in pairs where products are; draws: those of their elements, where there
-  // is a mask
+  // MR tokens from t0 on, whose rows of ranks are at u, in pairs where products are; kept: which of their elements are, where
+  // there is a mask
   template <int MR, class Y>
   void run_rows(const Panels& panels, int64_t t0, int64_t j, int64_t first, int64_t columns, const Acc* u,
-                const uint16_t* draws, Prefetch prefetch) const {
+                const uint8_t* kept, Prefetch prefetch) const {
     const int64_t start = j * (width / k) + first;
-    RowGroup<MR, Y> group{panels, u + j * r / kTerms, u + k * r / kTerms, {}, {}, draws, prefetch, columns};
+    RowGroup<MR, Y> group{panels, u + j * r / kTerms, u + k * r / kTerms, {}, {}, kept, prefetch, columns};
     for (int m = 0; m < MR; m++) {
       group.to[m] = static_cast<Y*>(y.data) + row_offset(y, t0 + m) + start * y.column_stride;
       group.from[m] = base.data == nullptr
@@ -62,7 +62,7 @@ struct Expand {
     const Acc *ranks, *general_ranks;
     const Y* from[MR];
     Y* to[MR];
-    const uint16_t* draws;
+    const uint8_t* kept;
     Prefetch prefetch;
     int64_t columns;
   };
@@ -80,20 +80,20 @@ struct Expand {
     if (h > 0)
       multiply_rows<Product>(h / kTerms, g.general_ranks, ldu, g.panels.G.at(0, c), g.panels.G.ld, acc, nothing);
     const bool unit = y.column_stride == 1 && (base.data == nullptr || base.column_stride == 1);
-    if (unit && c + NV * kWidth<Acc> <= g.columns) return store_tile<MR, NV, Y>(acc, g.from, g.to, c, g.draws);
+    if (unit && c + NV * kWidth<Acc> <= g.columns) return store_tile<MR, NV, Y>(acc, g.from, g.to, c, g.kept);
     for_accumulators<MR, NV>([&](int m, int v) {
       const int64_t o = c + v * kWidth<Acc>;
-      store_elements<Y>(acc[m][v], g.from[m], g.to[m], o, smaller(kWidth<Acc>, g.columns - o), g.draws + m * kChunk);
+      store_elements<Y>(acc[m][v], g.from[m], g.to[m], o, smaller(kWidth<Acc>, g.columns - o), g.kept + m * kKept);
     });
   }
 
   // All of base is loaded before y is stored: rows that lie 4096 bytes apart would make each load wait for a store.
   template <int MR, int NV, class Y>
   inline __attribute__((always_inline)) void store_tile(Vec<Acc> (&sum)[MR][NV], const Y* const (&from)[MR],
-                                                        Y* const (&to)[MR], int64_t c, const uint16_t* draws) const {
+                                                        Y* const (&to)[MR], int64_t c, const uint8_t* kept) const {
     for_accumulators<MR, NV>([&](int m, int v) {
       sum[m][v] *= scale;
-      if (mask.on) sum[m][v] = mask.drop(sum[m][v], draws + m * kChunk + c + v * kWidth<Acc>);
+      if (mask.on) sum[m][v] = mask.drop<Acc>(sum[m][v], kept + m * kKept, c + v * kWidth<Acc>);
       if (base.data != nullptr) sum[m][v] += load<Acc>(from[m] + c + v * kWidth<Acc>);
     });
     for_accumulators<MR, 1>([&](int m, int) { store_row<Acc, Y, NV>(to[m] + c, sum[m]); });
@@ -101,10 +101,10 @@ struct Expand {
 
   template <class Y>
   __attribute__((noinline)) void store_elements(Vec<Acc> sum, const Y* from, Y* to, int64_t o, int64_t count,
-                                                const uint16_t* draws) const {
+                                                const uint8_t* kept) const {
     for (int64_t i = 0; i < count; i++) {
       Acc value = scale * sum[i];
-      if (mask.on) value = mask.drop(value, draws[o + i]);
+      if (mask.on) value = mask.drop(value, kept, o + i);
       if (from != nullptr) value += to_acc<Acc>(from[(o + i) * base.column_stride]);
       to[(o + i) * y.column_stride] = from_acc<Y>(value);
     }

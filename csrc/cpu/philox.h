@@ -34,11 +34,42 @@ inline Lanes xor3(Lanes a, Lanes b, uint64_t key) {
 constexpr int kRounds = 10;
 constexpr int kDraws = 8 * kLanes;  // of one group of kLanes counters
 
-// The draws of kStreams groups of counters from `first` on, in order; groups are interleaved, since one alone waits for its
-// products. Only the low half of a lane counts in c0 .. c3: the high one holds what a product left there, which saves the
-// splitting of words. `keys`: both words of each round's key.
+// Bit i of `bits`: whether draw i of a group, which lie in `words` as in memory, is at least `threshold` (below 2^16)
+inline void compare_group(const Lanes (&words)[2], uint32_t threshold, uint8_t* bits) {
+#if defined(__AVX512F__)
+  const __m512i least = _mm512_set1_epi16(int16_t(threshold));
+  _store_mask32(reinterpret_cast<__mmask32*>(bits), _mm512_cmpge_epu16_mask(__m512i(words[0]), least));
+  _store_mask32(reinterpret_cast<__mmask32*>(bits + 4), _mm512_cmpge_epu16_mask(__m512i(words[1]), least));
+#elif defined(__AVX2__)
+  const __m256i least = _mm256_set1_epi16(int16_t(threshold)), a = __m256i(words[0]), b = __m256i(words[1]);
+  const __m256i both = _mm256_packs_epi16(_mm256_cmpeq_epi16(_mm256_max_epu16(a, least), a),
+                                          _mm256_cmpeq_epi16(_mm256_max_epu16(b, least), b));
+  const int group = _mm256_movemask_epi8(_mm256_permute4x64_epi64(both, 0xd8));
+  memcpy(bits, &group, sizeof group);
+#else
+  uint16_t draws[kDraws];
+  memcpy(draws, words, sizeof draws);
+  for (int i = 0; i < kDraws; i += 8) {
+    bits[i / 8] = 0;
+    for (int bit = 0; bit < 8; bit++) bits[i / 8] |= uint8_t((draws[i + bit] >= threshold) << bit);
+  }
+#endif
+}
+
+// The low words of the lanes of both: a's in the even places, b's in the odd ones
+inline Lanes low_words(Lanes a, Lanes b) {
+#if defined(__AVX512F__)
+  return Lanes(_mm512_mask_shuffle_epi32(__m512i(a), 0xaaaa, __m512i(b), _MM_PERM_CCAA));
+#else
+  return (a & 0xffffffffu) | b << 32;
+#endif
+}
+
+// Bit i: whether draw i of kStreams groups of counters from `first` on is at least `threshold`; groups are interleaved, since
+// one alone waits for its products. Only the low half of a lane counts in c0 .. c3: the high one holds what a product left
+// there, which saves the splitting of words. `keys`: both words of each round's key.
 template <int kStreams>
-inline void philox_4x32_10(const uint64_t (&keys)[kRounds][2], uint64_t first, uint16_t* draws) {
+inline void philox_4x32_10(const uint64_t (&keys)[kRounds][2], uint64_t first, uint32_t threshold, uint8_t* bits) {
   Lanes c0[kStreams], c1[kStreams], c2[kStreams], c3[kStreams];
   Lanes lane_numbers;
   for (int lane = 0; lane < kLanes; lane++) lane_numbers[lane] = uint64_t(lane);
@@ -61,12 +92,13 @@ inline void philox_4x32_10(const uint64_t (&keys)[kRounds][2], uint64_t first, u
   }
 #pragma GCC unroll 4
   for (int s = 0; s < kStreams; s++) {
-    const Lanes even = (c0[s] & 0xffffffffu) | c1[s] << 32, odd = (c2[s] & 0xffffffffu) | c3[s] << 32;
+    const Lanes even = low_words(c0[s], c1[s]), odd = low_words(c2[s], c3[s]);
     const Lanes words[2] = {__builtin_shuffle(even, odd, low), __builtin_shuffle(even, odd, high)};
-    memcpy(draws + s * kDraws, words, sizeof words);
+    compare_group(words, threshold, bits + s * kLanes);  // a counter's draws are a byte
   }
 }
 
+// Which elements of a row are kept, as bits: element i is bit i % 8 of byte i / 8.
 struct Mask {
   bool on = false;
   uint64_t keys[kRounds][2] = {};
@@ -85,44 +117,50 @@ struct Mask {
     keep_scale = 1.0 / (1.0 - d.p);
   }
 
-  // to[i] = the draw of element first + i
-  void draw(uint64_t first, int64_t count, uint16_t* to) const {
+  static constexpr int64_t size(int64_t count) { return count / 8 + 32; }  // bytes that draw() may write
+
+  // Bit i of `to`: whether element first + i is kept
+  void draw(uint64_t first, int64_t count, uint8_t* to) const {
     constexpr int kStreams = 4;
-    int64_t done = -int64_t(first % 8);  // draws of the first counter that belong to elements before
-    while (done < count) {
-      const uint64_t counter = (first + uint64_t(done)) / 8;
-      if (done >= 0 && done + kStreams * kDraws <= count) {
-        philox_4x32_10<kStreams>(keys, counter, to + done);
-        done += kStreams * kDraws;
-      } else if (done >= 0 && done + kDraws <= count) {
-        philox_4x32_10<1>(keys, counter, to + done);
-        done += kDraws;
-      } else {
-        uint16_t edge[kDraws];
-        philox_4x32_10<1>(keys, counter, edge);
-        const int64_t begin = larger(0, -done), end = smaller(kDraws, count - done);
-        memcpy(to + done + begin, edge + begin, size_t(end - begin) * sizeof(uint16_t));
-        done += kDraws;
-      }
+    const int shift = int(first % 8);  // draws of the first counter that belong to elements before
+    const int64_t counters = ceil_div(shift + count, 8);
+    if (threshold > 0xffff) {
+      memset(to, 0, size_t(counters));
+      return;
     }
+    int64_t done = 0;
+    for (; done + kStreams * kLanes <= counters; done += kStreams * kLanes)
+      philox_4x32_10<kStreams>(keys, first / 8 + uint64_t(done), threshold, to + done);
+    for (; done < counters; done += kLanes) philox_4x32_10<1>(keys, first / 8 + uint64_t(done), threshold, to + done);
+    for (int64_t byte = 0; shift != 0 && byte < ceil_div(count, 8); byte++)
+      to[byte] = uint8_t((to[byte] | to[byte + 1] << 8) >> shift);
   }
 
-  // v / (1-p) where the draw keeps it, else 0, whatever v is: a dropped infinity leaves no trace.
-  Vec<float> drop(Vec<float> v, const uint16_t* draws) const {
-    typedef typename VectorOf<uint16_t, kWidth<float>>::type Halves;
-    typedef typename VectorOf<uint32_t, kWidth<float>>::type Words;
-    Halves halves;
-    memcpy(&halves, draws, sizeof halves);
-    const Words kept = Words(__builtin_convertvector(halves, Words) >= threshold);
-    return bit_cast<Vec<float>>(bit_cast<Words>(v * float(keep_scale)) & kept);
-  }
-  Vec<double> drop(Vec<double> v, const uint16_t* draws) const {
-    for (int lane = 0; lane < kWidth<double>; lane++) v[lane] = draws[lane] >= threshold ? v[lane] * keep_scale : 0.0;
+  static bool kept(const uint8_t* bits, int64_t i) { return bits[i / 8] >> i % 8 & 1; }
+
+  // v / (1-p) where the element is kept, else 0, whatever v is: a dropped infinity leaves no trace. Of the elements from i on, a
+  // multiple of the width.
+  template <class Acc>
+  Vec<Acc> drop(Vec<Acc> v, const uint8_t* bits, int64_t i) const {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(Acc) == sizeof(float)) {
+      uint16_t some;
+      memcpy(&some, bits + i / 8, sizeof some);
+      return Vec<float>(_mm512_maskz_mul_ps(some, __m512(v), _mm512_set1_ps(float(keep_scale))));
+    }
+#elif defined(__AVX2__)
+    if constexpr (sizeof(Acc) == sizeof(float)) {
+      const __m256i lanes = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128), some = _mm256_set1_epi32(bits[i / 8]);
+      const __m256i all = _mm256_cmpeq_epi32(_mm256_and_si256(some, lanes), lanes);
+      return Vec<float>(_mm256_and_ps(_mm256_castsi256_ps(all), __m256(v * float(keep_scale))));
+    }
+#endif
+    for (int lane = 0; lane < kWidth<Acc>; lane++) v[lane] = drop(v[lane], bits, i + lane);
     return v;
   }
   template <class Acc>
-  Acc drop(Acc v, uint16_t draw) const {
-    return draw >= threshold ? v * Acc(keep_scale) : Acc(0);
+  Acc drop(Acc v, const uint8_t* bits, int64_t i) const {
+    return kept(bits, i) ? v * Acc(keep_scale) : Acc(0);
   }
 };
 

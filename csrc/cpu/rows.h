@@ -92,14 +92,15 @@ constexpr int64_t kChunk = 256;  // columns of an activation that are worked on 
 template <class Acc>
 constexpr int kRow = int(kChunk) + kWidth<Acc>;
 
-// A block of an activation: `count` rows of kRow at `rows`, and the dropout draws of row m at draws + m*kChunk.
+// A block of an activation: `count` rows of kRow at `rows`, and which elements of row m dropout keeps, as bits at kept + m*kKept.
+constexpr int64_t kKept = Mask::size(kChunk);
 template <class Acc>
 struct Block {
   Acc* rows;
-  uint16_t* draws;
+  uint8_t* kept;
 
-  static int64_t size(int64_t count) { return count * (kRow<Acc> + kChunk); }
-  Block(Acc* scratch, int64_t count) : rows(scratch), draws(reinterpret_cast<uint16_t*>(scratch + count * kRow<Acc>)) {}
+  static int64_t size(int64_t count) { return count * (kRow<Acc> + kKept / int64_t(sizeof(Acc))); }
+  Block(Acc* scratch, int64_t count) : rows(scratch), kept(reinterpret_cast<uint8_t*>(scratch + count * kRow<Acc>)) {}
 };
 
 // The columns [i, i + kSteps) of some rows of `from`, as far as there are columns, into rows of a block, padded with zeros
@@ -164,17 +165,17 @@ void read_block(const Rows& x, int64_t t0, int64_t count, int64_t i0, int64_t wi
       const T* from = static_cast<const T*>(x.data) + row_offset(x, t0 + m) + i0 * x.column_stride;
       Acc* row = block.rows + m * kRow<Acc>;
       if (mask.on) {
-        uint16_t* drawn = block.draws + m * kChunk;
+        uint8_t* kept = block.kept + m * kKept;
         if (m + 1 < count && x.column_stride == 1) {  // comes from memory while Philox works
           const char* next =
               reinterpret_cast<const char*>(static_cast<const T*>(x.data) + row_offset(x, t0 + m + 1) + i0);
           for (int64_t byte = 0; byte < width * int64_t(sizeof(T)); byte += 64) __builtin_prefetch(next + byte, 0, 3);
         }
-        mask.draw(uint64_t((t0 + m) * logical_width + i0), width, drawn);
+        mask.draw(uint64_t((t0 + m) * logical_width + i0), width, kept);
         int64_t i = 0;
         if (x.column_stride == 1)
-          for (; i + W <= width; i += W) store<Acc>(row + i, mask.drop(load<Acc>(from + i), drawn + i));
-        for (; i < width; i++) row[i] = mask.drop(to_acc<Acc>(from[i * x.column_stride]), drawn[i]);
+          for (; i + W <= width; i += W) store<Acc>(row + i, mask.drop<Acc>(load<Acc>(from + i), kept, i));
+        for (; i < width; i++) row[i] = mask.drop(to_acc<Acc>(from[i * x.column_stride]), kept, i);
       } else {
         convert_row<Acc>(from, x.column_stride, width, row);
       }
