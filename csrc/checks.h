@@ -107,9 +107,10 @@ inline void check_written(const at::Tensor& base, const at::Tensor& x) {
   TORCH_CHECK_VALUE(!base.is_alias_of(x), "gralora_ext: base must not share x's memory where y is written into it");
 }
 
-inline Shape check_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& u, const at::Tensor& A,
-                            const at::Tensor& B, const OptionalTensor& A_general, const OptionalTensor& B_general,
-                            const OptionalTensor& seed, double scaling, double dropout_p) {
+inline Shape check_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& u, const at::Tensor& kept,
+                            const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,
+                            const OptionalTensor& B_general, const OptionalTensor& seed, double scaling,
+                            double dropout_p) {
   Shape s = check_adapter(A, B, A_general, B_general, scaling);
   check_activation(grad, "grad", s.M, "M", A.device());
   check_activation(x, "x", s.N, "N", A.device());
@@ -121,6 +122,13 @@ inline Shape check_backward(const at::Tensor& grad, const at::Tensor& x, const a
       u.dim() == 2 && (u.size(0) == s.T || u.size(0) == 0) && u.size(1) == s.k * s.r + s.h && u.is_contiguous(),
       "gralora_ext: u must be what the forward op returned, contiguous [", s.T, ", ", s.k * s.r + s.h, "] or [0, ",
       s.k * s.r + s.h, "], but has shape ", u.sizes());
+  TORCH_CHECK_VALUE(kept.dim() == 2 && (kept.size(0) == 0 || (kept.size(0) == s.T && s.N / s.k % 8 == 0)) &&
+                        kept.size(1) == s.N / 8 && kept.is_contiguous(),
+                    "gralora_ext: kept must be what the forward op returned, contiguous [", s.T, ", ", s.N / 8,
+                    "] or [0, ", s.N / 8, "], but has shape ", kept.sizes());
+  TORCH_CHECK_TYPE(kept.scalar_type() == at::kByte, "gralora_ext: kept must be uint8, but is ", kept.scalar_type());
+  TORCH_CHECK_VALUE(kept.device() == A.device(), "gralora_ext: kept must be on ", A.device(), ", but is on ",
+                    kept.device());
   TORCH_CHECK_VALUE(u.device() == A.device(), "gralora_ext: u must be on ", A.device(), ", but is on ", u.device());
   const bool f64 =
       grad.scalar_type() == at::kDouble || x.scalar_type() == at::kDouble || A.scalar_type() == at::kDouble;

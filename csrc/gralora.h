@@ -61,6 +61,10 @@ struct Shape {
 struct Dropout {
   double p = 0.0;
   const int64_t* seed = nullptr;  // one element, on the tensors' device
+  // The CPU's kernels only, where a block's width is whole bytes: the mask as bits [T, N/8], which forward writes and backward
+  // reads instead of drawing it again. Element i is kept where bit i % 8 of byte i / 8 of its row is set. Null: none.
+  uint8_t* kept = nullptr;
+  bool drawn = false;  // kept holds the mask
 };
 
 // Parameters in the layout of PEFT: A [k, N/k, r], B [k, r, M/k], A_general [1, h, N], B_general [1, M, h].

@@ -40,34 +40,35 @@ Shape without_adapter(Shape shape) {
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor> linear_kernel(const at::Tensor& x, const at::Tensor& weight,
-                                                 const OptionalTensor& bias, const at::Tensor& A, const at::Tensor& B,
-                                                 const OptionalTensor& A_general, const OptionalTensor& B_general,
-                                                 const OptionalTensor& seed, double scaling, double dropout_p) {
+ForwardResult linear_kernel(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                            const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,
+                            const OptionalTensor& B_general, const OptionalTensor& seed, double scaling,
+                            double dropout_p) {
   const Shape shape = check_linear(x, weight, bias, A, B, A_general, B_general, seed, scaling, dropout_p);
   if (dropout_p > 0.0) {
     const at::Tensor y = multiply(without_adapter(shape), x, weight, bias, {}, 1.0, false);
     return forward_into_kernel(x, y, A, B, A_general, B_general, seed, scaling, dropout_p);
   }
   const at::Tensor y = multiply(shape, x, weight, bias, adapter_of(A, B, A_general, B_general), scaling, false);
-  return {y, at::empty({0, shape.k * shape.r + shape.h}, x.options())};
+  return {y, at::empty({0, shape.k * shape.r + shape.h}, x.options()),
+          at::empty({0, shape.N / 8}, x.options().dtype(at::kByte))};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_backward_kernel(
-    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& u, const at::Tensor& weight, const at::Tensor& A,
-    const at::Tensor& B, const OptionalTensor& A_general, const OptionalTensor& B_general, const OptionalTensor& seed,
-    double scaling, double dropout_p, std::array<bool, 5> needs) {
+    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& u, const at::Tensor& kept, const at::Tensor& weight,
+    const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general, const OptionalTensor& B_general,
+    const OptionalTensor& seed, double scaling, double dropout_p, std::array<bool, 5> needs) {
   const Shape shape = check_linear(x, weight, {}, A, B, A_general, B_general, seed, scaling, dropout_p);
   TORCH_CHECK_TYPE(grad.scalar_type() == x.scalar_type(), "gralora_ext: grad must have x's dtype ", x.scalar_type(),
                    ", but is ", grad.scalar_type());
-  check_backward(grad, x, u, A, B, A_general, B_general, seed, scaling, dropout_p);
+  check_backward(grad, x, u, kept, A, B, A_general, B_general, seed, scaling, dropout_p);
   const bool drops = dropout_p > 0.0;
   at::Tensor dx;
   if (needs[0])
     dx = drops ? multiply(without_adapter(shape), grad, weight, {}, {}, 1.0, true)
                : multiply(shape, grad, weight, {}, adapter_of(A, B, A_general, B_general), scaling, true);
-  auto gradients = backward_to(drops ? dx : at::Tensor(), true, shape, grad, x, u, A, B, A_general, B_general, seed,
-                               scaling, dropout_p, needs);
+  auto gradients = backward_to(drops ? dx : at::Tensor(), true, shape, grad, x, u, kept, A, B, A_general, B_general,
+                               seed, scaling, dropout_p, needs);
   if (needs[0]) std::get<0>(gradients) = dx;
   return gradients;
 }

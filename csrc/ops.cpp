@@ -20,10 +20,16 @@ bool keeps_u(const at::Tensor& x, const at::Tensor& A, const Shape& s) {
   return x.element_size() > 2 || A.element_size() <= 2 || kShare * ranks <= s.N + ranks;
 }
 
-// Writes y, which may be base, and returns u.
-at::Tensor run_forward(const Shape& shape, const at::Tensor& x, const at::Tensor& base, const at::Tensor& y,
-                       const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,
-                       const OptionalTensor& B_general, const OptionalTensor& seed, double scaling, double dropout_p) {
+// Whether the mask is kept: to draw it is most of what dropout costs, and its bits are 1/32 of a float32 x.
+bool keeps_mask(const at::Tensor& x, const Shape& s, double dropout_p) {
+  return x.is_cpu() && dropout_p > 0.0 && s.N / s.k % 8 == 0;
+}
+
+// Writes y, which may be base, and returns it with what backward needs.
+ForwardResult run_forward(const Shape& shape, const at::Tensor& x, const at::Tensor& base, const at::Tensor& y,
+                          const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,
+                          const OptionalTensor& B_general, const OptionalTensor& seed, double scaling,
+                          double dropout_p) {
   const at::Tensor x_rows = as_rows(x), base_rows = as_rows(base), y_rows = y.is_same(base) ? base_rows : as_rows(y);
   ForwardParams p;
   p.accumulate_f64 = any_double({&x, &base, &A});
@@ -36,10 +42,12 @@ at::Tensor run_forward(const Shape& shape, const at::Tensor& x, const at::Tensor
   p.x = rows_of(x_rows), p.base = rows_of(base_rows), p.y = rows_of(y_rows);
   p.u = u.size(0) == shape.T ? u.mutable_data_ptr() : nullptr;
   p.scaling = scaling;
-  p.dropout = dropout_of(dropout_p, seed);
+  const at::Tensor kept =
+      at::empty({keeps_mask(x, shape, dropout_p) ? shape.T : 0, shape.N / 8}, options.dtype(at::kByte));
+  p.dropout = dropout_of(dropout_p, seed, kept, false);
   run(p, x);
   if (!y_rows.is_same(y)) y.copy_(y_rows);
-  return keep_u ? u : at::empty({0, ranks}, options);
+  return {y, keep_u ? u : at::empty({0, ranks}, options), kept};
 }
 
 void merge_into(const at::Tensor& weight, const Shape& shape, const at::Tensor& A, const at::Tensor& B,
@@ -58,38 +66,36 @@ void merge_into(const at::Tensor& weight, const Shape& shape, const at::Tensor& 
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor> forward_kernel(const at::Tensor& x, const at::Tensor& base, const at::Tensor& A,
-                                                  const at::Tensor& B, const OptionalTensor& A_general,
-                                                  const OptionalTensor& B_general, const OptionalTensor& seed,
-                                                  double scaling, double dropout_p) {
+ForwardResult forward_kernel(const at::Tensor& x, const at::Tensor& base, const at::Tensor& A, const at::Tensor& B,
+                             const OptionalTensor& A_general, const OptionalTensor& B_general,
+                             const OptionalTensor& seed, double scaling, double dropout_p) {
   const Shape shape = check_forward(x, base, A, B, A_general, B_general, seed, scaling, dropout_p);
   const at::Tensor y = empty_result_like(base);
-  return {y, run_forward(shape, x, base, y, A, B, A_general, B_general, seed, scaling, dropout_p)};
+  return run_forward(shape, x, base, y, A, B, A_general, B_general, seed, scaling, dropout_p);
 }
 
-std::tuple<at::Tensor, at::Tensor> forward_into_kernel(const at::Tensor& x, const at::Tensor& base, const at::Tensor& A,
-                                                       const at::Tensor& B, const OptionalTensor& A_general,
-                                                       const OptionalTensor& B_general, const OptionalTensor& seed,
-                                                       double scaling, double dropout_p) {
+ForwardResult forward_into_kernel(const at::Tensor& x, const at::Tensor& base, const at::Tensor& A, const at::Tensor& B,
+                                  const OptionalTensor& A_general, const OptionalTensor& B_general,
+                                  const OptionalTensor& seed, double scaling, double dropout_p) {
   const Shape shape = check_forward(x, base, A, B, A_general, B_general, seed, scaling, dropout_p);
   check_written(base, x);
-  return {base, run_forward(shape, x, base, base, A, B, A_general, B_general, seed, scaling, dropout_p)};
+  return run_forward(shape, x, base, base, A, B, A_general, B_general, seed, scaling, dropout_p);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_kernel(
-    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& u, const at::Tensor& A, const at::Tensor& B,
-    const OptionalTensor& A_general, const OptionalTensor& B_general, const OptionalTensor& seed, double scaling,
-    double dropout_p, std::array<bool, 5> needs) {
-  const Shape shape = check_backward(grad, x, u, A, B, A_general, B_general, seed, scaling, dropout_p);
+    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& u, const at::Tensor& kept, const at::Tensor& A,
+    const at::Tensor& B, const OptionalTensor& A_general, const OptionalTensor& B_general, const OptionalTensor& seed,
+    double scaling, double dropout_p, std::array<bool, 5> needs) {
+  const Shape shape = check_backward(grad, x, u, kept, A, B, A_general, B_general, seed, scaling, dropout_p);
   const at::Tensor dx = needs[0] ? empty_result_like(x) : at::Tensor();
-  return backward_to(dx, false, shape, grad, x, u, A, B, A_general, B_general, seed, scaling, dropout_p, needs);
+  return backward_to(dx, false, shape, grad, x, u, kept, A, B, A_general, B_general, seed, scaling, dropout_p, needs);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_to(
     const at::Tensor& dx, bool add, const Shape& shape, const at::Tensor& grad, const at::Tensor& x,
-    const at::Tensor& u, const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,
-    const OptionalTensor& B_general, const OptionalTensor& seed, double scaling, double dropout_p,
-    std::array<bool, 5> needs) {
+    const at::Tensor& u, const at::Tensor& kept, const at::Tensor& A, const at::Tensor& B,
+    const OptionalTensor& A_general, const OptionalTensor& B_general, const OptionalTensor& seed, double scaling,
+    double dropout_p, std::array<bool, 5> needs) {
   const at::Tensor grad_rows = as_rows(grad), x_rows = as_rows(x), dx_rows = dx.defined() ? as_rows(dx) : dx;
   const auto gradient = [](bool wanted, const at::Tensor& of) {
     return wanted ? empty_result_like(of) : at::empty({0}, of.options());
@@ -109,7 +115,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_
   if (needs[3] && A_general.has_value()) p.grad.A_general = param_of(dA_general);
   if (needs[4] && B_general.has_value()) p.grad.B_general = param_of(dB_general);
   p.scaling = scaling;
-  p.dropout = dropout_of(dropout_p, seed);
+  p.dropout = dropout_of(dropout_p, seed, kept, true);
   p.accumulate_f64 = u.scalar_type() == at::kDouble;
   run(p, x);
   if (dx.defined() && !dx_rows.is_same(dx)) dx.copy_(dx_rows);

@@ -1,4 +1,4 @@
-// The ops, each: check, allocate, fill Params, launch. Shapes as in gralora.h; u is [T, k*r + h].
+// The ops, each: check, allocate, fill Params, launch. Shapes as in gralora.h.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,29 +13,30 @@ namespace gralora {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// (y, u): y [..., M] in base's dtype and strides, u for backward in the accumulation type, or [0, k*r + h]: see keeps_u.
-std::tuple<at::Tensor, at::Tensor> forward_kernel(const at::Tensor& x, const at::Tensor& base, const at::Tensor& A,
-                                                  const at::Tensor& B, const OptionalTensor& A_general,
-                                                  const OptionalTensor& B_general, const OptionalTensor& seed,
-                                                  double scaling, double dropout_p);
+// (y, u, kept): y [..., M] in base's dtype and strides; for backward u [T, k*r + h] in the accumulation type, or [0, k*r + h]: see
+// keeps_u; and the mask of dropout as bits [T, N/8], or [0, N/8]: see keeps_mask.
+using ForwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
-// The same with y in base's memory: (base, u).
-std::tuple<at::Tensor, at::Tensor> forward_into_kernel(const at::Tensor& x, const at::Tensor& base, const at::Tensor& A,
-                                                       const at::Tensor& B, const OptionalTensor& A_general,
-                                                       const OptionalTensor& B_general, const OptionalTensor& seed,
-                                                       double scaling, double dropout_p);
+ForwardResult forward_kernel(const at::Tensor& x, const at::Tensor& base, const at::Tensor& A, const at::Tensor& B,
+                             const OptionalTensor& A_general, const OptionalTensor& B_general,
+                             const OptionalTensor& seed, double scaling, double dropout_p);
+
+// The same with y in base's memory.
+ForwardResult forward_into_kernel(const at::Tensor& x, const at::Tensor& base, const at::Tensor& A, const at::Tensor& B,
+                                  const OptionalTensor& A_general, const OptionalTensor& B_general,
+                                  const OptionalTensor& seed, double scaling, double dropout_p);
 
 // (dx, dA, dB, dA_general, dB_general); those not in `needs` are empty tensors of one dimension.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_kernel(
-    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& u, const at::Tensor& A, const at::Tensor& B,
-    const OptionalTensor& A_general, const OptionalTensor& B_general, const OptionalTensor& seed, double scaling,
-    double dropout_p, std::array<bool, 5> needs);
+    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& u, const at::Tensor& kept, const at::Tensor& A,
+    const at::Tensor& B, const OptionalTensor& A_general, const OptionalTensor& B_general, const OptionalTensor& seed,
+    double scaling, double dropout_p, std::array<bool, 5> needs);
 // The same without checks, with dx written, or added, to a tensor that is given; undefined: not wanted
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_to(
     const at::Tensor& dx, bool add, const Shape& shape, const at::Tensor& grad, const at::Tensor& x,
-    const at::Tensor& u, const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,
-    const OptionalTensor& B_general, const OptionalTensor& seed, double scaling, double dropout_p,
-    std::array<bool, 5> needs);
+    const at::Tensor& u, const at::Tensor& kept, const at::Tensor& A, const at::Tensor& B,
+    const OptionalTensor& A_general, const OptionalTensor& B_general, const OptionalTensor& seed, double scaling,
+    double dropout_p, std::array<bool, 5> needs);
 
 void merge_kernel(at::Tensor weight, const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,
                   const OptionalTensor& B_general, double scaling, bool fan_in_fan_out);
@@ -44,30 +45,28 @@ at::Tensor delta_weight_kernel(const at::Tensor& A, const at::Tensor& B, const O
                                const OptionalTensor& B_general, double scaling, bool fan_in_fan_out);
 
 // A layer whose weight is frozen, with its adapter (linear_ops.cpp): y = x (W + dW)^T + bias in one product, with dropout
-// y = x W^T + bias and then the path of x. (y, u), with u [0, k*r + h] where nothing is dropped, and the gradients as above.
+// y = x W^T + bias and then the path of x. Results as above, with u [0, k*r + h] where nothing is dropped.
 // CPU only.
-std::tuple<at::Tensor, at::Tensor> linear_kernel(const at::Tensor& x, const at::Tensor& weight,
-                                                 const OptionalTensor& bias, const at::Tensor& A, const at::Tensor& B,
-                                                 const OptionalTensor& A_general, const OptionalTensor& B_general,
-                                                 const OptionalTensor& seed, double scaling, double dropout_p);
+ForwardResult linear_kernel(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                            const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,
+                            const OptionalTensor& B_general, const OptionalTensor& seed, double scaling,
+                            double dropout_p);
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_backward_kernel(
-    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& u, const at::Tensor& weight, const at::Tensor& A,
-    const at::Tensor& B, const OptionalTensor& A_general, const OptionalTensor& B_general, const OptionalTensor& seed,
-    double scaling, double dropout_p, std::array<bool, 5> needs);
+    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& u, const at::Tensor& kept, const at::Tensor& weight,
+    const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general, const OptionalTensor& B_general,
+    const OptionalTensor& seed, double scaling, double dropout_p, std::array<bool, 5> needs);
 
 // The autograd kernels of the forward ops (autograd.cpp).
-std::tuple<at::Tensor, at::Tensor> forward_autograd(const at::Tensor& x, const at::Tensor& base, const at::Tensor& A,
-                                                    const at::Tensor& B, const OptionalTensor& A_general,
-                                                    const OptionalTensor& B_general, const OptionalTensor& seed,
-                                                    double scaling, double dropout_p);
-std::tuple<at::Tensor, at::Tensor> forward_into_autograd(const at::Tensor& x, const at::Tensor& base,
-                                                         const at::Tensor& A, const at::Tensor& B,
-                                                         const OptionalTensor& A_general,
-                                                         const OptionalTensor& B_general, const OptionalTensor& seed,
-                                                         double scaling, double dropout_p);
-std::tuple<at::Tensor, at::Tensor> linear_autograd(const at::Tensor& x, const at::Tensor& weight,
-                                                   const OptionalTensor& bias, const at::Tensor& A, const at::Tensor& B,
-                                                   const OptionalTensor& A_general, const OptionalTensor& B_general,
-                                                   const OptionalTensor& seed, double scaling, double dropout_p);
+ForwardResult forward_autograd(const at::Tensor& x, const at::Tensor& base, const at::Tensor& A, const at::Tensor& B,
+                               const OptionalTensor& A_general, const OptionalTensor& B_general,
+                               const OptionalTensor& seed, double scaling, double dropout_p);
+ForwardResult forward_into_autograd(const at::Tensor& x, const at::Tensor& base, const at::Tensor& A,
+                                    const at::Tensor& B, const OptionalTensor& A_general,
+                                    const OptionalTensor& B_general, const OptionalTensor& seed, double scaling,
+                                    double dropout_p);
+ForwardResult linear_autograd(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
+                              const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,
+                              const OptionalTensor& B_general, const OptionalTensor& seed, double scaling,
+                              double dropout_p);
 
 }  // namespace gralora

@@ -82,8 +82,11 @@ inline Adapter adapter_of(const at::Tensor& A, const at::Tensor& B, const Option
   return adapter;
 }
 
-inline Dropout dropout_of(double p, const OptionalTensor& seed) {
-  return p > 0.0 ? Dropout{p, seed->const_data_ptr<int64_t>()} : Dropout{};
+// `drawn`: kept, where it has rows, holds the mask
+inline Dropout dropout_of(double p, const OptionalTensor& seed, const at::Tensor& kept, bool drawn) {
+  if (p <= 0.0) return {};
+  auto* bits = kept.size(0) > 0 ? static_cast<uint8_t*>(const_cast<void*>(kept.const_data_ptr())) : nullptr;
+  return {p, seed->const_data_ptr<int64_t>(), bits, drawn};
 }
 
 }  // namespace gralora

@@ -7,13 +7,14 @@
 TORCH_LIBRARY(gralora_ext, m) {
   m.def(
       "gralora(Tensor x, Tensor base, Tensor A, Tensor B, Tensor? A_general, Tensor? B_general, Tensor? seed, "
-      "float scaling, float dropout_p) -> (Tensor y, Tensor u)");
+      "float scaling, float dropout_p) -> (Tensor y, Tensor u, Tensor kept)");
   // y in base's memory: the same sums, no allocation. Eager mode only; torch.compile makes its own choice of buffers.
   m.def(
       "gralora_(Tensor x, Tensor(a!) base, Tensor A, Tensor B, Tensor? A_general, Tensor? B_general, Tensor? seed, "
-      "float scaling, float dropout_p) -> (Tensor(a!) y, Tensor u)");
+      "float scaling, float dropout_p) -> (Tensor(a!) y, Tensor u, Tensor kept)");
   m.def(
-      "gralora_backward(Tensor grad, Tensor x, Tensor u, Tensor A, Tensor B, Tensor? A_general, Tensor? B_general, "
+      "gralora_backward(Tensor grad, Tensor x, Tensor u, Tensor kept, Tensor A, Tensor B, Tensor? A_general, Tensor? "
+      "B_general, "
       "Tensor? seed, float scaling, float dropout_p, bool[5] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "merge_(Tensor(a!) weight, Tensor A, Tensor B, Tensor? A_general, Tensor? B_general, float scaling, "
@@ -23,9 +24,10 @@ TORCH_LIBRARY(gralora_ext, m) {
       "-> Tensor");
   m.def(
       "linear(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor? A_general, Tensor? B_general, "
-      "Tensor? seed, float scaling, float dropout_p) -> (Tensor y, Tensor u)");
+      "Tensor? seed, float scaling, float dropout_p) -> (Tensor y, Tensor u, Tensor kept)");
   m.def(
-      "linear_backward(Tensor grad, Tensor x, Tensor u, Tensor weight, Tensor A, Tensor B, Tensor? A_general, "
+      "linear_backward(Tensor grad, Tensor x, Tensor u, Tensor kept, Tensor weight, Tensor A, Tensor B, Tensor? "
+      "A_general, "
       "Tensor? B_general, Tensor? seed, float scaling, float dropout_p, bool[5] needs) -> (Tensor, Tensor, Tensor, "
       "Tensor, Tensor)");
 }

@@ -35,6 +35,12 @@ def _accumulation_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+def _kept_mask(x: Tensor, k: int, dropout_p: float) -> Tensor:
+    """As keeps_mask in csrc/ops.cpp."""
+    keeps = x.device.type == "cpu" and dropout_p > 0.0 and x.shape[-1] // k % 8 == 0
+    return x.new_empty((_tokens(x) if keeps else 0, x.shape[-1] // 8), dtype=torch.uint8)
+
+
 @torch.library.register_fake("gralora_ext::gralora")
 def _fake_forward(
     x: Tensor,
@@ -46,7 +52,7 @@ def _fake_forward(
     seed: Tensor | None,
     scaling: float,
     dropout_p: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     _check_devices(x=x, base=base, A=A, B=B, A_general=A_general, B_general=B_general, seed=seed)
     k, block_in, r = A.shape
     if x.shape[-1] != k * block_in:
@@ -61,12 +67,13 @@ def _fake_forward(
     # as in csrc/ops.cpp
     keeps_u = x.element_size() > 2 or A.element_size() <= 2 or 16 * ranks <= x.shape[-1] + ranks
     tokens = _tokens(x) if keeps_u else 0
-    return torch.empty_like(base), x.new_empty((tokens, ranks), dtype=_accumulation_dtype(x, base, A))
+    u = x.new_empty((tokens, ranks), dtype=_accumulation_dtype(x, base, A))
+    return torch.empty_like(base), u, _kept_mask(x, k, dropout_p)
 
 
 @torch.library.register_fake("gralora_ext::gralora_")
-def _(x: Tensor, base: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    return base, _fake_forward(x, base, *others)[1]
+def _(x: Tensor, base: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return base, *_fake_forward(x, base, *others)[1:]
 
 
 def _empty_gradient(wanted: bool, of: Tensor | None, A: Tensor) -> Tensor:
@@ -78,6 +85,7 @@ def _(
     grad: Tensor,
     x: Tensor,
     u: Tensor,
+    kept: Tensor,
     A: Tensor,
     B: Tensor,
     A_general: Tensor | None,
@@ -87,7 +95,7 @@ def _(
     dropout_p: float,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    _check_devices(grad=grad, x=x, u=u, A=A, B=B, A_general=A_general, B_general=B_general, seed=seed)
+    _check_devices(grad=grad, x=x, u=u, kept=kept, A=A, B=B, A_general=A_general, B_general=B_general, seed=seed)
 
     return tuple(_empty_gradient(n, t, A) for n, t in zip(needs, (x, A, B, A_general, B_general), strict=True))
 
@@ -104,11 +112,12 @@ def _(
     seed: Tensor | None,
     scaling: float,
     dropout_p: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     _check_devices(x=x, weight=weight, bias=bias, A=A, B=B, A_general=A_general, B_general=B_general, seed=seed)
     ranks = A.shape[0] * A.shape[2] + (0 if A_general is None else A_general.shape[0])
     tokens = _tokens(x) if dropout_p > 0.0 else 0
-    return x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty((tokens, ranks))
+    y, u = x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty((tokens, ranks))
+    return y, u, _kept_mask(x, A.shape[0], dropout_p)
 
 
 @torch.library.register_fake("gralora_ext::linear_backward")
@@ -116,6 +125,7 @@ def _(
     grad: Tensor,
     x: Tensor,
     u: Tensor,
+    kept: Tensor,
     weight: Tensor,
     A: Tensor,
     B: Tensor,
@@ -126,7 +136,7 @@ def _(
     dropout_p: float,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    _check_devices(grad=grad, x=x, u=u, weight=weight, A=A, B=B, A_general=A_general, B_general=B_general, seed=seed)
+    _check_devices(grad=grad, x=x, u=u, kept=kept, weight=weight, A=A, B=B, A_general=A_general, B_general=B_general, seed=seed)
     dx = x.new_empty(x.shape) if needs[0] else x.new_empty(0)
     return dx, *(_empty_gradient(n, t, A) for n, t in zip(needs[1:], (A, B, A_general, B_general), strict=True))
 

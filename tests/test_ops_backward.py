@@ -115,8 +115,8 @@ def test_only_the_gradients_that_are_wanted_come_and_they_are_right(
 def test_backward_op_allocates_nothing_that_is_not_needed(wanted: tuple[bool, ...], device: torch.device) -> None:
     inputs = Case(h=3).inputs(device)
     x, base, *adapter = inputs.tensors.values()
-    _, u = torch.ops.gralora_ext.gralora(x, base, *adapter, None, 0.75, 0.0)
-    gradients = torch.ops.gralora_ext.gralora_backward(inputs.grad, x, u, *adapter, None, 0.75, 0.0, list(wanted))
+    _, *left = torch.ops.gralora_ext.gralora(x, base, *adapter, None, 0.75, 0.0)
+    gradients = torch.ops.gralora_ext.gralora_backward(inputs.grad, x, *left, *adapter, None, 0.75, 0.0, list(wanted))
     for gradient, t, want in zip(gradients, (x, *adapter), wanted, strict=True):
         assert gradient.shape == (t.shape if want else (0,))
 
@@ -191,11 +191,11 @@ def test_frozen_call_keeps_nothing_alive(device: torch.device) -> None:
     assert y.grad_fn is None
 
 
-def test_u_is_no_part_of_the_graph(device: torch.device) -> None:
+def test_what_is_left_for_backward_is_no_part_of_the_graph(device: torch.device) -> None:
     x, base, A, B = (t.requires_grad_() for t in Case().inputs(device).tensors.values())
-    y, u = torch.ops.gralora_ext.gralora(x, base, A, B, None, None, None, 1.0, 0.0)
+    y, u, kept = torch.ops.gralora_ext.gralora(x, base, A, B, None, None, None, 1.0, 0.0)
     assert y.requires_grad
-    assert not u.requires_grad
+    assert not (u.requires_grad or kept.requires_grad)
 
 
 @pytest.mark.parametrize("name", ["x", "A", "B", "A_general", "B_general"])

@@ -37,9 +37,9 @@ def forward_arguments(case: Case, dropout_p: float, device: torch.device, requir
 
 def backward_arguments(case: Case, dropout_p: float, device: torch.device) -> tuple:
     forward = forward_arguments(case, dropout_p, device, False)
-    u = native.gralora(*forward)[1]
+    left = native.gralora(*forward)[1:]
     x, _, *rest = forward
-    return case.inputs(device).grad, x, u, *rest, [True, True, True, bool(case.h), bool(case.h)]
+    return case.inputs(device).grad, x, *left, *rest, [True, True, True, bool(case.h), bool(case.h)]
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5], ids=["", "dropout"])

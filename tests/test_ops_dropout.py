@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from gralora_ext import ops, reference
 
 SEEDS = [0, 1, -1, 2**31, 2**32 + 7, 2**63 - 1, -(2**63), 0x0123456789ABCDEF]
-SHAPES = [(5,), (70, 6), (3, 7, 9), (2, 3, 2, 35), (65, 132)]
+# Widths of whole bytes, whose mask forward keeps for backward on the CPU, and others
+SHAPES = [(5,), (70, 6), (3, 7, 9), (2, 3, 2, 35), (65, 132), (8,), (3, 9, 40), (67, 576)]
 
 
 def gralora_with(seed: Tensor, dropout_p: float) -> Callable[..., Tensor]:
@@ -60,13 +61,41 @@ def test_both_masks_are_the_references_to_the_bit(shape: tuple[int, ...], seed: 
             assert torch.equal(mask, expected)
 
 
+@pytest.mark.parametrize("N", [30, 240])
 @pytest.mark.parametrize("hybrid", [False, True], ids=["blocks", "hybrid"])
 @pytest.mark.parametrize("k", [1, 2, 3, 6])
-def test_every_block_and_the_hybrid_part_share_one_mask(k: int, hybrid: bool, device: torch.device) -> None:
+def test_every_block_and_the_hybrid_part_share_one_mask(k: int, hybrid: bool, N: int, device: torch.device) -> None:
     seed = torch.tensor([99], device=device)
-    expected = reference.dropout_mask(seed, (67, 30), 0.3)
-    for mask in masks(torch.ones(67, 30, device=device), seed, 0.3, k, hybrid):
+    expected = reference.dropout_mask(seed, (67, N), 0.3)
+    for mask in masks(torch.ones(67, N, device=device), seed, 0.3, k, hybrid):
         assert torch.equal(mask, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=NAMES.get)
+@pytest.mark.parametrize("T", [1, 3, 40, 1100])
+@pytest.mark.parametrize(("k", "n", "rb"), [(1, 8, 2), (2, 288, 8), (3, 24, 1), (4, 536, 3), (2, 60, 4), (1, 33, 2)])
+def test_the_mask_that_forward_leaves_is_the_one_that_backward_draws_without_it(
+    k: int, n: int, rb: int, T: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """As bits, where a block is whole bytes wide, on the CPU; U is kept beside float32 and made again beside bfloat16."""
+    native, seed, N = torch.ops.gralora_ext, torch.tensor([77], device=device), k * n
+    inputs = Case((T,), k, n, 16, rb, x_dtype=dtype, base_dtype=dtype).inputs(device)
+    x, base, A, B = inputs.tensors.values()
+    adapter = (A, B, None, None, seed, 0.75, 0.3)
+    _, u, kept = native.gralora(x, base, *adapter)
+    keeps = device.type == "cpu" and n % 8 == 0
+    assert kept.dtype == torch.uint8 and kept.shape == (T if keeps else 0, N // 8)
+    if keeps:
+        bits = kept[:, :, None] >> torch.arange(8, dtype=torch.uint8) & 1
+        assert torch.equal(bits.view(T, N).bool(), reference.dropout_mask(seed, (T, N), 0.3))
+    with_it, without = (
+        native.gralora_backward(inputs.grad, x, u, mask, *adapter, [True] * 3 + [False] * 2)
+        for mask in (kept, kept[:0])
+    )
+    assert all(same_bits(a, b) for a, b in zip(with_it, without, strict=True))
+    if keeps:  # and it is read
+        dx = native.gralora_backward(inputs.grad, x, u, torch.zeros_like(kept), *adapter, [True] + [False] * 4)[0]
+        assert not dx.any() and with_it[0].any()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -161,18 +161,25 @@ def test_raw_op_refuses_a_wrong_seed(seed: Tensor | None, error: type[Exception]
         ({"grad": like(6, 10)}, ValueError, ["grad", "7, 8", "6, 10"]),
         ({"u": like(7, 12)}, ValueError, ["u", "7, 15", "7, 12"]),
         ({"u": like(7, 15, dtype=torch.float16)}, TypeError, ["u", "(?i)float", "(?i)half|16"]),
+        ({"kept": like(7, 2, dtype=torch.uint8)}, ValueError, ["kept", "0, 1", "7, 2"]),
+        (
+            {"kept": like(7, 1, dtype=torch.uint8)},
+            ValueError,
+            ["kept", "0, 1", "7, 1"],
+        ),  # a block's width is no whole bytes
+        ({"kept": like(0, 1)}, TypeError, ["kept", "uint8", "(?i)float"]),
         ({"x": like(7, 9)}, ValueError, ["x", "8", "7, 9"]),
     ],
-    ids=["grad_width", "grad_tokens", "u_width", "u_dtype", "x_width"],
+    ids=["grad_width", "grad_tokens", "u_width", "u_dtype", "kept_width", "kept_rows", "kept_dtype", "x_width"],
 )
 def test_raw_backward_refuses(change: dict, error: type[Exception], parts: list[str]) -> None:
     x, base, *adapter = GOOD.inputs().tensors.values()
-    u = torch.ops.gralora_ext.gralora(x, base, *adapter, None, 0.5, 0.0)[1]
+    _, u, kept = torch.ops.gralora_ext.gralora(x, base, *adapter, None, 0.5, 0.0)
 
-    def call(grad: Tensor, x: Tensor, u: Tensor) -> object:
-        return torch.ops.gralora_ext.gralora_backward(grad, x, u, *adapter, None, 0.5, 0.0, [True] * 5)
+    def call(grad: Tensor, x: Tensor, u: Tensor, kept: Tensor) -> object:
+        return torch.ops.gralora_ext.gralora_backward(grad, x, u, kept, *adapter, None, 0.5, 0.0, [True] * 5)
 
-    assert_refused(call, {"grad": torch.ones_like(base), "x": x, "u": u, **change}, error, parts)
+    assert_refused(call, {"grad": torch.ones_like(base), "x": x, "u": u, "kept": kept, **change}, error, parts)
 
 
 def test_sparse_input_is_refused() -> None:

@@ -217,10 +217,10 @@ def test_opcheck(dropout_p: float, leading: tuple[int, ...], h: int) -> None:
     t = inputs.tensors
     adapter = (t["A"], t["B"], t.get("A_general"), t.get("B_general"))
     layer = (t["x"], t["weight"], t.get("bias"), *adapter, seed, 0.5, dropout_p)
-    u = native.linear(*layer)[1]
+    left = native.linear(*layer)[1:]
     torch.library.opcheck(
         native.linear_backward.default,
-        (inputs.grad, t["x"], u, t["weight"], *adapter, seed, 0.5, dropout_p, [True, True, True, bool(h), bool(h)]),
+        (inputs.grad, t["x"], *left, t["weight"], *adapter, seed, 0.5, dropout_p, [True, True, True, bool(h), bool(h)]),
     )
     for name in ("x", "A", "B", "A_general", "B_general"):
         if name in t:
@@ -345,8 +345,8 @@ def test_wrong_arguments_raise_with_their_names(change: dict[str, Any], error: t
 def test_a_gradient_of_another_dtype_is_refused(dtype: torch.dtype) -> None:
     inputs = layer_inputs(FP32)
     t = inputs.tensors
-    u = torch.empty(0, 16)
-    rest = (t["x"], u, t["weight"], t["A"], t["B"], None, None, None, 1.0, 0.0, [True, False, False, False, False])
+    left = (torch.empty(0, 16), torch.empty(0, t["x"].shape[-1] // 8, dtype=torch.uint8))
+    rest = (t["x"], *left, t["weight"], t["A"], t["B"], None, None, None, 1.0, 0.0, [True, False, False, False, False])
     with pytest.raises(TypeError, match="grad must have x's dtype Float"):
         native.linear_backward(inputs.grad.to(dtype), *rest)
 

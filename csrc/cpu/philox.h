@@ -100,14 +100,15 @@ inline void philox_4x32_10(const uint64_t (&keys)[kRounds][2], uint64_t first, u
 
 // Which elements of a row are kept, as bits: element i is bit i % 8 of byte i / 8.
 struct Mask {
-  bool on = false;
+  bool on = false, drawn = false;
+  uint8_t* whole = nullptr;  // Dropout::kept
   uint64_t keys[kRounds][2] = {};
   uint32_t threshold = 0;
   double keep_scale = 1.0;
 
   explicit Mask(const Dropout& d) {
     if (d.p <= 0.0) return;
-    on = true;
+    on = true, drawn = d.drawn && d.kept != nullptr, whole = d.kept;
     uint32_t key[2] = {uint32_t(uint64_t(*d.seed)), uint32_t(uint64_t(*d.seed) >> 32)};
     for (int round = 0; round < kRounds; round++) {
       keys[round][0] = key[0], keys[round][1] = key[1];
@@ -119,7 +120,23 @@ struct Mask {
 
   static constexpr int64_t size(int64_t count) { return count / 8 + 32; }  // bytes that draw() may write
 
-  // Bit i of `to`: whether element first + i is kept
+  // Bit i of `to`: whether element i0 + i of row t, of `width` elements, is kept
+  void row(int64_t t, int64_t width, int64_t i0, int64_t count, uint8_t* to) const {
+    if (drawn)
+      copy_bytes(whole + t * (width / 8) + i0 / 8, count / 8, to);
+    else
+      draw(uint64_t(t * width + i0), count, to);
+  }
+
+  // Leaves for backward what row() gave for some rows, `stride` bytes apart; after all of them, since bytes that were written just
+  // before cannot be read as whole words at once.
+  void keep(int64_t t, int64_t rows, int64_t width, int64_t i0, int64_t count, const uint8_t* bits,
+            int64_t stride) const {
+    if (whole == nullptr || drawn) return;
+    for (int64_t m = 0; m < rows; m++) copy_bytes(bits + m * stride, count / 8, whole + (t + m) * (width / 8) + i0 / 8);
+  }
+
+  // Bit i of `to`: whether element first + i of all rows is kept
   void draw(uint64_t first, int64_t count, uint8_t* to) const {
     constexpr int kStreams = 4;
     const int shift = int(first % 8);  // draws of the first counter that belong to elements before
@@ -131,9 +148,23 @@ struct Mask {
     int64_t done = 0;
     for (; done + kStreams * kLanes <= counters; done += kStreams * kLanes)
       philox_4x32_10<kStreams>(keys, first / 8 + uint64_t(done), threshold, to + done);
-    for (; done < counters; done += kLanes) philox_4x32_10<1>(keys, first / 8 + uint64_t(done), threshold, to + done);
+    const auto rest = [&](auto streams) {
+      philox_4x32_10<streams.value>(keys, first / 8 + uint64_t(done), threshold, to + done);
+    };
+    switch (ceil_div(counters - done, kLanes)) {
+      case 1: rest(Int<1>{}); break;
+      case 2: rest(Int<2>{}); break;
+      case 3: rest(Int<3>{}); break;
+      case 4: rest(Int<4>{}); break;
+    }
     for (int64_t byte = 0; shift != 0 && byte < ceil_div(count, 8); byte++)
       to[byte] = uint8_t((to[byte] | to[byte + 1] << 8) >> shift);
+  }
+
+  static void copy_bytes(const uint8_t* from, int64_t count, uint8_t* to) {
+    int64_t i = 0;
+    for (; i + 32 <= count; i += 32) memcpy(to + i, from + i, 32);
+    for (; i < count; i++) to[i] = from[i];
   }
 
   static bool kept(const uint8_t* bits, int64_t i) { return bits[i / 8] >> i % 8 & 1; }

@@ -171,7 +171,7 @@ void read_block(const Rows& x, int64_t t0, int64_t count, int64_t i0, int64_t wi
               reinterpret_cast<const char*>(static_cast<const T*>(x.data) + row_offset(x, t0 + m + 1) + i0);
           for (int64_t byte = 0; byte < width * int64_t(sizeof(T)); byte += 64) __builtin_prefetch(next + byte, 0, 3);
         }
-        mask.draw(uint64_t((t0 + m) * logical_width + i0), width, kept);
+        mask.row(t0 + m, logical_width, i0, width, kept);
         int64_t i = 0;
         if (x.column_stride == 1)
           for (; i + W <= width; i += W) store<Acc>(row + i, mask.drop<Acc>(load<Acc>(from + i), kept, i));
@@ -182,6 +182,7 @@ void read_block(const Rows& x, int64_t t0, int64_t count, int64_t i0, int64_t wi
       for (int64_t i = width; i % kTile<Acc> != 0; i++) row[i] = Acc(0);
     }
   });
+  if (mask.on) mask.keep(t0, count, logical_width, i0, width, block.kept, kKept);
 }
 
 // The same, without a copy where x's rows can be multiplied as they lie
