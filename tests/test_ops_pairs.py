@@ -58,7 +58,7 @@ def test_results_are_right_and_the_same_for_any_number_of_threads(
 @pytest.mark.parametrize("T", TOKENS)
 @pytest.mark.parametrize(("k", "n", "m", "rb", "h"), SIZES)
 def test_dropout(k: int, n: int, m: int, rb: int, h: int, T: int, device: torch.device) -> None:
-    """Multiplied one by one: the mask is drawn in float32."""
+    """In pairs too: x is read with zeros, and the factor 1/(1-p) is that of the sums."""
     inputs = Case((T,), k, n, m, rb, h).uniform(BF16).inputs(device)
     torch.manual_seed(T)
     actual = value_and_gradients(ops.gralora, inputs, dropout_p=0.3)

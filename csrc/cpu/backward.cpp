@@ -24,6 +24,9 @@ struct Backward {
 
   explicit Backward(const BackwardParams& params) : p(params) {}
 
+  // Of sums over x after dropout, which lacks it in pairs
+  static Acc x_scale(const BackwardParams& p) { return Acc(kTerms == 2 ? Mask(p.dropout).keep_scale : 1.0); }
+
   static FromWide project_g(const BackwardParams& p) {
     const Shape& s = p.shape;
     return {s.M,
@@ -42,7 +45,7 @@ struct Backward {
             s.r,         s.h,
             p.x,         Mask(p.dropout),
             p.adapter.A, blocks_of_rows(transposed(p.adapter.A_general), s.N / s.k),
-            Acc(1)};
+            x_scale(p)};
   }
   static ToWide expand_x(const BackwardParams& p) {
     const Shape& s = p.shape;
@@ -57,10 +60,10 @@ struct Backward {
             p.add_to_grad_x ? p.grad_x : Rows{},
             p.grad_x};
   }
-  // Whether all products can be of pairs, whichever gradients are wanted
+  // Whether all products can be of pairs, whichever gradients are wanted. A block has no room to make U again with dropout.
   static bool takes_pairs(const BackwardParams& p) {
-    return p.shape.T >= kTokensToRound && project_g(p).takes_pairs() && project_x(p).takes_pairs() &&
-           expand_x(p).takes_pairs();
+    return p.shape.T >= kTokensToRound && (p.dropout.p == 0.0 || p.u != nullptr) && project_g(p).takes_pairs() &&
+           project_x(p).takes_pairs() && expand_x(p).takes_pairs();
   }
 
   const BackwardParams& p;
@@ -79,7 +82,7 @@ struct Backward {
                  Acc(p.scaling)};
   Totals<Acc> dA{
       from_x.cut, s.r, s.h, from_x.chunks(), transposed(p.grad.A), blocks_of_columns(p.grad.A_general, s.N / s.k),
-      Acc(1)};
+      x_scale(p)};
   const bool want_x = p.grad_x.data != nullptr, want_H = want_x || dA.wanted();
   const bool remake_U = dB.wanted() && p.u == nullptr;
 
@@ -281,9 +284,12 @@ struct Backward {
 
   void read(const FromWide& from, int64_t chunk, int64_t t, int64_t tokens, Buffers b) const {
     const int64_t column = from.cut.column(chunk), length = from.cut.length(chunk);
-    if constexpr (kTerms == 2)
-      interleave_rows(in_place<bf16>(from.x, t, column), tokens, 0, length, length, b.block.rows);
-    else
+    if constexpr (kTerms == 2) {
+      for (int64_t m = 0; m < tokens && from.mask.on; m++)
+        from.mask.row(t + m, from.width, column, length, b.block.kept + m * kKept);
+      interleave_rows(in_place<bf16>(from.x, t, column), tokens, 0, length, length,
+                      from.mask.on ? b.block.kept : nullptr, b.block.rows);
+    } else
       read_block<Acc>(from.x, t, tokens, column, length, from.width, from.mask, b.block);
   }
 
@@ -308,7 +314,7 @@ struct Backward {
         if (!copy) return;
         if constexpr (kTerms == 2)
           interleave_rows(in_place<bf16>(from.x, g.t0 + m0 + m, from.cut.column(chunk)), MR, 2 * i, 2 * (i + kSteps),
-                          length, b.block.rows + m / 2 * kRow<Acc>);
+                          length, nullptr, b.block.rows + m / 2 * kRow<Acc>);
         else
           copy_columns(a, rows.ld, MR, i, length, b.block.rows + m * kRow<Acc>);
       });

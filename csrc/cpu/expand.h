@@ -36,7 +36,7 @@ struct Expand {
   }
 
   // Whether products can be of pairs: of ranks that the caller rounds, for y of bf16
-  bool takes_pairs() const { return has_pair_products() && !mask.on && has_pairs(Q, r) && (h == 0 || has_pairs(G, h)); }
+  bool takes_pairs() const { return has_pair_products() && has_pairs(Q, r) && (h == 0 || has_pairs(G, h)); }
 
   // MR tokens from t0 on, whose rows of ranks are at u, in pairs where products are; kept: which of their elements are, where
   // there is a mask

@@ -6,6 +6,8 @@
 //                                              lie, transposed like floats
 //   x, g and the ranks in a sum over tokens    two rows, interleaved
 //
+// Dropout leaves elements of x as they are or makes them zeros; their factor 1/(1-p) is that of the sums.
+//
 // Ranks are sums in float: as a factor they are rounded to bf16, from kTokensToRound tokens on (below, reading the parameters is
 // what costs). PEFT rounds them too, and the path besides. In one more piece, to keep float's accuracy, they would cost as much
 // as in float.
@@ -63,25 +65,57 @@ inline __m512i interleaving() {
 
 inline __mmask32 first_columns(int64_t count) { return count >= 32 ? ~__mmask32(0) : (__mmask32(1) << count) - 1; }
 
-// Lane i of `to` (two vectors): the pair first[i], second[i] for the first `count` of 32 columns, and zeros; no second row: zeros
-inline __attribute__((always_inline)) void interleave(const bf16* first, const bf16* second, int64_t count, float* to) {
-  const __mmask32 some = first_columns(count);
+// The elements i .. i+31 of those that a mask keeps
+inline __mmask32 kept_columns(const uint8_t* kept, int64_t i) {
+  uint32_t some;
+  memcpy(&some, kept + i / 8, sizeof some);
+  return some;
+}
+
+// Lane i of `to` (two vectors): the pair first[i], second[i], with zeros for those of the 32 columns that are not among `some` of
+// a row
+inline __attribute__((always_inline)) void interleave(const bf16* first, __mmask32 some_first, const bf16* second,
+                                                      __mmask32 some_second, float* to) {
   const __m512i low = interleaving(), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-  const __m512i a = _mm512_maskz_loadu_epi16(some, first);
-  const __m512i b = _mm512_maskz_loadu_epi16(second == nullptr ? 0 : some, second);
+  const __m512i a = _mm512_maskz_loadu_epi16(some_first, first);
+  const __m512i b = _mm512_maskz_loadu_epi16(some_second, second);
   _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, low, b));
   _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi16(a, high, b));
 }
 
 // Columns [begin, end) of `rows` rows, as far as there are columns, two and two as a row of a block of pairs; begin and end are
-// multiples of 32 or the last column. Where rows are odd, the last one is paired with zeros.
+// multiples of 32 or the last column. Where rows are odd, the last one is paired with zeros. kept: of the rows' mask, or null
 inline __attribute__((always_inline)) void interleave_rows(Source<bf16> from, int64_t rows, int64_t begin, int64_t end,
-                                                           int64_t columns, float* to) {
+                                                           int64_t columns, const uint8_t* kept, float* to) {
   for (int64_t i = begin; i < smaller(end, columns); i += 32)
     for (int64_t m = 0; m < rows; m += 2) {
       const bf16* row = from.data + m * from.ld + i;
-      interleave(row, m + 1 < rows ? row + from.ld : nullptr, columns - i, to + m / 2 * kRow<float> + i);
+      __mmask32 first = first_columns(columns - i), second = m + 1 < rows ? first : 0;
+      if (kept != nullptr) {
+        first &= kept_columns(kept + m * kKept, i);
+        if (second != 0) second &= kept_columns(kept + (m + 1) * kKept, i);
+      }
+      interleave(row, first, row + from.ld, second, to + m / 2 * kRow<float> + i);
     }
+}
+
+// Columns of x's rows with zeros where they are dropped, as rows of pairs in `block`
+inline Source<float> dropped_pairs(const Rows& x, int64_t t0, int64_t count, int64_t column, int64_t columns,
+                                   int64_t width, const Mask& mask, const Block<float>& block) {
+  const Source<bf16> from = in_place<bf16>(x, t0, column);
+  for (int64_t m = 0; m < count; m++) {
+    const bf16* row = from.data + m * from.ld;
+    uint8_t* kept = block.kept + m * kKept;
+    if (m + 1 < count)  // comes from memory while Philox works
+      for (int64_t i = 0; i < columns; i += 32) __builtin_prefetch(row + from.ld + i);
+    mask.row(t0 + m, width, column, columns, kept);
+    for (int64_t i = 0; i < columns; i += 32) {
+      const __mmask32 some = first_columns(columns - i) & kept_columns(kept, i);
+      _mm512_storeu_si512(block.rows + m * kRow<float> + i / 2, _mm512_maskz_loadu_epi16(some, row + i));
+    }
+  }
+  mask.keep(t0, count, width, column, columns, block.kept, kKept);
+  return {block.rows, kRow<float>};
 }
 
 // Both rounded to bf16, those of `low` first
@@ -125,7 +159,8 @@ inline Panel<float> pack_pairs(const Param& param, int64_t offset, int64_t rows,
     for (int64_t i = 0; i < rows; i += 2, at += kTile<float>) {
       const bf16* pair = from + i * param.row_stride + c;
       __builtin_prefetch(pair + 24 * param.row_stride);
-      interleave(pair, pair + param.row_stride, columns - c, at);
+      const __mmask32 some = first_columns(columns - c);
+      interleave(pair, some, pair + param.row_stride, some, at);
     }
   return {to, rows / 2 * kTile<float>, kTile<float>};
 }

@@ -3,7 +3,7 @@
 //   u[t, j*r + n*rb + q] = s * sum_i x'[t, n*w + i] * P[n][i, j*rb + q]      n, j = 0 .. k-1;  w = width/k
 //   u[t, k*r + c]        = s * sum_i x'[t, i] * G[i, c]                      c = 0 .. h-1
 //
-// x' is x after dropout. Forward: x, A, Ag^T give U. Backward: g, B^T, Bg give dH, since the exchange is its own inverse.
+// x' is x after dropout; where products are of pairs it lacks the factor 1/(1-p), which is the caller's, in s. Forward: x, A, Ag^T give U. Backward: g, B^T, Bg give dH, since the exchange is its own inverse.
 //
 // Blocks are cut into chunks of at most kChunk columns. Each chunk is summed by itself, then chunks are added in their
 // order: the result depends neither on the segment nor on the thread, and long sums lose less. P is made ready in runs of
@@ -70,7 +70,7 @@ struct Project {
   // Rows of x as the left factor: their copy in `block` where they are not multiplied as they lie. ld counts elements of Acc.
   Source<Acc> left_rows(int64_t t0, int64_t count, int64_t column, int64_t length, const Block<Acc>& block) const {
     if constexpr (kTerms == 2)
-      return pairs_in_place(x, t0, column);
+      return mask.on ? dropped_pairs(x, t0, count, column, length, width, mask, block) : pairs_in_place(x, t0, column);
     else
       return rows_to_multiply<Acc>(x, t0, count, column, length, width, mask, block);
   }
@@ -95,7 +95,7 @@ struct Project {
 
   // Whether products can be of pairs
   bool takes_pairs() const {
-    return has_pair_products() && !mask.on && has_pairs(x) && has_pairs(P, cut.block_width) &&
+    return has_pair_products() && has_pairs(x) && has_pairs(P, cut.block_width) &&
            (h == 0 || has_pairs(G, cut.block_width));
   }
 

@@ -92,14 +92,15 @@ constexpr int64_t kChunk = 256;  // columns of an activation that are worked on 
 template <class Acc>
 constexpr int kRow = int(kChunk) + kWidth<Acc>;
 
-// A block of an activation: `count` rows of kRow at `rows`, and which elements of row m dropout keeps, as bits at kept + m*kKept.
+// A block of an activation: `count` rows of kRow at `rows`, and which elements of token m dropout keeps, as bits at kept + m*kKept
+// (a row can be a pair of tokens).
 constexpr int64_t kKept = Mask::size(kChunk);
 template <class Acc>
 struct Block {
   Acc* rows;
   uint8_t* kept;
 
-  static int64_t size(int64_t count) { return count * (kRow<Acc> + kKept / int64_t(sizeof(Acc))); }
+  static int64_t size(int64_t count) { return count * (kRow<Acc> + 2 * kKept / int64_t(sizeof(Acc))); }
   Block(Acc* scratch, int64_t count) : rows(scratch), kept(reinterpret_cast<uint8_t*>(scratch + count * kRow<Acc>)) {}
 };
 
