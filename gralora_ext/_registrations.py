@@ -136,7 +136,9 @@ def _(
     dropout_p: float,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    _check_devices(grad=grad, x=x, u=u, kept=kept, weight=weight, A=A, B=B, A_general=A_general, B_general=B_general, seed=seed)
+    _check_devices(
+        grad=grad, x=x, u=u, kept=kept, weight=weight, A=A, B=B, A_general=A_general, B_general=B_general, seed=seed
+    )
     dx = x.new_empty(x.shape) if needs[0] else x.new_empty(0)
     return dx, *(_empty_gradient(n, t, A) for n, t in zip(needs[1:], (A, B, A_general, B_general), strict=True))
 
