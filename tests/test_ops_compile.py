@@ -61,9 +61,13 @@ def test_opcheck_passes_gralora_with_y_in_base(case: Case, device: torch.device)
 @pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16], ids=lambda d: f"adapter_{NAMES[d]}")
 @pytest.mark.parametrize("rb", [1, 20], ids=["few ranks", "many ranks"])
 def test_opcheck_passes_beside_a_16_bit_x(rb: int, adapter: torch.dtype, device: torch.device) -> None:
-    """U is kept, except for many ranks of float32 parameters."""
+    """U is kept, except for many ranks of float32 parameters.
+
+    Eager mode gets the gradient of a sum as one expanded number, the compiled one as a tensor, whose pairs are multiplied and
+    dH rounded where all is bfloat16: they differ by an ulp of that.
+    """
     case = Case((5,), 2, 80, 60, rb, x_dtype=torch.bfloat16, base_dtype=torch.bfloat16, adapter_dtype=adapter)
-    torch.library.opcheck(native.gralora.default, forward_arguments(case, 0.5, device, True))
+    torch.library.opcheck(native.gralora.default, forward_arguments(case, 0.5, device, True), atol=1e-2, rtol=1.6e-2)
     torch.library.opcheck(native.gralora_backward.default, backward_arguments(case, 0.5, device))
 
 
