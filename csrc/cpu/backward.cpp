@@ -158,11 +158,13 @@ struct Backward {
       Acc* sums = partial + g.row * from_g.sums();
       const auto for_chunks = [&](const FromWide& project, Acc* to, auto&& f) {
         if (to != nullptr) project.clear_sums(g.tokens, sums);
+        const bool rounds = kTerms == 2 && to == dH && want_x && project.rounds();
         for (int64_t chunk = 0; chunk < project.chunks(); chunk++) {
           f(chunk, project.cut.first(chunk) == 0);
-          if (to != nullptr) project.finish_chunk(chunk, g.tokens, sums, to + g.row * row);
+          if (to != nullptr)
+            project.finish_chunk(chunk, g.tokens, sums, to + g.row * row, rounds ? rounded + g.row * row / 2 : nullptr);
         }
-        if (to == dH) round_dH(g.row, g.tokens);
+        if (to == dH && !rounds) round_dH(g.row, g.tokens);
       };
       if (remake_U) for_chunks(from_x, remade, [&](int64_t chunk, bool) { project_U(g, chunk, sums, true, b); });
       for_chunks(from_g, want_H ? dH : nullptr,

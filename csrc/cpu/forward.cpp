@@ -17,7 +17,8 @@ struct Forward {
   int64_t strip;     // columns of a block of B that are taken together
   int64_t together;  // blocks that are, where they are narrow: rows of y in long runs
 
-  static constexpr int64_t kTokensPerThread = 64;  // below, threads share columns
+  // Below, threads share columns; where they would not, each packs all of A and B for its own tokens.
+  const int64_t tokens_per_thread = p.shape.r + p.shape.h < 64 ? 64 : 80;
   static constexpr int64_t kTogether = 8;
 
   explicit Forward(const ForwardParams& params)
@@ -56,7 +57,7 @@ struct Forward {
   }
 
   void run() {
-    if (p.threads == 1 || p.shape.T >= kTokensPerThread * p.threads)
+    if (p.threads == 1 || p.shape.T >= tokens_per_thread * p.threads)
       run_by_tokens();
     else
       for (int64_t t0 = 0; t0 < p.shape.T; t0 += kSegment) run_by_columns(t0, smaller(kSegment, p.shape.T - t0));
@@ -71,8 +72,9 @@ struct Forward {
     parallel_items(ceil_div(T, tokens), p.threads, [&](int64_t item, int thread) {
       const int64_t t0 = item * tokens, count = smaller(tokens, T - t0);
       Acc* rest = buffers.of(thread) + rounded_size(tokens);
-      project.run_segment(t0, count, u(t0), rest);
-      round_ranks(t0, 0, count, buffers.of(thread));
+      const bool rounds = InExpand::kTerms == 2 && project.rounds();
+      project.run_segment(t0, count, u(t0), rounds ? buffers.of(thread) : nullptr, rest);
+      if (!rounds) round_ranks(t0, 0, count, buffers.of(thread));
       const Acc* from = ranks(t0, buffers.of(thread));
       for (int64_t j = 0; j < p.shape.k; j += together)
         expand_blocks(t0, count, from, j, smaller(together, p.shape.k - j), 0, p.shape.M / p.shape.k, rest);

@@ -125,6 +125,13 @@ inline __attribute__((always_inline)) __m512i round_both(__m512 low, __m512 high
   return both;
 }
 
+// The pairs of a vector, rounded
+inline __attribute__((always_inline)) void round_vector(Vec<float> ranks, float* to) {
+  __m256i pairs;
+  asm("vcvtneps2bf16 %1, %0" : "=v"(pairs) : "v"(ranks));
+  memcpy(to, &pairs, sizeof pairs);
+}
+
 // A row of `count` (even) numbers, rounded: count/2 pairs
 inline void round_row(const float* from, int64_t count, float* to) {
   for (int64_t i = 0; i < count; i += 32) {

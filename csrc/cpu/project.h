@@ -99,11 +99,14 @@ struct Project {
            (h == 0 || has_pairs(G, cut.block_width));
   }
 
-  // u [count, k*r + h] of the tokens t0 .. t0+count, by one thread
+  // Whether ranks are rounded where they are stored; else that is left to the caller
+  bool rounds() const { return r / k % kWidth<Acc> == 0 && h == 0; }
+
+  // u [count, k*r + h] of the tokens t0 .. t0+count, by one thread. rounded: a place for pairs of them, where rounds(); or null
   int64_t segment_scratch(int64_t count) const {
     return panels_size(run_length()) + 2 * Block<Acc>::size(kMaxRows) + count * sums();
   }
-  void run_segment(int64_t t0, int64_t count, Acc* u, Acc* scratch) const {
+  void run_segment(int64_t t0, int64_t count, Acc* u, Acc* rounded, Acc* scratch) const {
     Acc* sum = scratch + panels_size(run_length()) + 2 * Block<Acc>::size(kMaxRows);
     clear_sums(count, sum);
     for (int64_t block = 0; block < k; block++) {
@@ -112,7 +115,7 @@ struct Project {
         const Panels panels = read_panels(begin, chunks, count, scratch);
         add_run(panels, begin, chunks, t0, count, sum, scratch + panels_size(run_length()));
       }
-      finish_chunk((block + 1) * cut.per_block - 1, count, sum, u);
+      finish_chunk((block + 1) * cut.per_block - 1, count, sum, u, rounded);
     }
   }
 
@@ -120,9 +123,12 @@ struct Project {
   void clear_sums(int64_t count, Acc* sum) const {
     for (int64_t i = 0; i < count * sums(); i++) sum[i] = Acc(0);
   }
-  void finish_chunk(int64_t chunk, int64_t count, Acc* sum, Acc* u) const {
+  void finish_chunk(int64_t chunk, int64_t count, Acc* sum, Acc* u, Acc* rounded) const {
     if (!cut.ends_block(chunk)) return;
-    for (int64_t m = 0; m < count; m++) store_block(cut.block(chunk), sum + m * sums(), u + m * (k * r + h));
+    for (int64_t m = 0; m < count; m++) {
+      Acc* pairs = rounded == nullptr ? nullptr : rounded + m * k * r / 2;
+      store_block(cut.block(chunk), sum + m * sums(), u + m * (k * r + h), pairs);
+    }
     if (chunk + 1 < chunks()) return;
     for (int64_t m = 0; m < count; m++) store_general(sum + m * sums(), u + m * (k * r + h));
   }
@@ -139,7 +145,7 @@ struct Project {
     };
     for (int64_t n = 0; n < k; n++) {
       add_chunks(n * cut.per_block, (n + 1) * cut.per_block, 0, general_start());
-      store_block(n, sum, u);
+      store_block(n, sum, u, nullptr);
     }
     add_chunks(0, chunks(), general_start(), sums());
     store_general(sum, u);
@@ -193,21 +199,33 @@ struct Project {
     });
   }
 
-  // One row of u; the sums of the block are cleared for the next one.
-  void store_block(int64_t n, Acc* sum, Acc* u) const {
+  // One row of u, and of its pairs where they are wanted; the sums of the block are cleared for the next one.
+  void store_block(int64_t n, Acc* sum, Acc* u, Acc* rounded) const {
+    constexpr int64_t W = kWidth<Acc>;
     const int64_t rb = r / k;
-    for (int64_t c = 0; c < r; c += kWidth<Acc>) store<Acc>(sum + c, scale * load<Acc>(sum + c));
+    if (rb % W == 0) {
+      for (int64_t j = 0; j < k; j++)
+        for (int64_t q = 0; q < rb; q += W, sum += W) {
+          const int64_t to = j * r + n * rb + q;
+          const Vec<Acc> ranks = scale * load<Acc>(sum);
+          store<Acc>(u + to, ranks);
+          if constexpr (kTerms == 2)
+            if (rounded != nullptr) round_vector(ranks, rounded + to / 2);
+          store<Acc>(sum, Vec<Acc>{});
+        }
+      return;
+    }
+    for (int64_t c = 0; c < r; c += W) store<Acc>(sum + c, scale * load<Acc>(sum + c));
     switch (rb) {
       case 1: exchange<1>(n, sum, u); break;
       case 2: exchange<2>(n, sum, u); break;
       case 4: exchange<4>(n, sum, u); break;
       case 8: exchange<8>(n, sum, u); break;
-      case 16: exchange<16>(n, sum, u); break;
       default:
         for (int64_t j = 0; j < k; j++)
           for (int64_t q = 0; q < rb; q++) u[j * r + n * rb + q] = sum[j * rb + q];
     }
-    for (int64_t c = 0; c < r; c += kWidth<Acc>) store<Acc>(sum + c, Vec<Acc>{});
+    for (int64_t c = 0; c < r; c += W) store<Acc>(sum + c, Vec<Acc>{});
   }
 
   template <int rb>
