@@ -31,6 +31,8 @@ WIDTHS = {
 def tasks(level: Level, threads: int, device: torch.device) -> list[Task]:
     rank = 4 if level.name == "tiny" else 16
     shapes = [Shape(n, m, T=1, r=rank) for n, m in WIDTHS[level.name]]
+    if level.name in ("default", "full"):
+        shapes.append(Shape(2048, 2048, T=1, r=rank // 2, h=rank // 2))
     return [Task(f"{NAME}: {shape.key}", level.seconds + 0.5, partial(measure, shape)) for shape in shapes]
 
 

@@ -13,6 +13,7 @@ WIDTHS = ((576, 576), (576, 1536), (1536, 576), (2048, 2048), (4096, 4096), (409
 DTYPES = (("bf16", "fp32"), ("bf16", "bf16"), ("fp16", "fp32"))
 SQUARE, SMALL = Shape(2048, 2048), Shape(576, 1536)
 WITH_DROPOUT = replace(SQUARE, dropout=0.1)
+ALL_BF16_WITH_DROPOUT = replace(WITH_DROPOUT, activation="bf16", adapter="bf16")
 # The hardest: PEFT's GEMMs run at twice float32's rate there.
 MANY_RANKS_OF_16_BITS = (
     Shape(4096, 4096, r=64, activation="bf16", adapter="bf16"),
@@ -58,6 +59,7 @@ def _default() -> list[Shape]:
         *(_in(s, *dtypes, T=t) for s in (SMALL, Shape(4096, 4096)) for dtypes in DTYPES for t in (1, 256)),
         *MANY_RANKS_OF_16_BITS,
         WITH_DROPOUT,
+        ALL_BF16_WITH_DROPOUT,
     ]
 
 
@@ -68,7 +70,9 @@ def _full() -> list[Shape]:
         *(Shape(n, m, h=16) for n, m in WIDTHS),
         *(_in(Shape(n, m), *dtypes, T=t) for n, m in WIDTHS for dtypes in DTYPES for t in (1, 256, 2048)),
         *MANY_RANKS_OF_16_BITS,
+        Shape(4096, 4096, T=512, r=256, k=8, activation="bf16", adapter="bf16"),
         WITH_DROPOUT,
+        ALL_BF16_WITH_DROPOUT,
         LONG,
     ]
 
