@@ -19,7 +19,7 @@ BF16 = torch.bfloat16
 ROUNDED_FROM = 5  # tokens: kTokensToRound
 
 # An even and an odd number of tokens, in one segment and in several; widths of blocks that are even, odd, a part of a vector and
-# of several chunks; ranks of a block that are even, odd and more than a vector; the hybrid part.
+# of several chunks; ranks of a block that are even, odd, whole vectors (rounded as they are stored) and more; the hybrid part.
 TOKENS = [5, 64, 97, 1301]
 SIZES = [
     (1, 2, 4, 2, 0),
@@ -28,6 +28,8 @@ SIZES = [
     (2, 600, 96, 24, 0),
     (4, 96, 530, 5, 6),
     (2, 64, 64, 3, 3),
+    (2, 64, 96, 32, 0),
+    (4, 48, 40, 16, 0),
 ]
 
 
