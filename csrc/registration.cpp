@@ -13,9 +13,9 @@ TORCH_LIBRARY(gralora_ext, m) {
       "gralora_(Tensor x, Tensor(a!) base, Tensor A, Tensor B, Tensor? A_general, Tensor? B_general, Tensor? seed, "
       "float scaling, float dropout_p) -> (Tensor(a!) y, Tensor u, Tensor kept)");
   m.def(
-      "gralora_backward(Tensor grad, Tensor x, Tensor u, Tensor kept, Tensor A, Tensor B, Tensor? A_general, Tensor? "
-      "B_general, "
-      "Tensor? seed, float scaling, float dropout_p, bool[5] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "gralora_backward(Tensor grad, Tensor x, Tensor u, Tensor kept, Tensor A, Tensor B, Tensor? A_general, "
+      "Tensor? B_general, Tensor? seed, float scaling, float dropout_p, bool[5] needs) -> (Tensor, Tensor, Tensor, "
+      "Tensor, Tensor)");
   m.def(
       "merge_(Tensor(a!) weight, Tensor A, Tensor B, Tensor? A_general, Tensor? B_general, float scaling, "
       "bool fan_in_fan_out) -> ()");
@@ -26,10 +26,9 @@ TORCH_LIBRARY(gralora_ext, m) {
       "linear(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor? A_general, Tensor? B_general, "
       "Tensor? seed, float scaling, float dropout_p) -> (Tensor y, Tensor u, Tensor kept)");
   m.def(
-      "linear_backward(Tensor grad, Tensor x, Tensor u, Tensor kept, Tensor weight, Tensor A, Tensor B, Tensor? "
-      "A_general, "
-      "Tensor? B_general, Tensor? seed, float scaling, float dropout_p, bool[5] needs) -> (Tensor, Tensor, Tensor, "
-      "Tensor, Tensor)");
+      "linear_backward(Tensor grad, Tensor x, Tensor u, Tensor kept, Tensor weight, Tensor A, Tensor B, "
+      "Tensor? A_general, Tensor? B_general, Tensor? seed, float scaling, float dropout_p, bool[5] needs) -> (Tensor, "
+      "Tensor, Tensor, Tensor, Tensor)");
 }
 
 namespace {

@@ -52,9 +52,9 @@ struct ForwardFew {
 
  private:
   static constexpr int64_t kStrip = 1024;  // columns of y whose sums stay in L1
-  // A row of A goes to one of these sums, in turns: a single one would wait for itself.
-  static constexpr int kPhases = kVectorRegisters == 32 ? 4 : 2;
-  static constexpr int64_t kAhead = 32;  // rows of A; of B, it is the next columns of a row
+  // Sums that rows of A go to: a single one would wait for itself.
+  static constexpr int kSumsOfA = kVectorRegisters == 32 ? 4 : 2;
+  static constexpr int64_t kAhead = 32;  // rows of A that are fetched ahead; of B, the next columns of a row are
 
   Acc* u(int64_t t) const { return static_cast<Acc*>(p.u) + t * row; }
 
@@ -73,53 +73,18 @@ struct ForwardFew {
     const Param &A = p.adapter.A, &G = p.adapter.A_general;
     const P* a = static_cast<const P*>(A.data) + project.cut.block(chunk) * A.block_stride +
                  project.cut.first(chunk) * A.row_stride;
+    const Acc* rows[T];
+    rows_of(x.data, x.ld, rows);
+    const int64_t stride = A.row_stride, ahead = kAhead * stride;
     int64_t c = 0;
-    for (; c + kWide * W <= s.r; c += kWide * W) sum_rows<T, kWide>(x, length, a + c, to + c);
-    for (; c < s.r; c += W) sum_rows<T, 1>(x, length, a + c, to + c, s.r - c);
+    for (; c + kWide * W <= s.r; c += kWide * W)
+      sum_rows<kWide, kSumsOfA>(rows, length, a + c, stride, ahead, to + c, sums);
+    for (; c < s.r; c += W) sum_rows<1, kSumsOfA>(rows, length, a + c, stride, ahead, to + c, sums, s.r - c);
     if (s.h == 0) return;
     const P* g = static_cast<const P*>(G.data) + column;
     for (int64_t t = 0; t < s.T; t++)
       dot_all_rows<kGeneralRows>(g, G.row_stride, s.h, length, x.data + t * x.ld,
                                  to + t * sums + project.general_start());
-  }
-
-  // to[t*sums + c] = sum_i x[t, i] a[i, c] for NV vectors of columns, or for the first `columns` of one
-  template <int T, int NV, class P>
-  __attribute__((noinline)) void sum_rows(const Source<Acc>& x, int64_t length, const P* a, Acc* to,
-                                          int64_t columns = NV * kWidth<Acc>) const {
-    const int64_t stride = p.adapter.A.row_stride;
-    const Acc* rows[T];
-    rows_of(x.data, x.ld, rows);
-    Vec<Acc> sum[kPhases][T][NV] = {};
-    const auto add = [&](auto whole, int phase, int64_t i) __attribute__((always_inline)) {
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; v++) {
-        const P* at = a + i * stride + v * kWidth<Acc>;
-        __builtin_prefetch(at + kAhead * stride);
-        const Vec<Acc> b = whole.value ? load<Acc>(at) : load_some<Acc>(at, columns);
-#pragma GCC unroll 4
-        for (int t = 0; t < T; t++) sum[phase][t][v] += rows[t][i] * b;
-      }
-    };
-    const auto add_all = [&](auto whole) __attribute__((always_inline)) {
-      int64_t i = 0;
-      for (; i + kPhases <= length; i += kPhases)
-#pragma GCC unroll 4
-        for (int phase = 0; phase < kPhases; phase++) add(whole, phase, i + phase);
-#pragma GCC unroll 4
-      for (int phase = 0; phase + 1 < kPhases; phase++)
-        if (i + phase < length) add(whole, phase, i + phase);
-    };
-    if (columns >= NV * kWidth<Acc>)
-      add_all(Int<1>{});
-    else
-      add_all(Int<0>{});
-    for_accumulators<T, NV>([&](int t, int v) {
-      Vec<Acc> total = sum[0][t][v];
-#pragma GCC unroll 4
-      for (int phase = 1; phase < kPhases; phase++) total += sum[phase][t][v];
-      if (t < s.T) store<Acc>(to + t * project.sums() + v * kWidth<Acc>, total);
-    });
   }
 
   // `columns` from `first` on of the output block j
@@ -129,9 +94,13 @@ struct ForwardFew {
     constexpr int kWide = kVectorRegisters == 32 ? (T == 1 ? 8 : 4) : (T == 4 ? 2 : 4);
     const Param &B = p.adapter.B, &G = p.adapter.B_general;
     const P* b = static_cast<const P*>(B.data) + j * B.block_stride + first;
+    const Acc* rows[T];
+    rows_of(u(0) + j * s.r, row, rows);
+    const int64_t stride = B.row_stride;
     int64_t o = 0;
-    for (; o + kWide * W <= columns; o += kWide * W) sum_ranks<T, kWide>(j, b + o, sum + o);
-    for (; o < columns; o += W) sum_ranks<T, 1>(j, b + o, sum + o, columns - o);
+    for (; o + kWide * W <= columns; o += kWide * W)
+      sum_rows<kWide, 1>(rows, s.r, b + o, stride, kWide * W, sum + o, kStrip);
+    for (; o < columns; o += W) sum_rows<1, 1>(rows, s.r, b + o, stride, W, sum + o, kStrip, columns - o);
     const int64_t column = j * w_out + first;
     for (int64_t t = 0; t < s.T && s.h > 0; t++) {
       const P* g = static_cast<const P*>(G.data) + column * G.row_stride;
@@ -145,29 +114,42 @@ struct ForwardFew {
     });
   }
 
-  // to[t*kStrip + o] = sum_c U_j[t, c] b[c, o] for NV vectors of columns, or for the first `columns` of one
-  template <int T, int NV, class P>
-  __attribute__((noinline)) void sum_ranks(int64_t j, const P* b, Acc* to, int64_t columns = NV * kWidth<Acc>) const {
-    const int64_t stride = p.adapter.B.row_stride;
-    const Acc* rows[T];
-    rows_of(u(0) + j * s.r, row, rows);
-    Vec<Acc> sum[T][NV] = {};
-    const auto add_all = [&](auto whole) __attribute__((always_inline)) {
-      for (int64_t c = 0; c < s.r; c++)
+  // to[t*ld + c] = sum_i rows[t][i] b[i*stride + c], i < length, for NV vectors of columns or for the first `columns` of one;
+  // elements are fetched `ahead` of where they are read. Row i goes to one of kSums sums, in turns.
+  template <int NV, int kSums, int T, class P>
+  __attribute__((noinline)) void sum_rows(const Acc* const (&rows)[T], int64_t length, const P* b, int64_t stride,
+                                          int64_t ahead, Acc* to, int64_t ld,
+                                          int64_t columns = NV * kWidth<Acc>) const {
+    Vec<Acc> sum[kSums][T][NV] = {};
+    const auto add = [&](auto whole, int phase, int64_t i) __attribute__((always_inline)) {
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; v++) {
-          const P* at = b + c * stride + v * kWidth<Acc>;
-          __builtin_prefetch(at + NV * kWidth<Acc>);
-          const Vec<Acc> value = whole.value ? load<Acc>(at) : load_some<Acc>(at, columns);
+      for (int v = 0; v < NV; v++) {
+        const P* at = b + i * stride + v * kWidth<Acc>;
+        __builtin_prefetch(at + ahead);
+        const Vec<Acc> value = whole.value ? load<Acc>(at) : load_some<Acc>(at, columns);
 #pragma GCC unroll 4
-          for (int t = 0; t < T; t++) sum[t][v] += rows[t][c] * value;
-        }
+        for (int t = 0; t < T; t++) sum[phase][t][v] += rows[t][i] * value;
+      }
+    };
+    const auto add_all = [&](auto whole) __attribute__((always_inline)) {
+      int64_t i = 0;
+      for (; i + kSums <= length; i += kSums)
+#pragma GCC unroll 4
+        for (int phase = 0; phase < kSums; phase++) add(whole, phase, i + phase);
+#pragma GCC unroll 4
+      for (int phase = 0; phase + 1 < kSums; phase++)
+        if (i + phase < length) add(whole, phase, i + phase);
     };
     if (columns >= NV * kWidth<Acc>)
       add_all(Int<1>{});
     else
       add_all(Int<0>{});
-    for_accumulators<T, NV>([&](int t, int v) { store<Acc>(to + t * kStrip + v * kWidth<Acc>, sum[t][v]); });
+    for_accumulators<T, NV>([&](int t, int v) {
+      Vec<Acc> total = sum[0][t][v];
+#pragma GCC unroll 4
+      for (int phase = 1; phase < kSums; phase++) total += sum[phase][t][v];
+      if (t < s.T) store<Acc>(to + t * ld + v * kWidth<Acc>, total);
+    });
   }
 
   template <class Y>
