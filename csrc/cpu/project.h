@@ -3,7 +3,8 @@
 //   u[t, j*r + n*rb + q] = s * sum_i x'[t, n*w + i] * P[n][i, j*rb + q]      n, j = 0 .. k-1;  w = width/k
 //   u[t, k*r + c]        = s * sum_i x'[t, i] * G[i, c]                      c = 0 .. h-1
 //
-// x' is x after dropout; where products are of pairs it lacks the factor 1/(1-p), which is the caller's, in s. Forward: x, A, Ag^T give U. Backward: g, B^T, Bg give dH, since the exchange is its own inverse.
+// x' is x after dropout; where products are of pairs it lacks the factor 1/(1-p), which is the caller's, in s. Forward: x, A,
+// Ag^T give U. Backward: g, B^T, Bg give dH, since the exchange is its own inverse.
 //
 // Blocks are cut into chunks of at most kChunk columns. Each chunk is summed by itself, then chunks are added in their
 // order: the result depends neither on the segment nor on the thread, and long sums lose less. P is made ready in runs of
