@@ -81,6 +81,7 @@ struct Expand {
       multiply_rows<Product>(h / kTerms, g.general_ranks, ldu, g.panels.G.at(0, c), g.panels.G.ld, acc, nothing);
     const bool unit = y.column_stride == 1 && (base.data == nullptr || base.column_stride == 1);
     if (unit && c + NV * kWidth<Acc> <= g.columns) return store_tile<MR, NV, Y>(acc, g.from, g.to, c, g.kept);
+    if (unit) return store_edge<MR, NV, Y>(acc, g, c);
     for_accumulators<MR, NV>([&](int m, int v) {
       const int64_t o = c + v * kWidth<Acc>;
       store_elements<Y>(acc[m][v], g.from[m], g.to[m], o, smaller(kWidth<Acc>, g.columns - o), g.kept + m * kKept);
@@ -97,6 +98,22 @@ struct Expand {
       if (base.data != nullptr) sum[m][v] += load<Acc>(from[m] + c + v * kWidth<Acc>);
     });
     for_accumulators<MR, 1>([&](int m, int) { store_row<Acc, Y, NV>(to[m] + c, sum[m]); });
+  }
+
+  // The same where columns end within a vector
+  template <int MR, int NV, class Y>
+  inline __attribute__((always_inline)) void store_edge(Vec<Acc> (&sum)[MR][NV], const RowGroup<MR, Y>& g,
+                                                        int64_t c) const {
+    for_accumulators<MR, NV>([&](int m, int v) {
+      const int64_t o = c + v * kWidth<Acc>;
+      sum[m][v] *= scale;
+      if (mask.on) sum[m][v] = mask.drop<Acc>(sum[m][v], g.kept + m * kKept, o);
+      if (base.data != nullptr) sum[m][v] += load_some<Acc>(g.from[m] + o, g.columns - o);
+    });
+    for_accumulators<MR, NV>([&](int m, int v) {
+      const int64_t o = c + v * kWidth<Acc>;
+      store_some<Acc>(g.to[m] + o, sum[m][v], g.columns - o);
+    });
   }
 
   template <class Y>

@@ -58,7 +58,8 @@ struct Totals {
             const Vec<Acc> both[2] = {scaled(i), scaled(i + kWidth<Acc>)};
             store_row<Acc, P, 2>(row + i, both);
           }
-          if (i + kWidth<Acc> <= columns) store<Acc>(row + i, scaled(i)), i += kWidth<Acc>;
+          for (; i < columns; i += kWidth<Acc>) store_some<Acc>(row + i, scaled(i), columns - i);
+          continue;
         }
         for (; i < columns; i++)
           out[c * to.row_stride + i * to.column_stride] = from_acc<P>(scale * sums[c * kChunk + i]);
@@ -70,17 +71,17 @@ struct Totals {
   template <class P>
   void write_transposed(P* out, const Param& to, int64_t ranks, int64_t columns, const Acc* sums) const {
     constexpr int64_t W = kWidth<Acc>;
-    const int64_t whole_ranks = ranks / W * W, whole_columns = columns / W * W;
-    for (int64_t i = 0; i < whole_columns; i += W) {
+    for (int64_t i = 0; i < columns; i += W) {
       int64_t c = 0;
-      if constexpr (sizeof(P) < sizeof(Acc))
-        for (; c + 2 * W <= whole_ranks; c += 2 * W)
-          write_blocks<2>(out + i * to.column_stride + c, to, sums + c * kChunk + i);
-      for (; c < whole_ranks; c += W) write_blocks<1>(out + i * to.column_stride + c, to, sums + c * kChunk + i);
+      if (i + W <= columns) {
+        if constexpr (sizeof(P) < sizeof(Acc))
+          for (; c + 2 * W <= ranks; c += 2 * W)
+            write_blocks<2>(out + i * to.column_stride + c, to, sums + c * kChunk + i);
+        for (; c + W <= ranks; c += W) write_blocks<1>(out + i * to.column_stride + c, to, sums + c * kChunk + i);
+      }
+      for (; c < ranks; c += W)
+        write_edge(out + i * to.column_stride + c, to, smaller(W, columns - i), ranks - c, sums + c * kChunk + i);
     }
-    for (int64_t i = 0; i < columns; i++)
-      for (int64_t c = i < whole_columns ? whole_ranks : 0; c < ranks; c++)
-        out[i * to.column_stride + c] = from_acc<P>(scale * sums[c * kChunk + i]);
   }
 
   // A vector of columns by NV vectors of ranks
@@ -97,6 +98,16 @@ struct Totals {
       if (NV == 2)
         __builtin_prefetch(at + 2 * W, 1);  // the line of the ranks that follow: each row is far from the last one
     }
+  }
+
+  // At most a vector of columns by at most a vector of ranks
+  template <class P>
+  void write_edge(P* out, const Param& to, int64_t columns, int64_t ranks, const Acc* sums) const {
+    constexpr int64_t W = kWidth<Acc>;
+    Acc block[W * W];
+    transpose_some<Acc>(sums, kChunk, columns, ranks, block, W);
+    for (int64_t m = 0; m < columns; m++)
+      store_some<Acc>(out + m * to.column_stride, scale * load<Acc>(block + m * W), ranks);
   }
 };
 

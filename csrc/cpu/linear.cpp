@@ -232,15 +232,12 @@ struct Linear {
       for_accumulators<MR, 1>([&](int m, int) { store_row<Acc, Acc, NV>(to + m * columns, acc[m]); });
       return;
     }
-    for_accumulators<MR, NV>([&](int m, int v) {
-      store_elements(acc[m][v], accumulate ? to + m * columns : start, v * kWidth<Acc>, count, to + m * columns);
+    for_accumulators<MR, NV>([&](int m, int v) {  // columns end within a vector
+      const int64_t c = v * kWidth<Acc>;
+      const Acc* from = accumulate ? to + m * columns : start;
+      if (from != nullptr) acc[m][v] += load_some<Acc>(from + c, count - c);
+      store_some<Acc>(to + m * columns + c, acc[m][v], count - c);
     });
-  }
-
-  __attribute__((noinline)) static void store_elements(Vec<Acc> sum, const Acc* from, int64_t c, int64_t count,
-                                                       Acc* to) {
-    for (int64_t i = 0; i < kWidth<Acc> && c + i < count; i++)
-      to[c + i] = sum[i] + (from == nullptr ? Acc(0) : from[c + i]);
   }
 };
 

@@ -87,6 +87,15 @@ struct Merge {
         for_accumulators<MR, 1>([&](int m, int) { store_row<Acc, Y, NV>(to + m * W.row_stride + c, acc[m]); });
         return;
       }
+      if (W.column_stride == 1) {  // columns end within a vector
+        for_accumulators<MR, NV>([&](int m, int v) {
+          Y* at = to + m * W.row_stride + c + v * kWidth<Acc>;
+          const int64_t left = width - c - v * kWidth<Acc>;
+          if (accumulate) acc[m][v] += load_some<Acc>(at, left);
+          store_some<Acc>(at, acc[m][v], left);
+        });
+        return;
+      }
       for_accumulators<MR, NV>(
           [&](int m, int v) { add_elements<Y>(acc[m][v], to + m * W.row_stride, c + v * kWidth<Acc>, width); });
     });

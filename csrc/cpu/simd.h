@@ -217,6 +217,28 @@ inline Vec<Acc> load_some(const T* p, int64_t count) {
   return v;
 }
 
+// The first `count` elements of v, or all; nothing beyond is written.
+template <class Acc, class T>
+inline void store_some(T* p, Vec<Acc> v, int64_t count) {
+  if (count >= kWidth<Acc>) return store<Acc>(p, v);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Acc) == sizeof(float)) {
+    const __mmask16 some = count <= 0 ? 0 : (1 << count) - 1;
+    if constexpr (sizeof(T) == sizeof(float)) {
+      _mm512_mask_storeu_ps(p, some, __m512(v));
+    } else {
+      T all[kWidth<Acc>];
+      store<Acc>(all, v);
+      _mm256_mask_storeu_epi16(p, some, bit_cast<__m256i>(all));
+    }
+    return;
+  }
+#endif
+  T all[kWidth<Acc>];
+  store<Acc>(all, v);
+  for (int64_t i = 0; i < count; i++) p[i] = all[i];
+}
+
 // One row of a register tile: NV vectors side by side.
 template <class Acc, class T, int NV>
 inline __attribute__((always_inline)) void store_row(T* p, const Vec<Acc> (&v)[NV]) {
