@@ -72,12 +72,13 @@ struct Adapter {
   Param A, B, A_general, B_general;
 };
 
-// y = base + ..., y may be base; writes u [T, k*r + h] (accumulation type, contiguous): U, then x Ag^T.
+// y = base + ..., y may be base; writes u [T, k*r + h] (contiguous): U, then x Ag^T.
 struct ForwardParams {
   Shape shape;
   Adapter adapter;
   Rows x, base, y;
   void* u = nullptr;
+  bool u_bf16 = false;  // u is bfloat16, not of the accumulation type; the CPU's kernels only
   double scaling = 1.0;
   Dropout dropout;
   bool accumulate_f64 = false;
@@ -91,6 +92,7 @@ struct BackwardParams {
   Rows grad_y, x, grad_x;
   bool add_to_grad_x = false;  // += instead; the CPU's kernels only
   const void* u = nullptr;
+  bool u_bf16 = false;
   Adapter grad;
   double scaling = 1.0;
   Dropout dropout;

@@ -20,6 +20,14 @@ bool keeps_u(const at::Tensor& x, const at::Tensor& A, const Shape& s) {
   return x.element_size() > 2 || A.element_size() <= 2 || kShare * ranks <= s.N + ranks;
 }
 
+// The accumulation type. Where all is bfloat16, the CPU's kernels round U as a factor anyway, in PEFT's layer it is bfloat16 too,
+// and with many ranks writing it costs: 2048^2, r = 256, k = 8 has as much of it as of x.
+at::ScalarType dtype_of_u(const at::Tensor& x, const at::Tensor& base, const at::Tensor& A, bool f64) {
+  const bool all_bf16 = x.is_cpu() && x.scalar_type() == at::kBFloat16 && base.scalar_type() == at::kBFloat16 &&
+                        A.scalar_type() == at::kBFloat16;
+  return f64 ? at::kDouble : all_bf16 ? at::kBFloat16 : at::kFloat;
+}
+
 // Whether the mask is kept: to draw it is most of what dropout costs, and its bits are 1/32 of a float32 x.
 bool keeps_mask(const at::Tensor& x, const Shape& s, double dropout_p) {
   return x.is_cpu() && dropout_p > 0.0 && s.N / s.k % 8 == 0;
@@ -33,7 +41,7 @@ ForwardResult run_forward(const Shape& shape, const at::Tensor& x, const at::Ten
   const at::Tensor x_rows = as_rows(x), base_rows = as_rows(base), y_rows = y.is_same(base) ? base_rows : as_rows(y);
   ForwardParams p;
   p.accumulate_f64 = any_double({&x, &base, &A});
-  const auto options = accumulation_options(x, p.accumulate_f64);
+  const auto options = x.options().dtype(dtype_of_u(x, base, A, p.accumulate_f64));
   const int64_t ranks = shape.k * shape.r + shape.h;
   const bool keep_u = keeps_u(x, A, shape);
   const at::Tensor u = at::empty({keep_u || x.is_cpu() ? shape.T : 0, ranks}, options);  // the CPU's kernels work in it
@@ -41,6 +49,7 @@ ForwardResult run_forward(const Shape& shape, const at::Tensor& x, const at::Ten
   p.adapter = adapter_of(A, B, A_general, B_general);
   p.x = rows_of(x_rows), p.base = rows_of(base_rows), p.y = rows_of(y_rows);
   p.u = u.size(0) == shape.T ? u.mutable_data_ptr() : nullptr;
+  p.u_bf16 = u.scalar_type() == at::kBFloat16;
   p.scaling = scaling;
   const at::Tensor kept =
       at::empty({keeps_mask(x, shape, dropout_p) ? shape.T : 0, shape.N / 8}, options.dtype(at::kByte));
@@ -109,6 +118,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_
   p.adapter = adapter_of(A, B, A_general, B_general);
   p.grad_y = rows_of(grad_rows), p.x = rows_of(x_rows);
   p.u = u.size(0) == shape.T ? u.const_data_ptr() : nullptr;
+  p.u_bf16 = u.scalar_type() == at::kBFloat16;
   if (dx.defined()) p.grad_x = rows_of(dx_rows), p.add_to_grad_x = add;
   if (needs[1]) p.grad.A = param_of(dA);
   if (needs[2]) p.grad.B = param_of(dB);

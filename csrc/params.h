@@ -27,10 +27,6 @@ inline bool any_double(std::initializer_list<const at::Tensor*> tensors) {
   return false;
 }
 
-inline at::TensorOptions accumulation_options(const at::Tensor& like, bool f64) {
-  return like.options().dtype(f64 ? at::kDouble : at::kFloat);
-}
-
 // Leading dimensions of one element vanish and those that lie as one are joined; false: too many are left.
 inline bool fill_rows(const at::Tensor& tensor, Rows& rows) {
   rows = Rows{};

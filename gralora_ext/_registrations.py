@@ -31,8 +31,12 @@ def _tokens(x: Tensor) -> int:
     return math.prod(x.shape[:-1])
 
 
-def _accumulation_dtype(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+def _dtype_of_u(*tensors: Tensor) -> torch.dtype:
+    """As dtype_of_u in csrc/ops.cpp."""
+    if any(t.dtype == torch.float64 for t in tensors):
+        return torch.float64
+    all_bf16 = all(t.dtype == torch.bfloat16 and t.device.type == "cpu" for t in tensors)
+    return torch.bfloat16 if all_bf16 else torch.float32
 
 
 def _kept_mask(x: Tensor, k: int, dropout_p: float) -> Tensor:
@@ -67,7 +71,7 @@ def _fake_forward(
     # as in csrc/ops.cpp
     keeps_u = x.element_size() > 2 or A.element_size() <= 2 or 16 * ranks <= x.shape[-1] + ranks
     tokens = _tokens(x) if keeps_u else 0
-    u = x.new_empty((tokens, ranks), dtype=_accumulation_dtype(x, base, A))
+    u = x.new_empty((tokens, ranks), dtype=_dtype_of_u(x, base, A))
     return torch.empty_like(base), u, _kept_mask(x, k, dropout_p)
 
 

@@ -82,8 +82,8 @@ def test_refuses_what_it_cannot_write_into(change, message: str, device: torch.d
 @pytest.mark.parametrize("adapter", [torch.bfloat16, torch.float32], ids=lambda d: f"adapter_{NAMES[d]}")
 @pytest.mark.parametrize("rb", [1, 20])
 def test_what_is_kept_for_backward(rb: int, adapter: torch.dtype, dtype: torch.dtype, device: torch.device) -> None:
-    """x itself, the parameters and U; beside a 16-bit x with float32 parameters, where U would be more than a sixteenth of a
-    float x, not even that."""
+    """x itself, the parameters and U, in bfloat16 where all is, on the CPU; beside a 16-bit x with float32 parameters, where U
+    would be more than a sixteenth of a float x, not even that."""
     case = Case(leading=(50,), k=2, n=80, m=60, rb=rb, x_dtype=dtype, base_dtype=dtype, adapter_dtype=adapter)
     inputs = case.inputs(device)
     tensors = {name: t.requires_grad_(name in ("A", "B")) for name, t in inputs.tensors.items()}
@@ -94,6 +94,7 @@ def test_what_is_kept_for_backward(rb: int, adapter: torch.dtype, dtype: torch.d
     beside = sum(t.nbytes for t in saved if t.data_ptr() not in pointers)
     ranks = 2 * 2 * rb
     kept = dtype == torch.float32 or adapter == torch.bfloat16 or 16 * ranks <= 160 + ranks
-    assert beside == (4 * 50 * ranks if kept else 0)
+    rounded = dtype == adapter == torch.bfloat16 and device.type == "cpu"
+    assert beside == ((2 if rounded else 4) * 50 * ranks if kept else 0)
     if dtype == torch.bfloat16 and adapter == torch.float32:
         assert 16 * beside <= 4 * 50 * (160 + ranks)

@@ -18,6 +18,7 @@ namespace {
 
 template <class Acc, class Product>
 struct Backward {
+  using Rank = typename Product::Rank;  // of U and dH; a U that forward kept can be rounded where this is not
   using FromWide = Project<Acc, Product>;
   using ToWide = Expand<Acc, Product>;
   static constexpr int kTerms = Product::kTerms;
@@ -62,8 +63,8 @@ struct Backward {
   }
   // Whether all products can be of pairs, whichever gradients are wanted. A block has no room to make U again with dropout.
   static bool takes_pairs(const BackwardParams& p) {
-    return p.shape.T >= kTokensToRound && (p.dropout.p == 0.0 || p.u != nullptr) && project_g(p).takes_pairs() &&
-           project_x(p).takes_pairs() && expand_x(p).takes_pairs();
+    return p.shape.T >= kTokensToRound && (p.u == nullptr ? p.dropout.p == 0.0 : p.u_bf16) &&
+           project_g(p).takes_pairs() && project_x(p).takes_pairs() && expand_x(p).takes_pairs();
   }
 
   const BackwardParams& p;
@@ -105,9 +106,8 @@ struct Backward {
   // A token's ranks have one place, or one for each chunk
   const int64_t places = larger(want_H ? from_g.chunks() : 0, remake_U ? from_x.chunks() : 0);
   Acc* partial = scratch.take<Acc>((always_by_tokens() ? smaller(places, 1) : places) * wave_tokens * from_g.sums());
-  Acc* dH = scratch.take<Acc>(want_H ? wave_tokens * row : 0);
-  Acc* remade = scratch.take<Acc>(remake_U ? wave_tokens * row : 0);
-  Acc* rounded = scratch.take<Acc>(want_x && kTerms == 2 ? wave_tokens * row / 2 : 0);  // dH
+  Rank* dH = scratch.take<Rank>(want_H ? wave_tokens * row : 0);
+  Rank* remade = scratch.take<Rank>(remake_U ? wave_tokens * row : 0);
 
   // One thread's scratch
   struct Buffers {
@@ -156,15 +156,12 @@ struct Backward {
       const Buffers b = of(thread);
       // Chunk after chunk is added to the same place: the order, and so the bits, of reduce().
       Acc* sums = partial + g.row * from_g.sums();
-      const auto for_chunks = [&](const FromWide& project, Acc* to, auto&& f) {
+      const auto for_chunks = [&](const FromWide& project, Rank* to, auto&& f) {
         if (to != nullptr) project.clear_sums(g.tokens, sums);
-        const bool rounds = kTerms == 2 && to == dH && want_x && project.rounds();
         for (int64_t chunk = 0; chunk < project.chunks(); chunk++) {
           f(chunk, project.cut.first(chunk) == 0);
-          if (to != nullptr)
-            project.finish_chunk(chunk, g.tokens, sums, to + g.row * row, rounds ? rounded + g.row * row / 2 : nullptr);
+          if (to != nullptr) project.finish_chunk(chunk, g.tokens, sums, to + g.row * row);
         }
-        if (to == dH && !rounds) round_dH(g.row, g.tokens);
       };
       if (remake_U) for_chunks(from_x, remade, [&](int64_t chunk, bool) { project_U(g, chunk, sums, true, b); });
       for_chunks(from_g, want_H ? dH : nullptr,
@@ -181,9 +178,10 @@ struct Backward {
       });
     };
     const int64_t rows = smaller(count * segment_tokens, s.T - wave_first * segment_tokens);
-    const auto reduce_all = [&](const FromWide& project, Acc* to) {
-      parallel_items(rows, rows < 16 ? 1 : p.threads,
-                     [&](int64_t m, int thread) { reduce(project, m, to, of(thread)); });
+    const auto reduce_all = [&](const FromWide& project, Rank* to) {
+      parallel_items(rows, rows < 16 ? 1 : p.threads, [&](int64_t m, int thread) {
+        project.reduce(partial, wave_tokens, m, of(thread).panels, to + m * row);
+      });
     };
     if (remake_U) {
       for_chunks(from_x, [&](const Segment& g, int64_t chunk, Buffers b) {
@@ -210,21 +208,18 @@ struct Backward {
     });
   }
 
-  // A chunk's own place in `partial` for a segment's ranks, and their sum over the chunks
+  // A chunk's own place in `partial` for a segment's ranks
   Acc* place(const FromWide& project, const Segment& g, int64_t chunk) const {
     return partial + (chunk * wave_tokens + g.row) * project.sums();
   }
-  void reduce(const FromWide& project, int64_t m, Acc* to, Buffers b) const {
-    project.reduce(partial, wave_tokens, m, b.panels, to + m * row);
-    if (to == dH) round_dH(m, 1);
-  }
 
-  // dH of some tokens of the wave as dx takes them
-  void round_dH(int64_t m, int64_t tokens) const {
-    if constexpr (kTerms == 2)
-      if (want_x) round_row(dH + m * row, tokens * row, rounded + m * row / 2);
+  // The ranks of U that meet a chunk of g
+  void read_U(const Segment& g, int64_t chunk, Acc* to) const {
+    const auto read = [&](const auto* u) { gradient.read_ranks(u, from_g.cut.block(chunk), g.tokens, to); };
+    if (remake_U) return read(remade + g.row * row);
+    if (p.u_bf16) return read(static_cast<const bf16*>(p.u) + g.t0 * row);
+    if constexpr (kTerms == 1) read(static_cast<const Acc*>(p.u) + g.t0 * row);
   }
-  const Acc* ranks_of_x(int64_t m) const { return kTerms == 2 ? rounded + m * row / 2 : dH + m * row; }
 
   void project_U(const Segment& g, int64_t chunk, Acc* to, bool add, Buffers b) const {
     const auto panels = from_x.read_panels(chunk, 1, g.tokens, b.panels);
@@ -236,9 +231,8 @@ struct Backward {
   // chunk's block yet.
   void pass_g(const Segment& g, int64_t chunk, Acc* to, bool add, Buffers b, bool new_ranks) const {
     typename FromWide::Panels panels;
-    const Acc* u = remake_U ? remade + g.row * row : static_cast<const Acc*>(p.u) + g.t0 * row;
     if (want_H) panels = from_g.read_panels(chunk, 1, g.tokens, b.panels);
-    if (dB.wanted() && new_ranks) gradient.read_ranks(u, from_g.cut.block(chunk), g.tokens, b.gradient_ranks);
+    if (dB.wanted() && new_ranks) read_U(g, chunk, b.gradient_ranks);
     Acc* sums = segments == 1 ? b.sums : dB.slot(g.first, g.index, chunk);
     const bool copy = dB.wanted() && !usable_in_place_by_columns<Acc>(p.grad_y, from_g.mask, from_g.cut.length(chunk));
     for_blocks(g, [&](int64_t m, int64_t tokens) {
@@ -266,7 +260,7 @@ struct Backward {
       if (dA.wanted())
         gradient.add(b.gradient_ranks, g.tokens, m, tokens, rows(from_x, chunk, g.t0 + m, copy, b), columns, m > 0,
                      sums, prefetch_from(from_x, chunk, g, m + tokens, tokens));
-      if (want_x) expand_block(panels, chunk, g.t0 + m, ranks_of_x(g.row + m), tokens, b);
+      if (want_x) expand_block(panels, chunk, g.t0 + m, dH + (g.row + m) * row, tokens, b);
     });
     if (dA.wanted() && segments == 1) dA.write(chunk, sums);
   }
@@ -324,14 +318,14 @@ struct Backward {
   }
 
   // dx of tokens t.. of a chunk
-  void expand_block(const typename ToWide::Panels& panels, int64_t chunk, int64_t t, const Acc* h, int64_t tokens,
+  void expand_block(const typename ToWide::Panels& panels, int64_t chunk, int64_t t, const Rank* h, int64_t tokens,
                     Buffers b) const {
     for_dtype_of<Product, Acc>(p.grad_x.dtype, [&](auto* type) {
       using X = std::remove_pointer_t<decltype(type)>;
       for_row_groups(tokens, [&](auto mr, int64_t m) {
         constexpr int MR = decltype(mr)::value;
         to_x.template run_rows<MR, X>(panels, t + m, from_x.cut.block(chunk), from_x.cut.first(chunk),
-                                      from_x.cut.length(chunk), h + m * row / kTerms, b.block.kept + m * kKept, {});
+                                      from_x.cut.length(chunk), h + m * row, b.block.kept + m * kKept, {});
       });
     });
   }

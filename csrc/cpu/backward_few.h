@@ -71,7 +71,9 @@ struct BackwardFew {
     });
     if (p.grad.B.data != nullptr && p.u == nullptr) {
       const Project<Acc, Singles<Acc>> project{s.N, s.k, s.r, 0, p.x, mask, p.adapter.A, Param{}, Acc(1)};
-      project.run_segment(0, s.T, u, nullptr, scratch.take<Acc>(project.segment_scratch(s.T)));
+      project.run_segment(0, s.T, u, scratch.take<Acc>(project.segment_scratch(s.T)));
+    } else if (p.grad.B.data != nullptr && p.u_bf16) {
+      convert_row<Acc>(static_cast<const bf16*>(p.u), 1, s.T * row, u);
     } else if (p.grad.B.data != nullptr) {
       memcpy(u, p.u, size_t(s.T * row) * sizeof(Acc));
     }

@@ -35,16 +35,16 @@ struct Expand {
     return panels;
   }
 
-  // Whether products can be of pairs: of ranks that the caller rounds, for y of bf16
+  // Whether products can be of pairs: of ranks that are rounded, for y of bf16
   bool takes_pairs() const { return has_pair_products() && has_pairs(Q, r) && (h == 0 || has_pairs(G, h)); }
 
-  // MR tokens from t0 on, whose rows of ranks are at u, in pairs where products are; kept: which of their elements are, where
-  // there is a mask
+  // MR tokens from t0 on, whose rows of ranks are at u; kept: which of their elements are, where there is a mask
   template <int MR, class Y>
-  void run_rows(const Panels& panels, int64_t t0, int64_t j, int64_t first, int64_t columns, const Acc* u,
-                const uint8_t* kept, Prefetch prefetch) const {
+  void run_rows(const Panels& panels, int64_t t0, int64_t j, int64_t first, int64_t columns,
+                const typename Product::Rank* u, const uint8_t* kept, Prefetch prefetch) const {
     const int64_t start = j * (width / k) + first;
-    RowGroup<MR, Y> group{panels, u + j * r / kTerms, u + k * r / kTerms, {}, {}, kept, prefetch, columns};
+    const auto factors = [&](int64_t c) { return reinterpret_cast<const Acc*>(u + c); };
+    RowGroup<MR, Y> group{panels, factors(j * r), factors(k * r), {}, {}, kept, prefetch, columns};
     for (int m = 0; m < MR; m++) {
       group.to[m] = static_cast<Y*>(y.data) + row_offset(y, t0 + m) + start * y.column_stride;
       group.from[m] = base.data == nullptr

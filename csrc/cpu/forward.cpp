@@ -11,6 +11,7 @@ namespace {
 
 template <class Acc, class InProject, class InExpand>
 struct Forward {
+  using Rank = typename InExpand::Rank;
   const ForwardParams& p;
   Project<Acc, InProject> project;
   Expand<Acc, InExpand> expand;
@@ -45,15 +46,18 @@ struct Forward {
   }
 
   int64_t row() const { return p.shape.k * p.shape.r + p.shape.h; }
-  Acc* u(int64_t t) const { return static_cast<Acc*>(p.u) + t * row(); }
 
-  // The ranks as expand takes them, from token t0 on: u itself, or what round_ranks() left for each in a place of rounded_size()
-  const Acc* ranks(int64_t t0, const Acc* rounded) const { return InExpand::kTerms == 1 ? u(t0) : rounded; }
-  int64_t rounded_size(int64_t tokens) const {
-    return InExpand::kTerms == 1 ? 0 : round_up(tokens * row() / 2, kWidth<Acc>);
+  // The ranks of tokens from t0 on as expand takes them: u itself, or where that is rounded and expand's products are of
+  // floats, a place of place_size() in scratch, from which round_ranks() writes u.
+  static constexpr bool kRounded = InExpand::kTerms == 2;
+  bool in_u() const { return kRounded == p.u_bf16; }
+  Rank* ranks(int64_t t0, Acc* scratch) const {
+    return in_u() ? static_cast<Rank*>(p.u) + t0 * row() : reinterpret_cast<Rank*>(scratch);
   }
-  void round_ranks(int64_t t0, int64_t m, int64_t tokens, Acc* rounded) const {
-    if constexpr (InExpand::kTerms == 2) round_row(u(t0 + m), tokens * row(), rounded + m * row() / 2);
+  int64_t place_size(int64_t tokens) const { return in_u() ? 0 : round_up(tokens * row(), kWidth<Acc>); }
+  void round_ranks(int64_t t0, int64_t tokens, const Rank* from) const {
+    if constexpr (!kRounded)
+      if (p.u_bf16) round_run<Acc>(from, tokens * row(), static_cast<bf16*>(p.u) + t0 * row());
   }
 
   void run() {
@@ -68,14 +72,13 @@ struct Forward {
     const int64_t tokens = round_up(ceil_div(T, segments), kMaxRows);
     Scratch scratch;
     const PerThread<Acc> buffers(scratch, p.threads,
-                                 larger(project.segment_scratch(tokens), expand_scratch()) + rounded_size(tokens));
+                                 larger(project.segment_scratch(tokens), expand_scratch()) + place_size(tokens));
     parallel_items(ceil_div(T, tokens), p.threads, [&](int64_t item, int thread) {
       const int64_t t0 = item * tokens, count = smaller(tokens, T - t0);
-      Acc* rest = buffers.of(thread) + rounded_size(tokens);
-      const bool rounds = InExpand::kTerms == 2 && project.rounds();
-      project.run_segment(t0, count, u(t0), rounds ? buffers.of(thread) : nullptr, rest);
-      if (!rounds) round_ranks(t0, 0, count, buffers.of(thread));
-      const Acc* from = ranks(t0, buffers.of(thread));
+      Acc* rest = buffers.of(thread) + place_size(tokens);
+      Rank* from = ranks(t0, buffers.of(thread));
+      project.run_segment(t0, count, from, rest);
+      round_ranks(t0, count, from);
       for (int64_t j = 0; j < p.shape.k; j += together)
         expand_blocks(t0, count, from, j, smaller(together, p.shape.k - j), 0, p.shape.M / p.shape.k, rest);
     });
@@ -91,7 +94,7 @@ struct Forward {
         scratch, p.threads,
         larger(project.panels_size(1) + Block<Acc>::size(kMaxRows), larger(sums, expand_scratch())));
     Acc* partial = scratch.take<Acc>(chunks * tokens * sums);
-    Acc* rounded = scratch.take<Acc>(rounded_size(tokens));
+    Rank* from = ranks(t0, scratch.take<Acc>(place_size(tokens)));
     parallel_items(chunks, p.threads, [&](int64_t chunk, int thread) {
       const int64_t length = project.cut.length(chunk);
       const auto panels = project.read_panels(chunk, 1, tokens, buffers.of(thread));
@@ -104,10 +107,9 @@ struct Forward {
       });
     });
     parallel_items(tokens, tokens < 16 ? 1 : p.threads, [&](int64_t m, int thread) {
-      project.reduce(partial, tokens, m, buffers.of(thread), u(t0 + m));
-      round_ranks(t0, m, 1, rounded);
+      project.reduce(partial, tokens, m, buffers.of(thread), from + m * row());
+      round_ranks(t0 + m, 1, from + m * row());
     });
-    const Acc* from = ranks(t0, rounded);
     parallel_items(p.shape.k * strips, p.threads, [&](int64_t item, int thread) {
       const int64_t first = item % strips * strip;
       expand_blocks(t0, tokens, from, item / strips, 1, first, smaller(first + strip, w), buffers.of(thread));
@@ -117,8 +119,8 @@ struct Forward {
   int64_t expand_scratch() const { return together * expand.panels_size(strip); }
 
   // Columns [first, last) of the output blocks j .. j+blocks, for `count` tokens whose ranks are at `from`
-  void expand_blocks(int64_t t0, int64_t count, const Acc* from, int64_t j, int64_t blocks, int64_t first, int64_t last,
-                     Acc* scratch) const {
+  void expand_blocks(int64_t t0, int64_t count, const Rank* from, int64_t j, int64_t blocks, int64_t first,
+                     int64_t last, Acc* scratch) const {
     const int64_t w = p.shape.M / p.shape.k;
     for_dtype_of<InExpand, Acc>(p.y.dtype, [&](auto* type) {
       using Y = std::remove_pointer_t<decltype(type)>;
@@ -131,7 +133,7 @@ struct Forward {
           constexpr int MR = decltype(mr)::value;
           for (int64_t b = 0; b < blocks; b++)
             expand.template run_rows<MR, Y>(
-                panels[b], t0 + m, j + b, column, columns, from + m * row() / InExpand::kTerms, nullptr,
+                panels[b], t0 + m, j + b, column, columns, from + m * row(), nullptr,
                 Prefetch::of(p.base, m + MR < count ? t0 + m + MR : -1, (j + b) * w + column));
         });
       }
@@ -145,7 +147,7 @@ void run(const ForwardParams& p) {
   if constexpr (kMultipliesPairs<Acc>) {
     Forward<Acc, Pairs, Pairs> pairs(p);
     if (pairs.project.takes_pairs()) {
-      if (p.shape.T >= kTokensToRound && p.y.dtype == DType::bf16 && pairs.expand.takes_pairs()) return pairs.run();
+      if (p.shape.T >= kTokensToRound && p.u_bf16 && pairs.expand.takes_pairs()) return pairs.run();
       return Forward<Acc, Pairs, Singles<Acc>>(p).run();
     }
   }

@@ -35,19 +35,21 @@ struct ForwardFew {
     const PerThread<Acc> buffers(scratch, p.threads, larger(Block<Acc>::size(kFewTokens), kFewTokens * kStrip));
     Acc* partial = scratch.take<Acc>(chunks * s.T * sums);
     Acc* sum = scratch.take<Acc>(sums);
+    Acc* u = p.u_bf16 ? scratch.take<Acc>(s.T * row) : static_cast<Acc*>(p.u);
     for_dtype<Acc>(p.adapter.A.dtype, [&](auto* type) {
       using P = std::remove_pointer_t<decltype(type)>;
       for_few_tokens(s.T, [&](auto tokens) {
         parallel_items(chunks, p.threads, [&](int64_t chunk, int thread) {
           pass_A<tokens.value, P>(chunk, buffers.of(thread), partial + chunk * s.T * sums);
         });
-        for (int64_t t = 0; t < s.T; t++) project.reduce(partial, s.T, t, sum, u(t));
+        for (int64_t t = 0; t < s.T; t++) project.reduce(partial, s.T, t, sum, u + t * row);
         parallel_items(s.k * strips, p.threads, [&](int64_t item, int thread) {
           const int64_t first = item % strips * strip;
-          pass_B<tokens.value, P>(item / strips, first, smaller(strip, w_out - first), buffers.of(thread));
+          pass_B<tokens.value, P>(item / strips, first, smaller(strip, w_out - first), u, buffers.of(thread));
         });
       });
     });
+    if (p.u_bf16) round_run<Acc>(u, s.T * row, static_cast<bf16*>(p.u));
   }
 
  private:
@@ -55,8 +57,6 @@ struct ForwardFew {
   // Sums that rows of A go to: a single one would wait for itself.
   static constexpr int kSumsOfA = kVectorRegisters == 32 ? 4 : 2;
   static constexpr int64_t kAhead = 32;  // rows of A that are fetched ahead; of B, the next columns of a row are
-
-  Acc* u(int64_t t) const { return static_cast<Acc*>(p.u) + t * row; }
 
   // Rows beyond the last token are the last token's
   template <int T>
@@ -89,13 +89,13 @@ struct ForwardFew {
 
   // `columns` from `first` on of the output block j
   template <int T, class P>
-  void pass_B(int64_t j, int64_t first, int64_t columns, Acc* sum) const {
+  void pass_B(int64_t j, int64_t first, int64_t columns, const Acc* u, Acc* sum) const {
     constexpr int64_t W = kWidth<Acc>;
     constexpr int kWide = kVectorRegisters == 32 ? (T == 1 ? 8 : 4) : (T == 4 ? 2 : 4);
     const Param &B = p.adapter.B, &G = p.adapter.B_general;
     const P* b = static_cast<const P*>(B.data) + j * B.block_stride + first;
     const Acc* rows[T];
-    rows_of(u(0) + j * s.r, row, rows);
+    rows_of(u + j * s.r, row, rows);
     const int64_t stride = B.row_stride;
     int64_t o = 0;
     for (; o + kWide * W <= columns; o += kWide * W)
@@ -105,7 +105,7 @@ struct ForwardFew {
     for (int64_t t = 0; t < s.T && s.h > 0; t++) {
       const P* g = static_cast<const P*>(G.data) + column * G.row_stride;
       Acc general[kStrip];
-      dot_all_rows<W>(g, G.row_stride, columns, s.h, u(t) + s.k * s.r, general);
+      dot_all_rows<W>(g, G.row_stride, columns, s.h, u + t * row + s.k * s.r, general);
       for (int64_t i = 0; i < columns; i++) sum[t * kStrip + i] += general[i];
     }
     for_dtype<Acc>(p.y.dtype, [&](auto* type) {

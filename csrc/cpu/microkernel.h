@@ -21,10 +21,11 @@ static_assert(kMaxRows * 2 + 3 <= kVectorRegisters);
 
 constexpr int64_t kSteps = 16;  // one cache line of floats of each row of `a`
 
-// How a scalar of `a` meets a vector of `b`: kTerms terms of a sum at a time.
+// How a scalar of `a` meets a vector of `b`: kTerms terms of a sum at a time. Rank: the ranks, where they are a factor.
 template <class Acc>
 struct Singles {
   static constexpr int kTerms = 1;
+  using Rank = Acc;
   static inline __attribute__((always_inline)) Vec<Acc> add(Vec<Acc> sum, Acc a, Vec<Acc> b) { return sum + a * b; }
 };
 

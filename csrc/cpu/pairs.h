@@ -49,6 +49,7 @@ inline bool has_pair_products() { return kHasBf16Instructions; }
 // value: an element of an array in an asm statement stays in memory.
 struct Pairs {
   static constexpr int kTerms = 2;
+  using Rank = bf16;
   static inline __attribute__((always_inline)) Vec<float> add(Vec<float> sum, float a, Vec<float> b) {
     const Vec<float> pair = Vec<float>(_mm512_set1_ps(a));
     asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(b), "v"(pair));
@@ -118,39 +119,12 @@ inline Source<float> dropped_pairs(const Rows& x, int64_t t0, int64_t count, int
   return {block.rows, kRow<float>};
 }
 
-// Both rounded to bf16, those of `low` first
-inline __attribute__((always_inline)) __m512i round_both(__m512 low, __m512 high) {
-  __m512i both;
-  asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(both) : "v"(high), "v"(low));
-  return both;
-}
-
-// The pairs of a vector, rounded
-inline __attribute__((always_inline)) void round_vector(Vec<float> ranks, float* to) {
-  __m256i pairs;
-  asm("vcvtneps2bf16 %1, %0" : "=v"(pairs) : "v"(ranks));
-  memcpy(to, &pairs, sizeof pairs);
-}
-
-// A row of `count` (even) numbers, rounded: count/2 pairs
-inline void round_row(const float* from, int64_t count, float* to) {
-  for (int64_t i = 0; i < count; i += 32) {
-    const __mmask32 some = first_columns(count - i);
-    const __m512 low = _mm512_maskz_loadu_ps(__mmask16(some), from + i);
-    const __m512 high = _mm512_maskz_loadu_ps(__mmask16(some >> 16), from + i + 16);
-    _mm512_mask_storeu_epi16(to + i / 2, some, round_both(low, high));
-  }
-}
-
-// to[m] = the pair first[m], second[m] rounded, for m = 0 .. count-1 (at most 16); no second row: zeros
-inline __attribute__((always_inline)) void round_two_rows(const float* first, const float* second, int count,
-                                                          float* to) {
-  const __mmask16 some = (1 << count) - 1;
-  const __m512 a = _mm512_maskz_loadu_ps(some, first);
-  const __m512 b = _mm512_maskz_loadu_ps(second == nullptr ? 0 : some, second);
-  // Those of b follow in the same vector: number 16 + i, modulo 32, where interleaving() says 32 + i.
-  const __m512i lanes = _mm512_add_epi32(interleaving(), _mm512_set1_epi32(16 << 16));
-  _mm512_mask_storeu_ps(to, some, _mm512_castsi512_ps(_mm512_permutexvar_epi16(lanes, round_both(a, b))));
+// to[m] = the pair first[m], second[m], for m = 0 .. count-1 (at most 16); no second row: zeros
+inline __attribute__((always_inline)) void pair_two_rows(const bf16* first, const bf16* second, int count, float* to) {
+  const __mmask32 some = (__mmask32(1) << count) - 1;
+  const __m512i a = _mm512_maskz_loadu_epi16(some, first);
+  const __m512i b = _mm512_maskz_loadu_epi16(second == nullptr ? 0 : some, second);
+  _mm512_mask_storeu_epi32(to, __mmask16(some), _mm512_permutex2var_epi16(a, interleaving(), b));
 }
 
 // As pack_panel(): [rows/2, columns] pairs. `rows` is even.

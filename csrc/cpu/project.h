@@ -100,14 +100,12 @@ struct Project {
            (h == 0 || has_pairs(G, cut.block_width));
   }
 
-  // Whether ranks are rounded where they are stored; else that is left to the caller
-  bool rounds() const { return r / k % kWidth<Acc> == 0 && h == 0; }
-
-  // u [count, k*r + h] of the tokens t0 .. t0+count, by one thread. rounded: a place for pairs of them, where rounds(); or null
+  // u [count, k*r + h] of the tokens t0 .. t0+count, by one thread; Rank: Acc, or bf16, to which they are rounded
   int64_t segment_scratch(int64_t count) const {
     return panels_size(run_length()) + 2 * Block<Acc>::size(kMaxRows) + count * sums();
   }
-  void run_segment(int64_t t0, int64_t count, Acc* u, Acc* rounded, Acc* scratch) const {
+  template <class Rank>
+  void run_segment(int64_t t0, int64_t count, Rank* u, Acc* scratch) const {
     Acc* sum = scratch + panels_size(run_length()) + 2 * Block<Acc>::size(kMaxRows);
     clear_sums(count, sum);
     for (int64_t block = 0; block < k; block++) {
@@ -116,7 +114,7 @@ struct Project {
         const Panels panels = read_panels(begin, chunks, count, scratch);
         add_run(panels, begin, chunks, t0, count, sum, scratch + panels_size(run_length()));
       }
-      finish_chunk((block + 1) * cut.per_block - 1, count, sum, u, rounded);
+      finish_chunk((block + 1) * cut.per_block - 1, count, sum, u);
     }
   }
 
@@ -124,18 +122,17 @@ struct Project {
   void clear_sums(int64_t count, Acc* sum) const {
     for (int64_t i = 0; i < count * sums(); i++) sum[i] = Acc(0);
   }
-  void finish_chunk(int64_t chunk, int64_t count, Acc* sum, Acc* u, Acc* rounded) const {
+  template <class Rank>
+  void finish_chunk(int64_t chunk, int64_t count, Acc* sum, Rank* u) const {
     if (!cut.ends_block(chunk)) return;
-    for (int64_t m = 0; m < count; m++) {
-      Acc* pairs = rounded == nullptr ? nullptr : rounded + m * k * r / 2;
-      store_block(cut.block(chunk), sum + m * sums(), u + m * (k * r + h), pairs);
-    }
+    for (int64_t m = 0; m < count; m++) store_block(cut.block(chunk), sum + m * sums(), u + m * (k * r + h));
     if (chunk + 1 < chunks()) return;
     for (int64_t m = 0; m < count; m++) store_general(sum + m * sums(), u + m * (k * r + h));
   }
 
   // One row of u, of token m, where several threads summed chunks into partial [chunks][tokens][sums()]
-  void reduce(const Acc* partial, int64_t tokens, int64_t m, Acc* sum, Acc* u) const {
+  template <class Rank>
+  void reduce(const Acc* partial, int64_t tokens, int64_t m, Acc* sum, Rank* u) const {
     const auto add_chunks = [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
       for (int64_t c = first; c < last; c += kWidth<Acc>) {
         Vec<Acc> total{};
@@ -146,7 +143,7 @@ struct Project {
     };
     for (int64_t n = 0; n < k; n++) {
       add_chunks(n * cut.per_block, (n + 1) * cut.per_block, 0, general_start());
-      store_block(n, sum, u, nullptr);
+      store_block(n, sum, u);
     }
     add_chunks(0, chunks(), general_start(), sums());
     store_general(sum, u);
@@ -200,42 +197,42 @@ struct Project {
     });
   }
 
-  // One row of u, and of its pairs where they are wanted; the sums of the block are cleared for the next one.
-  void store_block(int64_t n, Acc* sum, Acc* u, Acc* rounded) const {
+  // One row of u; the sums of the block are cleared for the next one.
+  template <class Rank>
+  void store_block(int64_t n, Acc* sum, Rank* u) const {
     constexpr int64_t W = kWidth<Acc>;
     const int64_t rb = r / k;
     if (rb % W == 0) {
       for (int64_t j = 0; j < k; j++)
         for (int64_t q = 0; q < rb; q += W, sum += W) {
-          const int64_t to = j * r + n * rb + q;
-          const Vec<Acc> ranks = scale * load<Acc>(sum);
-          store<Acc>(u + to, ranks);
-          if constexpr (kTerms == 2)
-            if (rounded != nullptr) round_vector(ranks, rounded + to / 2);
+          store<Acc>(u + j * r + n * rb + q, scale * load<Acc>(sum));
           store<Acc>(sum, Vec<Acc>{});
         }
       return;
     }
-    for (int64_t c = 0; c < r; c += W) store<Acc>(sum + c, scale * load<Acc>(sum + c));
+    Rank* scaled = reinterpret_cast<Rank*>(sum);  // in their place: a Rank is never wider than a sum
+    for (int64_t c = 0; c < r; c += W) store<Acc>(scaled + c, scale * load<Acc>(sum + c));
     switch (rb) {
-      case 1: exchange<1>(n, sum, u); break;
-      case 2: exchange<2>(n, sum, u); break;
-      case 4: exchange<4>(n, sum, u); break;
-      case 8: exchange<8>(n, sum, u); break;
+      case 1: exchange<1>(n, scaled, u); break;
+      case 2: exchange<2>(n, scaled, u); break;
+      case 4: exchange<4>(n, scaled, u); break;
+      case 8: exchange<8>(n, scaled, u); break;
       default:
         for (int64_t j = 0; j < k; j++)
-          for (int64_t q = 0; q < rb; q++) u[j * r + n * rb + q] = sum[j * rb + q];
+          for (int64_t q = 0; q < rb; q++) u[j * r + n * rb + q] = scaled[j * rb + q];
     }
     for (int64_t c = 0; c < r; c += W) store<Acc>(sum + c, Vec<Acc>{});
   }
 
-  template <int rb>
-  void exchange(int64_t n, const Acc* sum, Acc* u) const {
-    for (int64_t j = 0; j < k; j++) memcpy(u + j * r + n * rb, sum + j * rb, rb * sizeof(Acc));
+  template <int rb, class Rank>
+  void exchange(int64_t n, const Rank* scaled, Rank* u) const {
+    for (int64_t j = 0; j < k; j++) memcpy(u + j * r + n * rb, scaled + j * rb, rb * sizeof(Rank));
   }
 
-  void store_general(const Acc* sum, Acc* u) const {
-    for (int64_t c = 0; c < h; c++) u[k * r + c] = scale * sum[general_start() + c];
+  template <class Rank>
+  void store_general(const Acc* sum, Rank* u) const {
+    for (int64_t c = 0; c < h; c += kWidth<Acc>)
+      store_some<Acc>(u + k * r + c, scale * load<Acc>(sum + general_start() + c), h - c);
   }
 };
 

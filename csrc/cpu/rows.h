@@ -52,6 +52,13 @@ inline void convert_row(const T* from, int64_t stride, int64_t count, Acc* to) {
   for (; i < count; i++) to[i] = to_acc<Acc>(from[i * stride]);
 }
 
+// A run of sums, rounded
+template <class Acc>
+inline void round_run(const Acc* from, int64_t count, bf16* to) {
+  for (int64_t i = 0; i < count; i += kWidth<Acc>)
+    store_some<Acc>(to + i, load_some<Acc>(from + i, count - i), count - i);
+}
+
 // The elements that a pass will read next, fetched a line at a time while arithmetic goes on. Where there are none it
 // fetches kNothing: an unmapped address would cost a page walk.
 alignas(64) static const char kNothing[64] = {};

@@ -139,6 +139,16 @@ struct Access {
   }
 };
 
+#if defined(__AVX512F__)
+// AVX512-BF16 rounds 32 floats in one instruction instead of a dozen, but takes subnormals for zero: where there is one, the
+// dozen. Written as assembly, so that the kernels need no fourth instruction set for its sake.
+static const bool kHasBf16Instructions = [] {
+  __builtin_cpu_init();
+  return bool(__builtin_cpu_supports("avx512bf16"));
+}();
+inline bool any_subnormal(Vec<float> v) { return _mm512_fpclass_ps_mask(__m512(v), 0x20) != 0; }
+#endif
+
 template <class Acc>
 struct Access<Acc, Acc> {
   static Vec<Acc> load(const Acc* p) {
@@ -160,6 +170,14 @@ struct Access<float, bf16> {
     return widen(half);
   }
   static void store(bf16* p, Vec<float> v) {
+#if defined(__AVX512F__)
+    if (kHasBf16Instructions && !any_subnormal(v)) {
+      __m256i half;
+      asm("vcvtneps2bf16 %1, %0" : "=v"(half) : "v"(v));
+      memcpy(p, &half, sizeof half);
+      return;
+    }
+#endif
     const Word u = bit_cast<Word>(v);
     const Word nan = bit_cast<Word>(v != v);
     const Word rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16, quiet = u >> 16 | 0x40;
@@ -247,19 +265,9 @@ inline __attribute__((always_inline)) void store_row(T* p, const Vec<Acc> (&v)[N
 }
 
 #if defined(__AVX512F__)
-// AVX512-BF16 rounds 32 floats in one instruction instead of a dozen, but takes subnormals for zero: where there is one, the
-// dozen. Written as assembly, so that the kernels need no fourth instruction set for its sake.
-static const bool kHasBf16Instructions = [] {
-  __builtin_cpu_init();
-  return bool(__builtin_cpu_supports("avx512bf16"));
-}();
-
 template <>
 inline __attribute__((always_inline)) void store_row<float, bf16, 2>(bf16* p, const Vec<float> (&v)[2]) {
-  constexpr int kSubnormal = 0x20;
-  const int subnormal =
-      _mm512_fpclass_ps_mask(__m512(v[0]), kSubnormal) | _mm512_fpclass_ps_mask(__m512(v[1]), kSubnormal);
-  if (kHasBf16Instructions && subnormal == 0) {
+  if (kHasBf16Instructions && !(any_subnormal(v[0]) | any_subnormal(v[1]))) {
     __m512i both;
     asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(both) : "v"(v[1]), "v"(v[0]));
     memcpy(p, &both, sizeof both);

@@ -18,7 +18,8 @@ struct WeightGradient {
   int64_t k, r, h;
 
   // The ranks of `count` tokens that meet block b, as add() takes them: (r + h) * steps(count)
-  void read_ranks(const Acc* v, int64_t b, int64_t count, Acc* to) const {
+  template <class Rank>
+  void read_ranks(const Rank* v, int64_t b, int64_t count, Acc* to) const {
     read_group(v + b * r, r, count, to);
     read_group(v + k * r, h, count, to + r * steps(count));
   }
@@ -76,17 +77,18 @@ struct WeightGradient {
   }
 
   // to[c*steps + t*MR + m] = v[t, c + m] for each group of MR ranks; as pairs, t counts pairs of tokens
-  void read_group(const Acc* v, int64_t group, int64_t count, Acc* to) const {
+  template <class Rank>
+  void read_group(const Rank* v, int64_t group, int64_t count, Acc* to) const {
     const int64_t ld = k * r + h;
     for_row_groups(group, [&](auto mr, int64_t c) {
       constexpr int MR = decltype(mr)::value;
       Acc* at = to + c * steps(count);
       for (int64_t t = 0; t < count; t += kTerms, at += MR) {
-        const Acc* from = v + t * ld + c;
-        if constexpr (kTerms == 1)
-          memcpy(at, from, MR * sizeof(Acc));
+        const Rank* from = v + t * ld + c;
+        if constexpr (kTerms == 2)
+          pair_two_rows(from, t + 1 < count ? from + ld : nullptr, MR, at);
         else
-          round_two_rows(from, t + 1 < count ? from + ld : nullptr, MR, at);
+          for (int m = 0; m < MR; m++) at[m] = to_acc<Acc>(from[m]);
       }
     });
   }
