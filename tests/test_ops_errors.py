@@ -161,6 +161,7 @@ def test_raw_op_refuses_a_wrong_seed(seed: Tensor | None, error: type[Exception]
         ({"grad": like(6, 10)}, ValueError, ["grad", "7, 8", "6, 10"]),
         ({"u": like(7, 12)}, ValueError, ["u", "7, 15", "7, 12"]),
         ({"u": like(7, 15, dtype=torch.float16)}, TypeError, ["u", "(?i)float", "(?i)half|16"]),
+        ({"u": like(7, 15, dtype=torch.bfloat16)}, TypeError, ["u", "float32 or float64", "(?i)bfloat16"]),
         ({"kept": like(7, 2, dtype=torch.uint8)}, ValueError, ["kept", "0, 1", "7, 2"]),
         (
             {"kept": like(7, 1, dtype=torch.uint8)},
@@ -170,7 +171,17 @@ def test_raw_op_refuses_a_wrong_seed(seed: Tensor | None, error: type[Exception]
         ({"kept": like(0, 1)}, TypeError, ["kept", "uint8", "(?i)float"]),
         ({"x": like(7, 9)}, ValueError, ["x", "8", "7, 9"]),
     ],
-    ids=["grad_width", "grad_tokens", "u_width", "u_dtype", "kept_width", "kept_rows", "kept_dtype", "x_width"],
+    ids=[
+        "grad_width",
+        "grad_tokens",
+        "u_width",
+        "u_half",
+        "u_bfloat16",
+        "kept_width",
+        "kept_rows",
+        "kept_dtype",
+        "x_width",
+    ],
 )
 def test_raw_backward_refuses(change: dict, error: type[Exception], parts: list[str]) -> None:
     x, base, *adapter = GOOD.inputs().tensors.values()
