@@ -36,11 +36,12 @@ struct BackwardFew {
   void run() {
     read_tokens();
     const bool want_x = p.grad_x.data != nullptr, want_H = want_x || p.grad.A.data != nullptr;
-    constexpr int64_t kRanks = 4;
-    const int64_t groups = ceil_div(s.r, kRanks), chunks = ceil_div(w_in, kChunk);
+    const int64_t chunks = ceil_div(w_in, kChunk);
     for_dtype<Acc>(p.adapter.B.dtype, [&](auto* type) {
       using P = std::remove_pointer_t<decltype(type)>;
       for_few_tokens(s.T, [&](auto tokens) {
+        constexpr int kRanks = together(tokens.value);
+        const int64_t groups = ceil_div(s.r, kRanks);
         parallel_items(s.k * groups, p.threads, [&](int64_t item, int) {
           const int64_t j = item / groups, c = item % groups * kRanks;
           if (c + kRanks <= s.r) return pass_B<tokens.value, kRanks, P>(j, c, want_H);
@@ -61,6 +62,12 @@ struct BackwardFew {
   }
 
  private:
+  // Rows of a parameter that are taken together: sums of them and of T tokens fill a vector's lanes.
+  static constexpr int together(int T) {
+    constexpr int W = kWidth<Acc>;
+    return T >= W ? 1 : W / T < 4 ? W / T : 4;
+  }
+
   // g and U in the accumulation type; U again, where forward did not keep it
   void read_tokens() {
     for_dtype<Acc>(p.grad_y.dtype, [&](auto* type) {
@@ -90,46 +97,46 @@ struct BackwardFew {
     const P* b = static_cast<const P*>(from.data) + j * from.block_stride + c * from.row_stride;
     P* db = static_cast<P*>(to.data) + (want_B ? j * to.block_stride + c * to.row_stride : 0);
     const Acc* g_j = g + j * w_out;
-    Acc ranks[R][T], rest[R][T] = {};
+    Acc ranks[R][T];
     for (int q = 0; q < R; q++)
       for (int t = 0; t < T; t++) ranks[q][t] = Acc(p.scaling) * u[t * row + j * s.r + c + q];
-    Vec<Acc> sum[R][T] = {};
-    int64_t o = 0;
-    for (; o + W <= w_out; o += W) {
+    Vec<Acc> sum[R * T] = {};
+    const auto add = [&](auto whole, int64_t o) __attribute__((always_inline)) {
+      const int64_t left = w_out - o;
       Vec<Acc> g_o[T];
 #pragma GCC unroll 4
-      for (int t = 0; t < T; t++) g_o[t] = load<Acc>(g_j + t * s.M + o);
+      for (int t = 0; t < T; t++)
+        g_o[t] = whole.value ? load<Acc>(g_j + t * s.M + o) : load_some<Acc>(g_j + t * s.M + o, left);
       if (want_H)
-        for_accumulators<R, T>([&](int q, int t) { sum[q][t] += g_o[t] * load<Acc>(b + q * from.row_stride + o); });
+        for_accumulators<R, 1>([&](int q, int) {
+          const P* at = b + q * from.row_stride + o;
+          const Vec<Acc> b_o = whole.value ? load<Acc>(at) : load_some<Acc>(at, left);
+#pragma GCC unroll 4
+          for (int t = 0; t < T; t++) sum[q * T + t] += g_o[t] * b_o;
+        });
       if (want_B)
         for_accumulators<R, 1>([&](int q, int) {
           Vec<Acc> gradient{};
 #pragma GCC unroll 4
           for (int t = 0; t < T; t++) gradient += ranks[q][t] * g_o[t];
-          store<Acc>(db + q * to.row_stride + o, gradient);
+          P* at = db + q * to.row_stride + o;
+          whole.value ? store<Acc>(at, gradient) : store_some<Acc>(at, gradient, left);
         });
-    }
-    for (; o < w_out; o++)
-      for (int q = 0; q < R; q++) {
-        Acc gradient = 0;
-        for (int t = 0; t < T; t++) {
-          if (want_H) rest[q][t] += g_j[t * s.M + o] * to_acc<Acc>(b[q * from.row_stride + o]);
-          gradient += ranks[q][t] * g_j[t * s.M + o];
-        }
-        if (want_B) db[q * to.row_stride + o] = from_acc<P>(gradient);
-      }
+    };
+    int64_t o = 0;
+    for (; o + W <= w_out; o += W) add(Int<1>{}, o);
+    if (o < w_out) add(Int<0>{}, o);
     const int64_t rb = s.r / s.k;
+    Acc totals[R * T];
+    total_lanes<Acc>(sum, totals);
     for_accumulators<R, T>([&](int q, int t) {
-      Acc total = rest[q][t];
-      for (int lane = 0; lane < W; lane++) total += sum[q][t][lane];
-      if (t < s.T) dH[t * row + (c + q) / rb * s.r + j * rb + (c + q) % rb] = Acc(p.scaling) * total;
+      if (t < s.T) dH[t * row + (c + q) / rb * s.r + j * rb + (c + q) % rb] = Acc(p.scaling) * totals[q * T + t];
     });
   }
 
   // Columns [first, first + columns) of block n
   template <int T, class P>
   void pass_A(int64_t n, int64_t first, int64_t columns, Acc* buffer) const {
-    constexpr int64_t W = kWidth<Acc>;
     const bool want_A = p.grad.A.data != nullptr, want_x = p.grad_x.data != nullptr;
     const Block<Acc> block(buffer, kFewTokens);
     Acc* dx = buffer + Block<Acc>::size(kFewTokens);
@@ -139,29 +146,36 @@ struct BackwardFew {
     const P* a = static_cast<const P*>(from.data) + n * from.block_stride + first * from.row_stride;
     P* da = static_cast<P*>(to.data) + (want_A ? n * to.block_stride + first * to.row_stride : 0);
     const Acc* h = dH + n * s.r;
-    for (int64_t i = 0; i < columns; i += W) {
-      const int64_t count = smaller(W, columns - i);
-      for (int64_t t = 0; want_x && t < s.T; t++)
-        dot_all_rows<W>(a + i * from.row_stride, from.row_stride, count, s.r, h + t * row, dx + t * kRow<Acc> + i);
-      for (int64_t m = i; want_A && m < i + count; m++) outer_row<T>(block.rows + m, h, da + m * to.row_stride);
+    constexpr int64_t W = kWidth<Acc>, kRows = T >= W ? 1 : W / T;
+    if (want_x) dot_all_rows<kRows, T>(a, from.row_stride, columns, s.r, h, row, dx, kRow<Acc>);
+    for (int64_t c = 0; want_A && c < s.r;) {
+      constexpr int kWide = kVectorRegisters == 32 ? 4 : 2;
+      if (c + kWide * W <= s.r)
+        outer_rows<T, kWide>(block.rows, columns, h + c, kWide * W, da + c, to.row_stride), c += kWide * W;
+      else
+        outer_rows<T, 1>(block.rows, columns, h + c, s.r - c, da + c, to.row_stride), c += W;
     }
     if (want_x) store_x(n * w_in + first, columns, dx, block.kept);
   }
 
-  template <int T, class P>
-  void outer_row(const Acc* x, const Acc* h, P* to) const {
+  // to[m*stride + c] = sum_t x[t][m] h[t][c]      m < columns, c < ranks, at most NV vectors of them
+  template <int T, int NV, class P>
+  void outer_rows(const Acc* x, int64_t columns, const Acc* h, int64_t ranks, P* to, int64_t stride) const {
     constexpr int64_t W = kWidth<Acc>;
-    int64_t c = 0;
-    for (; c + W <= s.r; c += W) {
-      Vec<Acc> gradient{};
-#pragma GCC unroll 4
-      for (int t = 0; t < T; t++) gradient += x[t * kRow<Acc>] * load<Acc>(h + t * row + c);
-      store<Acc>(to + c, gradient);
-    }
-    for (; c < s.r; c++) {
-      Acc gradient = 0;
-      for (int t = 0; t < T; t++) gradient += x[t * kRow<Acc>] * h[t * row + c];
-      to[c] = from_acc<P>(gradient);
+    Vec<Acc> ranks_of[T][NV];
+    for_accumulators<T, NV>([&](int t, int v) { ranks_of[t][v] = load_some<Acc>(h + t * row + v * W, ranks - v * W); });
+    for (int64_t m = 0; m < columns; m++, to += stride) {
+      Vec<Acc> gradient[NV] = {};
+      for_accumulators<T, NV>([&](int t, int v) { gradient[v] += x[t * kRow<Acc> + m] * ranks_of[t][v]; });
+      if constexpr (NV == 1) {
+        store_some<Acc>(to, gradient[0], ranks);
+      } else {
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; v += 2) {
+          const Vec<Acc> both[2] = {gradient[v], gradient[v + 1]};
+          store_row<Acc, P, 2>(to + v * W, both);
+        }
+      }
     }
   }
 
@@ -170,9 +184,14 @@ struct BackwardFew {
       using X = std::remove_pointer_t<decltype(type)>;
       for (int64_t t = 0; t < s.T; t++) {
         X* to = static_cast<X*>(p.grad_x.data) + row_offset(p.grad_x, t) + column * p.grad_x.column_stride;
-        for (int64_t i = 0; i < columns; i++) {
-          const Acc value = dx[t * kRow<Acc> + i];
-          to[i * p.grad_x.column_stride] = from_acc<X>(mask.on ? mask.drop(value, kept + t * kKept, i) : value);
+        for (int64_t i = 0; i < columns; i += kWidth<Acc>) {
+          Vec<Acc> value = load<Acc>(dx + t * kRow<Acc> + i);
+          if (mask.on) value = mask.drop<Acc>(value, kept + t * kKept, i);
+          if (p.grad_x.column_stride == 1)
+            store_some<Acc>(to + i, value, columns - i);
+          else
+            for (int64_t lane = 0; lane < smaller(kWidth<Acc>, columns - i); lane++)
+              to[(i + lane) * p.grad_x.column_stride] = from_acc<X>(Acc(value[lane]));
         }
       }
     });

@@ -17,42 +17,65 @@ inline void for_few_tokens(int64_t tokens, F&& f) {
   f(Int<4>{});
 }
 
-// to[m] = sum_c h[c] a[m*stride + c]      m = 0 .. R-1 (R at most a vector's width), c = 0 .. length-1
-template <int R, class Acc, class P>
-inline void dot_rows(const P* a, int64_t stride, int64_t length, const Acc* h, Acc* to) {
-  constexpr int64_t W = kWidth<Acc>;
-  static_assert(R <= W);
-  Vec<Acc> sum[W] = {};
-  int64_t c = 0;
-  for (; c + W <= length; c += W) {
-    const Vec<Acc> h_c = load<Acc>(h + c);
+// to[m] is the sum over the lanes of sum[m].
+template <class Acc, int n>
+inline __attribute__((always_inline)) void total_lanes(const Vec<Acc> (&sum)[n], Acc* to) {
+  constexpr int W = kWidth<Acc>;
 #pragma GCC unroll 16
-    for (int64_t m = 0; m < R; m++) sum[m] += h_c * load<Acc>(a + m * stride + c);
-  }
-  if (c < length) {
-    const Vec<Acc> h_c = load_some<Acc>(h + c, length - c);
+  for (int m = 0; m < n; m += W) {
+    Vec<Acc> rows[W] = {};
 #pragma GCC unroll 16
-    for (int64_t m = 0; m < R; m++) sum[m] += h_c * load_some<Acc>(a + m * stride + c, length - c);
+    for (int i = 0; i < W; i++)
+      if (m + i < n) rows[i] = sum[m + i];
+    const Vec<Acc> sums = lane_sums<Acc>(rows);
+    if (m + W <= n)
+      store<Acc>(to + m, sums);
+    else
+      for (int i = 0; m + i < n; i++) to[m + i] = sums[i];
   }
-  const Vec<Acc> sums = lane_sums<Acc>(sum);
-  if constexpr (R == W)
-    store<Acc>(to, sums);
-  else
-    for (int m = 0; m < R; m++) to[m] = sums[m];
 }
 
-// The same for any number of rows: R at a time, the last ones one by one. Short rows, of which a vector's width is taken, are fetched
-// ahead: sums of lanes leave no room for the loads of what comes next.
-template <int R, class Acc, class P>
-inline void dot_all_rows(const P* a, int64_t stride, int64_t rows, int64_t length, const Acc* h, Acc* to) {
+// to[t*ldto + m] = sum_c h[t*ldh + c] a[m*stride + c]      t = 0 .. T-1, m = 0 .. R-1, c = 0 .. length-1
+template <int R, int T, class Acc, class P>
+inline void dot_rows(const P* a, int64_t stride, int64_t length, const Acc* h, int64_t ldh, Acc* to, int64_t ldto) {
+  constexpr int64_t W = kWidth<Acc>;
+  Vec<Acc> sum[R * T] = {};
+  const auto add = [&](auto whole, int64_t c) __attribute__((always_inline)) {
+    const auto some = [&](const auto* from) {
+      return whole.value ? load<Acc>(from) : load_some<Acc>(from, length - c);
+    };
+    Vec<Acc> h_c[T];
+#pragma GCC unroll 4
+    for (int t = 0; t < T; t++) h_c[t] = some(h + t * ldh + c);
+#pragma GCC unroll 16
+    for (int m = 0; m < R; m++) {
+      const Vec<Acc> a_c = some(a + m * stride + c);
+#pragma GCC unroll 4
+      for (int t = 0; t < T; t++) sum[t * R + m] += h_c[t] * a_c;
+    }
+  };
+  int64_t c = 0;
+  for (; c + W <= length; c += W) add(Int<1>{}, c);
+  if (c < length) add(Int<0>{}, c);
+  Acc totals[R * T];
+  total_lanes<Acc>(sum, totals);
+  for (int t = 0; t < T; t++)
+    for (int m = 0; m < R; m++) to[t * ldto + m] = totals[t * R + m];
+}
+
+// The same for any number of rows: R at a time, the last ones one by one. Short rows, of which as many are taken as there are lanes
+// for their sums, are fetched ahead: sums of lanes leave no room for the loads of what comes next.
+template <int R, int T, class Acc, class P>
+inline void dot_all_rows(const P* a, int64_t stride, int64_t rows, int64_t length, const Acc* h, int64_t ldh, Acc* to,
+                         int64_t ldto) {
   int64_t m = 0;
   for (; m + R <= rows; m += R) {
-    const char* ahead = reinterpret_cast<const char*>(a + (m + 4 * R) * stride);
-    for (int64_t byte = 0; R == kWidth<Acc> && byte < R * stride * int64_t(sizeof(P)); byte += 64)
+    const char* ahead = reinterpret_cast<const char*>(a + (m + 4 * kWidth<Acc>)*stride);
+    for (int64_t byte = 0; R * T == kWidth<Acc> && byte < R * stride * int64_t(sizeof(P)); byte += 64)
       __builtin_prefetch(ahead + byte);
-    dot_rows<R>(a + m * stride, stride, length, h, to + m);
+    dot_rows<R, T>(a + m * stride, stride, length, h, ldh, to + m, ldto);
   }
-  for (; m < rows; m++) dot_rows<1>(a + m * stride, stride, length, h, to + m);
+  for (; m < rows; m++) dot_rows<1, T>(a + m * stride, stride, length, h, ldh, to + m, ldto);
 }
 
 }  // namespace gralora::cpu::GRALORA_ISA

@@ -83,8 +83,8 @@ struct ForwardFew {
     if (s.h == 0) return;
     const P* g = static_cast<const P*>(G.data) + column;
     for (int64_t t = 0; t < s.T; t++)
-      dot_all_rows<kGeneralRows>(g, G.row_stride, s.h, length, x.data + t * x.ld,
-                                 to + t * sums + project.general_start());
+      dot_all_rows<kGeneralRows, 1>(g, G.row_stride, s.h, length, x.data + t * x.ld, 0,
+                                    to + t * sums + project.general_start(), 0);
   }
 
   // `columns` from `first` on of the output block j
@@ -105,7 +105,7 @@ struct ForwardFew {
     for (int64_t t = 0; t < s.T && s.h > 0; t++) {
       const P* g = static_cast<const P*>(G.data) + column * G.row_stride;
       Acc general[kStrip];
-      dot_all_rows<W>(g, G.row_stride, columns, s.h, u + t * row + s.k * s.r, general);
+      dot_all_rows<W, 1>(g, G.row_stride, columns, s.h, u + t * row + s.k * s.r, 0, general, 0);
       for (int64_t i = 0; i < columns; i++) sum[t * kStrip + i] += general[i];
     }
     for_dtype<Acc>(p.y.dtype, [&](auto* type) {

@@ -100,7 +100,7 @@ template <int MR, int NV, class F>
 inline __attribute__((always_inline)) void for_accumulators(F&& f) {
 #pragma GCC unroll 16
   for (int m = 0; m < MR; m++)
-#pragma GCC unroll 2
+#pragma GCC unroll 8
     for (int v = 0; v < NV; v++) f(m, v);
 }
 
