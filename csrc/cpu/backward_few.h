@@ -1,10 +1,13 @@
-// backward for a few tokens, where the parameters and their gradients are nearly all of the traffic: no packing, no sums
-// between threads. For adapters without a general part whose rows lie in one run.
+// backward for a few tokens, where the parameters and their gradients are nearly all of the traffic: no packing, no transposing.
+// For adapters whose rows lie in one run.
 //
-//   an item of pass B, some ranks of a block:       dU_j[t, c] = s sum_o g_j[t, o] B_j[c, o];   dB_j[c, o] = s sum_t U_j[t, c] g_j[t, o]
-//   an item of pass A, some columns of a block:     dx_n[t, i] = sum_c dH_n[t, c] A_n[i, c];    dA_n[i, c] = sum_t x'_n[t, i] dH_n[t, c]
+//   an item of pass B, some ranks of a block:     dU_j[t, c] = s sum_o g_j[t, o] B_j[c, o];   dB_j[c, o] = s sum_t U_j[t, c] g_j[t, o]
+//     or some rows of Bg:                         their part of dHg[t, c] = s sum_m g[t, m] Bg[m, c];   dBg[m, c] = s sum_t Ug[t, c] g[t, m]
+//   an item of pass A, some columns of a block:   dx_n[t, i] = sum_c dH_n[t, c] A_n[i, c];    dA_n[i, c] = sum_t x'_n[t, i] dH_n[t, c]
+//     and of Ag:                                  dx[t, i] += sum_c dHg[t, c] Ag[c, i];       dAg[c, i] = sum_t dHg[t, c] x'[t, i]
 //
-// Every parameter is read once, along its rows, and its gradient is written beside it. Each sum belongs to one item.
+// Every parameter is read once, along its rows, and its gradient is written beside it. Each sum belongs to one item, but those of dHg,
+// whose parts are added in their order.
 #pragma once
 
 #include "few_tokens.h"
@@ -16,12 +19,14 @@ template <class Acc>
 struct BackwardFew {
   const BackwardParams& p;
   const Shape& s = p.shape;
-  const int64_t row = s.k * s.r, w_in = s.N / s.k, w_out = s.M / s.k;
+  const int64_t row = s.k * s.r + s.h, w_in = s.N / s.k, w_out = s.M / s.k;
   const Mask mask = Mask(p.dropout);
   Scratch scratch{};
   Acc* g = scratch.take<Acc>(kFewTokens * s.M);  // rows beyond T are zeros, so are those of u and dH
-  Acc* u = scratch.take<Acc>(kFewTokens * row);
+  Acc* u = scratch.take<Acc>(kFewTokens * row);  // s U
   Acc* dH = scratch.take<Acc>(kFewTokens * row);
+  const int64_t general_row = round_up(s.h, kWidth<Acc>), general_chunks = s.h > 0 ? ceil_div(s.M, kChunk) : 0;
+  Acc* partial = scratch.take<Acc>(general_chunks * kFewTokens * general_row);  // of dHg
   PerThread<Acc> buffers{scratch, p.threads, Block<Acc>::size(kFewTokens) + kFewTokens * kRow<Acc>};
 
   static bool fits(const BackwardParams& p) {
@@ -29,33 +34,33 @@ struct BackwardFew {
       return parameter.column_stride == 1 &&
              (gradient.data == nullptr || (gradient.column_stride == 1 && gradient.dtype == parameter.dtype));
     };
-    return p.shape.T > 0 && p.shape.T <= kFewTokens && p.shape.h == 0 && !p.add_to_grad_x &&
-           in_rows(p.adapter.A, p.grad.A) && in_rows(p.adapter.B, p.grad.B);
+    return p.shape.T > 0 && p.shape.T <= kFewTokens && !p.add_to_grad_x && in_rows(p.adapter.A, p.grad.A) &&
+           in_rows(p.adapter.B, p.grad.B) &&
+           (p.shape.h == 0 ||
+            (in_rows(p.adapter.A_general, p.grad.A_general) && in_rows(p.adapter.B_general, p.grad.B_general)));
   }
 
   void run() {
     read_tokens();
-    const bool want_x = p.grad_x.data != nullptr, want_H = want_x || p.grad.A.data != nullptr;
+    const bool want_x = p.grad_x.data != nullptr;
+    const bool want_H = want_x || p.grad.A.data != nullptr || p.grad.A_general.data != nullptr;
     const int64_t chunks = ceil_div(w_in, kChunk);
     for_dtype<Acc>(p.adapter.B.dtype, [&](auto* type) {
       using P = std::remove_pointer_t<decltype(type)>;
       for_few_tokens(s.T, [&](auto tokens) {
-        constexpr int kRanks = together(tokens.value);
+        constexpr int T = tokens.value, kRanks = together(T);
         const int64_t groups = ceil_div(s.r, kRanks);
-        parallel_items(s.k * groups, p.threads, [&](int64_t item, int) {
+        parallel_items(s.k * groups + general_chunks, p.threads, [&](int64_t item, int) {
           const int64_t j = item / groups, c = item % groups * kRanks;
-          if (c + kRanks <= s.r) return pass_B<tokens.value, kRanks, P>(j, c, want_H);
-          for (int64_t last = c; last < s.r; last++) pass_B<tokens.value, 1, P>(j, last, want_H);
+          if (j >= s.k) return pass_B_general<T, P>(item - s.k * groups, want_H);
+          if (c + kRanks <= s.r) return pass_B<T, kRanks, P>(j, c, want_H);
+          for (int64_t last = c; last < s.r; last++) pass_B<T, 1, P>(j, last, want_H);
         });
-      });
-    });
-    if (!want_H) return;
-    for_dtype<Acc>(p.adapter.A.dtype, [&](auto* type) {
-      using P = std::remove_pointer_t<decltype(type)>;
-      for_few_tokens(s.T, [&](auto tokens) {
+        if (!want_H) return;
+        add_general();
         parallel_items(s.k * chunks, p.threads, [&](int64_t item, int thread) {
           const int64_t first = item % chunks * kChunk;
-          pass_A<tokens.value, P>(item / chunks, first, smaller(kChunk, w_in - first), buffers.of(thread));
+          pass_A<T, P>(item / chunks, first, smaller(kChunk, w_in - first), buffers.of(thread));
         });
       });
     });
@@ -68,7 +73,7 @@ struct BackwardFew {
     return T >= W ? 1 : W / T < 4 ? W / T : 4;
   }
 
-  // g and U in the accumulation type; U again, where forward did not keep it
+  // g and s U in the accumulation type; U again, where forward did not keep it
   void read_tokens() {
     for_dtype<Acc>(p.grad_y.dtype, [&](auto* type) {
       using G = std::remove_pointer_t<decltype(type)>;
@@ -76,13 +81,18 @@ struct BackwardFew {
         convert_row<Acc>(static_cast<const G*>(p.grad_y.data) + row_offset(p.grad_y, t), p.grad_y.column_stride, s.M,
                          g + t * s.M);
     });
-    if (p.grad.B.data != nullptr && p.u == nullptr) {
-      const Project<Acc, Singles<Acc>> project{s.N, s.k, s.r, 0, p.x, mask, p.adapter.A, Param{}, Acc(1)};
-      project.run_segment(0, s.T, u, scratch.take<Acc>(project.segment_scratch(s.T)));
-    } else if (p.grad.B.data != nullptr && p.u_bf16) {
-      convert_row<Acc>(static_cast<const bf16*>(p.u), 1, s.T * row, u);
-    } else if (p.grad.B.data != nullptr) {
-      memcpy(u, p.u, size_t(s.T * row) * sizeof(Acc));
+    if (p.grad.B.data != nullptr || p.grad.B_general.data != nullptr) {
+      if (p.u == nullptr) {
+        const Project<Acc, Singles<Acc>> project{
+            s.N,   s.k, s.r, s.h, p.x, mask, p.adapter.A, blocks_of_rows(transposed(p.adapter.A_general), s.N / s.k),
+            Acc(1)};
+        project.run_segment(0, s.T, u, scratch.take<Acc>(project.segment_scratch(s.T)));
+      } else if (p.u_bf16) {
+        convert_row<Acc>(static_cast<const bf16*>(p.u), 1, s.T * row, u);
+      } else {
+        memcpy(u, p.u, size_t(s.T * row) * sizeof(Acc));
+      }
+      for (int64_t i = 0; i < s.T * row; i++) u[i] *= Acc(p.scaling);
     }
     for (int64_t i = s.T * s.M; i < kFewTokens * s.M; i++) g[i] = Acc(0);
     for (int64_t i = s.T * row; i < kFewTokens * row; i++) u[i] = dH[i] = Acc(0);
@@ -99,7 +109,7 @@ struct BackwardFew {
     const Acc* g_j = g + j * w_out;
     Acc ranks[R][T];
     for (int q = 0; q < R; q++)
-      for (int t = 0; t < T; t++) ranks[q][t] = Acc(p.scaling) * u[t * row + j * s.r + c + q];
+      for (int t = 0; t < T; t++) ranks[q][t] = u[t * row + j * s.r + c + q];
     Vec<Acc> sum[R * T] = {};
     const auto add = [&](auto whole, int64_t o) __attribute__((always_inline)) {
       const int64_t left = w_out - o;
@@ -134,49 +144,63 @@ struct BackwardFew {
     });
   }
 
+  // Rows of Bg, a chunk of columns of g
+  template <int T, class P>
+  void pass_B_general(int64_t chunk, bool want_H) const {
+    const int64_t first = chunk * kChunk, count = smaller(kChunk, s.M - first);
+    const Param &from = p.adapter.B_general, &to = p.grad.B_general;
+    const P* b = static_cast<const P*>(from.data) + first * from.row_stride;
+    Acc* sum = partial + chunk * kFewTokens * general_row;
+    const Acc* rows[T];
+    rows_of(g + first, s.M, s.T, rows);
+    for (int64_t c = 0; want_H && c < s.h; c += kWidth<Acc>)
+      sum_rows<1, kSumsOfRows>(rows, s.T, count, b + c, from.row_stride, kAhead * from.row_stride, sum + c, general_row,
+                               s.h - c);
+    if (to.data != nullptr)
+      outer_all_rows<T>(g + first, s.M, count, u + s.k * s.r, row, s.h,
+                        static_cast<P*>(to.data) + first * to.row_stride, to.row_stride);
+  }
+
+  // dHg from its parts
+  void add_general() const {
+    for (int64_t t = 0; t < s.T; t++)
+      for (int64_t c = 0; c < s.h; c++) {
+        Acc sum = 0;
+        for (int64_t chunk = 0; chunk < general_chunks; chunk++)
+          sum += partial[(chunk * kFewTokens + t) * general_row + c];
+        dH[t * row + s.k * s.r + c] = Acc(p.scaling) * sum;
+      }
+  }
+
   // Columns [first, first + columns) of block n
   template <int T, class P>
   void pass_A(int64_t n, int64_t first, int64_t columns, Acc* buffer) const {
-    const bool want_A = p.grad.A.data != nullptr, want_x = p.grad_x.data != nullptr;
+    constexpr int64_t W = kWidth<Acc>, kRows = T >= W ? 1 : W / T;
+    const bool want_A = p.grad.A.data != nullptr, want_general = s.h > 0 && p.grad.A_general.data != nullptr;
+    const bool want_x = p.grad_x.data != nullptr;
+    const int64_t column = n * w_in + first;
     const Block<Acc> block(buffer, kFewTokens);
     Acc* dx = buffer + Block<Acc>::size(kFewTokens);
-    if (want_A || mask.on) read_block<Acc>(p.x, 0, s.T, n * w_in + first, columns, s.N, mask, block);
+    if (want_A || want_general || mask.on) read_block<Acc>(p.x, 0, s.T, column, columns, s.N, mask, block);
     for (int64_t t = s.T; t < T; t++) memset(block.rows + t * kRow<Acc>, 0, sizeof(Acc) * kRow<Acc>);
-    const Param &from = p.adapter.A, &to = p.grad.A;
-    const P* a = static_cast<const P*>(from.data) + n * from.block_stride + first * from.row_stride;
-    P* da = static_cast<P*>(to.data) + (want_A ? n * to.block_stride + first * to.row_stride : 0);
-    const Acc* h = dH + n * s.r;
-    constexpr int64_t W = kWidth<Acc>, kRows = T >= W ? 1 : W / T;
-    if (want_x) dot_all_rows<kRows, T>(a, from.row_stride, columns, s.r, h, row, dx, kRow<Acc>);
-    for (int64_t c = 0; want_A && c < s.r;) {
-      constexpr int kWide = kVectorRegisters == 32 ? 4 : 2;
-      if (c + kWide * W <= s.r)
-        outer_rows<T, kWide>(block.rows, columns, h + c, kWide * W, da + c, to.row_stride), c += kWide * W;
-      else
-        outer_rows<T, 1>(block.rows, columns, h + c, s.r - c, da + c, to.row_stride), c += W;
+    const Acc *h = dH + n * s.r, *general = dH + s.k * s.r;
+    const Param &A = p.adapter.A, &dA = p.grad.A, &Ag = p.adapter.A_general, &dAg = p.grad.A_general;
+    if (want_x) {
+      const P* a = static_cast<const P*>(A.data) + n * A.block_stride + first * A.row_stride;
+      dot_all_rows<kRows, T>(a, A.row_stride, columns, s.r, h, row, dx, kRow<Acc>);
+      const Acc* rows[T];
+      rows_of(general, row, s.T, rows);
+      for (int64_t i = 0; s.h > 0 && i < columns; i += W)
+        sum_rows<1, 1>(rows, s.T, s.h, static_cast<const P*>(Ag.data) + column + i, Ag.row_stride, W, dx + i, kRow<Acc>,
+                       columns - i, true);
     }
-    if (want_x) store_x(n * w_in + first, columns, dx, block.kept);
-  }
-
-  // to[m*stride + c] = sum_t x[t][m] h[t][c]      m < columns, c < ranks, at most NV vectors of them
-  template <int T, int NV, class P>
-  void outer_rows(const Acc* x, int64_t columns, const Acc* h, int64_t ranks, P* to, int64_t stride) const {
-    constexpr int64_t W = kWidth<Acc>;
-    Vec<Acc> ranks_of[T][NV];
-    for_accumulators<T, NV>([&](int t, int v) { ranks_of[t][v] = load_some<Acc>(h + t * row + v * W, ranks - v * W); });
-    for (int64_t m = 0; m < columns; m++, to += stride) {
-      Vec<Acc> gradient[NV] = {};
-      for_accumulators<T, NV>([&](int t, int v) { gradient[v] += x[t * kRow<Acc> + m] * ranks_of[t][v]; });
-      if constexpr (NV == 1) {
-        store_some<Acc>(to, gradient[0], ranks);
-      } else {
-#pragma GCC unroll 2
-        for (int v = 0; v < NV; v += 2) {
-          const Vec<Acc> both[2] = {gradient[v], gradient[v + 1]};
-          store_row<Acc, P, 2>(to + v * W, both);
-        }
-      }
-    }
+    if (want_A)
+      outer_all_rows<T>(block.rows, kRow<Acc>, columns, h, row, s.r,
+                        static_cast<P*>(dA.data) + n * dA.block_stride + first * dA.row_stride, dA.row_stride);
+    if (want_general)
+      outer_all_rows<T>(general, row, s.h, block.rows, kRow<Acc>, columns, static_cast<P*>(dAg.data) + column,
+                        dAg.row_stride);
+    if (want_x) store_x(column, columns, dx, block.kept);
   }
 
   void store_x(int64_t column, int64_t columns, Acc* dx, const uint8_t* kept) const {

@@ -78,4 +78,88 @@ inline void dot_all_rows(const P* a, int64_t stride, int64_t rows, int64_t lengt
   for (; m < rows; m++) dot_rows<1, T>(a + m * stride, stride, length, h, ldh, to + m, ldto);
 }
 
+// Pointers to T rows; those beyond the last token are the last token's.
+template <int T, class Acc>
+inline void rows_of(const Acc* first, int64_t ld, int64_t tokens, const Acc* (&rows)[T]) {
+  for (int64_t t = 0; t < T; t++) rows[t] = first + smaller(t, tokens - 1) * ld;
+}
+
+// Sums that rows of a parameter go to: a single one would wait for itself.
+constexpr int kSumsOfRows = kVectorRegisters == 32 ? 4 : 2;
+constexpr int64_t kAhead = 32;  // rows that are fetched ahead, where they are short
+
+// to[t*ld + c] = sum_i rows[t][i] b[i*stride + c], t < tokens, i < length, for NV vectors of columns or for the first `columns` of
+// one, or that much more (add); elements are fetched `ahead` of where they are read. Row i goes to one of kSums sums, in turns.
+template <int NV, int kSums, int T, class Acc, class P>
+__attribute__((noinline)) void sum_rows(const Acc* const (&rows)[T], int64_t tokens, int64_t length, const P* b,
+                                        int64_t stride, int64_t ahead, Acc* to, int64_t ld,
+                                        int64_t columns = NV * kWidth<Acc>, bool add_to = false) {
+  Vec<Acc> sum[kSums][T][NV] = {};
+  const auto add = [&](auto whole, int phase, int64_t i) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; v++) {
+      const P* at = b + i * stride + v * kWidth<Acc>;
+      __builtin_prefetch(at + ahead);
+      const Vec<Acc> value = whole.value ? load<Acc>(at) : load_some<Acc>(at, columns);
+#pragma GCC unroll 4
+      for (int t = 0; t < T; t++) sum[phase][t][v] += rows[t][i] * value;
+    }
+  };
+  const auto add_all = [&](auto whole) __attribute__((always_inline)) {
+    int64_t i = 0;
+    for (; i + kSums <= length; i += kSums)
+#pragma GCC unroll 4
+      for (int phase = 0; phase < kSums; phase++) add(whole, phase, i + phase);
+#pragma GCC unroll 4
+    for (int phase = 0; phase + 1 < kSums; phase++)
+      if (i + phase < length) add(whole, phase, i + phase);
+  };
+  if (columns >= NV * kWidth<Acc>)
+    add_all(Int<1>{});
+  else
+    add_all(Int<0>{});
+  for_accumulators<T, NV>([&](int t, int v) {
+    Vec<Acc> total = sum[0][t][v];
+#pragma GCC unroll 4
+    for (int phase = 1; phase < kSums; phase++) total += sum[phase][t][v];
+    if (t >= tokens) return;
+    Acc* at = to + t * ld + v * kWidth<Acc>;
+    store<Acc>(at, add_to ? load<Acc>(at) + total : total);
+  });
+}
+
+// to[m*stride + c] = sum_t left[t*ldl + m] right[t*ldr + c]      m < rows, c < columns: NV vectors of them, or fewer than one
+template <int T, int NV, class Acc, class P>
+inline void outer_rows(const Acc* left, int64_t ldl, int64_t rows, const Acc* right, int64_t ldr, int64_t columns,
+                       P* to, int64_t stride) {
+  constexpr int64_t W = kWidth<Acc>;
+  Vec<Acc> factor[T][NV];
+  for_accumulators<T, NV>(
+      [&](int t, int v) { factor[t][v] = load_some<Acc>(right + t * ldr + v * W, columns - v * W); });
+  for (int64_t m = 0; m < rows; m++, to += stride) {
+    Vec<Acc> sum[NV] = {};
+    for_accumulators<T, NV>([&](int t, int v) { sum[v] += left[t * ldl + m] * factor[t][v]; });
+    if constexpr (NV == 1) {
+      store_some<Acc>(to, sum[0], columns);
+    } else {
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; v += 2) {
+        const Vec<Acc> both[2] = {sum[v], sum[v + 1]};
+        store_row<Acc, P, 2>(to + v * W, both);
+      }
+    }
+  }
+}
+
+// The same for any number of columns
+template <int T, class Acc, class P>
+inline void outer_all_rows(const Acc* left, int64_t ldl, int64_t rows, const Acc* right, int64_t ldr, int64_t columns,
+                           P* to, int64_t stride) {
+  constexpr int kWide = kVectorRegisters == 32 ? 4 : 2;
+  constexpr int64_t wide = kWide * kWidth<Acc>;
+  int64_t c = 0;
+  for (; c + wide <= columns; c += wide) outer_rows<T, kWide>(left, ldl, rows, right + c, ldr, wide, to + c, stride);
+  for (; c < columns; c += kWidth<Acc>) outer_rows<T, 1>(left, ldl, rows, right + c, ldr, columns - c, to + c, stride);
+}
+
 }  // namespace gralora::cpu::GRALORA_ISA

@@ -54,16 +54,6 @@ struct ForwardFew {
 
  private:
   static constexpr int64_t kStrip = 1024;  // columns of y whose sums stay in L1
-  // Sums that rows of A go to: a single one would wait for itself.
-  static constexpr int kSumsOfA = kVectorRegisters == 32 ? 4 : 2;
-  static constexpr int64_t kAhead = 32;  // rows of A that are fetched ahead; of B, the next columns of a row are
-
-  // Rows beyond the last token are the last token's
-  template <int T>
-  void rows_of(const Acc* first, int64_t ld, const Acc* (&rows)[T]) const {
-    for (int64_t t = 0; t < T; t++) rows[t] = first + smaller(t, s.T - 1) * ld;
-  }
-
   template <int T, class P>
   void pass_A(int64_t chunk, Acc* buffer, Acc* to) const {
     constexpr int64_t W = kWidth<Acc>;
@@ -74,12 +64,12 @@ struct ForwardFew {
     const P* a = static_cast<const P*>(A.data) + project.cut.block(chunk) * A.block_stride +
                  project.cut.first(chunk) * A.row_stride;
     const Acc* rows[T];
-    rows_of(x.data, x.ld, rows);
+    rows_of(x.data, x.ld, s.T, rows);
     const int64_t stride = A.row_stride, ahead = kAhead * stride;
     int64_t c = 0;
     for (; c + kWide * W <= s.r; c += kWide * W)
-      sum_rows<kWide, kSumsOfA>(rows, length, a + c, stride, ahead, to + c, sums);
-    for (; c < s.r; c += W) sum_rows<1, kSumsOfA>(rows, length, a + c, stride, ahead, to + c, sums, s.r - c);
+      sum_rows<kWide, kSumsOfRows>(rows, s.T, length, a + c, stride, ahead, to + c, sums);
+    for (; c < s.r; c += W) sum_rows<1, kSumsOfRows>(rows, s.T, length, a + c, stride, ahead, to + c, sums, s.r - c);
     if (s.h == 0) return;
     const P* g = static_cast<const P*>(G.data) + column;
     for (int64_t t = 0; t < s.T; t++)
@@ -95,12 +85,12 @@ struct ForwardFew {
     const Param &B = p.adapter.B, &G = p.adapter.B_general;
     const P* b = static_cast<const P*>(B.data) + j * B.block_stride + first;
     const Acc* rows[T];
-    rows_of(u + j * s.r, row, rows);
+    rows_of(u + j * s.r, row, s.T, rows);
     const int64_t stride = B.row_stride;
     int64_t o = 0;
     for (; o + kWide * W <= columns; o += kWide * W)
-      sum_rows<kWide, 1>(rows, s.r, b + o, stride, kWide * W, sum + o, kStrip);
-    for (; o < columns; o += W) sum_rows<1, 1>(rows, s.r, b + o, stride, W, sum + o, kStrip, columns - o);
+      sum_rows<kWide, 1>(rows, s.T, s.r, b + o, stride, kWide * W, sum + o, kStrip);
+    for (; o < columns; o += W) sum_rows<1, 1>(rows, s.T, s.r, b + o, stride, W, sum + o, kStrip, columns - o);
     const int64_t column = j * w_out + first;
     for (int64_t t = 0; t < s.T && s.h > 0; t++) {
       const P* g = static_cast<const P*>(G.data) + column * G.row_stride;
@@ -111,44 +101,6 @@ struct ForwardFew {
     for_dtype<Acc>(p.y.dtype, [&](auto* type) {
       using Y = std::remove_pointer_t<decltype(type)>;
       for (int64_t t = 0; t < s.T; t++) store_y<Y>(t, column, columns, sum + t * kStrip);
-    });
-  }
-
-  // to[t*ld + c] = sum_i rows[t][i] b[i*stride + c], i < length, for NV vectors of columns or for the first `columns` of one;
-  // elements are fetched `ahead` of where they are read. Row i goes to one of kSums sums, in turns.
-  template <int NV, int kSums, int T, class P>
-  __attribute__((noinline)) void sum_rows(const Acc* const (&rows)[T], int64_t length, const P* b, int64_t stride,
-                                          int64_t ahead, Acc* to, int64_t ld,
-                                          int64_t columns = NV * kWidth<Acc>) const {
-    Vec<Acc> sum[kSums][T][NV] = {};
-    const auto add = [&](auto whole, int phase, int64_t i) __attribute__((always_inline)) {
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; v++) {
-        const P* at = b + i * stride + v * kWidth<Acc>;
-        __builtin_prefetch(at + ahead);
-        const Vec<Acc> value = whole.value ? load<Acc>(at) : load_some<Acc>(at, columns);
-#pragma GCC unroll 4
-        for (int t = 0; t < T; t++) sum[phase][t][v] += rows[t][i] * value;
-      }
-    };
-    const auto add_all = [&](auto whole) __attribute__((always_inline)) {
-      int64_t i = 0;
-      for (; i + kSums <= length; i += kSums)
-#pragma GCC unroll 4
-        for (int phase = 0; phase < kSums; phase++) add(whole, phase, i + phase);
-#pragma GCC unroll 4
-      for (int phase = 0; phase + 1 < kSums; phase++)
-        if (i + phase < length) add(whole, phase, i + phase);
-    };
-    if (columns >= NV * kWidth<Acc>)
-      add_all(Int<1>{});
-    else
-      add_all(Int<0>{});
-    for_accumulators<T, NV>([&](int t, int v) {
-      Vec<Acc> total = sum[0][t][v];
-#pragma GCC unroll 4
-      for (int phase = 1; phase < kSums; phase++) total += sum[phase][t][v];
-      if (t < s.T) store<Acc>(to + t * ld + v * kWidth<Acc>, total);
     });
   }
 
