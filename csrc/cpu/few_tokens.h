@@ -142,7 +142,7 @@ inline void outer_rows(const Acc* left, int64_t ldl, int64_t rows, const Acc* ri
     if constexpr (NV == 1) {
       store_some<Acc>(to, sum[0], columns);
     } else {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int v = 0; v < NV; v += 2) {
         const Vec<Acc> both[2] = {sum[v], sum[v + 1]};
         store_row<Acc, P, 2>(to + v * W, both);
@@ -155,7 +155,7 @@ inline void outer_rows(const Acc* left, int64_t ldl, int64_t rows, const Acc* ri
 template <int T, class Acc, class P>
 inline void outer_all_rows(const Acc* left, int64_t ldl, int64_t rows, const Acc* right, int64_t ldr, int64_t columns,
                            P* to, int64_t stride) {
-  constexpr int kWide = kVectorRegisters == 32 ? 4 : 2;
+  constexpr int kHalf = kVectorRegisters / 2 / T, kWide = kHalf < 8 ? kHalf : 8;  // long runs along the rows of `to`
   constexpr int64_t wide = kWide * kWidth<Acc>;
   int64_t c = 0;
   for (; c + wide <= columns; c += wide) outer_rows<T, kWide>(left, ldl, rows, right + c, ldr, wide, to + c, stride);
