@@ -305,7 +305,7 @@ struct Backward {
       constexpr int MR = decltype(mr)::value;
       const Prefetch prefetch = prefetch_from(from, chunk, g, m0 + m + MR, MR);
       const Acc* a = rows.data + m * rows.ld;
-      from.template add_rows<MR>(panels, 0, length, a, rows.ld, add, to + (m0 + m) * from.sums(), [&](int64_t i) {
+      const auto each = [&](int64_t i) {
         prefetch.rows<MR>(i * kTerms);
         if (!copy) return;
         if constexpr (kTerms == 2)
@@ -313,7 +313,8 @@ struct Backward {
                           length, nullptr, b.block.rows + m / 2 * kRow<Acc>);
         else
           copy_columns(a, rows.ld, MR, i, length, b.block.rows + m * kRow<Acc>);
-      });
+      };
+      from.template add_rows<MR>(panels, 0, length, a, rows.ld, add, to + (m0 + m) * from.sums(), each, nothing);
     });
   }
 
@@ -325,7 +326,7 @@ struct Backward {
       for_row_groups(tokens, [&](auto mr, int64_t m) {
         constexpr int MR = decltype(mr)::value;
         to_x.template run_rows<MR, X>(panels, t + m, from_x.cut.block(chunk), from_x.cut.first(chunk),
-                                      from_x.cut.length(chunk), h + m * row, b.block.kept + m * kKept, {});
+                                      from_x.cut.length(chunk), h + m * row, b.block.kept + m * kKept, {}, nothing);
       });
     });
   }

@@ -35,13 +35,20 @@ struct Expand {
     return panels;
   }
 
+  // Of the panels of columns of block j, while as many tokens meet as many columns; general parts are small.
+  Ahead ahead(int64_t j, int64_t first, int64_t columns, int64_t tokens) const {
+    const int64_t groups = ceil_div(tokens, kMaxRows), tiles = ceil_div(columns, kTile<Acc>);
+    return Ahead::of(Q, j, 0, r, first, columns, groups * tiles * ceil_div(r / kTerms, kSteps));
+  }
+
   // Whether products can be of pairs: of ranks that are rounded, for y of bf16
   bool takes_pairs() const { return has_pair_products() && has_pairs(Q, r) && (h == 0 || has_pairs(G, h)); }
 
-  // MR tokens from t0 on, whose rows of ranks are at u; kept: which of their elements are, where there is a mask
-  template <int MR, class Y>
+  // MR tokens from t0 on, whose rows of ranks are at u; kept: which of their elements are, where there is a mask. each(p) is
+  // called for every kSteps steps of each tile.
+  template <int MR, class Y, class Each>
   void run_rows(const Panels& panels, int64_t t0, int64_t j, int64_t first, int64_t columns,
-                const typename Product::Rank* u, const uint8_t* kept, Prefetch prefetch) const {
+                const typename Product::Rank* u, const uint8_t* kept, Prefetch prefetch, Each&& each) const {
     const int64_t start = j * (width / k) + first;
     const auto factors = [&](int64_t c) { return reinterpret_cast<const Acc*>(u + c); };
     RowGroup<MR, Y> group{panels, factors(j * r), factors(k * r), {}, {}, kept, prefetch, columns};
@@ -52,7 +59,7 @@ struct Expand {
                           : static_cast<const Y*>(base.data) + row_offset(base, t0 + m) + start * base.column_stride;
     }
     for_column_tiles<Acc>(round_up(columns, kWidth<Acc>),
-                          [&](auto nv, int64_t c) { tile<MR, decltype(nv)::value, Y>(group, c); });
+                          [&](auto nv, int64_t c) { tile<MR, decltype(nv)::value, Y>(group, c, each); });
   }
 
  private:
@@ -68,14 +75,15 @@ struct Expand {
   };
 
   // A function of its own: inlined among other code, GCC would keep part of the accumulators in memory.
-  template <int MR, int NV, class Y>
-  __attribute__((noinline)) void tile(const RowGroup<MR, Y>& g, int64_t c) const {
+  template <int MR, int NV, class Y, class Each>
+  __attribute__((noinline)) void tile(const RowGroup<MR, Y>& g, int64_t c, Each&& each) const {
     const int64_t ldu = (k * r + h) / kTerms, steps = r / kTerms;
     Vec<Acc> acc[MR][NV] = {};
     multiply_rows<Product>(steps, g.ranks, ldu, g.panels.Q.at(0, c), g.panels.Q.ld, acc, [&](int64_t p) {
       constexpr int64_t columns = NV * kWidth<Acc>;
       if (p < columns) g.prefetch.template rows<MR>(c + p);
       if (steps <= kSteps && kSteps < columns) g.prefetch.template rows<MR>(c + kSteps);
+      each(p);
     });
     if (h > 0)
       multiply_rows<Product>(h / kTerms, g.general_ranks, ldu, g.panels.G.at(0, c), g.panels.G.ld, acc, nothing);

@@ -80,7 +80,7 @@ struct Forward {
       project.run_segment(t0, count, from, rest);
       round_ranks(t0, count, from);
       for (int64_t j = 0; j < p.shape.k; j += together)
-        expand_blocks(t0, count, from, j, smaller(together, p.shape.k - j), 0, p.shape.M / p.shape.k, rest);
+        expand_blocks(t0, count, from, j, smaller(together, p.shape.k - j), 0, p.shape.M / p.shape.k, rest, nothing);
     });
   }
 
@@ -95,32 +95,45 @@ struct Forward {
         larger(project.panels_size(1) + Block<Acc>::size(kMaxRows), larger(sums, expand_scratch())));
     Acc* partial = scratch.take<Acc>(chunks * tokens * sums);
     Rank* from = ranks(t0, scratch.take<Acc>(place_size(tokens)));
+    // While a thread works on an item, what it will read for the next one, if all take turns, comes from memory.
+    const int64_t items = p.shape.k * strips;
+    const auto first = [&](int64_t item) { return item % strips * strip; };
+    const auto last = [&](int64_t item) { return smaller(first(item) + strip, w); };
+    const auto ahead_of = [&](int64_t item) {
+      if (item >= items) return Ahead{};
+      return expand.ahead(item / strips, first(item), last(item) - first(item), tokens);
+    };
     parallel_items(chunks, p.threads, [&](int64_t chunk, int thread) {
       const int64_t length = project.cut.length(chunk);
       const auto panels = project.read_panels(chunk, 1, tokens, buffers.of(thread));
       const Block<Acc> rows(buffers.of(thread) + project.panels_size(1), kMaxRows);
+      const int64_t next = chunk + p.threads;
+      Ahead ahead = next < chunks ? project.ahead(next, tokens) : ahead_of(next - chunks);
+      const auto fetch = [&](int64_t) { ahead.fetch(); };
       for_row_groups(tokens, [&](auto mr, int64_t m) {
         constexpr int MR = decltype(mr)::value;
         const Source<Acc> a = project.left_rows(t0 + m, MR, project.cut.column(chunk), length, rows);
         Acc* sum = partial + (chunk * tokens + m) * sums;
-        project.template add_rows<MR>(panels, 0, length, a.data, a.ld, false, sum, nothing);
+        project.template add_rows<MR>(panels, 0, length, a.data, a.ld, false, sum, fetch, fetch);
       });
     });
     parallel_items(tokens, tokens < 16 ? 1 : p.threads, [&](int64_t m, int thread) {
       project.reduce(partial, tokens, m, buffers.of(thread), from + m * row());
       round_ranks(t0 + m, 1, from + m * row());
     });
-    parallel_items(p.shape.k * strips, p.threads, [&](int64_t item, int thread) {
-      const int64_t first = item % strips * strip;
-      expand_blocks(t0, tokens, from, item / strips, 1, first, smaller(first + strip, w), buffers.of(thread));
+    parallel_items(items, p.threads, [&](int64_t item, int thread) {
+      Ahead ahead = ahead_of(item + p.threads);
+      expand_blocks(t0, tokens, from, item / strips, 1, first(item), last(item), buffers.of(thread),
+                    [&](int64_t) { ahead.fetch(); });
     });
   }
 
   int64_t expand_scratch() const { return together * expand.panels_size(strip); }
 
   // Columns [first, last) of the output blocks j .. j+blocks, for `count` tokens whose ranks are at `from`
+  template <class Each>
   void expand_blocks(int64_t t0, int64_t count, const Rank* from, int64_t j, int64_t blocks, int64_t first,
-                     int64_t last, Acc* scratch) const {
+                     int64_t last, Acc* scratch, Each&& each) const {
     const int64_t w = p.shape.M / p.shape.k;
     for_dtype_of<InExpand, Acc>(p.y.dtype, [&](auto* type) {
       using Y = std::remove_pointer_t<decltype(type)>;
@@ -134,7 +147,7 @@ struct Forward {
           for (int64_t b = 0; b < blocks; b++)
             expand.template run_rows<MR, Y>(
                 panels[b], t0 + m, j + b, column, columns, from + m * row(), nullptr,
-                Prefetch::of(p.base, m + MR < count ? t0 + m + MR : -1, (j + b) * w + column));
+                Prefetch::of(p.base, m + MR < count ? t0 + m + MR : -1, (j + b) * w + column), each);
         });
       }
     });

@@ -93,7 +93,10 @@ inline __attribute__((always_inline)) void multiply_packed(int64_t K, const Acc*
   multiply_steps<Product>(K, PackedRows<Acc, MR>{a}, b, ldb, acc, each);
 }
 
-inline void nothing(int64_t) {}  // for `each`
+struct Nothing {
+  void operator()(int64_t) const {}
+};
+constexpr Nothing nothing;  // for `each`
 
 // Loops over the accumulators must be unrolled, or the compiler keeps them in memory.
 template <int MR, int NV, class F>

@@ -22,6 +22,41 @@ struct Panel {
   }
 };
 
+// A part of a parameter that will be packed next, fetched into L2 a few lines at a time while arithmetic goes on.
+struct Ahead {
+  const char* data = kNothing;
+  int64_t runs = 0, bytes = 0, stride = 0;  // what is left: runs of `bytes`, from each to the next
+  int64_t at = 0, lines = 0;                // in the first of them; those of a fetch()
+
+  // Rows [row0, row0 + rows) and columns [column0, column0 + columns) of a block, in `calls` calls
+  static Ahead of(const Param& param, int64_t block, int64_t row0, int64_t rows, int64_t column0, int64_t columns,
+                  int64_t calls) {
+    const int64_t size = param.dtype == DType::f32 ? 4 : param.dtype == DType::f64 ? 8 : 2;
+    const int64_t offset = block * param.block_stride + row0 * param.row_stride + column0 * param.column_stride;
+    const bool in_rows = param.column_stride == 1;
+    if (!in_rows && param.row_stride != 1) return {};
+    Ahead ahead;
+    ahead.data = static_cast<const char*>(param.data) + offset * size;
+    ahead.runs = in_rows ? rows : columns;
+    ahead.bytes = (in_rows ? columns : rows) * size;
+    ahead.stride = (in_rows ? param.row_stride : param.column_stride) * size;
+    if (ahead.stride == ahead.bytes) ahead.bytes *= ahead.runs, ahead.runs = 1;
+    ahead.lines = ceil_div(ahead.runs * ceil_div(ahead.bytes, 64), larger(calls, 1));
+    return ahead;
+  }
+
+  void fetch() {
+    for (int64_t left = lines; left > 0 && runs > 0;) {
+      const int64_t count = smaller(left, ceil_div(bytes - at, 64));
+      const char* line = data + at;
+#pragma GCC unroll 4
+      for (int64_t i = 0; i < count; i++, line += 64) __builtin_prefetch(line, 0, 2);
+      left -= count, at += count * 64;
+      if (at >= bytes) at = 0, data += stride, runs--;
+    }
+  }
+};
+
 constexpr int64_t kPanelElements = 1 << 17;  // that L2 holds beside activations: half a MiB in float
 
 template <class Acc>

@@ -76,18 +76,25 @@ struct Project {
       return rows_to_multiply<Acc>(x, t0, count, column, length, width, mask, block);
   }
 
-  // sum[m] (+)= the part of MR tokens, whose rows are at a, of a chunk that lies at `row` of the panels. each(p) is called
-  // once for every kSteps steps.
-  template <int MR, class Each>
+  // Of the panels of a chunk, while as many tokens meet another one; general parts are small.
+  Ahead ahead(int64_t chunk, int64_t tokens) const {
+    const int64_t groups = ceil_div(tokens, kMaxRows), tiles = ceil_div(r, kTile<Acc>);
+    const int64_t calls = groups * tiles * ceil_div(cut.columns / kTerms, kSteps);
+    return Ahead::of(P, cut.block(chunk), cut.first(chunk), cut.length(chunk), 0, r, calls);
+  }
+
+  // sum[m] (+)= the part of MR tokens, whose rows are at a, of a chunk that lies at `row` of the panels. For every kSteps steps
+  // each(p) is called in the first tile of ranks, others(p) in the others.
+  template <int MR, class Each, class Others>
   void add_rows(const Panels& panels, int64_t row, int64_t length, const Acc* a, int64_t lda, bool accumulate, Acc* sum,
-                Each&& each) const {
+                Each&& each, Others&& others) const {
     const auto add = [&](const Panel<Acc>& panel, int64_t columns, bool first, Acc* to) {
       for_column_tiles<Acc>(round_up(columns, kWidth<Acc>), [&](auto nv, int64_t c) {
         constexpr int NV = decltype(nv)::value;
         if (first && c == 0)
           tile<MR, NV>(length / kTerms, a, lda, panel.at(row / kTerms, c), panel.ld, accumulate, to + c, each);
         else
-          tile<MR, NV>(length / kTerms, a, lda, panel.at(row / kTerms, c), panel.ld, accumulate, to + c, nothing);
+          tile<MR, NV>(length / kTerms, a, lda, panel.at(row / kTerms, c), panel.ld, accumulate, to + c, others);
       });
     };
     add(panels.P, r, true, sum);
@@ -173,10 +180,11 @@ struct Project {
           const int64_t next_length = cut.length(chunk);
           const Source<X> from = in_place<X>(x, t0 + row, cut.column(chunk));
           const auto convert = [&](int64_t p) { copy_columns(from.data, from.ld, rows, p, next_length, next.rows); };
-          add_rows<MR>(panels, i * cut.columns, length, a.data, a.ld, true, sum + m * sums(), [&](int64_t p) {
+          const auto each = [&](int64_t p) {
             prefetch.rows<MR>(p * kTerms);
             convert(p);
-          });
+          };
+          add_rows<MR>(panels, i * cut.columns, length, a.data, a.ld, true, sum + m * sums(), each, nothing);
           for (int64_t p = round_up(length, kSteps); p < next_length; p += kSteps) convert(p);
           const Block<Acc> last = now;
           now = next, next = last;
