@@ -25,9 +25,6 @@ struct Backward {
 
   explicit Backward(const BackwardParams& params) : p(params) {}
 
-  // Of sums over x after dropout, which lacks it in pairs
-  static Acc x_scale(const BackwardParams& p) { return Acc(kTerms == 2 ? Mask(p.dropout).keep_scale : 1.0); }
-
   static FromWide project_g(const BackwardParams& p) {
     const Shape& s = p.shape;
     return {s.M,
@@ -39,14 +36,6 @@ struct Backward {
             transposed(p.adapter.B),
             blocks_of_rows(p.adapter.B_general, s.M / s.k),
             Acc(p.scaling)};
-  }
-  static FromWide project_x(const BackwardParams& p) {
-    const Shape& s = p.shape;
-    return {s.N,         s.k,
-            s.r,         s.h,
-            p.x,         Mask(p.dropout),
-            p.adapter.A, blocks_of_rows(transposed(p.adapter.A_general), s.N / s.k),
-            x_scale(p)};
   }
   static ToWide expand_x(const BackwardParams& p) {
     const Shape& s = p.shape;
@@ -64,7 +53,7 @@ struct Backward {
   // Whether all products can be of pairs, whichever gradients are wanted. A block has no room to make U again with dropout.
   static bool takes_pairs(const BackwardParams& p) {
     return p.shape.T >= kTokensToRound && (p.u == nullptr ? p.dropout.p == 0.0 : p.u_bf16) &&
-           project_g(p).takes_pairs() && project_x(p).takes_pairs() && expand_x(p).takes_pairs();
+           project_g(p).takes_pairs() && project_x<Acc, Product>(p).takes_pairs() && expand_x(p).takes_pairs();
   }
 
   const BackwardParams& p;
@@ -73,7 +62,7 @@ struct Backward {
   const Mask mask = Mask(p.dropout);
   const FromWide from_g = project_g(p);
   // U again, where forward did not keep it
-  const FromWide from_x = project_x(p);
+  const FromWide from_x = project_x<Acc, Product>(p);
   const ToWide to_x = expand_x(p);
   const WeightGradient<Acc, Product> gradient{s.k, s.r, s.h};
 
@@ -82,8 +71,8 @@ struct Backward {
                  from_g.chunks(), p.grad.B, transposed(blocks_of_rows(p.grad.B_general, s.M / s.k)),
                  Acc(p.scaling)};
   Totals<Acc> dA{
-      from_x.cut, s.r, s.h, from_x.chunks(), transposed(p.grad.A), blocks_of_columns(p.grad.A_general, s.N / s.k),
-      x_scale(p)};
+      from_x.cut,  s.r, s.h, from_x.chunks(), transposed(p.grad.A), blocks_of_columns(p.grad.A_general, s.N / s.k),
+      from_x.scale};
   const bool want_x = p.grad_x.data != nullptr, want_H = want_x || dA.wanted();
   const bool remake_U = dB.wanted() && p.u == nullptr;
 
@@ -165,8 +154,9 @@ struct Backward {
       };
       if (remake_U) for_chunks(from_x, remade, [&](int64_t chunk, bool) { project_U(g, chunk, sums, true, b); });
       for_chunks(from_g, want_H ? dH : nullptr,
-                 [&](int64_t chunk, bool new_block) { pass_g(g, chunk, sums, true, b, new_block); });
-      if (want_H) for_chunks(from_x, nullptr, [&](int64_t chunk, bool new_block) { pass_x(g, chunk, b, new_block); });
+                 [&](int64_t chunk, bool new_block) { pass_g(g, chunk, sums, true, b, new_block, nothing); });
+      if (want_H)
+        for_chunks(from_x, nullptr, [&](int64_t chunk, bool new_block) { pass_x(g, chunk, b, new_block, nothing); });
     });
   }
 
@@ -189,12 +179,22 @@ struct Backward {
       });
       reduce_all(from_x, remade);
     }
+    // While a thread works on an item, what it will read for the next one, if all take turns, comes from memory.
+    const auto ahead_of_x = [&](int64_t next, int64_t tokens) {
+      if (!want_x || next >= from_x.chunks()) return Ahead{};
+      return to_x.ahead(from_x.cut.block(next), from_x.cut.first(next), from_x.cut.length(next), tokens);
+    };
     for_chunks(from_g, [&](const Segment& g, int64_t chunk, Buffers b) {
-      pass_g(g, chunk, place(from_g, g, chunk), false, b, true);
+      const int64_t next = chunk + p.threads, chunks = from_g.chunks();
+      Ahead ahead = next < chunks ? from_g.ahead(next, g.tokens) : ahead_of_x(next - chunks, g.tokens);
+      pass_g(g, chunk, place(from_g, g, chunk), false, b, true, [&](int64_t) { ahead.fetch(); });
     });
     if (!want_H) return;
     reduce_all(from_g, dH);
-    for_chunks(from_x, [&](const Segment& g, int64_t chunk, Buffers b) { pass_x(g, chunk, b, true); });
+    for_chunks(from_x, [&](const Segment& g, int64_t chunk, Buffers b) {
+      Ahead ahead = ahead_of_x(chunk + p.threads, g.tokens);
+      pass_x(g, chunk, b, true, [&](int64_t) { ahead.fetch(); });
+    });
   }
 
   void finish(int64_t wave_first, int64_t count) const {
@@ -223,13 +223,15 @@ struct Backward {
 
   void project_U(const Segment& g, int64_t chunk, Acc* to, bool add, Buffers b) const {
     const auto panels = from_x.read_panels(chunk, 1, g.tokens, b.panels);
-    for_blocks(
-        g, [&](int64_t m, int64_t tokens) { project_block(from_x, panels, chunk, g, m, tokens, to, add, false, b); });
+    for_blocks(g, [&](int64_t m, int64_t tokens) {
+      project_block(from_x, panels, chunk, g, m, tokens, to, add, false, b, nothing);
+    });
   }
 
   // The part of dU and of dB that one chunk of g gives, the former written or added to `to`; new_ranks: b has not those of this
-  // chunk's block yet.
-  void pass_g(const Segment& g, int64_t chunk, Acc* to, bool add, Buffers b, bool new_ranks) const {
+  // chunk's block yet; others(p) is called beside the products.
+  template <class Others>
+  void pass_g(const Segment& g, int64_t chunk, Acc* to, bool add, Buffers b, bool new_ranks, Others&& others) const {
     typename FromWide::Panels panels;
     if (want_H) panels = from_g.read_panels(chunk, 1, g.tokens, b.panels);
     if (dB.wanted() && new_ranks) read_U(g, chunk, b.gradient_ranks);
@@ -237,7 +239,7 @@ struct Backward {
     const bool copy = dB.wanted() && !usable_in_place_by_columns<Acc>(p.grad_y, from_g.mask, from_g.cut.length(chunk));
     for_blocks(g, [&](int64_t m, int64_t tokens) {
       if (want_H)
-        project_block(from_g, panels, chunk, g, m, tokens, to, add, copy, b);
+        project_block(from_g, panels, chunk, g, m, tokens, to, add, copy, b, others);
       else if (copy)
         read(from_g, chunk, g.t0 + m, tokens, b);
       if (dB.wanted())
@@ -248,7 +250,8 @@ struct Backward {
   }
 
   // dx of one chunk of x, and its part of dA
-  void pass_x(const Segment& g, int64_t chunk, Buffers b, bool new_ranks) const {
+  template <class Others>
+  void pass_x(const Segment& g, int64_t chunk, Buffers b, bool new_ranks, Others&& others) const {
     const int64_t block = from_x.cut.block(chunk), column = from_x.cut.first(chunk), columns = from_x.cut.length(chunk);
     typename ToWide::Panels panels;
     if (want_x) panels = to_x.read_panels(block, column, columns, g.tokens, b.panels);
@@ -260,7 +263,7 @@ struct Backward {
       if (dA.wanted())
         gradient.add(b.gradient_ranks, g.tokens, m, tokens, rows(from_x, chunk, g.t0 + m, copy, b), columns, m > 0,
                      sums, prefetch_from(from_x, chunk, g, m + tokens, tokens));
-      if (want_x) expand_block(panels, chunk, g.t0 + m, dH + (g.row + m) * row, tokens, b);
+      if (want_x) expand_block(panels, chunk, g.t0 + m, dH + (g.row + m) * row, tokens, b, others);
     });
     if (dA.wanted() && segments == 1) dA.write(chunk, sums);
   }
@@ -296,8 +299,9 @@ struct Backward {
 
   // Writes or adds the part of the ranks of tokens m0.. of a segment's chunk, and leaves the chunk itself in b.block, if it is
   // to be kept. Where the rows can be multiplied as they lie, they are copied meanwhile.
+  template <class Others>
   void project_block(const FromWide& from, const typename FromWide::Panels& panels, int64_t chunk, const Segment& g,
-                     int64_t m0, int64_t tokens, Acc* to, bool add, bool keep, Buffers b) const {
+                     int64_t m0, int64_t tokens, Acc* to, bool add, bool keep, Buffers b, Others&& others) const {
     const int64_t length = from.cut.length(chunk);
     const bool copy = keep && (kTerms == 2 || usable_in_place<Acc>(from.x, from.mask));
     const Source<Acc> rows = from.left_rows(g.t0 + m0, tokens, from.cut.column(chunk), length, b.block);
@@ -306,6 +310,7 @@ struct Backward {
       const Prefetch prefetch = prefetch_from(from, chunk, g, m0 + m + MR, MR);
       const Acc* a = rows.data + m * rows.ld;
       const auto each = [&](int64_t i) {
+        others(i);
         prefetch.rows<MR>(i * kTerms);
         if (!copy) return;
         if constexpr (kTerms == 2)
@@ -314,19 +319,20 @@ struct Backward {
         else
           copy_columns(a, rows.ld, MR, i, length, b.block.rows + m * kRow<Acc>);
       };
-      from.template add_rows<MR>(panels, 0, length, a, rows.ld, add, to + (m0 + m) * from.sums(), each, nothing);
+      from.template add_rows<MR>(panels, 0, length, a, rows.ld, add, to + (m0 + m) * from.sums(), each, others);
     });
   }
 
   // dx of tokens t.. of a chunk
+  template <class Others>
   void expand_block(const typename ToWide::Panels& panels, int64_t chunk, int64_t t, const Rank* h, int64_t tokens,
-                    Buffers b) const {
+                    Buffers b, Others&& others) const {
     for_dtype_of<Product, Acc>(p.grad_x.dtype, [&](auto* type) {
       using X = std::remove_pointer_t<decltype(type)>;
       for_row_groups(tokens, [&](auto mr, int64_t m) {
         constexpr int MR = decltype(mr)::value;
         to_x.template run_rows<MR, X>(panels, t + m, from_x.cut.block(chunk), from_x.cut.first(chunk),
-                                      from_x.cut.length(chunk), h + m * row, b.block.kept + m * kKept, {}, nothing);
+                                      from_x.cut.length(chunk), h + m * row, b.block.kept + m * kKept, {}, others);
       });
     });
   }

@@ -83,9 +83,7 @@ struct BackwardFew {
     });
     if (p.grad.B.data != nullptr || p.grad.B_general.data != nullptr) {
       if (p.u == nullptr) {
-        const Project<Acc, Singles<Acc>> project{
-            s.N,   s.k, s.r, s.h, p.x, mask, p.adapter.A, blocks_of_rows(transposed(p.adapter.A_general), s.N / s.k),
-            Acc(1)};
+        const auto project = project_x<Acc, Singles<Acc>>(p);
         project.run_segment(0, s.T, u, scratch.take<Acc>(project.segment_scratch(s.T)));
       } else if (p.u_bf16) {
         convert_row<Acc>(static_cast<const bf16*>(p.u), 1, s.T * row, u);

@@ -24,15 +24,7 @@ struct Forward {
 
   explicit Forward(const ForwardParams& params)
       : p(params),
-        project{p.shape.N,
-                p.shape.k,
-                p.shape.r,
-                p.shape.h,
-                p.x,
-                Mask(p.dropout),
-                p.adapter.A,
-                blocks_of_rows(transposed(p.adapter.A_general), p.shape.N / p.shape.k),
-                Acc(InProject::kTerms == 2 ? Mask(p.dropout).keep_scale : 1.0)},
+        project(project_x<Acc, InProject>(p)),
         expand{p.shape.M,      p.shape.k,
                p.shape.r,      p.shape.h,
                p.adapter.B,    transposed(blocks_of_rows(p.adapter.B_general, p.shape.M / p.shape.k)),

@@ -18,7 +18,7 @@ struct ForwardFew {
   const ForwardParams& p;
   const Shape& s = p.shape;
   const int64_t row = s.k * s.r + s.h, w_out = s.M / s.k;
-  const Project<Acc, Singles<Acc>> project{s.N, s.k, s.r, s.h, p.x, Mask(p.dropout), p.adapter.A, Param{}, Acc(1)};
+  const Project<Acc, Singles<Acc>> project = project_x<Acc, Singles<Acc>>(p);
 
   static bool fits(const ForwardParams& p) {
     const auto in_rows = [](const Param& parameter) { return parameter.column_stride == 1; };

@@ -244,4 +244,13 @@ struct Project {
   }
 };
 
+// x to U, from the params of forward or backward. Pairs lack the factor 1/(1-p) of dropout: it is that of the sums.
+template <class Acc, class Product, class Params>
+Project<Acc, Product> project_x(const Params& p) {
+  const Shape& s = p.shape;
+  const Mask mask(p.dropout);
+  const Param G = blocks_of_rows(transposed(p.adapter.A_general), s.N / s.k);
+  return {s.N, s.k, s.r, s.h, p.x, mask, p.adapter.A, G, Acc(Product::kTerms == 2 ? mask.keep_scale : 1.0)};
+}
+
 }  // namespace gralora::cpu::GRALORA_ISA
