@@ -6,8 +6,8 @@
 //   an item of pass A, some columns of a block:   dx_n[t, i] = sum_c dH_n[t, c] A_n[i, c];    dA_n[i, c] = sum_t x'_n[t, i] dH_n[t, c]
 //     and of Ag:                                  dx[t, i] += sum_c dHg[t, c] Ag[c, i];       dAg[c, i] = sum_t dHg[t, c] x'[t, i]
 //
-// Every parameter is read once, along its rows, and its gradient is written beside it. Each sum belongs to one item, but those of dHg,
-// whose parts are added in their order.
+// Every parameter is read once, along its rows, and its gradient is written beside it. Each sum belongs to one item, but those of
+// dHg, whose parts are added in their order.
 #pragma once
 
 #include "few_tokens.h"

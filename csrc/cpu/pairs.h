@@ -8,9 +8,9 @@
 //
 // Dropout leaves elements of x as they are or makes them zeros; their factor 1/(1-p) is that of the sums.
 //
-// Ranks are sums in float: as a factor they are rounded to bf16, from kTokensToRound tokens on (below, reading the parameters is
-// what costs). PEFT rounds them too, and the path besides. In one more piece, to keep float's accuracy, they would cost as much
-// as in float.
+// Ranks are sums in float. Where all tensors are bf16, U is kept rounded for backward, and U and dH are rounded as factors; U of y
+// from kTokensToRound tokens on (below, reading the parameters is what costs). PEFT rounds them too, and the path besides. In one
+// more piece, to keep float's accuracy, they would cost as much as in float.
 #pragma once
 
 #include "panels.h"
