@@ -9,6 +9,16 @@
 namespace gralora::cpu::GRALORA_ISA {
 namespace {
 
+// Whether float weights are fetched a tile ahead: memory bounds them, and AMD's processors have enough lines under way for it.
+#if defined(__AVX2__) || defined(__AVX512F__)
+static const bool kFetchesAhead = [] {
+  __builtin_cpu_init();
+  return bool(__builtin_cpu_is("amd"));
+}();
+#else
+constexpr bool kFetchesAhead = false;
+#endif
+
 template <class Acc>
 struct Merge {
   int64_t rows, columns, k, r, h;  // of W in this orientation
@@ -77,6 +87,9 @@ struct Merge {
     for_column_tiles<Acc>(round_up(width, kWidth<Acc>), [&](auto nv, int64_t c) {
       constexpr int NV = decltype(nv)::value;
       Vec<Acc> acc[MR][NV] = {};
+      if (kFetchesAhead && sizeof(Y) == sizeof(Acc))
+        for_accumulators<MR, NV>(
+            [&](int m, int v) { __builtin_prefetch(to + m * W.row_stride + c + (NV + v) * kWidth<Acc>, 1); });
       multiply_packed<Singles<Acc>>(rb, left, right.at(0, c), right.ld, acc, nothing);
       if (h > 0) multiply_packed<Singles<Acc>>(h, left + rb * MR, general.at(0, c), general.ld, acc, nothing);
       if (W.column_stride == 1 && c + NV * kWidth<Acc> <= width) {
