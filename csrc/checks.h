@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "gralora.h"
+#include "params.h"
 
 namespace gralora {
 
@@ -132,8 +133,7 @@ inline Shape check_backward(const at::Tensor& grad, const at::Tensor& x, const a
   TORCH_CHECK_VALUE(u.device() == A.device(), "gralora_ext: u must be on ", A.device(), ", but is on ", u.device());
   const bool f64 =
       grad.scalar_type() == at::kDouble || x.scalar_type() == at::kDouble || A.scalar_type() == at::kDouble;
-  const bool all_bf16 = u.is_cpu() && grad.scalar_type() == at::kBFloat16 && x.scalar_type() == at::kBFloat16 &&
-                        A.scalar_type() == at::kBFloat16;
+  const bool all_bf16 = keeps_bf16_u({&grad, &x, &A});
   TORCH_CHECK_TYPE(u.scalar_type() == at::kDouble || (u.scalar_type() == at::kFloat && !f64) ||
                        (u.scalar_type() == at::kBFloat16 && all_bf16),
                    "gralora_ext: u must be as the forward op returned it, ",

@@ -27,6 +27,13 @@ inline bool any_double(std::initializer_list<const at::Tensor*> tensors) {
   return false;
 }
 
+// Whether all is bfloat16, on the CPU: there U is kept in it too
+inline bool keeps_bf16_u(std::initializer_list<const at::Tensor*> tensors) {
+  for (const at::Tensor* tensor : tensors)
+    if (tensor->scalar_type() != at::kBFloat16 || !tensor->is_cpu()) return false;
+  return true;
+}
+
 // Leading dimensions of one element vanish and those that lie as one are joined; false: too many are left.
 inline bool fill_rows(const at::Tensor& tensor, Rows& rows) {
   rows = Rows{};

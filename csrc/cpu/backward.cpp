@@ -96,7 +96,7 @@ struct Backward {
   const int64_t places = larger(want_H ? from_g.chunks() : 0, remake_U ? from_x.chunks() : 0);
   Acc* partial = scratch.take<Acc>((always_by_tokens() ? smaller(places, 1) : places) * wave_tokens * from_g.sums());
   Rank* dH = scratch.take<Rank>(want_H ? wave_tokens * row : 0);
-  Rank* remade = scratch.take<Rank>(remake_U ? wave_tokens * row : 0);
+  Acc* remade = scratch.take<Acc>(remake_U ? wave_tokens * row : 0);
 
   // One thread's scratch
   struct Buffers {
@@ -145,18 +145,21 @@ struct Backward {
       const Buffers b = of(thread);
       // Chunk after chunk is added to the same place: the order, and so the bits, of reduce().
       Acc* sums = partial + g.row * from_g.sums();
-      const auto for_chunks = [&](const FromWide& project, Rank* to, auto&& f) {
+      const auto for_chunks = [&](const FromWide& project, auto* to, auto&& f) {
         if (to != nullptr) project.clear_sums(g.tokens, sums);
         for (int64_t chunk = 0; chunk < project.chunks(); chunk++) {
           f(chunk, project.cut.first(chunk) == 0);
           if (to != nullptr) project.finish_chunk(chunk, g.tokens, sums, to + g.row * row);
         }
       };
-      if (remake_U) for_chunks(from_x, remade, [&](int64_t chunk, bool) { project_U(g, chunk, sums, true, b); });
+      if (remake_U)
+        with_remade(
+            [&](auto* u) { for_chunks(from_x, u, [&](int64_t chunk, bool) { project_U(g, chunk, sums, true, b); }); });
       for_chunks(from_g, want_H ? dH : nullptr,
                  [&](int64_t chunk, bool new_block) { pass_g(g, chunk, sums, true, b, new_block, nothing); });
       if (want_H)
-        for_chunks(from_x, nullptr, [&](int64_t chunk, bool new_block) { pass_x(g, chunk, b, new_block, nothing); });
+        for_chunks(from_x, static_cast<Rank*>(nullptr),
+                   [&](int64_t chunk, bool new_block) { pass_x(g, chunk, b, new_block, nothing); });
     });
   }
 
@@ -168,7 +171,7 @@ struct Backward {
       });
     };
     const int64_t rows = smaller(count * segment_tokens, s.T - wave_first * segment_tokens);
-    const auto reduce_all = [&](const FromWide& project, Rank* to) {
+    const auto reduce_all = [&](const FromWide& project, auto* to) {
       parallel_items(rows, rows < 16 ? 1 : p.threads, [&](int64_t m, int thread) {
         project.reduce(partial, wave_tokens, m, of(thread).panels, to + m * row);
       });
@@ -177,7 +180,7 @@ struct Backward {
       for_chunks(from_x, [&](const Segment& g, int64_t chunk, Buffers b) {
         project_U(g, chunk, place(from_x, g, chunk), false, b);
       });
-      reduce_all(from_x, remade);
+      with_remade([&](auto* u) { reduce_all(from_x, u); });
     }
     // While a thread works on an item, what it will read for the next one, if all take turns, comes from memory.
     const auto ahead_of_x = [&](int64_t next, int64_t tokens) {
@@ -213,11 +216,18 @@ struct Backward {
     return partial + (chunk * wave_tokens + g.row) * project.sums();
   }
 
+  // The place of a U that is made again, as forward would have kept it: rounded or not
+  template <class F>
+  void with_remade(F&& f) const {
+    if (kTerms == 2 || p.u_bf16) return f(reinterpret_cast<bf16*>(remade));
+    if constexpr (kTerms == 1) f(remade);
+  }
+
   // The ranks of U that meet a chunk of g
   void read_U(const Segment& g, int64_t chunk, Acc* to) const {
     const auto read = [&](const auto* u) { gradient.read_ranks(u, from_g.cut.block(chunk), g.tokens, to); };
-    if (remake_U) return read(remade + g.row * row);
-    if (p.u_bf16) return read(static_cast<const bf16*>(p.u) + g.t0 * row);
+    if (remake_U) return with_remade([&](auto* u) { read(u + g.row * row); });
+    if (kTerms == 2 || p.u_bf16) return read(static_cast<const bf16*>(p.u) + g.t0 * row);
     if constexpr (kTerms == 1) read(static_cast<const Acc*>(p.u) + g.t0 * row);
   }
 

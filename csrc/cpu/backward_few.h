@@ -82,18 +82,26 @@ struct BackwardFew {
                          g + t * s.M);
     });
     if (p.grad.B.data != nullptr || p.grad.B_general.data != nullptr) {
-      if (p.u == nullptr) {
-        const auto project = project_x<Acc, Singles<Acc>>(p);
-        project.run_segment(0, s.T, u, scratch.take<Acc>(project.segment_scratch(s.T)));
-      } else if (p.u_bf16) {
+      if (p.u == nullptr)
+        remake_u();
+      else if (p.u_bf16)
         convert_row<Acc>(static_cast<const bf16*>(p.u), 1, s.T * row, u);
-      } else {
+      else
         memcpy(u, p.u, size_t(s.T * row) * sizeof(Acc));
-      }
       for (int64_t i = 0; i < s.T * row; i++) u[i] *= Acc(p.scaling);
     }
     for (int64_t i = s.T * s.M; i < kFewTokens * s.M; i++) g[i] = Acc(0);
     for (int64_t i = s.T * row; i < kFewTokens * row; i++) u[i] = dH[i] = Acc(0);
+  }
+
+  // U as forward would have kept it: rounded or not
+  void remake_u() {
+    const auto project = project_x<Acc, Singles<Acc>>(p);
+    Acc* rest = scratch.take<Acc>(project.segment_scratch(s.T));
+    if (!p.u_bf16) return project.run_segment(0, s.T, u, rest);
+    bf16* rounded = scratch.take<bf16>(s.T * row);
+    project.run_segment(0, s.T, rounded, rest);
+    convert_row<Acc>(rounded, 1, s.T * row, u);
   }
 
   // Ranks [c, c + R) of block j
