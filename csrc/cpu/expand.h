@@ -88,40 +88,33 @@ struct Expand {
     if (h > 0)
       multiply_rows<Product>(h / kTerms, g.general_ranks, ldu, g.panels.G.at(0, c), g.panels.G.ld, acc, nothing);
     const bool unit = y.column_stride == 1 && (base.data == nullptr || base.column_stride == 1);
-    if (unit && c + NV * kWidth<Acc> <= g.columns) return store_tile<MR, NV, Y>(acc, g.from, g.to, c, g.kept);
-    if (unit) return store_edge<MR, NV, Y>(acc, g, c);
+    if (unit && c + NV * kWidth<Acc> <= g.columns) return store_tile<true>(acc, g, c);
+    if (unit) return store_tile<false>(acc, g, c);
     for_accumulators<MR, NV>([&](int m, int v) {
       const int64_t o = c + v * kWidth<Acc>;
       store_elements<Y>(acc[m][v], g.from[m], g.to[m], o, smaller(kWidth<Acc>, g.columns - o), g.kept + m * kKept);
     });
   }
 
-  // All of base is loaded before y is stored: rows that lie 4096 bytes apart would make each load wait for a store.
-  template <int MR, int NV, class Y>
-  inline __attribute__((always_inline)) void store_tile(Vec<Acc> (&sum)[MR][NV], const Y* const (&from)[MR],
-                                                        Y* const (&to)[MR], int64_t c, const uint8_t* kept) const {
-    for_accumulators<MR, NV>([&](int m, int v) {
-      sum[m][v] *= scale;
-      if (mask.on) sum[m][v] = mask.drop<Acc>(sum[m][v], kept + m * kKept, c + v * kWidth<Acc>);
-      if (base.data != nullptr) sum[m][v] += load<Acc>(from[m] + c + v * kWidth<Acc>);
-    });
-    for_accumulators<MR, 1>([&](int m, int) { store_row<Acc, Y, NV>(to[m] + c, sum[m]); });
-  }
-
-  // The same where columns end within a vector
-  template <int MR, int NV, class Y>
-  inline __attribute__((always_inline)) void store_edge(Vec<Acc> (&sum)[MR][NV], const RowGroup<MR, Y>& g,
+  // All of base is loaded before y is stored: rows that lie 4096 bytes apart would make each load wait for a store. whole: no column
+  // ends within the tile.
+  template <bool whole, int MR, int NV, class Y>
+  inline __attribute__((always_inline)) void store_tile(Vec<Acc> (&sum)[MR][NV], const RowGroup<MR, Y>& g,
                                                         int64_t c) const {
     for_accumulators<MR, NV>([&](int m, int v) {
       const int64_t o = c + v * kWidth<Acc>;
       sum[m][v] *= scale;
       if (mask.on) sum[m][v] = mask.drop<Acc>(sum[m][v], g.kept + m * kKept, o);
-      if (base.data != nullptr) sum[m][v] += load_some<Acc>(g.from[m] + o, g.columns - o);
+      if (base.data == nullptr) return;
+      sum[m][v] += whole ? load<Acc>(g.from[m] + o) : load_some<Acc>(g.from[m] + o, g.columns - o);
     });
-    for_accumulators<MR, NV>([&](int m, int v) {
-      const int64_t o = c + v * kWidth<Acc>;
-      store_some<Acc>(g.to[m] + o, sum[m][v], g.columns - o);
-    });
+    if constexpr (whole)
+      for_accumulators<MR, 1>([&](int m, int) { store_row<Acc, Y, NV>(g.to[m] + c, sum[m]); });
+    else
+      for_accumulators<MR, NV>([&](int m, int v) {
+        const int64_t o = c + v * kWidth<Acc>;
+        store_some<Acc>(g.to[m] + o, sum[m][v], g.columns - o);
+      });
   }
 
   template <class Y>

@@ -4,20 +4,14 @@
 // (L = A, R = B), whichever makes the columns of W unit stride. W is read and written once, in long runs along its rows;
 // beside it there are only a part of R as a panel in L2, and the ranks of a range of rows. Each weight is one sum in a fixed
 // order, rounded once.
+#include "capability.h"
 #include "panels.h"
 
 namespace gralora::cpu::GRALORA_ISA {
 namespace {
 
 // Whether float weights are fetched a tile ahead: memory bounds them, and AMD's processors have enough lines under way for it.
-#if defined(__AVX2__) || defined(__AVX512F__)
-static const bool kFetchesAhead = [] {
-  __builtin_cpu_init();
-  return bool(__builtin_cpu_is("amd"));
-}();
-#else
-constexpr bool kFetchesAhead = false;
-#endif
+static const bool kFetchesAhead = strcmp(vendor(), "amd") == 0;
 
 template <class Acc>
 struct Merge {

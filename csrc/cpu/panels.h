@@ -31,7 +31,7 @@ struct Ahead {
   // Rows [row0, row0 + rows) and columns [column0, column0 + columns) of a block, in `calls` calls
   static Ahead of(const Param& param, int64_t block, int64_t row0, int64_t rows, int64_t column0, int64_t columns,
                   int64_t calls) {
-    const int64_t size = param.dtype == DType::f32 ? 4 : param.dtype == DType::f64 ? 8 : 2;
+    const int64_t size = size_of(param.dtype);
     const int64_t offset = block * param.block_stride + row0 * param.row_stride + column0 * param.column_stride;
     const bool in_rows = param.column_stride == 1;
     if (!in_rows && param.row_stride != 1) return {};

@@ -32,6 +32,8 @@ inline void for_dtype(DType dtype, F&& f) {
   }
 }
 
+inline int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : dtype == DType::f64 ? 8 : 2; }
+
 inline int64_t row_offset(const Rows& rows, int64_t t) {
   int64_t offset = 0;
   for (int d = rows.leading_dims - 1; d > 0; d--) {
@@ -70,7 +72,7 @@ struct Prefetch {
   // x from row t and column i on; t < 0: nothing
   static Prefetch of(const Rows& x, int64_t t, int64_t i) {
     if (t < 0 || x.data == nullptr || !evenly_spaced(x)) return {};
-    const int64_t size = x.dtype == DType::f32 ? 4 : x.dtype == DType::f64 ? 8 : 2;
+    const int64_t size = size_of(x.dtype);
     const int64_t row = x.leading_dims == 1 ? x.strides[0] * size : 0;
     Prefetch prefetch;
     prefetch.data = static_cast<const char*>(x.data) + t * row + i * size, prefetch.row = row, prefetch.size = size;
