@@ -7,6 +7,8 @@ Source of the method: GraLoRA, arXiv 2505.20355.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -42,19 +44,26 @@ def philox_4x32_10(seed: int, counter: Tensor) -> Tensor:
     return torch.stack((c0, c1, c2, c3), dim=-1)
 
 
-def dropout_mask(seed: Tensor, shape: tuple[int, ...] | torch.Size, dropout_p: float) -> Tensor:
-    """The keep mask of ``x`` (bool, ``shape``): element e is kept where its draw is ≥ round(p · 2¹⁶).
+def dropout_draws(seed: int, counter: Tensor) -> Tensor:
+    """The draws of 16 bits of elements ``16 c .. 16 c + 15`` for each c of ``counter [n]``: ``[16 n]``.
 
-    The draw of element e (row-major index) is half e % 8 of the four words of counter e // 8 under the key ``seed`` (one
-    int64 element); the halves of a word are counted from the low one. So p counts in steps of 2⁻¹⁶.
+    With b the 16 bytes of :func:`philox_4x32_10`, those of a word counted from its low one, draw i has the high byte b[i]
+    and, for the one of 256 elements that this does not decide, the low byte b[i ± 8] ^ b[i + 1], where i + 1 stays in its
+    half of b. So any two draws are independent.
     """
-    n = 1
-    for size in shape:
-        n *= size
-    counter = torch.arange((n + 7) // 8, dtype=torch.int64, device=seed.device)
-    words = philox_4x32_10(int(seed), counter)
-    draws = torch.stack((words & 0xFFFF, words >> 16), dim=-1).reshape(-1)[:n]
-    return (draws >= round(dropout_p * 2**16)).reshape(shape)
+    words = philox_4x32_10(seed, counter)
+    halves = torch.stack([words >> bits & 0xFF for bits in (0, 8, 16, 24)], dim=-1).unflatten(1, (2, 2)).flatten(2)
+    return (halves << 8 | halves.flip(1) ^ halves.roll(-1, dims=2)).flatten()
+
+
+def dropout_mask(seed: Tensor, shape: tuple[int, ...] | torch.Size, dropout_p: float) -> Tensor:
+    """The keep mask of ``x`` (bool, ``shape``): an element is kept where its draw is ≥ round(p · 2¹⁶).
+
+    Draws are those of the element's row-major index under the key ``seed`` (one int64 element); p counts in steps of 2⁻¹⁶.
+    """
+    n = math.prod(shape)
+    draws = dropout_draws(int(seed), torch.arange((n + 15) // 16, dtype=torch.int64, device=seed.device))
+    return (draws[:n] >= round(dropout_p * 2**16)).reshape(shape)
 
 
 def draw_seed(device: torch.device | str) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -16,7 +17,7 @@ from gralora_ext import ops, reference
 
 SEEDS = [0, 1, -1, 2**31, 2**32 + 7, 2**63 - 1, -(2**63), 0x0123456789ABCDEF]
 # Widths of whole bytes, whose mask forward keeps for backward on the CPU, and others
-SHAPES = [(5,), (70, 6), (3, 7, 9), (2, 3, 2, 35), (65, 132), (8,), (3, 9, 40), (67, 576)]
+SHAPES = [(5,), (70, 6), (3, 7, 9), (2, 3, 2, 35), (65, 132), (8,), (3, 9, 40), (67, 576), (30, 1037)]
 
 
 def gralora_with(seed: Tensor, dropout_p: float) -> Callable[..., Tensor]:
@@ -160,7 +161,7 @@ def test_no_dropout_is_the_plain_op_and_leaves_the_generator_alone(options: dict
 
 @pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.75])
 def test_share_of_kept_elements_is_that_of_independent_draws(dropout_p: float, device: torch.device) -> None:
-    """The mean, and the covariances with the neighbour, the next Philox call, row and seed: 5 sigma."""
+    """The mean, and the covariances within a Philox call, with the next call, row and seed: 5 sigma."""
     T, N = 2000, 103
     seeds = [torch.tensor([seed], device=device) for seed in (1, 2)]
     kept, other = (masks(torch.ones(T, N, device=device), seed, dropout_p)[0].double() for seed in seeds)
@@ -168,8 +169,37 @@ def test_share_of_kept_elements_is_that_of_independent_draws(dropout_p: float, d
     assert abs(kept.mean() - (1 - dropout_p)) < 5 * (variance / (T * N)) ** 0.5
     centred, centred_other = kept - (1 - dropout_p), other - (1 - dropout_p)
     row = centred.flatten()
-    for a, b in [(row[1:], row[:-1]), (row[4:], row[:-4]), (row[N:], row[:-N]), (row, centred_other.flatten())]:
+    apart = [(row[n:], row[:-n]) for n in (*range(1, 17), N)]
+    for a, b in [*apart, (row, centred_other.flatten())]:
         assert abs((a * b).mean()) < 5 * variance / len(a) ** 0.5
+
+
+def test_any_two_draws_of_a_counter_are_independent() -> None:
+    """Their 32 bits are linearly independent sums of the counter's 128, by which all values are equally likely."""
+
+    def draws(b: list[Tensor]) -> Tensor:
+        """Draws of 16 bits each, high byte first, from the bytes of a counter, as vectors over GF(2)."""
+        low = [b[i ^ 8] ^ b[i & 8 | (i + 1) & 7] for i in range(16)]
+        return torch.stack([torch.cat((high, extra)) for high, extra in zip(b, low, strict=True)])
+
+    def rank(rows: Tensor) -> int:
+        pivots: dict[int, int] = {}
+        for bits in (int("".join(map(str, row.tolist())), 2) for row in rows):
+            while bits and bits.bit_length() in pivots:
+                bits ^= pivots[bits.bit_length()]
+            if bits:
+                pivots[bits.bit_length()] = bits
+        return len(pivots)
+
+    unit = torch.eye(128, dtype=torch.int64).unflatten(0, (16, 8))
+    of_bits = draws(list(unit))
+    for i, j in itertools.combinations(range(16), 2):
+        assert rank(torch.cat((of_bits[i], of_bits[j]))) == 32
+
+    words = reference.philox_4x32_10(5, torch.arange(40))
+    b = torch.stack([words >> bits & 0xFF for bits in (0, 8, 16, 24)], dim=-1).flatten(1)
+    high, low = draws(list(b.T)).view(16, 2, 40).unbind(1)
+    assert torch.equal((high << 8 | low).T.flatten(), reference.dropout_draws(5, torch.arange(40)))
 
 
 def test_kept_elements_are_scaled_so_that_the_mean_stays(device: torch.device) -> None:

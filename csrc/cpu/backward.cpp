@@ -39,14 +39,15 @@ struct Backward {
   }
   static ToWide expand_x(const BackwardParams& p) {
     const Shape& s = p.shape;
+    const Mask mask(p.dropout);
     return {s.N,
             s.k,
             s.r,
             s.h,
             transposed(p.adapter.A),
             blocks_of_columns(p.adapter.A_general, s.N / s.k),
-            Acc(1),
-            Mask(p.dropout),
+            Acc(mask.keep_scale),
+            mask,
             p.add_to_grad_x ? p.grad_x : Rows{},
             p.grad_x};
   }
@@ -294,8 +295,7 @@ struct Backward {
   void read(const FromWide& from, int64_t chunk, int64_t t, int64_t tokens, Buffers b) const {
     const int64_t column = from.cut.column(chunk), length = from.cut.length(chunk);
     if constexpr (kTerms == 2) {
-      for (int64_t m = 0; m < tokens && from.mask.on; m++)
-        from.mask.row(t + m, from.width, column, length, b.block.kept + m * kKept);
+      if (from.mask.on) from.mask.rows(t, tokens, from.width, column, length, b.block.kept, kKept);
       interleave_rows(in_place<bf16>(from.x, t, column), tokens, 0, length, length,
                       from.mask.on ? b.block.kept : nullptr, b.block.rows);
     } else

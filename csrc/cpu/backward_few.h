@@ -216,7 +216,7 @@ struct BackwardFew {
         X* to = static_cast<X*>(p.grad_x.data) + row_offset(p.grad_x, t) + column * p.grad_x.column_stride;
         for (int64_t i = 0; i < columns; i += kWidth<Acc>) {
           Vec<Acc> value = load<Acc>(dx + t * kRow<Acc> + i);
-          if (mask.on) value = mask.drop<Acc>(value, kept + t * kKept, i);
+          if (mask.on) value = Mask::drop<Acc>(value * Acc(mask.keep_scale), kept + t * kKept, i);
           if (p.grad_x.column_stride == 1)
             store_some<Acc>(to + i, value, columns - i);
           else

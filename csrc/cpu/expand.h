@@ -16,9 +16,9 @@ struct Expand {
   static constexpr int kTerms = Product::kTerms;
 
   int64_t width, k, r, h;
-  Param Q;  // [k, r, w]
-  Param G;  // [k, h, w]
-  Acc scale;
+  Param Q;    // [k, r, w]
+  Param G;    // [k, h, w]
+  Acc scale;  // of what is added to base; with that of the mask
   Mask mask;
   Rows base;  // data == nullptr: none
   Rows y;
@@ -104,7 +104,7 @@ struct Expand {
     for_accumulators<MR, NV>([&](int m, int v) {
       const int64_t o = c + v * kWidth<Acc>;
       sum[m][v] *= scale;
-      if (mask.on) sum[m][v] = mask.drop<Acc>(sum[m][v], g.kept + m * kKept, o);
+      if (mask.on) sum[m][v] = Mask::drop<Acc>(sum[m][v], g.kept + m * kKept, o);
       if (base.data == nullptr) return;
       sum[m][v] += whole ? load<Acc>(g.from[m] + o) : load_some<Acc>(g.from[m] + o, g.columns - o);
     });
@@ -122,7 +122,7 @@ struct Expand {
                                                 const uint8_t* kept) const {
     for (int64_t i = 0; i < count; i++) {
       Acc value = scale * sum[i];
-      if (mask.on) value = mask.drop(value, kept, o + i);
+      if (mask.on) value = Mask::drop<Acc>(value, kept, o + i);
       if (from != nullptr) value += to_acc<Acc>(from[(o + i) * base.column_stride]);
       to[(o + i) * y.column_stride] = from_acc<Y>(value);
     }

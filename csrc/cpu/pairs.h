@@ -100,22 +100,23 @@ inline __attribute__((always_inline)) void interleave_rows(Source<bf16> from, in
     }
 }
 
+inline void copy_kept(const bf16* from, int64_t columns, const uint8_t* kept, float* to) {
+  int64_t i = 0;
+  for (; i + 32 <= columns; i += 32)
+    _mm512_storeu_si512(to + i / 2, _mm512_maskz_loadu_epi16(kept_columns(kept, i), from + i));
+  if (i < columns) {
+    const __mmask32 some = first_columns(columns - i) & kept_columns(kept, i);
+    _mm512_storeu_si512(to + i / 2, _mm512_maskz_loadu_epi16(some, from + i));
+  }
+}
+
 // Columns of x's rows with zeros where they are dropped, as rows of pairs in `block`
 inline Source<float> dropped_pairs(const Rows& x, int64_t t0, int64_t count, int64_t column, int64_t columns,
                                    int64_t width, const Mask& mask, const Block<float>& block) {
   const Source<bf16> from = in_place<bf16>(x, t0, column);
-  for (int64_t m = 0; m < count; m++) {
-    const bf16* row = from.data + m * from.ld;
-    uint8_t* kept = block.kept + m * kKept;
-    if (m + 1 < count)  // comes from memory while Philox works
-      for (int64_t i = 0; i < columns; i += 32) __builtin_prefetch(row + from.ld + i);
-    mask.row(t0 + m, width, column, columns, kept);
-    for (int64_t i = 0; i < columns; i += 32) {
-      const __mmask32 some = first_columns(columns - i) & kept_columns(kept, i);
-      _mm512_storeu_si512(block.rows + m * kRow<float> + i / 2, _mm512_maskz_loadu_epi16(some, row + i));
-    }
-  }
-  mask.keep(t0, count, width, column, columns, block.kept, kKept);
+  const auto row = [&](int64_t m) { return from.data + m * from.ld; };
+  with_masks(mask, t0, count, column, columns, width, block,
+             [&](int64_t m, const uint8_t* kept) { copy_kept(row(m), columns, kept, block.rows + m * kRow<float>); });
   return {block.rows, kRow<float>};
 }
 

@@ -1,5 +1,7 @@
-// Dropout: element e of x (row-major) is kept where its draw, half e % 8 of Philox-4x32-10(counter = e / 8, key = seed),
-// is at least round(p * 2^16). The halves of a 32-bit word are counted from the low one, as they lie in memory.
+// Dropout: element e of x (row-major) is kept where its draw of 16 bits is at least round(p * 2^16). With b the 16 bytes of
+// Philox-4x32-10(counter = e / 16, key = seed) as they lie in memory, and i = e % 16, the draw's high byte is b[i], which
+// decides for all but 1 of 256 elements; its low byte is b[i ^ 8] ^ b[i with its low three bits counted on by one], so that any
+// two draws of a counter are independent.
 // Philox: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 #pragma once
 
@@ -32,26 +34,33 @@ inline Lanes xor3(Lanes a, Lanes b, uint64_t key) {
 }
 
 constexpr int kRounds = 10;
-constexpr int kDraws = 8 * kLanes;  // of one group of kLanes counters
+constexpr int kDraws = 16 * kLanes;  // of one group of kLanes counters
 
-// Bit i of `bits`: whether draw i of a group, which lie in `words` as in memory, is at least `threshold` (below 2^16)
-inline void compare_group(const Lanes (&words)[2], uint32_t threshold, uint8_t* bits) {
-#if defined(__AVX512F__)
-  const __m512i least = _mm512_set1_epi16(int16_t(threshold));
-  _store_mask32(reinterpret_cast<__mmask32*>(bits), _mm512_cmpge_epu16_mask(__m512i(words[0]), least));
-  _store_mask32(reinterpret_cast<__mmask32*>(bits + 4), _mm512_cmpge_epu16_mask(__m512i(words[1]), least));
+// Bit i of `bits`: whether draw i of half a group, whose counters' bytes lie in `bytes` as in memory, is at least `threshold`
+// (below 2^16)
+inline void compare_draws(Lanes bytes, uint32_t threshold, uint8_t* bits) {
+#if defined(__AVX512BW__)
+  const __m512i high = __m512i(bytes), least_high = _mm512_set1_epi8(int8_t(threshold >> 8));
+  const __m512i low = _mm512_xor_si512(_mm512_shuffle_epi32(high, _MM_PERM_BADC), _mm512_ror_epi64(high, 8));
+  const __mmask64 tied = _mm512_cmpeq_epu8_mask(high, least_high);
+  const __mmask64 won = _mm512_mask_cmpge_epu8_mask(tied, low, _mm512_set1_epi8(int8_t(threshold)));
+  _store_mask64(reinterpret_cast<__mmask64*>(bits), won | _mm512_cmpgt_epu8_mask(high, least_high));
 #elif defined(__AVX2__)
-  const __m256i least = _mm256_set1_epi16(int16_t(threshold)), a = __m256i(words[0]), b = __m256i(words[1]);
-  const __m256i both = _mm256_packs_epi16(_mm256_cmpeq_epi16(_mm256_max_epu16(a, least), a),
-                                          _mm256_cmpeq_epi16(_mm256_max_epu16(b, least), b));
-  const int group = _mm256_movemask_epi8(_mm256_permute4x64_epi64(both, 0xd8));
-  memcpy(bits, &group, sizeof group);
+  const __m256i high = __m256i(bytes), least_high = _mm256_set1_epi8(int8_t(threshold >> 8));
+  const __m256i turned = _mm256_or_si256(_mm256_srli_epi64(high, 8), _mm256_slli_epi64(high, 56));
+  const __m256i low = _mm256_xor_si256(_mm256_shuffle_epi32(high, 0x4e), turned);
+  const __m256i won = _mm256_cmpeq_epi8(_mm256_max_epu8(low, _mm256_set1_epi8(int8_t(threshold))), low);
+  const __m256i lost = _mm256_andnot_si256(won, _mm256_cmpeq_epi8(high, least_high));
+  const __m256i kept = _mm256_andnot_si256(lost, _mm256_cmpeq_epi8(_mm256_max_epu8(high, least_high), high));
+  const int draws = _mm256_movemask_epi8(kept);
+  memcpy(bits, &draws, sizeof draws);
 #else
-  uint16_t draws[kDraws];
-  memcpy(draws, words, sizeof draws);
-  for (int i = 0; i < kDraws; i += 8) {
-    bits[i / 8] = 0;
-    for (int bit = 0; bit < 8; bit++) bits[i / 8] |= uint8_t((draws[i + bit] >= threshold) << bit);
+  uint8_t b[kDraws / 2];
+  memcpy(b, &bytes, sizeof b);
+  memset(bits, 0, sizeof b / 8);
+  for (int i = 0; i < kDraws / 2; i++) {
+    const uint32_t low = b[i ^ 8] ^ b[(i & ~7) | ((i + 1) & 7)];
+    bits[i / 8] |= uint8_t(((uint32_t(b[i]) << 8 | low) >= threshold) << i % 8);
   }
 #endif
 }
@@ -65,17 +74,22 @@ inline Lanes low_words(Lanes a, Lanes b) {
 #endif
 }
 
-// Bit i: whether draw i of kStreams groups of counters from `first` on is at least `threshold`; groups are interleaved, since
-// one alone waits for its products. Only the low half of a lane counts in c0 .. c3: the high one holds what a product left
-// there, which saves the splitting of words. `keys`: both words of each round's key.
+// kLanes counters from `first` on
+struct Group {
+  uint64_t first;
+  uint8_t* bits;  // bit i: whether the group's draw i is at least the threshold; 2 * kLanes bytes
+};
+
+// Some groups, interleaved, since one alone waits for its products. Only the low half of a lane counts in c0 .. c3: the high one
+// holds what a product left there, which saves the splitting of words. `keys`: both words of each round's key.
 template <int kStreams>
-inline void philox_4x32_10(const uint64_t (&keys)[kRounds][2], uint64_t first, uint32_t threshold, uint8_t* bits) {
+inline void philox_4x32_10(const uint64_t (&keys)[kRounds][2], const Group* groups, uint32_t threshold) {
   Lanes c0[kStreams], c1[kStreams], c2[kStreams], c3[kStreams];
   Lanes lane_numbers;
   for (int lane = 0; lane < kLanes; lane++) lane_numbers[lane] = uint64_t(lane);
 #pragma GCC unroll 4
   for (int s = 0; s < kStreams; s++) {
-    c0[s] = lane_numbers + (first + uint64_t(s * kLanes)), c1[s] = c0[s] >> 32;
+    c0[s] = lane_numbers + groups[s].first, c1[s] = c0[s] >> 32;
     c2[s] = c3[s] = Lanes{};
   }
 #pragma GCC unroll 1
@@ -93,8 +107,8 @@ inline void philox_4x32_10(const uint64_t (&keys)[kRounds][2], uint64_t first, u
 #pragma GCC unroll 4
   for (int s = 0; s < kStreams; s++) {
     const Lanes even = low_words(c0[s], c1[s]), odd = low_words(c2[s], c3[s]);
-    const Lanes words[2] = {__builtin_shuffle(even, odd, low), __builtin_shuffle(even, odd, high)};
-    compare_group(words, threshold, bits + s * kLanes);  // a counter's draws are a byte
+    compare_draws(__builtin_shuffle(even, odd, low), threshold, groups[s].bits);
+    compare_draws(__builtin_shuffle(even, odd, high), threshold, groups[s].bits + kLanes);
   }
 }
 
@@ -104,7 +118,7 @@ struct Mask {
   uint8_t* whole = nullptr;  // Dropout::kept
   uint64_t keys[kRounds][2] = {};
   uint32_t threshold = 0;
-  double keep_scale = 1.0;
+  double keep_scale = 1.0;  // 1/(1-p), by which what is kept is multiplied
 
   explicit Mask(const Dropout& d) {
     if (d.p <= 0.0) return;
@@ -118,47 +132,22 @@ struct Mask {
     keep_scale = 1.0 / (1.0 - d.p);
   }
 
-  static constexpr int64_t size(int64_t count) { return count / 8 + 32; }  // bytes that draw() may write
+  static constexpr int64_t size(int64_t count) { return count / 8 + 32; }  // bytes of a row that rows() may write
 
-  // Bit i of `to`: whether element i0 + i of row t, of `width` elements, is kept
-  void row(int64_t t, int64_t width, int64_t i0, int64_t count, uint8_t* to) const {
+  // Bit i of to + m * stride: whether element i0 + i of row t + m, of `width` elements, is kept, for m = 0 .. rows-1
+  void rows(int64_t t, int64_t rows, int64_t width, int64_t i0, int64_t count, uint8_t* to, int64_t stride) const {
     if (drawn)
-      copy_bytes(whole + t * (width / 8) + i0 / 8, count / 8, to);
+      for (int64_t m = 0; m < rows; m++) copy_bytes(whole + (t + m) * (width / 8) + i0 / 8, count / 8, to + m * stride);
     else
-      draw(uint64_t(t * width + i0), count, to);
+      draw(uint64_t(t * width + i0), rows, width, count, to, stride);
   }
 
-  // Leaves for backward what row() gave for some rows, `stride` bytes apart; after all of them, since bytes that were written just
+  // Leaves for backward what rows() gave for some rows, `stride` bytes apart; after all of them, since bytes that were written just
   // before cannot be read as whole words at once.
   void keep(int64_t t, int64_t rows, int64_t width, int64_t i0, int64_t count, const uint8_t* bits,
             int64_t stride) const {
     if (whole == nullptr || drawn) return;
     for (int64_t m = 0; m < rows; m++) copy_bytes(bits + m * stride, count / 8, whole + (t + m) * (width / 8) + i0 / 8);
-  }
-
-  // Bit i of `to`: whether element first + i of all rows is kept
-  void draw(uint64_t first, int64_t count, uint8_t* to) const {
-    constexpr int kStreams = 4;
-    const int shift = int(first % 8);  // draws of the first counter that belong to elements before
-    const int64_t counters = ceil_div(shift + count, 8);
-    if (threshold > 0xffff) {
-      memset(to, 0, size_t(counters));
-      return;
-    }
-    int64_t done = 0;
-    for (; done + kStreams * kLanes <= counters; done += kStreams * kLanes)
-      philox_4x32_10<kStreams>(keys, first / 8 + uint64_t(done), threshold, to + done);
-    const auto rest = [&](auto streams) {
-      philox_4x32_10<streams.value>(keys, first / 8 + uint64_t(done), threshold, to + done);
-    };
-    switch (ceil_div(counters - done, kLanes)) {
-      case 1: rest(Int<1>{}); break;
-      case 2: rest(Int<2>{}); break;
-      case 3: rest(Int<3>{}); break;
-      case 4: rest(Int<4>{}); break;
-    }
-    for (int64_t byte = 0; shift != 0 && byte < ceil_div(count, 8); byte++)
-      to[byte] = uint8_t((to[byte] | to[byte + 1] << 8) >> shift);
   }
 
   static void copy_bytes(const uint8_t* from, int64_t count, uint8_t* to) {
@@ -169,29 +158,59 @@ struct Mask {
 
   static bool kept(const uint8_t* bits, int64_t i) { return bits[i / 8] >> i % 8 & 1; }
 
-  // v / (1-p) where the element is kept, else 0, whatever v is: a dropped infinity leaves no trace. Of the elements from i on, a
-  // multiple of the width.
+  // v where the element is kept, else 0, whatever v is: a dropped infinity leaves no trace. Of the elements from i on, a multiple of
+  // the width.
   template <class Acc>
-  Vec<Acc> drop(Vec<Acc> v, const uint8_t* bits, int64_t i) const {
+  static Vec<Acc> drop(Vec<Acc> v, const uint8_t* bits, int64_t i) {
 #if defined(__AVX512F__)
     if constexpr (sizeof(Acc) == sizeof(float)) {
       uint16_t some;
       memcpy(&some, bits + i / 8, sizeof some);
-      return Vec<float>(_mm512_maskz_mul_ps(some, __m512(v), _mm512_set1_ps(float(keep_scale))));
+      return Vec<float>(_mm512_maskz_mov_ps(some, __m512(v)));
     }
 #elif defined(__AVX2__)
     if constexpr (sizeof(Acc) == sizeof(float)) {
       const __m256i lanes = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128), some = _mm256_set1_epi32(bits[i / 8]);
       const __m256i all = _mm256_cmpeq_epi32(_mm256_and_si256(some, lanes), lanes);
-      return Vec<float>(_mm256_and_ps(_mm256_castsi256_ps(all), __m256(v * float(keep_scale))));
+      return Vec<float>(_mm256_and_ps(_mm256_castsi256_ps(all), __m256(v)));
     }
 #endif
-    for (int lane = 0; lane < kWidth<Acc>; lane++) v[lane] = drop(v[lane], bits, i + lane);
+    for (int lane = 0; lane < kWidth<Acc>; lane++) v[lane] = drop<Acc>(v[lane], bits, i + lane);
     return v;
   }
   template <class Acc>
-  Acc drop(Acc v, const uint8_t* bits, int64_t i) const {
-    return kept(bits, i) ? v * Acc(keep_scale) : Acc(0);
+  static Acc drop(Acc v, const uint8_t* bits, int64_t i) {
+    return kept(bits, i) ? v : Acc(0);
+  }
+
+ private:
+  static constexpr int kGroups = 4;
+
+  // `first`: the number of the first row's first element
+  void draw(uint64_t first, int64_t rows, int64_t width, int64_t count, uint8_t* to, int64_t stride) const {
+    Group groups[kGroups];
+    int waiting = 0;
+    for (int64_t m = 0; m < rows; m++) {
+      const uint64_t element = first + uint64_t(m * width);
+      if (threshold > 0xffff) memset(to + m * stride, 0, size_t(ceil_div(count, 8)));
+      for (int64_t c = 0; c < ceil_div(int64_t(element % 16) + count, 16) && threshold <= 0xffff; c += kLanes) {
+        groups[waiting++] = {element / 16 + uint64_t(c), to + m * stride + 2 * c};
+        if (waiting == kGroups) philox_4x32_10<kGroups>(keys, groups, threshold), waiting = 0;
+      }
+    }
+    switch (waiting) {
+      case 1: philox_4x32_10<1>(keys, groups, threshold); break;
+      case 2: philox_4x32_10<2>(keys, groups, threshold); break;
+      case 3: philox_4x32_10<3>(keys, groups, threshold); break;
+    }
+    for (int64_t m = 0; m < rows; m++)
+      drop_first(to + m * stride, int((first + uint64_t(m * width)) % 16), ceil_div(count, 8));
+  }
+
+  // Moves `bytes` bytes down by some bits: draws of a row's first counter that belong to elements before
+  static void drop_first(uint8_t* to, int bits, int64_t bytes) {
+    const uint8_t* from = to + bits / 8;
+    for (int64_t i = 0; i < bytes && bits != 0; i++) to[i] = uint8_t((from[i] | from[i + 1] << 8) >> bits % 8);
   }
 };
 

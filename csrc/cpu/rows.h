@@ -54,6 +54,16 @@ inline void convert_row(const T* from, int64_t stride, int64_t count, Acc* to) {
   for (; i < count; i++) to[i] = to_acc<Acc>(from[i * stride]);
 }
 
+// The same with dropout: times `scale` where `kept` has a bit, else zeros
+template <class Acc, class T>
+inline void convert_kept(const T* from, int64_t stride, int64_t count, const uint8_t* kept, Acc scale, Acc* to) {
+  int64_t i = 0;
+  if (stride == 1)
+    for (; i + kWidth<Acc> <= count; i += kWidth<Acc>)
+      store<Acc>(to + i, Mask::drop<Acc>(load<Acc>(from + i) * scale, kept, i));
+  for (; i < count; i++) to[i] = Mask::drop<Acc>(to_acc<Acc>(from[i * stride]) * scale, kept, i);
+}
+
 // A run of sums, rounded
 template <class Acc>
 inline void round_run(const Acc* from, int64_t count, bf16* to) {
@@ -163,36 +173,40 @@ Source<T> in_place(const Rows& x, int64_t t, int64_t i) {
   return {static_cast<const T*>(x.data) + t * ld + i, ld};
 }
 
+// use(m, kept) for rows m = 0 .. count-1 of a block with their masks
+template <class Acc, class Use>
+void with_masks(const Mask& mask, int64_t t0, int64_t count, int64_t i0, int64_t width, int64_t logical_width,
+                const Block<Acc>& block, Use&& use) {
+  mask.rows(t0, count, logical_width, i0, width, block.kept, kKept);
+  for (int64_t m = 0; m < count; m++) use(m, block.kept + m * kKept);
+  mask.keep(t0, count, logical_width, i0, width, block.kept, kKept);
+}
+
 // x[t0 .. t0+count, i0 .. i0+width), with dropout, into `block`, padded with zeros to a multiple of kTile columns.
 // `logical_width` is the width of a whole row of x, which numbers its elements for the mask.
 template <class Acc>
 void read_block(const Rows& x, int64_t t0, int64_t count, int64_t i0, int64_t width, int64_t logical_width,
                 const Mask& mask, const Block<Acc>& block) {
-  constexpr int64_t W = kWidth<Acc>;
   for_dtype<Acc>(x.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    for (int64_t m = 0; m < count; m++) {
-      const T* from = static_cast<const T*>(x.data) + row_offset(x, t0 + m) + i0 * x.column_stride;
-      Acc* row = block.rows + m * kRow<Acc>;
-      if (mask.on) {
-        uint8_t* kept = block.kept + m * kKept;
-        if (m + 1 < count && x.column_stride == 1) {  // comes from memory while Philox works
-          const char* next =
-              reinterpret_cast<const char*>(static_cast<const T*>(x.data) + row_offset(x, t0 + m + 1) + i0);
-          for (int64_t byte = 0; byte < width * int64_t(sizeof(T)); byte += 64) __builtin_prefetch(next + byte, 0, 3);
-        }
-        mask.row(t0 + m, logical_width, i0, width, kept);
-        int64_t i = 0;
-        if (x.column_stride == 1)
-          for (; i + W <= width; i += W) store<Acc>(row + i, mask.drop<Acc>(load<Acc>(from + i), kept, i));
-        for (; i < width; i++) row[i] = mask.drop(to_acc<Acc>(from[i * x.column_stride]), kept, i);
-      } else {
-        convert_row<Acc>(from, x.column_stride, width, row);
+    const auto row = [&](int64_t m) {
+      return static_cast<const T*>(x.data) + row_offset(x, t0 + m) + i0 * x.column_stride;
+    };
+    const auto pad = [&](Acc* to) {
+      for (int64_t i = width; i % kTile<Acc> != 0; i++) to[i] = Acc(0);
+    };
+    if (mask.on) {
+      with_masks(mask, t0, count, i0, width, logical_width, block, [&](int64_t m, const uint8_t* kept) {
+        convert_kept<Acc>(row(m), x.column_stride, width, kept, Acc(mask.keep_scale), block.rows + m * kRow<Acc>);
+        pad(block.rows + m * kRow<Acc>);
+      });
+    } else {
+      for (int64_t m = 0; m < count; m++) {
+        convert_row<Acc>(row(m), x.column_stride, width, block.rows + m * kRow<Acc>);
+        pad(block.rows + m * kRow<Acc>);
       }
-      for (int64_t i = width; i % kTile<Acc> != 0; i++) row[i] = Acc(0);
     }
   });
-  if (mask.on) mask.keep(t0, count, logical_width, i0, width, block.kept, kKept);
 }
 
 // The same, without a copy where x's rows can be multiplied as they lie

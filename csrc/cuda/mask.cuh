@@ -1,7 +1,6 @@
-// Dropout: element e of x (row-major) is kept where its draw, half e % 8 of Philox-4x32-10(counter = e / 8, key = seed), is at
-// least round(p * 2^16); the CPU's mask, bit for bit. Kept elements are scaled by 1/(1-p), which the kernels leave to the
-// factor of their sums. The seed stays on the device: a captured graph draws anew where its seed is drawn anew.
-// Philox: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+// Dropout: the CPU's mask, bit for bit (cpu/philox.h says how an element's draw of 16 bits comes from Philox). Kept elements are
+// scaled by 1/(1-p), which the kernels leave to the factor of their sums. The seed stays on the device: a captured graph draws anew
+// where its seed is drawn anew.
 #pragma once
 
 #include "pieces.cuh"
@@ -15,12 +14,11 @@ struct Mask {
 
   __device__ uint64_t key() const { return uint64_t(load_global(seed)); }
 
-  // Bit i: whether element (t, column + i) is kept, i < 8
+  // Bit i: whether element (t, column + i) is kept, i < 16
   __device__ uint32_t kept(uint64_t key, int64_t t, int64_t column) const {
     const uint64_t first = uint64_t(t) * uint64_t(width) + uint64_t(column);
-    const uint32_t bits = of_counter(first / 8, key);
-    const uint32_t shift = uint32_t(first % 8);
-    return shift == 0 ? bits : (bits | of_counter(first / 8 + 1, key) << 8) >> shift & 0xffu;
+    const uint32_t bits = of_counter(first / 16, key), shift = uint32_t(first % 16);
+    return shift == 0 ? bits : (bits | of_counter(first / 16 + 1, key) << 16) >> shift & 0xffffu;
   }
 
  private:
@@ -36,22 +34,26 @@ struct Mask {
     }
     uint32_t bits = 0;
 #pragma unroll
-    for (int i = 0; i < 8; i++) bits |= uint32_t((c[i / 2] >> (i % 2 * 16) & 0xffffu) >= threshold) << i;
+    for (int i = 0; i < 16; i++) {
+      const int word = i / 4, byte = i % 4 * 8;
+      const uint32_t low = c[word ^ 2] ^ (c[word] >> 8 | c[word ^ 1] << 24);
+      bits |= uint32_t(((c[word] >> byte & 0xffu) << 8 | (low >> byte & 0xffu)) >= threshold) << i;
+    }
     return bits;
   }
 };
 
-// Zeros the dropped elements of a tile of `rows` x `columns` in shared memory, whose first one is (t0, column0) of x; by all
+// Zeros the dropped elements of a tile of `rows` x `columns`, a multiple of 16, in shared memory, whose first one is (t0, column0) of x; by all
 // threads of the block.
 template <class X>
 __device__ __forceinline__ void drop_tile(const Mask& mask, X* tile, int pitch, int rows, int columns, int64_t t0,
                                           int64_t column0, int thread, int threads) {
   const uint64_t key = mask.key();
-  for (int i = thread; i < rows * (columns / 8); i += threads) {
-    const int m = i / (columns / 8), c = i % (columns / 8) * 8;
+  for (int i = thread; i < rows * (columns / 16); i += threads) {
+    const int m = i / (columns / 16), c = i % (columns / 16) * 16;
     const uint32_t kept = mask.kept(key, t0 + m, column0 + c);
 #pragma unroll
-    for (int e = 0; e < 8; e++)
+    for (int e = 0; e < 16; e++)
       if (!(kept >> e & 1)) tile[m * pitch + c + e] = from_float<X>(0.0f);
   }
 }

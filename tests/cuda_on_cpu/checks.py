@@ -147,21 +147,19 @@ def check_infinity(library: Library) -> None:
 
 
 def check_mask(library: Library) -> None:
-    """Which elements are kept, at indices beyond 32 bits too, in groups of 8 that do not begin at a multiple of 8."""
+    """Which elements are kept, at indices beyond 32 bits too, in groups of 16 that do not begin at a multiple of 16."""
     count, width, seed, threshold = 500, 4099, -987_654_321_012, 20000
     for t, column in [(0, 0), (3, 5), (1_100_000, 17), (2**41, 8)]:
         first = t * width + column
-        elements = torch.arange(first, first + 8 * count)
-        words = reference.philox_4x32_10(seed, torch.arange(first // 8, first // 8 + count + 1))
-        draws = torch.stack([words & 0xFFFF, words >> 16], -1).flatten()
-        expected = draws[elements - first // 8 * 8] >= threshold
-        kept = np.zeros(count, np.uint8)
+        draws = reference.dropout_draws(seed, torch.arange(first // 16, first // 16 + count + 1))
+        expected = draws[first % 16 :][: 16 * count] >= threshold
+        kept = np.zeros(count, np.uint16)
         library.clear()
         seeds = np.array([seed])
         library.register(seed=seeds, kept=kept)
         at = (ctypes.c_int64(value) for value in (threshold, width, t, column))
         library.launch("test_mask", seeds, *at, kept, count)
-        np.testing.assert_array_equal(np.unpackbits(kept, bitorder="little"), expected.numpy())
+        np.testing.assert_array_equal(np.unpackbits(kept.view(np.uint8), bitorder="little"), expected.numpy())
 
 
 def check_one_launch(library: Library, case: Case, way: Way) -> None:

@@ -93,14 +93,14 @@ int run(const Call& c, const Params& p, void* workspace) {
   });
 }
 
-__global__ void mask_kernel(cuda::Mask mask, int64_t t, int64_t column, uint8_t* kept) {
+__global__ void mask_kernel(cuda::Mask mask, int64_t t, int64_t column, uint16_t* kept) {
   const int i = int(blockIdx.x * blockDim.x + threadIdx.x);
-  kept[i] = uint8_t(mask.kept(mask.key(), t, column + 8 * i));
+  kept[i] = uint16_t(mask.kept(mask.key(), t, column + 16 * i));
 }
 
 }  // namespace
 
-int test_mask(const int64_t* seed, int64_t threshold, int64_t width, int64_t t, int64_t column, uint8_t* kept,
+int test_mask(const int64_t* seed, int64_t threshold, int64_t width, int64_t t, int64_t column, uint16_t* kept,
               int count) {
   const cuda::Mask mask{seed, uint32_t(threshold), width};
   return int(cuda::launch("mask", mask_kernel, dim3(unsigned(count)), dim3(1), 0, nullptr, mask, t, column, kept));
