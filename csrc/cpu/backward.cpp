@@ -112,7 +112,7 @@ struct Backward {
   }
 
   // How a wave of `count` segments is shared
-  bool by_tokens(int64_t count) const { return count % p.threads == 0 || count >= 4 * p.threads; }
+  bool by_tokens(int64_t count) const { return shared_evenly(count, p.threads); }
   bool always_by_tokens() const { return by_tokens(wave) && by_tokens(segments % larger(wave, 1)); }
 
   void run() {
@@ -164,40 +164,62 @@ struct Backward {
     });
   }
 
-  // Threads share the chunks of all segments.
+  // Threads share the blocks of all segments, whose sums of ranks are done then, or the chunks, whose sums are added when all are
+  // there.
   void run_by_columns(int64_t wave_first, int64_t count) {
+    const bool by_block = s.h == 0 && shared_evenly(count * s.k, p.threads);
+    // f(segment, chunk, next, thread, a new item); next: the thread's next chunk, if all take turns, or beyond the last one by its turn
     const auto for_chunks = [&](const FromWide& of_chunks, auto&& f) {
-      parallel_items(count * of_chunks.chunks(), p.threads, [&](int64_t item, int thread) {
-        f(segment(wave_first, item / of_chunks.chunks()), item % of_chunks.chunks(), of(thread));
+      const int64_t chunks = of_chunks.chunks(), size = by_block ? of_chunks.cut.per_block : 1, items = chunks / size;
+      parallel_items(count * items, p.threads, [&](int64_t item, int thread) {
+        const Segment g = segment(wave_first, item / items);
+        const int64_t first = item % items * size, turn = item % items + p.threads;
+        for (int64_t chunk = first; chunk < first + size; chunk++) {
+          const int64_t next = turn < items ? turn * size : chunks + turn - items;
+          f(g, chunk, chunk + 1 < first + size ? chunk + 1 : next, thread, chunk == first);
+        }
       });
     };
     const int64_t rows = smaller(count * segment_tokens, s.T - wave_first * segment_tokens);
-    const auto reduce_all = [&](const FromWide& project, auto* to) {
-      parallel_items(rows, rows < 16 ? 1 : p.threads, [&](int64_t m, int thread) {
-        project.reduce(partial, wave_tokens, m, of(thread).panels, to + m * row);
+    // Sums of ranks, to `to`: f(segment, chunk, next, place, add, buffers, a new item) leaves or adds those of a chunk.
+    const auto project_all = [&](const FromWide& project, auto* to, auto&& f) {
+      const int64_t sums = project.sums();
+      for_chunks(project, [&](const Segment& g, int64_t chunk, int64_t next, int thread, bool new_item) {
+        Acc* place = partial + (by_block ? thread * segment_tokens : chunk * wave_tokens + g.row) * sums;
+        if (by_block && new_item && to != nullptr) project.clear_sums(g.tokens, place);
+        f(g, chunk, next, place, by_block, of(thread), new_item);
+        if (by_block && to != nullptr) project.finish_chunk(chunk, g.tokens, place, to + g.row * row);
       });
+      if (!by_block && to != nullptr)
+        parallel_items(rows, rows < 16 ? 1 : p.threads, [&](int64_t m, int thread) {
+          project.reduce(partial, wave_tokens, m, of(thread).panels, to + m * row);
+        });
     };
-    if (remake_U) {
-      for_chunks(from_x, [&](const Segment& g, int64_t chunk, Buffers b) {
-        project_U(g, chunk, place(from_x, g, chunk), false, b);
+    if (remake_U)
+      with_remade([&](auto* u) {
+        project_all(from_x, u, [&](const Segment& g, int64_t chunk, int64_t, Acc* to, bool add, Buffers b, bool) {
+          project_U(g, chunk, to, add, b);
+        });
       });
-      with_remade([&](auto* u) { reduce_all(from_x, u); });
-    }
-    // While a thread works on an item, what it will read for the next one, if all take turns, comes from memory.
+    // While a thread works on an item, what it will read for the next one comes from memory.
     const auto ahead_of_x = [&](int64_t next, int64_t tokens) {
       if (!want_x || next >= from_x.chunks()) return Ahead{};
       return to_x.ahead(from_x.cut.block(next), from_x.cut.first(next), from_x.cut.length(next), tokens);
     };
-    for_chunks(from_g, [&](const Segment& g, int64_t chunk, Buffers b) {
-      const int64_t next = chunk + p.threads, chunks = from_g.chunks();
-      Ahead ahead = next < chunks ? from_g.ahead(next, g.tokens) : ahead_of_x(next - chunks, g.tokens);
-      pass_g(g, chunk, place(from_g, g, chunk), false, b, true, [&](int64_t) { ahead.fetch(); });
-    });
+    const auto ahead_of_g = [&](int64_t next, int64_t tokens) {
+      const int64_t turn = next - from_g.chunks();
+      if (turn < 0) return from_g.ahead(next, tokens);
+      return ahead_of_x(turn * (by_block ? from_x.cut.per_block : 1), tokens);
+    };
+    project_all(from_g, want_H ? dH : nullptr,
+                [&](const Segment& g, int64_t chunk, int64_t next, Acc* to, bool add, Buffers b, bool new_item) {
+                  Ahead ahead = ahead_of_g(next, g.tokens);
+                  pass_g(g, chunk, to, add, b, new_item, [&](int64_t) { ahead.fetch(); });
+                });
     if (!want_H) return;
-    reduce_all(from_g, dH);
-    for_chunks(from_x, [&](const Segment& g, int64_t chunk, Buffers b) {
-      Ahead ahead = ahead_of_x(chunk + p.threads, g.tokens);
-      pass_x(g, chunk, b, true, [&](int64_t) { ahead.fetch(); });
+    for_chunks(from_x, [&](const Segment& g, int64_t chunk, int64_t next, int thread, bool new_item) {
+      Ahead ahead = ahead_of_x(next, g.tokens);
+      pass_x(g, chunk, of(thread), new_item, [&](int64_t) { ahead.fetch(); });
     });
   }
 
@@ -210,11 +232,6 @@ struct Backward {
       else
         dA.finish(first, last, count, item - of_B);
     });
-  }
-
-  // A chunk's own place in `partial` for a segment's ranks
-  Acc* place(const FromWide& project, const Segment& g, int64_t chunk) const {
-    return partial + (chunk * wave_tokens + g.row) * project.sums();
   }
 
   // The place of a U that is made again, as forward would have kept it: rounded or not

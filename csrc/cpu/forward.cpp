@@ -78,14 +78,16 @@ struct Forward {
 
   void run_by_columns(int64_t t0, int64_t tokens) {
     const int64_t w = p.shape.M / p.shape.k;
-    const int64_t chunks = project.chunks(), sums = project.sums();
     strip = smaller(strip, larger(kTile<Acc>, round_up(ceil_div(p.shape.M, 4 * p.threads), kTile<Acc>)));
     const int64_t strips = ceil_div(w, strip);
+    // A thread takes a block of x, whose sums are done then, or some chunks, whose sums are added when all are there.
+    const bool by_block = p.shape.h == 0 && shared_evenly(p.shape.k, p.threads);
+    const int64_t per_item = by_block ? project.cut.per_block : 1, chunks = project.chunks(), sums = project.sums();
     Scratch scratch;
     const PerThread<Acc> buffers(
         scratch, p.threads,
         larger(project.panels_size(1) + Block<Acc>::size(kMaxRows), larger(sums, expand_scratch())));
-    Acc* partial = scratch.take<Acc>(chunks * tokens * sums);
+    Acc* partial = scratch.take<Acc>((by_block ? p.threads : chunks) * tokens * sums);
     Rank* from = ranks(t0, scratch.take<Acc>(place_size(tokens)));
     // While a thread works on an item, what it will read for the next one, if all take turns, comes from memory.
     const int64_t items = p.shape.k * strips;
@@ -95,28 +97,39 @@ struct Forward {
       if (item >= items) return Ahead{};
       return expand.ahead(item / strips, first(item), last(item) - first(item), tokens);
     };
-    parallel_items(chunks, p.threads, [&](int64_t chunk, int thread) {
-      const int64_t length = project.cut.length(chunk);
-      const auto panels = project.read_panels(chunk, 1, tokens, buffers.of(thread));
-      const Block<Acc> rows(buffers.of(thread) + project.panels_size(1), kMaxRows);
-      const int64_t next = chunk + p.threads;
-      Ahead ahead = next < chunks ? project.ahead(next, tokens) : ahead_of(next - chunks);
-      const auto fetch = [&](int64_t) { ahead.fetch(); };
-      for_row_groups(tokens, [&](auto mr, int64_t m) {
-        constexpr int MR = decltype(mr)::value;
-        const Source<Acc> a = project.left_rows(t0 + m, MR, project.cut.column(chunk), length, rows);
-        Acc* sum = partial + (chunk * tokens + m) * sums;
-        project.template add_rows<MR>(panels, 0, length, a.data, a.ld, false, sum, fetch, fetch);
+    parallel_items(chunks / per_item, p.threads, [&](int64_t item, int thread) {
+      Acc* sum = partial + (by_block ? thread : item) * tokens * sums;
+      if (by_block) project.clear_sums(tokens, sum);
+      for (int64_t chunk = item * per_item; chunk < (item + 1) * per_item; chunk++) {
+        const bool ends_item = chunk + 1 == (item + 1) * per_item;
+        const int64_t next = chunk + 1 + (ends_item ? (p.threads - 1) * per_item : 0);
+        Ahead ahead = next < chunks ? project.ahead(next, tokens) : ahead_of(next / per_item - chunks / per_item);
+        project_chunk(chunk, t0, tokens, by_block, sum, buffers.of(thread), [&](int64_t) { ahead.fetch(); });
+        if (by_block) project.finish_chunk(chunk, tokens, sum, from);
+      }
+    });
+    if (!by_block || !in_u())
+      parallel_items(tokens, tokens < 16 ? 1 : p.threads, [&](int64_t m, int thread) {
+        if (!by_block) project.reduce(partial, tokens, m, buffers.of(thread), from + m * row());
+        round_ranks(t0 + m, 1, from + m * row());
       });
-    });
-    parallel_items(tokens, tokens < 16 ? 1 : p.threads, [&](int64_t m, int thread) {
-      project.reduce(partial, tokens, m, buffers.of(thread), from + m * row());
-      round_ranks(t0 + m, 1, from + m * row());
-    });
     parallel_items(items, p.threads, [&](int64_t item, int thread) {
       Ahead ahead = ahead_of(item + p.threads);
       expand_blocks(t0, tokens, from, item / strips, 1, first(item), last(item), buffers.of(thread),
                     [&](int64_t) { ahead.fetch(); });
+    });
+  }
+
+  // sum[m] (+)= the part of all tokens of a chunk of x
+  template <class Each>
+  void project_chunk(int64_t chunk, int64_t t0, int64_t tokens, bool add, Acc* sum, Acc* scratch, Each&& each) const {
+    const auto panels = project.read_panels(chunk, 1, tokens, scratch);
+    const Block<Acc> rows(scratch + project.panels_size(1), kMaxRows);
+    const int64_t length = project.cut.length(chunk);
+    for_row_groups(tokens, [&](auto mr, int64_t m) {
+      constexpr int MR = decltype(mr)::value;
+      const Source<Acc> a = project.left_rows(t0 + m, MR, project.cut.column(chunk), length, rows);
+      project.template add_rows<MR>(panels, 0, length, a.data, a.ld, add, sum + m * project.sums(), each, each);
     });
   }
 

@@ -75,6 +75,9 @@ class PerThread {
   T* all_;
 };
 
+// Whether threads that share as many items have much the same to do
+inline bool shared_evenly(int64_t items, int threads) { return items % threads == 0 || items >= 4 * threads; }
+
 // Calls f(item, thread) for each item, in any order and on any thread: items must write disjoint memory, and what one
 // writes must depend on its number alone; then results do not depend on the number of threads.
 template <class F>

@@ -188,12 +188,15 @@ struct Mask {
 
   // `first`: the number of the first row's first element
   void draw(uint64_t first, int64_t rows, int64_t width, int64_t count, uint8_t* to, int64_t stride) const {
+    if (threshold > 0xffff) {
+      for (int64_t m = 0; m < rows; m++) memset(to + m * stride, 0, size_t(ceil_div(count, 8)));
+      return;
+    }
     Group groups[kGroups];
     int waiting = 0;
     for (int64_t m = 0; m < rows; m++) {
       const uint64_t element = first + uint64_t(m * width);
-      if (threshold > 0xffff) memset(to + m * stride, 0, size_t(ceil_div(count, 8)));
-      for (int64_t c = 0; c < ceil_div(int64_t(element % 16) + count, 16) && threshold <= 0xffff; c += kLanes) {
+      for (int64_t c = 0; c < ceil_div(int64_t(element % 16) + count, 16); c += kLanes) {
         groups[waiting++] = {element / 16 + uint64_t(c), to + m * stride + 2 * c};
         if (waiting == kGroups) philox_4x32_10<kGroups>(keys, groups, threshold), waiting = 0;
       }
