@@ -18,8 +18,11 @@ struct Forward {
   int64_t strip;     // columns of a block of B that are taken together
   int64_t together;  // blocks that are, where they are narrow: rows of y in long runs
 
+  // Where threads share columns, each takes whole blocks of x, whose sums are done then, or some chunks, whose sums are added when
+  // all are there.
+  const bool by_block = p.shape.h == 0 && shared_evenly(p.shape.k, p.threads);
   // Below, threads share columns; where they would not, each packs all of A and B for its own tokens.
-  const int64_t tokens_per_thread = p.shape.r + p.shape.h < 64 ? 64 : 80;
+  const int64_t tokens_per_thread = p.shape.r + p.shape.h < 64 ? 64 : InExpand::kTerms == 2 && by_block ? 128 : 80;
   static constexpr int64_t kTogether = 8;
 
   explicit Forward(const ForwardParams& params)
@@ -80,8 +83,6 @@ struct Forward {
     const int64_t w = p.shape.M / p.shape.k;
     strip = smaller(strip, larger(kTile<Acc>, round_up(ceil_div(p.shape.M, 4 * p.threads), kTile<Acc>)));
     const int64_t strips = ceil_div(w, strip);
-    // A thread takes a block of x, whose sums are done then, or some chunks, whose sums are added when all are there.
-    const bool by_block = p.shape.h == 0 && shared_evenly(p.shape.k, p.threads);
     const int64_t per_item = by_block ? project.cut.per_block : 1, chunks = project.chunks(), sums = project.sums();
     Scratch scratch;
     const PerThread<Acc> buffers(
