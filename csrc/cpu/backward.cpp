@@ -4,7 +4,7 @@
 //
 // g is read once for dU and dB, then x once for dA while dx is written: an item is one chunk of columns for one segment of
 // tokens. The chunks' parts of dU meet in `partial` and are added in the order of the chunks: at once where one thread takes
-// the segment, else when all are there. Weight gradients are summed in a fixed tree: kTokens tokens (or pairs of them) in
+// the segment or the block, else when all are there. Weight gradients are summed in a fixed tree: kTokens tokens (or pairs of them) in
 // registers, those blocks within a segment, segments in their order. It does not depend on the number of threads; neither does
 // any other sum. Where g, x, A and B are bf16, all products can be of pairs (pairs.h), with U and dH rounded as factors.
 #include "backward_few.h"

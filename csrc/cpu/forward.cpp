@@ -1,7 +1,7 @@
 // forward: U = exchange(x' A) and x' Ag^T (project), then y = base + s (U B + x' Ag^T Bg^T) (expand).
 //
 // Many tokens: a thread takes a segment through both passes, and nothing but u and y leaves its cache. Few: threads share
-// the columns instead, chunks of x first, strips of y then. Both give the same bits.
+// the columns instead, blocks or chunks of x first, strips of y then. Both give the same bits.
 #include "expand.h"
 #include "forward_few.h"
 #include "project.h"
