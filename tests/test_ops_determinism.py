@@ -47,6 +47,23 @@ def test_a_few_tokens_of_a_wide_layer(dtype: torch.dtype, device: torch.device) 
         assert all(same_bits(many[name], one[name]) for name in one)
 
 
+@pytest.mark.parametrize("T", [60, 140])
+@pytest.mark.parametrize("k", [2, 4])
+@pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16], ids=NAMES.get)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=NAMES.get)
+def test_threads_that_share_columns(
+    dtype: torch.dtype, adapter: torch.dtype, k: int, T: int, device: torch.device
+) -> None:
+    """Two take whole blocks, of several chunks of columns; so do four of k = 4; else they take chunks."""
+    case = Case((T,), k, 600, 530, 16, x_dtype=dtype, base_dtype=dtype, adapter_dtype=adapter)
+    one = results_with(1, case, device, 0.3)
+    torch.manual_seed(case.seed)
+    assert_results_near(one, case.inputs(device), dropout_p=0.3, seed=reference.draw_seed(device).cpu())
+    for count in (2, 3, 4):
+        many = results_with(count, case, device, 0.3)
+        assert all(same_bits(many[name], one[name]) for name in one)
+
+
 @pytest.mark.parametrize("T", [200, 1300, 2100])
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
 def test_sums_over_several_segments_of_tokens(dtype: torch.dtype, T: int, device: torch.device) -> None:
