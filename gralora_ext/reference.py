@@ -45,11 +45,11 @@ def philox_4x32_10(seed: int, counter: Tensor) -> Tensor:
 
 
 def dropout_draws(seed: int, counter: Tensor) -> Tensor:
-    """The draws of 16 bits of elements ``16 c .. 16 c + 15`` for each c of ``counter [n]``: ``[16 n]``.
+    """The draws of 16 bits, under the 64-bit key ``seed``, of elements ``16 c .. 16 c + 15`` for each c of ``counter [n]``.
 
-    With b the 16 bytes of :func:`philox_4x32_10`, those of a word counted from its low one, draw i has the high byte b[i]
-    and, for the one of 256 elements that this does not decide, the low byte b[i ± 8] ^ b[i + 1], where i + 1 stays in its
-    half of b. So any two draws are independent.
+    Returns ``[16 n]`` values in [0, 2¹⁶), held in int64. With b the 16 bytes of :func:`philox_4x32_10`, those of a word
+    counted from its low one, draw i has the high byte b[i] and, for the one of 256 elements that this does not decide, the
+    low byte b[i ± 8] ^ b[i + 1], where i + 1 stays in its half of b. So any two draws are independent.
     """
     words = philox_4x32_10(seed, counter)
     halves = torch.stack([words >> bits & 0xFF for bits in (0, 8, 16, 24)], dim=-1).unflatten(1, (2, 2)).flatten(2)

@@ -3,10 +3,11 @@
 //   dB_j = s U_j^T g_j, dBg^T = s (x' Ag^T)^T g;   dA_n = x'_n^T dH_n, dAg = (s g Bg)^T x'   (weight_gradient)
 //
 // g is read once for dU and dB, then x once for dA while dx is written: an item is one chunk of columns for one segment of
-// tokens. The chunks' parts of dU meet in `partial` and are added in the order of the chunks: at once where one thread takes
-// the segment or the block, else when all are there. Weight gradients are summed in a fixed tree: kTokens tokens (or pairs of them) in
-// registers, those blocks within a segment, segments in their order. It does not depend on the number of threads; neither does
-// any other sum. Where g, x, A and B are bf16, all products can be of pairs (pairs.h), with U and dH rounded as factors.
+// tokens, or those of a block. The chunks' parts of dU meet in `partial` and are added in the order of the chunks: at once where
+// one thread takes the segment or the block, else when all are there. Weight gradients are summed in a fixed tree: kTokens tokens
+// (or pairs of them) in registers, those blocks within a segment, segments in their order. It does not depend on the number of
+// threads; neither does any other sum. Where g, x, A and B are bf16, all products can be of pairs (pairs.h), with U and dH rounded
+// as factors.
 #include "backward_few.h"
 #include "expand.h"
 #include "gradient_totals.h"
@@ -168,26 +169,18 @@ struct Backward {
   // there.
   void run_by_columns(int64_t wave_first, int64_t count) {
     const bool by_block = s.h == 0 && shared_evenly(count * s.k, p.threads);
-    // f(segment, chunk, next, thread, a new item); next: the thread's next chunk, if all take turns, or beyond the last one by its turn
     const auto for_chunks = [&](const FromWide& of_chunks, auto&& f) {
-      const int64_t chunks = of_chunks.chunks(), size = by_block ? of_chunks.cut.per_block : 1, items = chunks / size;
-      parallel_items(count * items, p.threads, [&](int64_t item, int thread) {
-        const Segment g = segment(wave_first, item / items);
-        const int64_t first = item % items * size, turn = item % items + p.threads;
-        for (int64_t chunk = first; chunk < first + size; chunk++) {
-          const int64_t next = turn < items ? turn * size : chunks + turn - items;
-          f(g, chunk, chunk + 1 < first + size ? chunk + 1 : next, thread, chunk == first);
-        }
-      });
+      parallel_chunks(count, of_chunks.chunks(), by_block ? of_chunks.cut.per_block : 1, p.threads,
+                      [&](int64_t index, auto... rest) { f(segment(wave_first, index), rest...); });
     };
     const int64_t rows = smaller(count * segment_tokens, s.T - wave_first * segment_tokens);
-    // Sums of ranks, to `to`: f(segment, chunk, next, place, add, buffers, a new item) leaves or adds those of a chunk.
+    // Sums of ranks, to `to`: f(segment, chunk, next, place, add, buffers, begins) leaves or adds those of a chunk.
     const auto project_all = [&](const FromWide& project, auto* to, auto&& f) {
       const int64_t sums = project.sums();
-      for_chunks(project, [&](const Segment& g, int64_t chunk, int64_t next, int thread, bool new_item) {
+      for_chunks(project, [&](const Segment& g, int64_t chunk, int64_t next, int thread, bool begins) {
         Acc* place = partial + (by_block ? thread * segment_tokens : chunk * wave_tokens + g.row) * sums;
-        if (by_block && new_item && to != nullptr) project.clear_sums(g.tokens, place);
-        f(g, chunk, next, place, by_block, of(thread), new_item);
+        if (by_block && begins && to != nullptr) project.clear_sums(g.tokens, place);
+        f(g, chunk, next, place, by_block, of(thread), begins);
         if (by_block && to != nullptr) project.finish_chunk(chunk, g.tokens, place, to + g.row * row);
       });
       if (!by_block && to != nullptr)
@@ -212,14 +205,14 @@ struct Backward {
       return ahead_of_x(turn * (by_block ? from_x.cut.per_block : 1), tokens);
     };
     project_all(from_g, want_H ? dH : nullptr,
-                [&](const Segment& g, int64_t chunk, int64_t next, Acc* to, bool add, Buffers b, bool new_item) {
+                [&](const Segment& g, int64_t chunk, int64_t next, Acc* to, bool add, Buffers b, bool begins) {
                   Ahead ahead = ahead_of_g(next, g.tokens);
-                  pass_g(g, chunk, to, add, b, new_item, [&](int64_t) { ahead.fetch(); });
+                  pass_g(g, chunk, to, add, b, begins, [&](int64_t) { ahead.fetch(); });
                 });
     if (!want_H) return;
-    for_chunks(from_x, [&](const Segment& g, int64_t chunk, int64_t next, int thread, bool new_item) {
+    for_chunks(from_x, [&](const Segment& g, int64_t chunk, int64_t next, int thread, bool begins) {
       Ahead ahead = ahead_of_x(next, g.tokens);
-      pass_x(g, chunk, of(thread), new_item, [&](int64_t) { ahead.fetch(); });
+      pass_x(g, chunk, of(thread), begins, [&](int64_t) { ahead.fetch(); });
     });
   }
 

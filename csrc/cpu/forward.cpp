@@ -83,7 +83,7 @@ struct Forward {
     const int64_t w = p.shape.M / p.shape.k;
     strip = smaller(strip, larger(kTile<Acc>, round_up(ceil_div(p.shape.M, 4 * p.threads), kTile<Acc>)));
     const int64_t strips = ceil_div(w, strip);
-    const int64_t per_item = by_block ? project.cut.per_block : 1, chunks = project.chunks(), sums = project.sums();
+    const int64_t chunks = project.chunks(), sums = project.sums();
     Scratch scratch;
     const PerThread<Acc> buffers(
         scratch, p.threads,
@@ -98,17 +98,14 @@ struct Forward {
       if (item >= items) return Ahead{};
       return expand.ahead(item / strips, first(item), last(item) - first(item), tokens);
     };
-    parallel_items(chunks / per_item, p.threads, [&](int64_t item, int thread) {
-      Acc* sum = partial + (by_block ? thread : item) * tokens * sums;
-      if (by_block) project.clear_sums(tokens, sum);
-      for (int64_t chunk = item * per_item; chunk < (item + 1) * per_item; chunk++) {
-        const bool ends_item = chunk + 1 == (item + 1) * per_item;
-        const int64_t next = chunk + 1 + (ends_item ? (p.threads - 1) * per_item : 0);
-        Ahead ahead = next < chunks ? project.ahead(next, tokens) : ahead_of(next / per_item - chunks / per_item);
-        project_chunk(chunk, t0, tokens, by_block, sum, buffers.of(thread), [&](int64_t) { ahead.fetch(); });
-        if (by_block) project.finish_chunk(chunk, tokens, sum, from);
-      }
-    });
+    const auto add_chunk = [&](int64_t, int64_t chunk, int64_t next, int thread, bool begins) {
+      Acc* sum = partial + (by_block ? thread : chunk) * tokens * sums;
+      if (by_block && begins) project.clear_sums(tokens, sum);
+      Ahead ahead = next < chunks ? project.ahead(next, tokens) : ahead_of(next - chunks);
+      project_chunk(chunk, t0, tokens, by_block, sum, buffers.of(thread), [&](int64_t) { ahead.fetch(); });
+      if (by_block) project.finish_chunk(chunk, tokens, sum, from);
+    };
+    parallel_chunks(1, chunks, by_block ? project.cut.per_block : 1, p.threads, add_chunk);
     if (!by_block || !in_u())
       parallel_items(tokens, tokens < 16 ? 1 : p.threads, [&](int64_t m, int thread) {
         if (!by_block) project.reduce(partial, tokens, m, buffers.of(thread), from + m * row());

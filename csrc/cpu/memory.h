@@ -94,4 +94,17 @@ inline void parallel_items(int64_t items, int threads, F&& f) {
   }
 }
 
+// The chunks of some groups, shared in items of `size` that follow each other: f(group, chunk, next, thread, begins), the last for
+// the first chunk of an item. next: the thread's next chunk, if all take turns, or `chunks` + its turn among the threads that have none.
+template <class F>
+inline void parallel_chunks(int64_t groups, int64_t chunks, int64_t size, int threads, F&& f) {
+  const int64_t items = chunks / size;
+  parallel_items(groups * items, threads, [&](int64_t item, int thread) {
+    const int64_t first = item % items * size, end = first + size, turn = item % items + threads;
+    const int64_t next_item = turn < items ? turn * size : chunks + turn - items;
+    for (int64_t chunk = first; chunk < end; chunk++)
+      f(item / items, chunk, chunk + 1 < end ? chunk + 1 : next_item, thread, chunk == first);
+  });
+}
+
 }  // namespace gralora::cpu::GRALORA_ISA

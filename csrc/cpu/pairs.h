@@ -114,9 +114,9 @@ inline void copy_kept(const bf16* from, int64_t columns, const uint8_t* kept, fl
 inline Source<float> dropped_pairs(const Rows& x, int64_t t0, int64_t count, int64_t column, int64_t columns,
                                    int64_t width, const Mask& mask, const Block<float>& block) {
   const Source<bf16> from = in_place<bf16>(x, t0, column);
-  const auto row = [&](int64_t m) { return from.data + m * from.ld; };
-  with_masks(mask, t0, count, column, columns, width, block,
-             [&](int64_t m, const uint8_t* kept) { copy_kept(row(m), columns, kept, block.rows + m * kRow<float>); });
+  with_masks(mask, t0, count, column, columns, width, block, [&](int64_t m, const uint8_t* kept) {
+    copy_kept(from.data + m * from.ld, columns, kept, block.rows + m * kRow<float>);
+  });
   return {block.rows, kRow<float>};
 }
 

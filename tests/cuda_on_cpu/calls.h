@@ -29,7 +29,7 @@ int test_backward(const Call* c, const void* x, const void* grad_y, const void* 
                   const void* A_general, const void* B_general, void* dx, void* dA, void* dB, void* dA_general,
                   void* dB_general, void* workspace);
 int test_merge(const Call* c, void* weight, const void* A, const void* B, const void* A_general, const void* B_general);
-// kept[i]: the bits of Mask::kept(t, column + 8 i)
+// kept[i]: the bits of Mask::kept(t, column + 16 i)
 int test_mask(const int64_t* seed, int64_t threshold, int64_t width, int64_t t, int64_t column, uint16_t* kept,
               int count);
 
