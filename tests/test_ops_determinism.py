@@ -64,6 +64,22 @@ def test_threads_that_share_columns(
         assert all(same_bits(many[name], one[name]) for name in one)
 
 
+@pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16], ids=NAMES.get)
+@pytest.mark.parametrize("h", [0, 6, 5], ids=["", "hybrid", "odd_hybrid"])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=NAMES.get)
+def test_a_token_has_the_same_bits_wherever_it_stands(
+    dtype: torch.dtype, h: int, adapter: torch.dtype, device: torch.device
+) -> None:
+    """By its place in a group of rows too: each row is the same token here (47: one of each size of group)."""
+    inputs = Case((47,), 2, 150, 130, 12, h, x_dtype=dtype, base_dtype=dtype, adapter_dtype=adapter).inputs(device)
+    for name in ("x", "base"):
+        inputs.tensors[name][:] = inputs.tensors[name][:1].clone()
+    inputs.grad[:] = inputs.grad[:1].clone()
+    results = value_and_gradients(ops.gralora, inputs)
+    for name in ("y", "x"):
+        assert same_bits(results[name], results[name][:1].expand_as(results[name])), name
+
+
 @pytest.mark.parametrize("T", [200, 1300, 2100])
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
 def test_sums_over_several_segments_of_tokens(dtype: torch.dtype, T: int, device: torch.device) -> None:

@@ -52,9 +52,9 @@ struct Backward {
             p.add_to_grad_x ? p.grad_x : Rows{},
             p.grad_x};
   }
-  // Whether all products can be of pairs, whichever gradients are wanted. A block has no room to make U again with dropout.
+  // Whether all products are of pairs, whichever gradients are wanted. A block has no room to make U again with dropout.
   static bool takes_pairs(const BackwardParams& p) {
-    return p.shape.T >= kTokensToRound && (p.u == nullptr ? p.dropout.p == 0.0 : p.u_bf16) &&
+    return Product::available() && p.shape.T >= kTokensToRound && (p.u == nullptr ? p.dropout.p == 0.0 : p.u_bf16) &&
            project_g(p).takes_pairs() && project_x<Acc, Product>(p).takes_pairs() && expand_x(p).takes_pairs();
   }
 
@@ -82,15 +82,15 @@ struct Backward {
 
   // Segments depend on T alone. A wave of them gives every thread one, or a share of the chunks.
   const int64_t wanted_segments = s.T < kSplit ? 1 : round_up(ceil_div(s.T, kSegment), 2);
-  const int64_t segment_tokens = larger(round_up(ceil_div(s.T, wanted_segments), kMaxRows), kMaxRows);
+  const int64_t segment_tokens = larger(round_up(ceil_div(s.T, wanted_segments), Product::kRows), Product::kRows);
   const int64_t segments = ceil_div(s.T, segment_tokens);
   const int64_t wave = segments >= p.threads
                            ? int64_t(p.threads)
                            : smaller(segments, ceil_div(4 * p.threads, smaller(from_g.chunks(), from_x.chunks())));
   const int64_t wave_tokens = wave * segment_tokens;
   const int64_t panels_size = larger(to_x.panels_size(kChunk), larger(from_g.panels_size(1), from_x.panels_size(1)));
-  const int64_t block_rows = smaller(kTokens, ceil_div(s.T, kTerms));
-  const int64_t gradient_ranks_size = round_up(ranks * ceil_div(segment_tokens, kTerms), kWidth<Acc>);
+  const int64_t block_rows = smaller(kTokens, gradient.steps(s.T));
+  const int64_t gradient_ranks_size = round_up(ranks * gradient.steps(segment_tokens), kWidth<Acc>);
   const PerThread<Acc> buffers{scratch, p.threads,
                                larger(from_g.sums(), panels_size) + gradient_ranks_size + Block<Acc>::size(block_rows) +
                                    (segments == 1 ? ranks * kChunk : 0)};
@@ -243,6 +243,7 @@ struct Backward {
   }
 
   void project_U(const Segment& g, int64_t chunk, Acc* to, bool add, Buffers b) const {
+    [[maybe_unused]] typename Product::Scope scope;
     const auto panels = from_x.read_panels(chunk, 1, g.tokens, b.panels);
     for_blocks(g, [&](int64_t m, int64_t tokens) {
       project_block(from_x, panels, chunk, g, m, tokens, to, add, false, b, nothing);
@@ -253,6 +254,7 @@ struct Backward {
   // chunk's block yet; others(p) is called beside the products.
   template <class Others>
   void pass_g(const Segment& g, int64_t chunk, Acc* to, bool add, Buffers b, bool new_ranks, Others&& others) const {
+    [[maybe_unused]] typename Product::Scope scope;
     typename FromWide::Panels panels;
     if (want_H) panels = from_g.read_panels(chunk, 1, g.tokens, b.panels);
     if (dB.wanted() && new_ranks) read_U(g, chunk, b.gradient_ranks);
@@ -274,6 +276,7 @@ struct Backward {
   template <class Others>
   void pass_x(const Segment& g, int64_t chunk, Buffers b, bool new_ranks, Others&& others) const {
     const int64_t block = from_x.cut.block(chunk), column = from_x.cut.first(chunk), columns = from_x.cut.length(chunk);
+    [[maybe_unused]] typename Product::Scope scope;
     typename ToWide::Panels panels;
     if (want_x) panels = to_x.read_panels(block, column, columns, g.tokens, b.panels);
     if (dA.wanted() && new_ranks) gradient.read_ranks(dH + g.row * row, block, g.tokens, b.gradient_ranks);
@@ -308,8 +311,15 @@ struct Backward {
       if (from.mask.on) from.mask.rows(t, tokens, from.width, column, length, b.block.kept, kKept);
       interleave_rows(in_place<bf16>(from.x, t, column), tokens, 0, length, length,
                       from.mask.on ? b.block.kept : nullptr, b.block.rows);
+      pad_block(tokens, length, b);
     } else
       read_block<Acc>(from.x, t, tokens, column, length, from.width, from.mask, b.block);
+  }
+
+  // Zeros below a block's pairs of rows, as far as products read
+  void pad_block(int64_t tokens, int64_t columns, Buffers b) const {
+    for (int64_t i = ceil_div(tokens, kTerms); i < gradient.steps(tokens); i++)
+      for (int64_t c = 0; c < round_up(columns, kTile<Acc>); c++) b.block.rows[i * kRow<Acc> + c] = Acc(0);
   }
 
   // The rows of tokens t.. of a chunk: their copy, or as they lie
@@ -325,7 +335,7 @@ struct Backward {
     const int64_t length = from.cut.length(chunk);
     const bool copy = keep && (kTerms == 2 || usable_in_place<Acc>(from.x, from.mask));
     const Source<Acc> rows = from.left_rows(g.t0 + m0, tokens, from.cut.column(chunk), length, b.block);
-    for_row_groups(tokens, [&](auto mr, int64_t m) {
+    for_row_groups<Product::kRows>(tokens, [&](auto mr, int64_t m) {
       constexpr int MR = decltype(mr)::value;
       const Prefetch prefetch = prefetch_from(from, chunk, g, m0 + m + MR, MR);
       const Acc* a = rows.data + m * rows.ld;
@@ -341,6 +351,7 @@ struct Backward {
       };
       from.template add_rows<MR>(panels, 0, length, a, rows.ld, add, to + (m0 + m) * from.sums(), each, others);
     });
+    if (copy) pad_block(tokens, length, b);
   }
 
   // dx of tokens t.. of a chunk
@@ -349,7 +360,7 @@ struct Backward {
                     Buffers b, Others&& others) const {
     for_dtype_of<Product, Acc>(p.grad_x.dtype, [&](auto* type) {
       using X = std::remove_pointer_t<decltype(type)>;
-      for_row_groups(tokens, [&](auto mr, int64_t m) {
+      for_row_groups<Product::kRows>(tokens, [&](auto mr, int64_t m) {
         constexpr int MR = decltype(mr)::value;
         to_x.template run_rows<MR, X>(panels, t + m, from_x.cut.block(chunk), from_x.cut.first(chunk),
                                       from_x.cut.length(chunk), h + m * row, b.block.kept + m * kKept, {}, others);
@@ -361,6 +372,9 @@ struct Backward {
 template <class Acc>
 void run(const BackwardParams& p) {
   if (BackwardFew<Acc>::fits(p)) return BackwardFew<Acc>{p}.run();
+  if constexpr (kMultipliesTiles<Acc>) {
+    if (Backward<Acc, Tiles>::takes_pairs(p)) return Backward<Acc, Tiles>(p).run();
+  }
   if constexpr (kMultipliesPairs<Acc>) {
     if (Backward<Acc, Pairs>::takes_pairs(p)) return Backward<Acc, Pairs>(p).run();
   }

@@ -7,6 +7,10 @@
 #if defined(GRALORA_HAVE_AVX2) || defined(GRALORA_HAVE_AVX512)
 #include <cpuid.h>
 #endif
+#ifdef GRALORA_HAVE_TILES
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace gralora::cpu {
 namespace {
@@ -28,6 +32,29 @@ bool runs_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 #endif
+
+#ifdef GRALORA_EMULATE_TILES
+bool runs_tiles() { return true; }
+#elif defined(GRALORA_HAVE_TILES) && defined(GRALORA_HAVE_AVX512)
+// Linux saves the tiles of processes that asked for it; the request fails where a thread's signal stack is too small for them.
+bool runs_tiles() {
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned eax, ebx, ecx, edx;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & kBf16) == 0 || (edx & kTile) == 0) return false;
+  return __builtin_cpu_supports("avx512bf16") && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+}
+#else
+bool runs_tiles() { return false; }
+#endif
+
+bool tiles_allowed() {
+  const char* value = std::getenv("GRALORA_EXT_CPU_AMX");
+  const std::string word = value == nullptr ? "" : value;
+  if (word.empty() || word == "auto") return true;
+  if (word == "0") return false;
+  throw std::invalid_argument("GRALORA_EXT_CPU_AMX must be auto or 0, or unset, but it is '" + word + "'");
+}
 
 bool is_compiled(Capability capability) {
   switch (capability) {
@@ -97,6 +124,11 @@ std::vector<Capability> compiled_capabilities() {
 Capability capability() {
   static const Capability chosen = choose();
   return chosen;
+}
+
+bool has_tiles() {
+  static const bool has = tiles_allowed() && capability() == Capability::Avx512 && runs_tiles();
+  return has;
 }
 
 const char* vendor() {

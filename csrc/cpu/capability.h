@@ -4,6 +4,11 @@
 
 #include <vector>
 
+// GCC of that age comes with an assembler that knows AMX.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && __GNUC__ >= 11
+#define GRALORA_HAVE_TILES
+#endif
+
 namespace gralora::cpu {
 
 // In rising order; a processor that runs one runs those before it.
@@ -18,6 +23,11 @@ std::vector<Capability> compiled_capabilities();
 // Chosen at the first call and fixed for the life of the process. Throws std::invalid_argument where the environment
 // variable holds another word than the three names.
 Capability capability();
+
+// Whether products of bfloat16 are by AMX's tiles: beside AVX-512, where the processor has them and the system lets this process use
+// them, for which the first call asks. Not with GRALORA_EXT_CPU_AMX=0; throws std::invalid_argument where that is set to another word
+// than 0 or auto.
+bool has_tiles();
 
 // Who made the processor: "amd", "intel" or "other".
 const char* vendor();

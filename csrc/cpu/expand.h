@@ -26,23 +26,26 @@ struct Expand {
   struct Panels {
     Panel<Acc> Q, G;
   };
-  int64_t panels_size(int64_t columns) const { return panel_size<Acc>(r, columns) + panel_size<Acc>(h, columns); }
+  int64_t panels_size(int64_t columns) const {
+    return panel_size_for<Product, Acc>(r, columns) + panel_size_for<Product, Acc>(h, columns);
+  }
   // `columns` from `first` on within block j
   Panels read_panels(int64_t j, int64_t first, int64_t columns, int64_t uses, Acc* scratch) const {
     Panels panels{read_panel_for<Product>(Q, j, 0, r, first, columns, uses, scratch), {}};
     if (h > 0)
-      panels.G = read_panel_for<Product>(G, j, 0, h, first, columns, uses, scratch + panel_size<Acc>(r, columns));
+      panels.G =
+          read_panel_for<Product>(G, j, 0, h, first, columns, uses, scratch + panel_size_for<Product, Acc>(r, columns));
     return panels;
   }
 
   // Of the panels of columns of block j, while as many tokens meet as many columns; general parts are small.
   Ahead ahead(int64_t j, int64_t first, int64_t columns, int64_t tokens) const {
-    const int64_t groups = ceil_div(tokens, kMaxRows), tiles = ceil_div(columns, kTile<Acc>);
+    const int64_t groups = ceil_div(tokens, Product::kRows), tiles = ceil_div(columns, kTile<Acc>);
     return Ahead::of(Q, j, 0, r, first, columns, groups * tiles * ceil_div(r / kTerms, kSteps));
   }
 
   // Whether products can be of pairs: of ranks that are rounded, for y of bf16
-  bool takes_pairs() const { return has_pair_products() && has_pairs(Q, r) && (h == 0 || has_pairs(G, h)); }
+  bool takes_pairs() const { return has_pairs(Q, r) && (h == 0 || has_pairs(G, h)); }
 
   // MR tokens from t0 on, whose rows of ranks are at u; kept: which of their elements are, where there is a mask. each(p) is
   // called for every kSteps steps of each tile.
@@ -78,42 +81,68 @@ struct Expand {
   template <int MR, int NV, class Y, class Each>
   __attribute__((noinline)) void tile(const RowGroup<MR, Y>& g, int64_t c, Each&& each) const {
     const int64_t ldu = (k * r + h) / kTerms, steps = r / kTerms;
-    Vec<Acc> acc[MR][NV] = {};
-    multiply_rows<Product>(steps, g.ranks, ldu, g.panels.Q.at(0, c), g.panels.Q.ld, acc, [&](int64_t p) {
+    const auto ahead = [&](int64_t p) {
       constexpr int64_t columns = NV * kWidth<Acc>;
       if (p < columns) g.prefetch.template rows<MR>(c + p);
       if (steps <= kSteps && kSteps < columns) g.prefetch.template rows<MR>(c + kSteps);
       each(p);
-    });
-    if (h > 0)
-      multiply_rows<Product>(h / kTerms, g.general_ranks, ldu, g.panels.G.at(0, c), g.panels.G.ld, acc, nothing);
+    };
+    const Panel<Acc>&Q = g.panels.Q, &G = g.panels.G;
+    if constexpr (kByTiles<Product>) {
+      TileSums<MR, NV> sums;
+      sums.add(steps, g.ranks, ldu, Q.at(0, c), Q.ld, ahead);
+      if (h > 0) sums.add(h / kTerms, g.general_ranks, ldu, G.at(0, c), G.ld, nothing);
+      alignas(64) Acc stored[MR][kTile<Acc>];
+      sums.store(stored[0], kTile<Acc>);
+      constexpr int rows = MR < 8 ? MR : 8;
+      for (int m0 = 0; m0 < MR; m0 += rows) {
+        Vec<Acc> acc[rows][NV];
+        for_accumulators<rows, NV>([&](int m, int v) { acc[m][v] = load<Acc>(stored[m0 + m] + v * kWidth<Acc>); });
+        store_rows(acc, g, m0, c);
+      }
+    } else {
+      Vec<Acc> acc[MR][NV] = {};
+      multiply_rows<Product>(steps, g.ranks, ldu, Q.at(0, c), Q.ld, acc, ahead);
+      if (h > 0) multiply_rows<Product>(h / kTerms, g.general_ranks, ldu, G.at(0, c), G.ld, acc, nothing);
+      store_rows(acc, g, 0, c);
+    }
+  }
+
+  // Rows m0.. of a group, from column c on
+  template <int rows, int NV, int MR, class Y>
+  inline __attribute__((always_inline)) void store_rows(Vec<Acc> (&sum)[rows][NV], const RowGroup<MR, Y>& g, int m0,
+                                                        int64_t c) const {
     const bool unit = y.column_stride == 1 && (base.data == nullptr || base.column_stride == 1);
-    if (unit && c + NV * kWidth<Acc> <= g.columns) return store_tile<true>(acc, g, c);
-    if (unit) return store_tile<false>(acc, g, c);
-    for_accumulators<MR, NV>([&](int m, int v) {
+    if (unit && c + NV * kWidth<Acc> <= g.columns) return store_tile<true>(sum, g, m0, c);
+    if (unit) return store_tile<false>(sum, g, m0, c);
+    for_accumulators<rows, NV>([&](int i, int v) {
+      const int m = m0 + i;
       const int64_t o = c + v * kWidth<Acc>;
-      store_elements<Y>(acc[m][v], g.from[m], g.to[m], o, smaller(kWidth<Acc>, g.columns - o), g.kept + m * kKept);
+      store_elements<Y>(sum[i][v], g.from[m], g.to[m], o, smaller(kWidth<Acc>, g.columns - o), g.kept + m * kKept);
     });
   }
 
   // All of base is loaded before y is stored: rows that lie 4096 bytes apart would make each load wait for a store. whole: no column
   // ends within the tile.
-  template <bool whole, int MR, int NV, class Y>
-  inline __attribute__((always_inline)) void store_tile(Vec<Acc> (&sum)[MR][NV], const RowGroup<MR, Y>& g,
+  template <bool whole, int rows, int NV, int MR, class Y>
+  inline __attribute__((always_inline)) void store_tile(Vec<Acc> (&sum)[rows][NV], const RowGroup<MR, Y>& g, int m0,
                                                         int64_t c) const {
-    for_accumulators<MR, NV>([&](int m, int v) {
+    for_accumulators<rows, NV>([&](int m, int v) {
       const int64_t o = c + v * kWidth<Acc>;
-      sum[m][v] *= scale;
-      if (mask.on) sum[m][v] = Mask::drop<Acc>(sum[m][v], g.kept + m * kKept, o);
-      if (base.data == nullptr) return;
-      sum[m][v] += whole ? load<Acc>(g.from[m] + o) : load_some<Acc>(g.from[m] + o, g.columns - o);
+      Vec<Acc>& at = sum[m][v];
+      if (mask.on) at = Mask::drop<Acc>(at, g.kept + (m0 + m) * kKept, o);
+      if (base.data == nullptr)
+        at *= scale;
+      else
+        at = multiply_add(at, scale,
+                          whole ? load<Acc>(g.from[m0 + m] + o) : load_some<Acc>(g.from[m0 + m] + o, g.columns - o));
     });
     if constexpr (whole)
-      for_accumulators<MR, 1>([&](int m, int) { store_row<Acc, Y, NV>(g.to[m] + c, sum[m]); });
+      for_accumulators<rows, 1>([&](int m, int) { store_row<Acc, Y, NV>(g.to[m0 + m] + c, sum[m]); });
     else
-      for_accumulators<MR, NV>([&](int m, int v) {
+      for_accumulators<rows, NV>([&](int m, int v) {
         const int64_t o = c + v * kWidth<Acc>;
-        store_some<Acc>(g.to[m] + o, sum[m][v], g.columns - o);
+        store_some<Acc>(g.to[m0 + m] + o, sum[m][v], g.columns - o);
       });
   }
 

@@ -64,7 +64,7 @@ struct Forward {
 
   void run_by_tokens() {
     const int64_t T = p.shape.T, segments = round_up(ceil_div(T, kSegment), p.threads);
-    const int64_t tokens = round_up(ceil_div(T, segments), kMaxRows);
+    const int64_t tokens = round_up(ceil_div(T, segments), InProject::kRows);
     Scratch scratch;
     const PerThread<Acc> buffers(scratch, p.threads,
                                  larger(project.segment_scratch(tokens), expand_scratch()) + place_size(tokens));
@@ -87,7 +87,7 @@ struct Forward {
     Scratch scratch;
     const PerThread<Acc> buffers(
         scratch, p.threads,
-        larger(project.panels_size(1) + Block<Acc>::size(kMaxRows), larger(sums, expand_scratch())));
+        larger(project.panels_size(1) + Block<Acc>::size(InProject::kRows), larger(sums, expand_scratch())));
     Acc* partial = scratch.take<Acc>((by_block ? p.threads : chunks) * tokens * sums);
     Rank* from = ranks(t0, scratch.take<Acc>(place_size(tokens)));
     // While a thread works on an item, what it will read for the next one, if all take turns, comes from memory.
@@ -121,10 +121,11 @@ struct Forward {
   // sum[m] (+)= the part of all tokens of a chunk of x
   template <class Each>
   void project_chunk(int64_t chunk, int64_t t0, int64_t tokens, bool add, Acc* sum, Acc* scratch, Each&& each) const {
+    [[maybe_unused]] typename InProject::Scope scope;
     const auto panels = project.read_panels(chunk, 1, tokens, scratch);
-    const Block<Acc> rows(scratch + project.panels_size(1), kMaxRows);
+    const Block<Acc> rows(scratch + project.panels_size(1), InProject::kRows);
     const int64_t length = project.cut.length(chunk);
-    for_row_groups(tokens, [&](auto mr, int64_t m) {
+    for_row_groups<InProject::kRows>(tokens, [&](auto mr, int64_t m) {
       constexpr int MR = decltype(mr)::value;
       const Source<Acc> a = project.left_rows(t0 + m, MR, project.cut.column(chunk), length, rows);
       project.template add_rows<MR>(panels, 0, length, a.data, a.ld, add, sum + m * project.sums(), each, each);
@@ -137,6 +138,7 @@ struct Forward {
   template <class Each>
   void expand_blocks(int64_t t0, int64_t count, const Rank* from, int64_t j, int64_t blocks, int64_t first,
                      int64_t last, Acc* scratch, Each&& each) const {
+    [[maybe_unused]] typename InExpand::Scope scope;
     const int64_t w = p.shape.M / p.shape.k;
     for_dtype_of<InExpand, Acc>(p.y.dtype, [&](auto* type) {
       using Y = std::remove_pointer_t<decltype(type)>;
@@ -145,7 +147,7 @@ struct Forward {
         typename Expand<Acc, InExpand>::Panels panels[kTogether];
         for (int64_t b = 0; b < blocks; b++)
           panels[b] = expand.read_panels(j + b, column, columns, count, scratch + b * expand.panels_size(strip));
-        for_row_groups(count, [&](auto mr, int64_t m) {
+        for_row_groups<InExpand::kRows>(count, [&](auto mr, int64_t m) {
           constexpr int MR = decltype(mr)::value;
           for (int64_t b = 0; b < blocks; b++)
             expand.template run_rows<MR, Y>(
@@ -157,15 +159,26 @@ struct Forward {
   }
 };
 
+// Whether products of pairs, of either kind, could be made
+template <class Product>
+bool run_in_pairs(const ForwardParams& p) {
+  Forward<float, Product, Product> pairs(p);
+  if (!Product::available() || !pairs.project.takes_pairs()) return false;
+  if (p.shape.T >= kTokensToRound && p.u_bf16 && pairs.expand.takes_pairs())
+    pairs.run();
+  else
+    Forward<float, Product, Singles<float>>(p).run();
+  return true;
+}
+
 template <class Acc>
 void run(const ForwardParams& p) {
   if (ForwardFew<Acc>::fits(p)) return ForwardFew<Acc>{p}.run();
+  if constexpr (kMultipliesTiles<Acc>) {
+    if (run_in_pairs<Tiles>(p)) return;
+  }
   if constexpr (kMultipliesPairs<Acc>) {
-    Forward<Acc, Pairs, Pairs> pairs(p);
-    if (pairs.project.takes_pairs()) {
-      if (p.shape.T >= kTokensToRound && p.u_bf16 && pairs.expand.takes_pairs()) return pairs.run();
-      return Forward<Acc, Pairs, Singles<Acc>>(p).run();
-    }
+    if (run_in_pairs<Pairs>(p)) return;
   }
   Forward<Acc, Singles<Acc>, Singles<Acc>>(p).run();
 }

@@ -14,6 +14,7 @@
 #pragma once
 
 #include "panels.h"
+#include "tiles.h"
 
 namespace gralora::cpu::GRALORA_ISA {
 
@@ -43,13 +44,17 @@ inline bool has_pairs(const Param& param, int64_t rows) {
 #if defined(__AVX512F__)
 template <class Acc>
 constexpr bool kMultipliesPairs = sizeof(Acc) == sizeof(float);
-inline bool has_pair_products() { return kHasBf16Instructions; }
+
+// On Intel's processors vdpbf16ps takes four times as long as a multiply-add of floats.
+static const bool kPairsAreQuicker = kHasBf16Instructions && vendor()[0] != 'i';
 
 // sum + a0*b0 + a1*b1 in each lane. Subnormal numbers count as zero, as in torch's own products of bf16. The sum is passed by
 // value: an element of an array in an asm statement stays in memory.
 struct Pairs {
-  static constexpr int kTerms = 2;
+  static constexpr int kTerms = 2, kRows = kMaxRows, kDepth = 1;
   using Rank = bf16;
+  struct Scope {};
+  static bool available() { return kPairsAreQuicker; }
   static inline __attribute__((always_inline)) Vec<float> add(Vec<float> sum, float a, Vec<float> b) {
     const Vec<float> pair = Vec<float>(_mm512_set1_ps(a));
     asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(b), "v"(pair));
@@ -128,28 +133,49 @@ inline __attribute__((always_inline)) void pair_two_rows(const bf16* first, cons
   _mm512_mask_storeu_epi32(to, __mmask16(some), _mm512_permutex2var_epi16(a, interleaving(), b));
 }
 
-// As pack_panel(): [rows/2, columns] pairs. `rows` is even.
-inline Panel<float> pack_pairs(const Param& param, int64_t offset, int64_t rows, int64_t columns, float* to) {
-  if (param.column_stride != 1) {
-    Param as_floats = param;
-    as_floats.dtype = DType::f32, as_floats.column_stride /= 2;
-    return pack_panel<float>(as_floats, offset / 2, rows / 2, columns, to);
+// to[m*ldto + t] = the pair from[2t, m], from[2t + 1, m], for m = 0 .. columns-1 (at most 16) and t = 0 .. 15, with zeros from row
+// `rows` on
+inline void transpose_pairs(const bf16* from, int64_t ld, int64_t rows, int64_t columns, float* to, int64_t ldto) {
+  alignas(64) float pairs[16][16], turned[16][16];
+  const __mmask32 some = first_columns(columns);
+  const __m512i lanes = interleaving();
+  for (int64_t t = 0; t < 16; t++) {
+    const bf16* row = from + 2 * t * ld;
+    const __m512i a = _mm512_maskz_loadu_epi16(2 * t < rows ? some : 0, row);
+    const __m512i b = _mm512_maskz_loadu_epi16(2 * t + 1 < rows ? some : 0, row + ld);
+    _mm512_store_si512(pairs[t], _mm512_permutex2var_epi16(a, lanes, b));
   }
+  transpose_block<float>(pairs[0], 16, turned[0], 16);
+  for (int64_t m = 0; m < columns; m++) store<float>(to + m * ldto, load<float>(turned[m]));
+}
+
+// As pack_panel(): [rows/2, columns] pairs, and rows of zeros up to a multiple of `depth`. `rows` is even.
+inline Panel<float> pack_pairs(const Param& param, int64_t offset, int64_t rows, int64_t columns, int depth,
+                               float* to) {
   const bf16* from = static_cast<const bf16*>(param.data) + offset;
+  const int64_t pairs = rows / 2, tile = round_up(pairs, depth) * kTile<float>;
+  Param as_floats = param;
+  as_floats.dtype = DType::f32, as_floats.column_stride /= 2;
   float* at = to;
-  for (int64_t c = 0; c < columns; c += kTile<float>)
-    for (int64_t i = 0; i < rows; i += 2, at += kTile<float>) {
-      const bf16* pair = from + i * param.row_stride + c;
-      __builtin_prefetch(pair + 24 * param.row_stride);
-      const __mmask32 some = first_columns(columns - c);
-      interleave(pair, some, pair + param.row_stride, some, at);
+  for (int64_t c = 0; c < columns; c += kTile<float>, at += tile) {
+    if (param.column_stride == 1) {
+      for (int64_t i = 0; i < pairs; i++) {
+        const bf16* pair = from + 2 * i * param.row_stride + c;
+        __builtin_prefetch(pair + 24 * param.row_stride);
+        const __mmask32 some = first_columns(columns - c);
+        interleave(pair, some, pair + param.row_stride, some, at + i * kTile<float>);
+      }
+    } else {
+      const float* block = reinterpret_cast<const float*>(from) + c * as_floats.column_stride;
+      pack_tile<float>(block, as_floats, pairs, smaller(kTile<float>, columns - c), at);
     }
-  return {to, rows / 2 * kTile<float>, kTile<float>};
+    for (int64_t i = pairs * kTile<float>; i < tile; i++) at[i] = 0.0f;
+  }
+  return {to, tile, kTile<float>};
 }
 #else
 template <class Acc>
 constexpr bool kMultipliesPairs = false;
-inline bool has_pair_products() { return false; }
 struct Pairs;
 #endif
 
@@ -169,7 +195,13 @@ Panel<Acc> read_panel_for(const Param& param, int64_t block, int64_t row0, int64
     return read_panel<Acc>(param, block, row0, rows, column0, columns, uses, scratch);
   else
     return pack_pairs(param, block * param.block_stride + row0 * param.row_stride + column0 * param.column_stride, rows,
-                      columns, scratch);
+                      columns, Product::kDepth, scratch);
+}
+
+// Elements of its scratch
+template <class Product, class Acc>
+int64_t panel_size_for(int64_t rows, int64_t columns) {
+  return panel_size<Acc>(round_up(rows, Product::kDepth * Product::kTerms), columns);
 }
 
 }  // namespace gralora::cpu::GRALORA_ISA

@@ -8,7 +8,7 @@
 //
 // Blocks are cut into chunks of at most kChunk columns. Each chunk is summed by itself, then chunks are added in their
 // order: the result depends neither on the segment nor on the thread, and long sums lose less. P is made ready in runs of
-// chunks, each once for a segment of tokens, and streams from L2; groups of kMaxRows tokens walk along x, which comes from
+// chunks, each once for a segment of tokens, and streams from L2; groups of kRows tokens walk along x, which comes from
 // memory in long runs (short ones on many rows would miss the TLB), a chunk at a time in L1.
 #pragma once
 
@@ -53,7 +53,8 @@ struct Project {
     return larger(1, smaller(cut.per_block, kPanelElements / ((r + h) * cut.columns)));
   }
   int64_t panels_size(int64_t chunks) const {
-    return panel_size<Acc>(chunks * cut.columns, r) + panel_size<Acc>(chunks * cut.columns, h);
+    const int64_t rows = chunks * cut.columns;
+    return panel_size_for<Product, Acc>(rows, r) + panel_size_for<Product, Acc>(rows, h);
   }
 
   struct Panels {
@@ -64,7 +65,9 @@ struct Project {
     const int64_t b = cut.block(chunk), first = cut.first(chunk);
     const int64_t rows = smaller(count * cut.columns, cut.block_width - first);
     Panels panels{read_panel_for<Product>(P, b, first, rows, 0, r, uses, scratch), {}};
-    if (h > 0) panels.G = read_panel_for<Product>(G, b, first, rows, 0, h, uses, scratch + panel_size<Acc>(rows, r));
+    if (h > 0)
+      panels.G =
+          read_panel_for<Product>(G, b, first, rows, 0, h, uses, scratch + panel_size_for<Product, Acc>(rows, r));
     return panels;
   }
 
@@ -78,7 +81,7 @@ struct Project {
 
   // Of the panels of a chunk, while as many tokens meet another one; general parts are small.
   Ahead ahead(int64_t chunk, int64_t tokens) const {
-    const int64_t groups = ceil_div(tokens, kMaxRows), tiles = ceil_div(r, kTile<Acc>);
+    const int64_t groups = ceil_div(tokens, Product::kRows), tiles = ceil_div(r, kTile<Acc>);
     const int64_t calls = groups * tiles * ceil_div(cut.columns / kTerms, kSteps);
     return Ahead::of(P, cut.block(chunk), cut.first(chunk), cut.length(chunk), 0, r, calls);
   }
@@ -103,17 +106,17 @@ struct Project {
 
   // Whether products can be of pairs
   bool takes_pairs() const {
-    return has_pair_products() && has_pairs(x) && has_pairs(P, cut.block_width) &&
-           (h == 0 || has_pairs(G, cut.block_width));
+    return has_pairs(x) && has_pairs(P, cut.block_width) && (h == 0 || has_pairs(G, cut.block_width));
   }
 
   // u [count, k*r + h] of the tokens t0 .. t0+count, by one thread; Rank: Acc, or bf16, to which they are rounded
   int64_t segment_scratch(int64_t count) const {
-    return panels_size(run_length()) + 2 * Block<Acc>::size(kMaxRows) + count * sums();
+    return panels_size(run_length()) + 2 * Block<Acc>::size(Product::kRows) + count * sums();
   }
   template <class Rank>
   void run_segment(int64_t t0, int64_t count, Rank* u, Acc* scratch) const {
-    Acc* sum = scratch + panels_size(run_length()) + 2 * Block<Acc>::size(kMaxRows);
+    [[maybe_unused]] typename Product::Scope scope;
+    Acc* sum = scratch + panels_size(run_length()) + 2 * Block<Acc>::size(Product::kRows);
     clear_sums(count, sum);
     for (int64_t block = 0; block < k; block++) {
       for (int64_t done = 0; done < cut.per_block; done += run_length()) {
@@ -162,11 +165,12 @@ struct Project {
   void add_run(const Panels& panels, int64_t begin, int64_t chunks, int64_t t0, int64_t count, Acc* sum,
                Acc* scratch) const {
     const bool ahead = kTerms == 1 && converted_ahead<Acc>(x, mask);
-    Block<Acc> now(scratch, kMaxRows), next(scratch + Block<Acc>::size(kMaxRows), kMaxRows);
-    if (ahead) read_block<Acc>(x, t0, smaller(kMaxRows, count), cut.column(begin), cut.length(begin), width, mask, now);
+    constexpr int most = Product::kRows;
+    Block<Acc> now(scratch, most), next(scratch + Block<Acc>::size(most), most);
+    if (ahead) read_block<Acc>(x, t0, smaller(most, count), cut.column(begin), cut.length(begin), width, mask, now);
     for_dtype_of<Product, Acc>(x.dtype, [&](auto* type) {
       using X = std::remove_pointer_t<decltype(type)>;
-      for_row_groups(count, [&](auto mr, int64_t m) {
+      for_row_groups<most>(count, [&](auto mr, int64_t m) {
         constexpr int MR = decltype(mr)::value;
         for (int64_t i = 0; i < chunks; i++) {
           const int64_t length = cut.length(begin + i), column = cut.column(begin + i);
@@ -176,7 +180,7 @@ struct Project {
           const Prefetch prefetch = ahead         ? Prefetch::of(x, m + MR < count ? t0 + m + MR : -1, column)
                                     : row < count ? Prefetch::of(x, t0 + row, cut.column(chunk))
                                                   : Prefetch{};
-          const int64_t rows = !ahead ? 0 : same_rows ? MR : smaller(kMaxRows, count - row);
+          const int64_t rows = !ahead ? 0 : same_rows ? MR : smaller(most, count - row);
           const int64_t next_length = cut.length(chunk);
           const Source<X> from = in_place<X>(x, t0 + row, cut.column(chunk));
           const auto convert = [&](int64_t p) { copy_columns(from.data, from.ld, rows, p, next_length, next.rows); };
@@ -197,12 +201,23 @@ struct Project {
   template <int MR, int NV, class Each>
   __attribute__((noinline)) void tile(int64_t steps, const Acc* a, int64_t lda, const Acc* b, int64_t ldb,
                                       bool accumulate, Acc* to, Each&& each) const {
-    Vec<Acc> acc[MR][NV] = {};
-    multiply_rows<Product>(steps, a, lda, b, ldb, acc, each);
-    for_accumulators<MR, NV>([&](int m, int v) {
-      Acc* at = to + m * sums() + v * kWidth<Acc>;
-      store<Acc>(at, accumulate ? load<Acc>(at) + acc[m][v] : acc[m][v]);
-    });
+    if constexpr (kByTiles<Product>) {
+      TileSums<MR, NV> chunk;
+      chunk.add(steps, a, lda, b, ldb, each);
+      if (!accumulate) return chunk.store(to, sums());
+      alignas(64) Acc sum[MR][kTile<Acc>];
+      chunk.store(sum[0], kTile<Acc>);
+      for (int m = 0; m < MR; m++)
+        for (int v = 0; v < NV * kWidth<Acc>; v += kWidth<Acc>)
+          store<Acc>(to + m * sums() + v, load<Acc>(to + m * sums() + v) + load<Acc>(sum[m] + v));
+    } else {
+      Vec<Acc> acc[MR][NV] = {};
+      multiply_rows<Product>(steps, a, lda, b, ldb, acc, each);
+      for_accumulators<MR, NV>([&](int m, int v) {
+        Acc* at = to + m * sums() + v * kWidth<Acc>;
+        store<Acc>(at, accumulate ? load<Acc>(at) + acc[m][v] : acc[m][v]);
+      });
+    }
   }
 
   // One row of u; the sums of the block are cleared for the next one.

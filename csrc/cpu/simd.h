@@ -163,7 +163,14 @@ template <>
 struct Access<float, bf16> {
   typedef typename VectorOf<uint16_t, kWidth<float>>::type Half;
   typedef typename VectorOf<uint32_t, kWidth<float>>::type Word;
-  static Vec<float> widen(Half half) { return bit_cast<Vec<float>>(__builtin_convertvector(half, Word) << 16); }
+  static Vec<float> widen(Half half) {
+#if defined(__AVX512F__)
+    // GCC 12 converts by halves, through memory
+    return Vec<float>(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bit_cast<__m256i>(half)), 16)));
+#else
+    return bit_cast<Vec<float>>(__builtin_convertvector(half, Word) << 16);
+#endif
+  }
   static Vec<float> load(const bf16* p) {
     Half half;
     memcpy(&half, p, sizeof half);
@@ -215,6 +222,17 @@ inline Vec<Acc> load(const T* p) {
 template <class Acc, class T>
 inline void store(T* p, Vec<Acc> v) {
   Access<Acc, T>::store(p, v);
+}
+
+// a*b + c, rounded once where the processor can. Left to GCC, that depends on where in unrolled code a sum stands.
+template <class Acc>
+inline Vec<Acc> multiply_add(Vec<Acc> a, Acc b, Vec<Acc> c) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Acc) == sizeof(float)) return Vec<Acc>(_mm512_fmadd_ps(__m512(a), _mm512_set1_ps(b), __m512(c)));
+#elif defined(__FMA__)
+  if constexpr (sizeof(Acc) == sizeof(float)) return Vec<Acc>(_mm256_fmadd_ps(__m256(a), _mm256_set1_ps(b), __m256(c)));
+#endif
+  return a * b + c;
 }
 
 // The first `count` elements (all of a vector's, if there are as many), zeros beyond; nothing beyond is read.

@@ -17,7 +17,7 @@ struct WeightGradient {
   static constexpr int kTerms = Product::kTerms;
   int64_t k, r, h;
 
-  // The ranks of `count` tokens that meet block b, as add() takes them: (r + h) * steps(count)
+  // The ranks of `count` tokens that meet block b, as add() takes them: (r + h) * steps(count) elements
   template <class Rank>
   void read_ranks(const Rank* v, int64_t b, int64_t count, Acc* to) const {
     read_group(v + b * r, r, count, to);
@@ -25,7 +25,7 @@ struct WeightGradient {
   }
 
   // sums (+)= the part of tokens first .. first + tokens of the `count` in `ranks`, where first is even; x: their rows, or pairs
-  // of them; ahead: the rows of as many tokens, which will be read next.
+  // of them, with zeros up to a multiple of kDepth; ahead: the rows of as many tokens, which will be read next.
   void add(const Acc* ranks, int64_t count, int64_t first, int64_t tokens, Source<Acc> x, int64_t columns,
            bool accumulate, Acc* sums, Prefetch ahead) const {
     if (x.ld == kRow<Acc>)
@@ -34,24 +34,25 @@ struct WeightGradient {
       add_rows<0>(ranks, count, first, tokens, x, columns, accumulate, sums, ahead);
   }
 
- private:
-  static int64_t steps(int64_t tokens) { return ceil_div(tokens, kTerms); }
+  static int64_t steps(int64_t tokens) { return round_up(ceil_div(tokens, kTerms), Product::kDepth); }
 
+ private:
   // ldx: the distance of x's rows where it is known, which saves 2 %; else 0
   template <int ldx>
   void add_rows(const Acc* ranks, int64_t count, int64_t first, int64_t tokens, Source<Acc> x, int64_t columns,
                 bool accumulate, Acc* sums, Prefetch ahead) const {
     int64_t groups = 0;  // of ranks: each fetches its part of what lies ahead
-    for_row_groups(r, [&](auto, int64_t) { groups++; });
+    for_row_groups<Product::kRows>(r, [&](auto, int64_t) { groups++; });
     for_column_tiles<Acc>(round_up(columns, kWidth<Acc>), [&](auto nv, int64_t i) {
       constexpr int NV = decltype(nv)::value;
       int64_t begun = 0;
       const auto add_group = [&](int64_t group, const Acc* from, Acc* to) {
-        for_row_groups(group, [&](auto mr, int64_t c) {
+        for_row_groups<Product::kRows>(group, [&](auto mr, int64_t c) {
           constexpr int MR = decltype(mr)::value;
-          const Acc* a = from + c * steps(count) + first / kTerms * MR;
+          const Acc* a = from + c * steps(count) + first / kTerms * (kByTiles<Product> ? 1 : MR);
           int64_t turn = begun++ * kSteps;
-          tile<MR, NV, ldx>(steps(tokens), a, x.data + i, x.ld, accumulate, to + c * kChunk + i, [&](int64_t p) {
+          const Source<Acc> left{a, steps(count)};
+          tile<MR, NV, ldx>(steps(tokens), left, x.data + i, x.ld, accumulate, to + c * kChunk + i, [&](int64_t p) {
             if (p != turn) return;
             for (int term = 0; term < kTerms; term++)
               ahead.template rows_of<NV * kWidth<Acc>>(p * kTerms + term * kSteps, i);
@@ -66,20 +67,35 @@ struct WeightGradient {
 
   // A function of its own, as in Expand.
   template <int MR, int NV, int ldx, class Each>
-  __attribute__((noinline)) static void tile(int64_t steps, const Acc* ranks, const Acc* x, int64_t any_ldx,
+  __attribute__((noinline)) static void tile(int64_t steps, Source<Acc> ranks, const Acc* x, int64_t any_ldx,
                                              bool accumulate, Acc* sums, Each&& each) {
-    Vec<Acc> acc[MR][NV] = {};
-    multiply_packed<Product>(steps, ranks, x, ldx > 0 ? ldx : any_ldx, acc, each);
-    for_accumulators<MR, NV>([&](int m, int v) {
-      Acc* at = sums + m * kChunk + v * kWidth<Acc>;
-      store<Acc>(at, accumulate ? load<Acc>(at) + acc[m][v] : acc[m][v]);
-    });
+    if constexpr (kByTiles<Product>) {
+      TileSums<MR, NV> total;
+      if (accumulate) total.load(sums, kChunk);
+      total.add(steps, ranks.data, ranks.ld, x, ldx > 0 ? ldx : any_ldx, each);
+      total.store(sums, kChunk);
+    } else {
+      Vec<Acc> acc[MR][NV] = {};
+      multiply_packed<Product>(steps, ranks.data, x, ldx > 0 ? ldx : any_ldx, acc, each);
+      for_accumulators<MR, NV>([&](int m, int v) {
+        Acc* at = sums + m * kChunk + v * kWidth<Acc>;
+        store<Acc>(at, accumulate ? load<Acc>(at) + acc[m][v] : acc[m][v]);
+      });
+    }
   }
 
-  // to[c*steps + t*MR + m] = v[t, c + m] for each group of MR ranks; as pairs, t counts pairs of tokens
+  // to[c*steps + t*MR + m] = v[t, c + m] for each group of MR ranks; as pairs, t counts pairs of tokens. By tiles each rank is a row:
+  // to[c*steps + t], with zeros at its end.
   template <class Rank>
   void read_group(const Rank* v, int64_t group, int64_t count, Acc* to) const {
     const int64_t ld = k * r + h;
+    if constexpr (kByTiles<Product>) {
+      for (int64_t c = 0; c < group; c += kWidth<Acc>)
+        for (int64_t t = 0; t < steps(count); t += kWidth<Acc>)
+          transpose_pairs(v + 2 * t * ld + c, ld, count - 2 * t, smaller(kWidth<Acc>, group - c),
+                          to + c * steps(count) + t, steps(count));
+      return;
+    }
     for_row_groups(group, [&](auto mr, int64_t c) {
       constexpr int MR = decltype(mr)::value;
       Acc* at = to + c * steps(count);
