@@ -20,7 +20,7 @@ def build_info() -> dict[str, Any]:
     that mends it, and what only the extension knows is None. Otherwise ``problem`` is None.
 
     Keys: version, python, torch, torch_built_with, peft, build ("prebuilt", "jit" or "none"), path, compiler,
-    cuda_archs, cpu_capability, compiled_capabilities, threads, openmp (the OpenMP runtimes in this process; one is right),
+    cuda_archs, cpu_capability, cpu_amx (whether bfloat16 is multiplied by AMX), compiled_capabilities, threads, openmp (the OpenMP runtimes in this process; one is right),
     problem.
     """
     info: dict[str, Any] = {
@@ -34,6 +34,7 @@ def build_info() -> dict[str, Any]:
         "compiler": None,
         "cuda_archs": None,
         "cpu_capability": None,
+        "cpu_amx": None,
         "compiled_capabilities": None,
         "threads": torch.get_num_threads(),
         "openmp": openmp_runtimes(),
@@ -52,6 +53,7 @@ def build_info() -> dict[str, Any]:
         compiler=built["compiler"],
         cuda_archs=built["cuda_archs"],
         cpu_capability=native.cpu_capability(),
+        cpu_amx=native.cpu_amx(),
         compiled_capabilities=native.compiled_capabilities(),
         threads=native.num_threads(),
         openmp=openmp_runtimes(),

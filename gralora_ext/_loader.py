@@ -38,7 +38,10 @@ def load() -> ModuleType:
         if jit not in ("", "0", "1"):
             raise ValueError(f"GRALORA_EXT_JIT must be 0 or 1, or unset, but it is '{jit}'")
         module, kind = (_jit(), "jit") if jit == "1" else (_prebuilt(), "prebuilt")
-        module.cpu_capability()  # a wrong GRALORA_EXT_CPU_CAPABILITY shows here, not at the first training step
+        (
+            module.cpu_capability(),
+            module.cpu_amx(),
+        )  # a wrong word in the environment shows here, not at the first training step
         _loaded, _kind = module, kind
     return _loaded
 

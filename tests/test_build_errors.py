@@ -78,7 +78,11 @@ def test_jit_without_the_source_tree(package: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value", "words"),
-    [("JIT", "yes", "must be 0 or 1"), ("CPU_CAPABILITY", "sse9", "default, avx2 or avx512")],
+    [
+        ("JIT", "yes", "must be 0 or 1"),
+        ("CPU_CAPABILITY", "sse9", "default, avx2 or avx512"),
+        ("CPU_AMX", "1", "auto or 0"),
+    ],
 )
 def test_a_wrong_word_in_the_environment(name: str, value: str, words: str, package: Path) -> None:
     shutil.copy(library(), package / "_C.abi3.so")

@@ -66,6 +66,16 @@ struct Expand {
   }
 
  private:
+  // Where rows of sums go, and what is added to them
+  template <class Y>
+  struct Target {
+    const Y* const* from;
+    Y* const* to;
+    const uint8_t* kept;
+    int64_t columns;
+    Target rows(int m) const { return {from + m, to + m, kept + m * kKept, columns}; }
+  };
+
   template <int MR, class Y>
   struct RowGroup {
     const Panels& panels;
@@ -75,6 +85,7 @@ struct Expand {
     const uint8_t* kept;
     Prefetch prefetch;
     int64_t columns;
+    Target<Y> target() const { return {from, to, kept, columns}; }
   };
 
   // A function of its own: inlined among other code, GCC would keep part of the accumulators in memory.
@@ -98,51 +109,46 @@ struct Expand {
       for (int m0 = 0; m0 < MR; m0 += rows) {
         Vec<Acc> acc[rows][NV];
         for_accumulators<rows, NV>([&](int m, int v) { acc[m][v] = load<Acc>(stored[m0 + m] + v * kWidth<Acc>); });
-        store_rows(acc, g, m0, c);
+        store_rows<rows, NV, Y>(acc, g.target().rows(m0), c);
       }
     } else {
       Vec<Acc> acc[MR][NV] = {};
       multiply_rows<Product>(steps, g.ranks, ldu, Q.at(0, c), Q.ld, acc, ahead);
       if (h > 0) multiply_rows<Product>(h / kTerms, g.general_ranks, ldu, G.at(0, c), G.ld, acc, nothing);
-      store_rows(acc, g, 0, c);
+      store_rows<MR, NV, Y>(acc, g.target(), c);
     }
   }
 
-  // Rows m0.. of a group, from column c on
-  template <int rows, int NV, int MR, class Y>
-  inline __attribute__((always_inline)) void store_rows(Vec<Acc> (&sum)[rows][NV], const RowGroup<MR, Y>& g, int m0,
-                                                        int64_t c) const {
+  template <int MR, int NV, class Y>
+  inline __attribute__((always_inline)) void store_rows(Vec<Acc> (&sum)[MR][NV], const Target<Y>& g, int64_t c) const {
     const bool unit = y.column_stride == 1 && (base.data == nullptr || base.column_stride == 1);
-    if (unit && c + NV * kWidth<Acc> <= g.columns) return store_tile<true>(sum, g, m0, c);
-    if (unit) return store_tile<false>(sum, g, m0, c);
-    for_accumulators<rows, NV>([&](int i, int v) {
-      const int m = m0 + i;
+    if (unit && c + NV * kWidth<Acc> <= g.columns) return store_tile<true, MR, NV, Y>(sum, g, c);
+    if (unit) return store_tile<false, MR, NV, Y>(sum, g, c);
+    for_accumulators<MR, NV>([&](int m, int v) {
       const int64_t o = c + v * kWidth<Acc>;
-      store_elements<Y>(sum[i][v], g.from[m], g.to[m], o, smaller(kWidth<Acc>, g.columns - o), g.kept + m * kKept);
+      store_elements<Y>(sum[m][v], g.from[m], g.to[m], o, smaller(kWidth<Acc>, g.columns - o), g.kept + m * kKept);
     });
   }
 
   // All of base is loaded before y is stored: rows that lie 4096 bytes apart would make each load wait for a store. whole: no column
   // ends within the tile.
-  template <bool whole, int rows, int NV, int MR, class Y>
-  inline __attribute__((always_inline)) void store_tile(Vec<Acc> (&sum)[rows][NV], const RowGroup<MR, Y>& g, int m0,
-                                                        int64_t c) const {
-    for_accumulators<rows, NV>([&](int m, int v) {
+  template <bool whole, int MR, int NV, class Y>
+  inline __attribute__((always_inline)) void store_tile(Vec<Acc> (&sum)[MR][NV], const Target<Y>& g, int64_t c) const {
+    for_accumulators<MR, NV>([&](int m, int v) {
       const int64_t o = c + v * kWidth<Acc>;
       Vec<Acc>& at = sum[m][v];
-      if (mask.on) at = Mask::drop<Acc>(at, g.kept + (m0 + m) * kKept, o);
+      if (mask.on) at = Mask::drop<Acc>(at, g.kept + m * kKept, o);
       if (base.data == nullptr)
         at *= scale;
       else
-        at = multiply_add(at, scale,
-                          whole ? load<Acc>(g.from[m0 + m] + o) : load_some<Acc>(g.from[m0 + m] + o, g.columns - o));
+        at = multiply_add(at, scale, whole ? load<Acc>(g.from[m] + o) : load_some<Acc>(g.from[m] + o, g.columns - o));
     });
     if constexpr (whole)
-      for_accumulators<rows, 1>([&](int m, int) { store_row<Acc, Y, NV>(g.to[m0 + m] + c, sum[m]); });
+      for_accumulators<MR, 1>([&](int m, int) { store_row<Acc, Y, NV>(g.to[m] + c, sum[m]); });
     else
-      for_accumulators<rows, NV>([&](int m, int v) {
+      for_accumulators<MR, NV>([&](int m, int v) {
         const int64_t o = c + v * kWidth<Acc>;
-        store_some<Acc>(g.to[m0 + m] + o, sum[m][v], g.columns - o);
+        store_some<Acc>(g.to[m] + o, sum[m][v], g.columns - o);
       });
   }
 

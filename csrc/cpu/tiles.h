@@ -34,7 +34,7 @@ struct State {
   TileShape shape{0};
   float row[8][16][16];
 };
-static thread_local State state;
+inline thread_local State state;
 inline void configure(const TileShape& shape) { state.shape = shape, memset(state.row, 0, sizeof state.row); }
 inline void release() { state.shape = TileShape(0); }
 template <int t>
