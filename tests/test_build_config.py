@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import run_python
 
 import gralora_ext
 from gralora_ext import _build_config as config
@@ -122,3 +123,13 @@ def test_build_info_tells_what_is_in_use() -> None:
     assert info["threads"] == 1
     assert all(re.fullmatch(r"\d+\.\d+[af]?(\+PTX)?", arch) for arch in info["cuda_archs"])
     assert info["peft"] and info["compiler"].startswith("gcc ")
+
+
+@pytest.mark.parametrize("amx", ["auto", "0"])
+def test_amx_is_used_where_the_processor_has_it_and_the_environment_lets(amx: str) -> None:
+    processor = Path("/proc/cpuinfo")
+    words = set(processor.read_text().split()) if processor.exists() else set()
+    code = "from gralora_ext import build_info as b; print(b()['cpu_amx'], b()['cpu_capability'], b()['compiler'])"
+    used, capability, _, version = run_python(code, GRALORA_EXT_CPU_AMX=amx).split()[:4]
+    has = {"amx_tile", "amx_bf16", "avx512_bf16"} <= words and capability == "avx512"
+    assert used == str(amx == "auto" and has and int(version.split(".")[0]) >= 11)
