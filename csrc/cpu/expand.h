@@ -73,7 +73,7 @@ struct Expand {
     Y* const* to;
     const uint8_t* kept;
     int64_t columns;
-    Target rows(int m) const { return {from + m, to + m, kept + m * kKept, columns}; }
+    Target rows(int m) const { return {from + m, to + m, kept == nullptr ? nullptr : kept + m * kKept, columns}; }
   };
 
   template <int MR, class Y>

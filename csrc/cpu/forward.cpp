@@ -159,11 +159,12 @@ struct Forward {
   }
 };
 
-// Whether products of pairs, of either kind, could be made
+// Runs by products of pairs, of one kind, where it can; returns whether it did
 template <class Product>
 bool run_in_pairs(const ForwardParams& p) {
+  if (!Product::available()) return false;
   Forward<float, Product, Product> pairs(p);
-  if (!Product::available() || !pairs.project.takes_pairs()) return false;
+  if (!pairs.project.takes_pairs()) return false;
   if (p.shape.T >= kTokensToRound && p.u_bf16 && pairs.expand.takes_pairs())
     pairs.run();
   else

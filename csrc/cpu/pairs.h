@@ -46,7 +46,7 @@ template <class Acc>
 constexpr bool kMultipliesPairs = sizeof(Acc) == sizeof(float);
 
 // On Intel's processors vdpbf16ps takes four times as long as a multiply-add of floats.
-static const bool kPairsAreQuicker = kHasBf16Instructions && vendor()[0] != 'i';
+static const bool kPairsAreQuicker = kHasBf16Instructions && strcmp(vendor(), "intel") != 0;
 
 // sum + a0*b0 + a1*b1 in each lane. Subnormal numbers count as zero, as in torch's own products of bf16. The sum is passed by
 // value: an element of an array in an asm statement stays in memory.

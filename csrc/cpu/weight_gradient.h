@@ -94,19 +94,19 @@ struct WeightGradient {
         for (int64_t t = 0; t < steps(count); t += kWidth<Acc>)
           transpose_pairs(v + 2 * t * ld + c, ld, count - 2 * t, smaller(kWidth<Acc>, group - c),
                           to + c * steps(count) + t, steps(count));
-      return;
+    } else {
+      for_row_groups(group, [&](auto mr, int64_t c) {
+        constexpr int MR = decltype(mr)::value;
+        Acc* at = to + c * steps(count);
+        for (int64_t t = 0; t < count; t += kTerms, at += MR) {
+          const Rank* from = v + t * ld + c;
+          if constexpr (kTerms == 2)
+            pair_two_rows(from, t + 1 < count ? from + ld : nullptr, MR, at);
+          else
+            for (int m = 0; m < MR; m++) at[m] = to_acc<Acc>(from[m]);
+        }
+      });
     }
-    for_row_groups(group, [&](auto mr, int64_t c) {
-      constexpr int MR = decltype(mr)::value;
-      Acc* at = to + c * steps(count);
-      for (int64_t t = 0; t < count; t += kTerms, at += MR) {
-        const Rank* from = v + t * ld + c;
-        if constexpr (kTerms == 2)
-          pair_two_rows(from, t + 1 < count ? from + ld : nullptr, MR, at);
-        else
-          for (int m = 0; m < MR; m++) at[m] = to_acc<Acc>(from[m]);
-      }
-    });
   }
 };
 
