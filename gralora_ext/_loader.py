@@ -38,10 +38,9 @@ def load() -> ModuleType:
         if jit not in ("", "0", "1"):
             raise ValueError(f"GRALORA_EXT_JIT must be 0 or 1, or unset, but it is '{jit}'")
         module, kind = (_jit(), "jit") if jit == "1" else (_prebuilt(), "prebuilt")
-        (
-            module.cpu_capability(),
-            module.cpu_amx(),
-        )  # a wrong word in the environment shows here, not at the first training step
+        # A wrong word in the environment shows here, not at the first training step.
+        module.cpu_capability()
+        module.cpu_amx()
         _loaded, _kind = module, kind
     return _loaded
 

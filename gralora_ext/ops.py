@@ -51,7 +51,8 @@ def gralora(
 
     Returns:
         y ``[..., M]`` in base's dtype. Sums are taken in float32 (float64 where a tensor is float64), rounded once;
-        where x, y, A and B are all bfloat16, from 5 tokens on, processors with AMX or AVX512-BF16 round the ranks ``x A`` too, as PEFT does.
+        where x, y, A and B are all bfloat16, from 5 tokens on, processors that multiply pairs (AMX, AVX512-BF16) round the ranks
+        ``x A`` too, as PEFT does.
 
     Raises:
         ValueError: a shape, a device or a value does not fit; the message names the argument and what it was.

@@ -19,7 +19,7 @@ _LINEAR_LAYERS = (nn.Linear, Conv1D)
 class GraloraLinear(Linear):
     """``y = base_layer(x) + Σ_adapters s·exchange(x_n A_n) B_j (+ s·(x Agᵀ) Bgᵀ)``, one kernel per active adapter.
 
-    On the CPU, many tokens of a frozen float32 layer are one product with W + ΔW instead (:func:`gralora_ext.ops.linear`), and
+    On AMD's processors, many tokens of a frozen float32 layer are one product with W + ΔW instead (:func:`gralora_ext.ops.linear`), and
     the base layer is not called, where calling it would do nothing but multiply (``product.py``).
 
     Built by :class:`~gralora_ext.tuner.GraloraModel`, or made in place of PEFT's layer by

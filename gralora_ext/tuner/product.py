@@ -23,10 +23,11 @@ if TYPE_CHECKING:
 _TOKENS = 64  # from this many on; fewer do not repay W + ΔW
 
 _native = load()
-_HAS_KERNEL = _native.cpu_capability() != "default"
 # On AMD's processors MKL stays on AVX2; ours has reached twice its speed by AVX-512, and 1.1 times by AVX2. On a Xeon one product
 # took 1.0 to 1.1 of the time of base layer and path.
-_IS_QUICKER = _HAS_KERNEL and _native.cpu_vendor() == "amd" and torch.backends.mkl.is_available()
+_IS_QUICKER = (
+    _native.cpu_capability() != "default" and _native.cpu_vendor() == "amd" and torch.backends.mkl.is_available()
+)
 _TENSORS = (Tensor, nn.Parameter)  # no subclass of a library's
 _FORWARDS = {nn.Linear: nn.Linear.forward, Conv1D: Conv1D.forward}  # a patched class is called
 
