@@ -19,10 +19,10 @@ namespace {
 
 template <class Acc, class Product>
 struct Backward {
-  using Rank = typename Product::Rank;  // of U and dH; a U that forward kept can be rounded where this is not
   using FromWide = Project<Acc, Product>;
   using ToWide = Expand<Acc, Product>;
   static constexpr int kTerms = Product::kTerms;
+  static constexpr bool kTiles = kByTiles<Product>, kPairs = kTerms == 2 && !kTiles;
 
   explicit Backward(const BackwardParams& params) : p(params) {}
 
@@ -52,10 +52,14 @@ struct Backward {
             p.add_to_grad_x ? p.grad_x : Rows{},
             p.grad_x};
   }
-  // Whether all products are of pairs, whichever gradients are wanted. A block has no room to make U again with dropout.
+  // Whether all products are of pairs, whichever gradients are wanted; or by tiles
   static bool takes_pairs(const BackwardParams& p) {
-    return Product::available() && p.shape.T >= kTokensToRound && (p.u == nullptr ? p.dropout.p == 0.0 : p.u_bf16) &&
-           project_g(p).takes_pairs() && project_x<Acc, Product>(p).takes_pairs() && expand_x(p).takes_pairs();
+    return Product::available() && p.shape.T >= kTokensToRound && p.u_bf16 && project_g(p).takes_pairs() &&
+           project_x<Acc, Product>(p).takes_pairs() && expand_x(p).takes_pairs();
+  }
+  static bool takes_tiles(const BackwardParams& p) {
+    return Product::available() && p.shape.T >= (p.u_bf16 ? kTokensToRound : kTokensToSplit) &&
+           project_g(p).takes_tiles() && project_x<Acc, Product>(p).takes_tiles();
   }
 
   const BackwardParams& p;
@@ -66,7 +70,10 @@ struct Backward {
   // U again, where forward did not keep it
   const FromWide from_x = project_x<Acc, Product>(p);
   const ToWide to_x = expand_x(p);
-  const WeightGradient<Acc, Product> gradient{s.k, s.r, s.h};
+  // Whether U and dH are rounded; and else, as how many pieces tiles take them
+  const bool rounded = kPairs || (kTiles && p.u_bf16);
+  const WeightGradient<Acc, Product> gradient{s.k, s.r, s.h, kTiles && !rounded ? kMostPieces : 1};
+  const RankPieces expanded{1, s.r, s.h, rounded ? 1 : ToWide::kPieces};  // those of a block, for dx
 
   Scratch scratch;
   Totals<Acc> dB{from_g.cut,      s.r,      s.h,
@@ -90,26 +97,28 @@ struct Backward {
   const int64_t wave_tokens = wave * segment_tokens;
   const int64_t panels_size = larger(to_x.panels_size(kChunk), larger(from_g.panels_size(1), from_x.panels_size(1)));
   const int64_t block_rows = smaller(kTokens, gradient.steps(s.T));
-  const int64_t gradient_ranks_size = round_up(ranks * gradient.steps(segment_tokens), kWidth<Acc>);
+  const int64_t gradient_ranks_size = round_up(ranks * gradient.pieces * gradient.steps(segment_tokens), kWidth<Acc>);
+  const int64_t expanded_size = dH_in_place() ? 0 : segment_tokens * expanded.token;
   const PerThread<Acc> buffers{scratch, p.threads,
-                               larger(from_g.sums(), panels_size) + gradient_ranks_size + Block<Acc>::size(block_rows) +
-                                   (segments == 1 ? ranks * kChunk : 0)};
+                               larger(from_g.sums(), panels_size) + gradient_ranks_size + expanded_size +
+                                   Block<Acc>::size(block_rows) + (segments == 1 ? ranks * kChunk : 0)};
   // A token's ranks have one place, or one for each chunk
   const int64_t places = larger(want_H ? from_g.chunks() : 0, remake_U ? from_x.chunks() : 0);
   Acc* partial = scratch.take<Acc>((always_by_tokens() ? smaller(places, 1) : places) * wave_tokens * from_g.sums());
-  Rank* dH = scratch.take<Rank>(want_H ? wave_tokens * row : 0);
+  Acc* dH = scratch.take<Acc>(want_H ? wave_tokens * row : 0);
   Acc* remade = scratch.take<Acc>(remake_U ? wave_tokens * row : 0);
 
   // One thread's scratch
   struct Buffers {
-    Acc *panels, *gradient_ranks, *sums;
+    Acc *panels, *gradient_ranks, *expanded, *sums;
     Block<Acc> block;  // of g or x
   };
   Buffers of(int thread) const {
     Acc* panels = buffers.of(thread);
     Acc* gradient_ranks = panels + larger(from_g.sums(), panels_size);
-    Acc* block = gradient_ranks + gradient_ranks_size;
-    return {panels, gradient_ranks, block + Block<Acc>::size(block_rows), {block, block_rows}};
+    Acc* expanded = gradient_ranks + gradient_ranks_size;
+    Acc* block = expanded + expanded_size;
+    return {panels, gradient_ranks, expanded, block + Block<Acc>::size(block_rows), {block, block_rows}};
   }
 
   // How a wave of `count` segments is shared
@@ -157,10 +166,12 @@ struct Backward {
       if (remake_U)
         with_remade(
             [&](auto* u) { for_chunks(from_x, u, [&](int64_t chunk, bool) { project_U(g, chunk, sums, true, b); }); });
-      for_chunks(from_g, want_H ? dH : nullptr,
-                 [&](int64_t chunk, bool new_block) { pass_g(g, chunk, sums, true, b, new_block, nothing); });
+      with_dH([&](auto* to) {
+        for_chunks(from_g, to,
+                   [&](int64_t chunk, bool new_block) { pass_g(g, chunk, sums, true, b, new_block, nothing); });
+      });
       if (want_H)
-        for_chunks(from_x, static_cast<Rank*>(nullptr),
+        for_chunks(from_x, static_cast<Acc*>(nullptr),
                    [&](int64_t chunk, bool new_block) { pass_x(g, chunk, b, new_block, nothing); });
     });
   }
@@ -204,11 +215,13 @@ struct Backward {
       if (turn < 0) return from_g.ahead(next, tokens);
       return ahead_of_x(turn * (by_block ? from_x.cut.per_block : 1), tokens);
     };
-    project_all(from_g, want_H ? dH : nullptr,
-                [&](const Segment& g, int64_t chunk, int64_t next, Acc* to, bool add, Buffers b, bool begins) {
-                  Ahead ahead = ahead_of_g(next, g.tokens);
-                  pass_g(g, chunk, to, add, b, begins, [&](int64_t) { ahead.fetch(); });
-                });
+    with_dH([&](auto* dH) {
+      project_all(from_g, dH,
+                  [&](const Segment& g, int64_t chunk, int64_t next, Acc* to, bool add, Buffers b, bool begins) {
+                    Ahead ahead = ahead_of_g(next, g.tokens);
+                    pass_g(g, chunk, to, add, b, begins, [&](int64_t) { ahead.fetch(); });
+                  });
+    });
     if (!want_H) return;
     for_chunks(from_x, [&](const Segment& g, int64_t chunk, int64_t next, int thread, bool begins) {
       Ahead ahead = ahead_of_x(next, g.tokens);
@@ -230,16 +243,24 @@ struct Backward {
   // The place of a U that is made again, as forward would have kept it: rounded or not
   template <class F>
   void with_remade(F&& f) const {
-    if (kTerms == 2 || p.u_bf16) return f(reinterpret_cast<bf16*>(remade));
-    if constexpr (kTerms == 1) f(remade);
+    if (rounded || p.u_bf16) return f(reinterpret_cast<bf16*>(remade));
+    if constexpr (!kPairs) f(remade);
+  }
+  // dH, or null
+  template <class F>
+  void with_dH(F&& f) const {
+    if constexpr (kTerms == 2) {
+      if (rounded) return f(want_H ? reinterpret_cast<bf16*>(dH) : nullptr);
+    }
+    if constexpr (!kPairs) f(want_H ? dH : nullptr);
   }
 
   // The ranks of U that meet a chunk of g
   void read_U(const Segment& g, int64_t chunk, Acc* to) const {
     const auto read = [&](const auto* u) { gradient.read_ranks(u, from_g.cut.block(chunk), g.tokens, to); };
     if (remake_U) return with_remade([&](auto* u) { read(u + g.row * row); });
-    if (kTerms == 2 || p.u_bf16) return read(static_cast<const bf16*>(p.u) + g.t0 * row);
-    if constexpr (kTerms == 1) read(static_cast<const Acc*>(p.u) + g.t0 * row);
+    if (rounded || p.u_bf16) return read(static_cast<const bf16*>(p.u) + g.t0 * row);
+    if constexpr (!kPairs) read(static_cast<const Acc*>(p.u) + g.t0 * row);
   }
 
   void project_U(const Segment& g, int64_t chunk, Acc* to, bool add, Buffers b) const {
@@ -279,7 +300,15 @@ struct Backward {
     [[maybe_unused]] typename Product::Scope scope;
     typename ToWide::Panels panels;
     if (want_x) panels = to_x.read_panels(block, column, columns, g.tokens, b.panels);
-    if (dA.wanted() && new_ranks) gradient.read_ranks(dH + g.row * row, block, g.tokens, b.gradient_ranks);
+    if (new_ranks)
+      with_dH([&](auto* ranks) {
+        if (dA.wanted()) gradient.read_ranks(ranks + g.row * row, block, g.tokens, b.gradient_ranks);
+        if constexpr (kTiles) {
+          if (want_x && !dH_in_place())
+            expanded.split(ranks + g.row * row + block * s.r, ranks + g.row * row + s.k * s.r, row, g.tokens,
+                           b.expanded);
+        }
+      });
     Acc* sums = segments == 1 ? b.sums : dA.slot(g.first, g.index, chunk);
     const bool copy = mask.on || (dA.wanted() && !usable_in_place_by_columns<Acc>(p.x, mask, columns));
     for_blocks(g, [&](int64_t m, int64_t tokens) {
@@ -287,7 +316,7 @@ struct Backward {
       if (dA.wanted())
         gradient.add(b.gradient_ranks, g.tokens, m, tokens, rows(from_x, chunk, g.t0 + m, copy, b), columns, m > 0,
                      sums, prefetch_from(from_x, chunk, g, m + tokens, tokens));
-      if (want_x) expand_block(panels, chunk, g.t0 + m, dH + (g.row + m) * row, tokens, b, others);
+      if (want_x) expand_block(panels, chunk, g, m, tokens, b, others);
     });
     if (dA.wanted() && segments == 1) dA.write(chunk, sums);
   }
@@ -334,38 +363,50 @@ struct Backward {
                      int64_t m0, int64_t tokens, Acc* to, bool add, bool keep, Buffers b, Others&& others) const {
     const int64_t length = from.cut.length(chunk);
     const bool copy = keep && (kTerms == 2 || usable_in_place<Acc>(from.x, from.mask));
-    const Source<Acc> rows = from.left_rows(g.t0 + m0, tokens, from.cut.column(chunk), length, b.block);
-    for_row_groups<Product::kRows>(tokens, [&](auto mr, int64_t m) {
-      constexpr int MR = decltype(mr)::value;
-      const Prefetch prefetch = prefetch_from(from, chunk, g, m0 + m + MR, MR);
-      const Acc* a = rows.data + m * rows.ld;
+    Source<Acc> rows{};
+    if constexpr (kTerms == 1) rows = from.left_rows(g.t0 + m0, tokens, from.cut.column(chunk), length, b.block);
+    for_groups<Product>(tokens, [&](auto group, int64_t m) {
+      const Prefetch prefetch = prefetch_from(from, chunk, g, m0 + m + group.count(), group.count());
+      Source<Acc> a{rows.data + m * rows.ld, rows.ld};
+      if constexpr (kTerms == 2)  // whose copies have no room for more rows
+        a = from.left_rows(g.t0 + m0 + m, group.count(), from.cut.column(chunk), length, b.block);
       const auto each = [&](int64_t i) {
         others(i);
-        prefetch.rows<MR>(i * kTerms);
+        prefetch.rows(group, i * kTerms);
         if (!copy) return;
         if constexpr (kTerms == 2)
-          interleave_rows(in_place<bf16>(from.x, g.t0 + m0 + m, from.cut.column(chunk)), MR, 2 * i, 2 * (i + kSteps),
-                          length, nullptr, b.block.rows + m / 2 * kRow<Acc>);
+          interleave_rows(in_place<bf16>(from.x, g.t0 + m0 + m, from.cut.column(chunk)), group.count(), 2 * i,
+                          2 * (i + kSteps), length, nullptr, b.block.rows + m / 2 * kRow<Acc>);
         else
-          copy_columns(a, rows.ld, MR, i, length, b.block.rows + m * kRow<Acc>);
+          copy_columns(a.data, a.ld, group.count(), i, length, b.block.rows + m * kRow<Acc>);
       };
-      from.template add_rows<MR>(panels, 0, length, a, rows.ld, add, to + (m0 + m) * from.sums(), each, others);
+      from.add_rows(group, panels, 0, length, a, add, to + (m0 + m) * from.sums(), each, others);
     });
     if (copy) pad_block(tokens, length, b);
   }
 
-  // dx of tokens t.. of a chunk
+  // Whether dx is made of dH as it lies
+  bool dH_in_place() const { return !kTiles || (rounded && s.r % 32 == 0 && s.h % 32 == 0); }
+
+  // dx of tokens m0.. of a segment's chunk
   template <class Others>
-  void expand_block(const typename ToWide::Panels& panels, int64_t chunk, int64_t t, const Rank* h, int64_t tokens,
+  void expand_block(const typename ToWide::Panels& panels, int64_t chunk, const Segment& g, int64_t m0, int64_t tokens,
                     Buffers b, Others&& others) const {
-    for_dtype_of<Product, Acc>(p.grad_x.dtype, [&](auto* type) {
-      using X = std::remove_pointer_t<decltype(type)>;
-      for_row_groups<Product::kRows>(tokens, [&](auto mr, int64_t m) {
-        constexpr int MR = decltype(mr)::value;
-        to_x.template run_rows<MR, X>(panels, t + m, from_x.cut.block(chunk), from_x.cut.first(chunk),
-                                      from_x.cut.length(chunk), h + m * row, b.block.kept + m * kKept, {}, others);
+    const int64_t block = from_x.cut.block(chunk);
+    const auto run = [&](const Ranks<Acc>& ranks) {
+      for_dtype_of<Product, Acc>(p.grad_x.dtype, [&](auto* type) {
+        using X = std::remove_pointer_t<decltype(type)>;
+        for_groups<Product>(tokens, [&](auto group, int64_t m) {
+          to_x.template run_rows<X>(group, panels, g.t0 + m0 + m, block, from_x.cut.first(chunk),
+                                    from_x.cut.length(chunk), ranks.from_token(m), b.block.kept + m * kKept, {},
+                                    others);
+        });
       });
-    });
+    };
+    if constexpr (kTiles) {
+      if (!dH_in_place()) return run(expanded.of(b.expanded + m0 * expanded.token));
+    }
+    with_dH([&](auto* ranks) { run(Ranks<Acc>::of(ranks + (g.row + m0) * row, s)); });
   }
 };
 
@@ -373,7 +414,7 @@ template <class Acc>
 void run(const BackwardParams& p) {
   if (BackwardFew<Acc>::fits(p)) return BackwardFew<Acc>{p}.run();
   if constexpr (kMultipliesTiles<Acc>) {
-    if (Backward<Acc, Tiles>::takes_pairs(p)) return Backward<Acc, Tiles>(p).run();
+    if (Backward<Acc, Tiles>::takes_tiles(p)) return Backward<Acc, Tiles>(p).run();
   }
   if constexpr (kMultipliesPairs<Acc>) {
     if (Backward<Acc, Pairs>::takes_pairs(p)) return Backward<Acc, Pairs>(p).run();

@@ -7,7 +7,7 @@
 // columns stays in L1 or L2 for all tokens of a segment. Each y is one sum in a fixed order, rounded once.
 #pragma once
 
-#include "pairs.h"
+#include "pieces.h"
 
 namespace gralora::cpu::GRALORA_ISA {
 
@@ -27,14 +27,16 @@ struct Expand {
     Panel<Acc> Q, G;
   };
   int64_t panels_size(int64_t columns) const {
-    return panel_size_for<Product, Acc>(r, columns) + panel_size_for<Product, Acc>(h, columns);
+    return panel_size_for<Product, Acc>(Q.dtype, r, columns) + panel_size_for<Product, Acc>(G.dtype, h, columns);
   }
+  // By tiles: of U and B, as many as y's rounding leaves to be seen
+  static constexpr int kPieces = 2;
   // `columns` from `first` on within block j
   Panels read_panels(int64_t j, int64_t first, int64_t columns, int64_t uses, Acc* scratch) const {
-    Panels panels{read_panel_for<Product>(Q, j, 0, r, first, columns, uses, scratch), {}};
+    Panels panels{read_panel_for<Product>(Q, j, 0, r, first, columns, uses, kPieces, scratch), {}};
     if (h > 0)
-      panels.G =
-          read_panel_for<Product>(G, j, 0, h, first, columns, uses, scratch + panel_size_for<Product, Acc>(r, columns));
+      panels.G = read_panel_for<Product>(G, j, 0, h, first, columns, uses, kPieces,
+                                         scratch + panel_size_for<Product, Acc>(Q.dtype, r, columns));
     return panels;
   }
 
@@ -47,22 +49,31 @@ struct Expand {
   // Whether products can be of pairs: of ranks that are rounded, for y of bf16
   bool takes_pairs() const { return has_pairs(Q, r) && (h == 0 || has_pairs(G, h)); }
 
-  // MR tokens from t0 on, whose rows of ranks are at u; kept: which of their elements are, where there is a mask. each(p) is
-  // called for every kSteps steps of each tile.
-  template <int MR, class Y, class Each>
-  void run_rows(const Panels& panels, int64_t t0, int64_t j, int64_t first, int64_t columns,
-                const typename Product::Rank* u, const uint8_t* kept, Prefetch prefetch, Each&& each) const {
+  // Some tokens from t0 on, whose ranks are `ranks`; kept: which of their elements are, where there is a mask. each(p) is called for
+  // every kSteps steps of each tile.
+  template <class Y, class Tokens, class Each>
+  void run_rows(Tokens tokens, const Panels& panels, int64_t t0, int64_t j, int64_t first, int64_t columns,
+                const Ranks<Acc>& ranks, const uint8_t* kept, Prefetch prefetch, Each&& each) const {
+    constexpr int MR = Tokens::value;
     const int64_t start = j * (width / k) + first;
-    const auto factors = [&](int64_t c) { return reinterpret_cast<const Acc*>(u + c); };
-    RowGroup<MR, Y> group{panels, factors(j * r), factors(k * r), {}, {}, kept, prefetch, columns};
-    for (int m = 0; m < MR; m++) {
+    RowGroup<MR, Y> group{panels,
+                          ranks.at(j * ranks.block),
+                          ranks.at(ranks.general),
+                          ranks.steps,
+                          ranks.general_steps,
+                          {},
+                          {},
+                          kept,
+                          prefetch,
+                          columns};
+    for (int m = 0; m < tokens.count(); m++) {
       group.to[m] = static_cast<Y*>(y.data) + row_offset(y, t0 + m) + start * y.column_stride;
       group.from[m] = base.data == nullptr
                           ? nullptr
                           : static_cast<const Y*>(base.data) + row_offset(base, t0 + m) + start * base.column_stride;
     }
     for_column_tiles<Acc>(round_up(columns, kWidth<Acc>),
-                          [&](auto nv, int64_t c) { tile<MR, decltype(nv)::value, Y>(group, c, each); });
+                          [&](auto nv, int64_t c) { tile<Y>(tokens, nv, group, c, each); });
   }
 
  private:
@@ -79,7 +90,8 @@ struct Expand {
   template <int MR, class Y>
   struct RowGroup {
     const Panels& panels;
-    const Acc *ranks, *general_ranks;
+    Source<Acc> ranks, general_ranks;
+    int64_t steps, general_steps;
     const Y* from[MR];
     Y* to[MR];
     const uint8_t* kept;
@@ -88,34 +100,48 @@ struct Expand {
     Target<Y> target() const { return {from, to, kept, columns}; }
   };
 
-  // A function of its own: inlined among other code, GCC would keep part of the accumulators in memory.
-  template <int MR, int NV, class Y, class Each>
-  __attribute__((noinline)) void tile(const RowGroup<MR, Y>& g, int64_t c, Each&& each) const {
-    const int64_t ldu = (k * r + h) / kTerms, steps = r / kTerms;
-    const auto ahead = [&](int64_t p) {
-      constexpr int64_t columns = NV * kWidth<Acc>;
-      if (p < columns) g.prefetch.template rows<MR>(c + p);
-      if (steps <= kSteps && kSteps < columns) g.prefetch.template rows<MR>(c + kSteps);
+  // each(p), and columns c.. of what comes next are fetched, `columns` of them
+  template <class Tokens, class Each>
+  static auto beside(Tokens tokens, const Prefetch& prefetch, int64_t c, int64_t columns, int64_t steps, Each&& each) {
+    return [=, &prefetch, &each](int64_t p) {
+      if (p < columns) prefetch.rows(tokens, c + p);
+      if (steps <= kSteps && kSteps < columns) prefetch.rows(tokens, c + kSteps);
       each(p);
     };
+  }
+
+  // A function of its own: inlined among other code, GCC would keep part of the accumulators in memory.
+  template <class Y, int MR, int NV, class Each>
+  __attribute__((noinline)) void tile(Int<MR> tokens, Int<NV>, const RowGroup<MR, Y>& g, int64_t c, Each&& each) const {
     const Panel<Acc>&Q = g.panels.Q, &G = g.panels.G;
+    Vec<Acc> acc[MR][NV] = {};
+    multiply_rows<Product>(g.steps, g.ranks.data, g.ranks.ld, Q.at(0, c), Q.ld, acc,
+                           beside(tokens, g.prefetch, c, NV * kWidth<Acc>, g.steps, each));
+    if (h > 0)
+      multiply_rows<Product>(g.general_steps, g.general_ranks.data, g.general_ranks.ld, G.at(0, c), G.ld, acc, nothing);
+    store_rows<MR, NV, Y>(acc, g.target(), c);
+  }
+  template <class Y, int MR, bool all, int NV, class Each>
+  __attribute__((noinline)) void tile(UpTo<MR, all> tokens, Int<NV>, const RowGroup<MR, Y>& g, int64_t c,
+                                      Each&& each) const {
     if constexpr (kByTiles<Product>) {
-      TileSums<MR, NV> sums;
-      sums.add(steps, g.ranks, ldu, Q.at(0, c), Q.ld, ahead);
-      if (h > 0) sums.add(h / kTerms, g.general_ranks, ldu, G.at(0, c), G.ld, nothing);
+      constexpr int64_t columns = NV * kWidth<Acc>;
       alignas(64) Acc stored[MR][kTile<Acc>];
-      sums.store(stored[0], kTile<Acc>);
-      constexpr int rows = MR < 8 ? MR : 8;
-      for (int m0 = 0; m0 < MR; m0 += rows) {
+      {
+        typename Product::Sums sums(tokens.count(), columns);
+        sums.add(g.steps, g.ranks, g.panels.Q.from(0, c), beside(tokens, g.prefetch, c, columns, g.steps, each));
+        if (h > 0) sums.add(g.general_steps, g.general_ranks, g.panels.G.from(0, c), nothing);
+        sums.store(stored[0], kTile<Acc>);
+      }
+      const auto store_group = [&](auto group, int m0) {
+        constexpr int rows = decltype(group)::value;
         Vec<Acc> acc[rows][NV];
         for_accumulators<rows, NV>([&](int m, int v) { acc[m][v] = load<Acc>(stored[m0 + m] + v * kWidth<Acc>); });
         store_rows<rows, NV, Y>(acc, g.target().rows(m0), c);
-      }
-    } else {
-      Vec<Acc> acc[MR][NV] = {};
-      multiply_rows<Product>(steps, g.ranks, ldu, Q.at(0, c), Q.ld, acc, ahead);
-      if (h > 0) multiply_rows<Product>(h / kTerms, g.general_ranks, ldu, G.at(0, c), G.ld, acc, nothing);
-      store_rows<MR, NV, Y>(acc, g.target(), c);
+      };
+      int m = 0;
+      for (; m + 8 <= tokens.count(); m += 8) store_group(Int<8>{}, m);
+      for (; m < tokens.count(); m++) store_group(Int<1>{}, m);
     }
   }
 

@@ -11,7 +11,6 @@ namespace {
 
 template <class Acc, class InProject, class InExpand>
 struct Forward {
-  using Rank = typename InExpand::Rank;
   const ForwardParams& p;
   Project<Acc, InProject> project;
   Expand<Acc, InExpand> expand;
@@ -42,17 +41,44 @@ struct Forward {
 
   int64_t row() const { return p.shape.k * p.shape.r + p.shape.h; }
 
-  // The ranks of tokens from t0 on as expand takes them: u itself, or where that is rounded and expand's products are of
-  // floats, a place of place_size() in scratch, from which round_ranks() writes u.
-  static constexpr bool kRounded = InExpand::kTerms == 2;
-  bool in_u() const { return kRounded == p.u_bf16; }
-  Rank* ranks(int64_t t0, Acc* scratch) const {
-    return in_u() ? static_cast<Rank*>(p.u) + t0 * row() : reinterpret_cast<Rank*>(scratch);
+  // Expand takes ranks as they lie in u, or from a place of place_size() in scratch: where u is rounded and products are of floats,
+  // project writes there what finish_ranks() rounds; for tiles, finish_ranks() splits u into pieces there, or fills up its steps,
+  // which costs less than steps that are not whole, but among few tokens.
+  static constexpr bool kTiles = kByTiles<InExpand>, kPairs = InExpand::kTerms == 2 && !kTiles;
+  bool in_u() const {
+    const int64_t whole = p.shape.T < kTokensToSplit ? 2 : 32;
+    if (kTiles) return p.u_bf16 && p.shape.r % whole == 0 && p.shape.h % whole == 0;
+    return kPairs == p.u_bf16;
   }
-  int64_t place_size(int64_t tokens) const { return in_u() ? 0 : round_up(tokens * row(), kWidth<Acc>); }
-  void round_ranks(int64_t t0, int64_t tokens, const Rank* from) const {
-    if constexpr (!kRounded)
-      if (p.u_bf16) round_run<Acc>(from, tokens * row(), static_cast<bf16*>(p.u) + t0 * row());
+  int64_t place_size(int64_t tokens) const {
+    if (in_u()) return 0;
+    return kTiles ? tokens * pieces().token : round_up(tokens * row(), kWidth<Acc>);
+  }
+  RankPieces pieces() const { return RankPieces(p.shape.k, p.shape.r, p.shape.h, p.u_bf16 ? 1 : expand.kPieces); }
+  // f(where project writes the ranks of tokens from t0 on)
+  template <class F>
+  void with_ranks(int64_t t0, Acc* place, F&& f) const {
+    if constexpr (kTiles || kPairs) {
+      if (p.u_bf16) return f(static_cast<bf16*>(p.u) + t0 * row());
+    }
+    if constexpr (!kPairs) f(kTiles || !p.u_bf16 ? static_cast<Acc*>(p.u) + t0 * row() : place);
+  }
+  // Of `count` tokens from t0+first on
+  void finish_ranks(int64_t t0, int64_t first, int64_t count, Acc* place) const {
+    if (in_u()) return;
+    if constexpr (kTiles)
+      with_ranks(t0 + first, place, [&](auto* u) {
+        pieces().split(u, u + p.shape.k * p.shape.r, row(), count, place + first * pieces().token);
+      });
+    else if constexpr (!kPairs)
+      round_run<Acc>(place + first * row(), count * row(), static_cast<bf16*>(p.u) + (t0 + first) * row());
+  }
+  Ranks<Acc> ranks(int64_t t0, const Acc* place) const {
+    if constexpr (kTiles) {
+      if (!in_u()) return pieces().of(place);
+    }
+    if (kTiles || kPairs) return Ranks<Acc>::of(static_cast<const bf16*>(p.u) + t0 * row(), p.shape);
+    return Ranks<Acc>::of(in_u() ? static_cast<const Acc*>(p.u) + t0 * row() : place, p.shape);
   }
 
   void run() {
@@ -70,12 +96,12 @@ struct Forward {
                                  larger(project.segment_scratch(tokens), expand_scratch()) + place_size(tokens));
     parallel_items(ceil_div(T, tokens), p.threads, [&](int64_t item, int thread) {
       const int64_t t0 = item * tokens, count = smaller(tokens, T - t0);
-      Acc* rest = buffers.of(thread) + place_size(tokens);
-      Rank* from = ranks(t0, buffers.of(thread));
-      project.run_segment(t0, count, from, rest);
-      round_ranks(t0, count, from);
+      Acc *place = buffers.of(thread), *rest = place + place_size(tokens);
+      with_ranks(t0, place, [&](auto* u) { project.run_segment(t0, count, u, rest); });
+      finish_ranks(t0, 0, count, place);
       for (int64_t j = 0; j < p.shape.k; j += together)
-        expand_blocks(t0, count, from, j, smaller(together, p.shape.k - j), 0, p.shape.M / p.shape.k, rest, nothing);
+        expand_blocks(t0, count, ranks(t0, place), j, smaller(together, p.shape.k - j), 0, p.shape.M / p.shape.k, rest,
+                      nothing);
     });
   }
 
@@ -89,7 +115,7 @@ struct Forward {
         scratch, p.threads,
         larger(project.panels_size(1) + Block<Acc>::size(InProject::kRows), larger(sums, expand_scratch())));
     Acc* partial = scratch.take<Acc>((by_block ? p.threads : chunks) * tokens * sums);
-    Rank* from = ranks(t0, scratch.take<Acc>(place_size(tokens)));
+    Acc* place = scratch.take<Acc>(place_size(tokens));
     // While a thread works on an item, what it will read for the next one, if all take turns, comes from memory.
     const int64_t items = p.shape.k * strips;
     const auto first = [&](int64_t item) { return item % strips * strip; };
@@ -103,17 +129,19 @@ struct Forward {
       if (by_block && begins) project.clear_sums(tokens, sum);
       Ahead ahead = next < chunks ? project.ahead(next, tokens) : ahead_of(next - chunks);
       project_chunk(chunk, t0, tokens, by_block, sum, buffers.of(thread), [&](int64_t) { ahead.fetch(); });
-      if (by_block) project.finish_chunk(chunk, tokens, sum, from);
+      if (by_block) with_ranks(t0, place, [&](auto* u) { project.finish_chunk(chunk, tokens, sum, u); });
     };
     parallel_chunks(1, chunks, by_block ? project.cut.per_block : 1, p.threads, add_chunk);
     if (!by_block || !in_u())
       parallel_items(tokens, tokens < 16 ? 1 : p.threads, [&](int64_t m, int thread) {
-        if (!by_block) project.reduce(partial, tokens, m, buffers.of(thread), from + m * row());
-        round_ranks(t0 + m, 1, from + m * row());
+        if (!by_block)
+          with_ranks(t0, place,
+                     [&](auto* u) { project.reduce(partial, tokens, m, buffers.of(thread), u + m * row()); });
+        finish_ranks(t0, m, 1, place);
       });
     parallel_items(items, p.threads, [&](int64_t item, int thread) {
       Ahead ahead = ahead_of(item + p.threads);
-      expand_blocks(t0, tokens, from, item / strips, 1, first(item), last(item), buffers.of(thread),
+      expand_blocks(t0, tokens, ranks(t0, place), item / strips, 1, first(item), last(item), buffers.of(thread),
                     [&](int64_t) { ahead.fetch(); });
     });
   }
@@ -125,18 +153,17 @@ struct Forward {
     const auto panels = project.read_panels(chunk, 1, tokens, scratch);
     const Block<Acc> rows(scratch + project.panels_size(1), InProject::kRows);
     const int64_t length = project.cut.length(chunk);
-    for_row_groups<InProject::kRows>(tokens, [&](auto mr, int64_t m) {
-      constexpr int MR = decltype(mr)::value;
-      const Source<Acc> a = project.left_rows(t0 + m, MR, project.cut.column(chunk), length, rows);
-      project.template add_rows<MR>(panels, 0, length, a.data, a.ld, add, sum + m * project.sums(), each, each);
+    for_groups<InProject>(tokens, [&](auto group, int64_t m) {
+      const Source<Acc> a = project.left_rows(t0 + m, group.count(), project.cut.column(chunk), length, rows);
+      project.add_rows(group, panels, 0, length, a, add, sum + m * project.sums(), each, each);
     });
   }
 
   int64_t expand_scratch() const { return together * expand.panels_size(strip); }
 
-  // Columns [first, last) of the output blocks j .. j+blocks, for `count` tokens whose ranks are at `from`
+  // Columns [first, last) of the output blocks j .. j+blocks, for `count` tokens with `ranks`
   template <class Each>
-  void expand_blocks(int64_t t0, int64_t count, const Rank* from, int64_t j, int64_t blocks, int64_t first,
+  void expand_blocks(int64_t t0, int64_t count, const Ranks<Acc>& ranks, int64_t j, int64_t blocks, int64_t first,
                      int64_t last, Acc* scratch, Each&& each) const {
     [[maybe_unused]] typename InExpand::Scope scope;
     const int64_t w = p.shape.M / p.shape.k;
@@ -147,19 +174,19 @@ struct Forward {
         typename Expand<Acc, InExpand>::Panels panels[kTogether];
         for (int64_t b = 0; b < blocks; b++)
           panels[b] = expand.read_panels(j + b, column, columns, count, scratch + b * expand.panels_size(strip));
-        for_row_groups<InExpand::kRows>(count, [&](auto mr, int64_t m) {
-          constexpr int MR = decltype(mr)::value;
+        for_groups<InExpand>(count, [&](auto group, int64_t m) {
+          const int64_t after = m + group.count();
           for (int64_t b = 0; b < blocks; b++)
-            expand.template run_rows<MR, Y>(
-                panels[b], t0 + m, j + b, column, columns, from + m * row(), nullptr,
-                Prefetch::of(p.base, m + MR < count ? t0 + m + MR : -1, (j + b) * w + column), each);
+            expand.template run_rows<Y>(group, panels[b], t0 + m, j + b, column, columns, ranks.from_token(m), nullptr,
+                                        Prefetch::of(p.base, after < count ? t0 + after : -1, (j + b) * w + column),
+                                        each);
         });
       }
     });
   }
 };
 
-// Runs by products of pairs, of one kind, where it can; returns whether it did
+// Runs by products of pairs, or by tiles, where it can; returns whether it did
 template <class Product>
 bool run_in_pairs(const ForwardParams& p) {
   if (!Product::available()) return false;
@@ -171,12 +198,21 @@ bool run_in_pairs(const ForwardParams& p) {
     Forward<float, Product, Singles<float>>(p).run();
   return true;
 }
+template <class Product>
+bool run_by_tiles(const ForwardParams& p) {
+  if (!Product::available() || p.y.dtype != DType::bf16 || p.shape.T < (p.u_bf16 ? kTokensToRound : kTokensToSplit))
+    return false;
+  Forward<float, Product, Product> tiles(p);
+  if (!tiles.project.takes_tiles()) return false;
+  tiles.run();
+  return true;
+}
 
 template <class Acc>
 void run(const ForwardParams& p) {
   if (ForwardFew<Acc>::fits(p)) return ForwardFew<Acc>{p}.run();
   if constexpr (kMultipliesTiles<Acc>) {
-    if (run_in_pairs<Tiles>(p)) return;
+    if (run_by_tiles<Tiles>(p)) return;
   }
   if constexpr (kMultipliesPairs<Acc>) {
     if (run_in_pairs<Pairs>(p)) return;

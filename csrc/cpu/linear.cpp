@@ -212,7 +212,7 @@ struct Linear {
         if (c > 0) return tile<MR, NV>(length, own, b, chunk > 0, from, count, at, nothing);
         const bool more = next.m + m + MR <= item.count;
         const Prefetch prefetch = more ? Prefetch::of(in, item.t0 + next.m + m, next.first) : Prefetch{};
-        tile<MR, NV>(length, own, b, chunk > 0, from, count, at, [&](int64_t p) { prefetch.template rows<MR>(p); });
+        tile<MR, NV>(length, own, b, chunk > 0, from, count, at, [&](int64_t p) { prefetch.rows(mr, p); });
       });
     });
   }

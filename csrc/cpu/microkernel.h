@@ -21,12 +21,11 @@ static_assert(kMaxRows * 2 + 3 <= kVectorRegisters);
 
 constexpr int64_t kSteps = 16;  // one cache line of floats of each row of `a`
 
-// How a scalar of `a` meets a vector of `b`: kTerms terms of a sum at a time. Rank: the ranks, where they are a factor. Groups have at
+// How a scalar of `a` meets a vector of `b`: kTerms terms of a sum at a time. Groups have at
 // most kRows rows of `a`; packed rows of `b` are a multiple of kDepth, with zeros at the end. A Scope is held while products are made.
 template <class Acc>
 struct Singles {
   static constexpr int kTerms = 1, kRows = kMaxRows, kDepth = 1;
-  using Rank = Acc;
   struct Scope {};
   static inline __attribute__((always_inline)) Vec<Acc> add(Vec<Acc> sum, Acc a, Vec<Acc> b) { return sum + a * b; }
 };
@@ -112,18 +111,23 @@ inline __attribute__((always_inline)) void for_accumulators(F&& f) {
 template <int n>
 struct Int {
   static constexpr int value = n;
+  static constexpr int count() { return n; }
+};
+// Some rows, at most n, or all n of them
+template <int n, bool all>
+struct UpTo {
+  static constexpr int value = n;
+  int rows;
+  constexpr int count() const { return all ? n : rows; }
 };
 
-// Calls f(Int<MR>, first_row) so that [0, rows) is covered by groups of at most `most`; 16 rows as 8 and 8 where 12 are, since four
+// Calls f(Int<MR>, first_row) so that [0, rows) is covered by groups of at most kMaxRows; 16 rows as 8 and 8 where 12 are, since four
 // rows have too few accumulators to hide the latency of their sums.
-template <int most = kMaxRows, class F>
+template <class F>
 inline __attribute__((always_inline)) void for_row_groups(int64_t rows, F&& f) {
   int64_t m = 0;
-  for (; m + most <= rows && !(most == 12 && rows - m == 16); m += most) f(Int<most>{}, m);
-  if constexpr (most > 16) {
-    if (m + 16 <= rows) f(Int<16>{}, m), m += 16;
-  }
-  if constexpr (most > 8) {
+  for (; m + kMaxRows <= rows && !(kMaxRows == 12 && rows - m == 16); m += kMaxRows) f(Int<kMaxRows>{}, m);
+  if constexpr (kMaxRows > 8) {
     for (; m + 8 <= rows; m += 8) f(Int<8>{}, m);
   }
   if (m + 4 <= rows) f(Int<4>{}, m), m += 4;

@@ -52,7 +52,6 @@ static const bool kPairsAreQuicker = kHasBf16Instructions && strcmp(vendor(), "i
 // value: an element of an array in an asm statement stays in memory.
 struct Pairs {
   static constexpr int kTerms = 2, kRows = kMaxRows, kDepth = 1;
-  using Rank = bf16;
   struct Scope {};
   static bool available() { return kPairsAreQuicker; }
   static inline __attribute__((always_inline)) Vec<float> add(Vec<float> sum, float a, Vec<float> b) {
@@ -178,30 +177,5 @@ template <class Acc>
 constexpr bool kMultipliesPairs = false;
 struct Pairs;
 #endif
-
-// for_dtype() of an activation, and read_panel(), as a product takes them
-template <class Product, class Acc, class F>
-void for_dtype_of(DType dtype, F&& f) {
-  if constexpr (Product::kTerms == 1)
-    for_dtype<Acc>(dtype, f);
-  else
-    f(static_cast<bf16*>(nullptr));
-}
-
-template <class Product, class Acc>
-Panel<Acc> read_panel_for(const Param& param, int64_t block, int64_t row0, int64_t rows, int64_t column0,
-                          int64_t columns, int64_t uses, Acc* scratch) {
-  if constexpr (Product::kTerms == 1)
-    return read_panel<Acc>(param, block, row0, rows, column0, columns, uses, scratch);
-  else
-    return pack_pairs(param, block * param.block_stride + row0 * param.row_stride + column0 * param.column_stride, rows,
-                      columns, Product::kDepth, scratch);
-}
-
-// Elements of its scratch
-template <class Product, class Acc>
-int64_t panel_size_for(int64_t rows, int64_t columns) {
-  return panel_size<Acc>(round_up(rows, Product::kDepth * Product::kTerms), columns);
-}
 
 }  // namespace gralora::cpu::GRALORA_ISA

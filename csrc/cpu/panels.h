@@ -15,6 +15,10 @@ template <class Acc>
 struct Panel {
   const Acc* data = nullptr;
   int64_t tile = 0, ld = 0;
+  int64_t piece = 0;  // as in Source
+  int pieces = 1;
+
+  Source<Acc> from(int64_t row, int64_t column) const { return {at(row, column), ld, piece, pieces}; }
 
   // Row `row`, from `column`, a multiple of the vector width; ld to the next row.
   const Acc* at(int64_t row, int64_t column) const {

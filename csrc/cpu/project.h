@@ -12,7 +12,7 @@
 // memory in long runs (short ones on many rows would miss the TLB), a chunk at a time in L1.
 #pragma once
 
-#include "pairs.h"
+#include "pieces.h"
 
 namespace gralora::cpu::GRALORA_ISA {
 
@@ -54,7 +54,7 @@ struct Project {
   }
   int64_t panels_size(int64_t chunks) const {
     const int64_t rows = chunks * cut.columns;
-    return panel_size_for<Product, Acc>(rows, r) + panel_size_for<Product, Acc>(rows, h);
+    return panel_size_for<Product, Acc>(P.dtype, rows, r) + panel_size_for<Product, Acc>(G.dtype, rows, h);
   }
 
   struct Panels {
@@ -64,10 +64,10 @@ struct Project {
   Panels read_panels(int64_t chunk, int64_t count, int64_t uses, Acc* scratch) const {
     const int64_t b = cut.block(chunk), first = cut.first(chunk);
     const int64_t rows = smaller(count * cut.columns, cut.block_width - first);
-    Panels panels{read_panel_for<Product>(P, b, first, rows, 0, r, uses, scratch), {}};
+    Panels panels{read_panel_for<Product>(P, b, first, rows, 0, r, uses, kMostPieces, scratch), {}};
     if (h > 0)
-      panels.G =
-          read_panel_for<Product>(G, b, first, rows, 0, h, uses, scratch + panel_size_for<Product, Acc>(rows, r));
+      panels.G = read_panel_for<Product>(G, b, first, rows, 0, h, uses, kMostPieces,
+                                         scratch + panel_size_for<Product, Acc>(P.dtype, rows, r));
     return panels;
   }
 
@@ -86,28 +86,29 @@ struct Project {
     return Ahead::of(P, cut.block(chunk), cut.first(chunk), cut.length(chunk), 0, r, calls);
   }
 
-  // sum[m] (+)= the part of MR tokens, whose rows are at a, of a chunk that lies at `row` of the panels. For every kSteps steps
+  // sum[m] (+)= the part of some tokens, whose rows are `a`, of a chunk that lies at `row` of the panels. For every kSteps steps
   // each(p) is called in the first tile of ranks, others(p) in the others.
-  template <int MR, class Each, class Others>
-  void add_rows(const Panels& panels, int64_t row, int64_t length, const Acc* a, int64_t lda, bool accumulate, Acc* sum,
-                Each&& each, Others&& others) const {
+  template <class Group, class Each, class Others>
+  void add_rows(Group rows, const Panels& panels, int64_t row, int64_t length, const Source<Acc>& a, bool accumulate,
+                Acc* sum, Each&& each, Others&& others) const {
     const auto add = [&](const Panel<Acc>& panel, int64_t columns, bool first, Acc* to) {
       for_column_tiles<Acc>(round_up(columns, kWidth<Acc>), [&](auto nv, int64_t c) {
-        constexpr int NV = decltype(nv)::value;
+        const Source<Acc> b = panel.from(row / kTerms, c);
         if (first && c == 0)
-          tile<MR, NV>(length / kTerms, a, lda, panel.at(row / kTerms, c), panel.ld, accumulate, to + c, each);
+          tile(rows, nv, length / kTerms, a, b, accumulate, to + c, each);
         else
-          tile<MR, NV>(length / kTerms, a, lda, panel.at(row / kTerms, c), panel.ld, accumulate, to + c, others);
+          tile(rows, nv, length / kTerms, a, b, accumulate, to + c, others);
       });
     };
     add(panels.P, r, true, sum);
     if (h > 0) add(panels.G, h, false, sum + general_start());
   }
 
-  // Whether products can be of pairs
+  // Whether products can be of pairs; by tiles, parameters are split where they are not pairs
   bool takes_pairs() const {
     return has_pairs(x) && has_pairs(P, cut.block_width) && (h == 0 || has_pairs(G, cut.block_width));
   }
+  bool takes_tiles() const { return has_pairs(x) && even(cut.block_width); }
 
   // u [count, k*r + h] of the tokens t0 .. t0+count, by one thread; Rank: Acc, or bf16, to which they are rounded
   int64_t segment_scratch(int64_t count) const {
@@ -170,25 +171,26 @@ struct Project {
     if (ahead) read_block<Acc>(x, t0, smaller(most, count), cut.column(begin), cut.length(begin), width, mask, now);
     for_dtype_of<Product, Acc>(x.dtype, [&](auto* type) {
       using X = std::remove_pointer_t<decltype(type)>;
-      for_row_groups<most>(count, [&](auto mr, int64_t m) {
-        constexpr int MR = decltype(mr)::value;
+      for_groups<Product>(count, [&](auto group, int64_t m) {
         for (int64_t i = 0; i < chunks; i++) {
           const int64_t length = cut.length(begin + i), column = cut.column(begin + i);
-          const Source<Acc> a = ahead ? Source<Acc>{now.rows, kRow<Acc>} : left_rows(t0 + m, MR, column, length, now);
+          const Source<Acc> a =
+              ahead ? Source<Acc>{now.rows, kRow<Acc>} : left_rows(t0 + m, group.count(), column, length, now);
           const bool same_rows = i + 1 < chunks;  // what comes next: a chunk of the same rows, or other rows
-          const int64_t chunk = same_rows ? begin + i + 1 : begin, row = same_rows ? m : m + MR;
-          const Prefetch prefetch = ahead         ? Prefetch::of(x, m + MR < count ? t0 + m + MR : -1, column)
-                                    : row < count ? Prefetch::of(x, t0 + row, cut.column(chunk))
-                                                  : Prefetch{};
-          const int64_t rows = !ahead ? 0 : same_rows ? MR : smaller(most, count - row);
+          const int64_t chunk = same_rows ? begin + i + 1 : begin, row = same_rows ? m : m + group.count();
+          const Prefetch prefetch =
+              ahead         ? Prefetch::of(x, m + group.count() < count ? t0 + m + group.count() : -1, column)
+              : row < count ? Prefetch::of(x, t0 + row, cut.column(chunk))
+                            : Prefetch{};
+          const int64_t rows = !ahead ? 0 : same_rows ? group.count() : smaller(most, count - row);
           const int64_t next_length = cut.length(chunk);
           const Source<X> from = in_place<X>(x, t0 + row, cut.column(chunk));
           const auto convert = [&](int64_t p) { copy_columns(from.data, from.ld, rows, p, next_length, next.rows); };
           const auto each = [&](int64_t p) {
-            prefetch.rows<MR>(p * kTerms);
+            prefetch.rows(group, p * kTerms);
             convert(p);
           };
-          add_rows<MR>(panels, i * cut.columns, length, a.data, a.ld, true, sum + m * sums(), each, nothing);
+          add_rows(group, panels, i * cut.columns, length, a, true, sum + m * sums(), each, nothing);
           for (int64_t p = round_up(length, kSteps); p < next_length; p += kSteps) convert(p);
           const Block<Acc> last = now;
           now = next, next = last;
@@ -199,24 +201,27 @@ struct Project {
 
   // A function of its own, as in Expand.
   template <int MR, int NV, class Each>
-  __attribute__((noinline)) void tile(int64_t steps, const Acc* a, int64_t lda, const Acc* b, int64_t ldb,
+  __attribute__((noinline)) void tile(Int<MR>, Int<NV>, int64_t steps, const Source<Acc>& a, const Source<Acc>& b,
                                       bool accumulate, Acc* to, Each&& each) const {
+    Vec<Acc> acc[MR][NV] = {};
+    multiply_rows<Product>(steps, a.data, a.ld, b.data, b.ld, acc, each);
+    for_accumulators<MR, NV>([&](int m, int v) {
+      Acc* at = to + m * sums() + v * kWidth<Acc>;
+      store<Acc>(at, accumulate ? load<Acc>(at) + acc[m][v] : acc[m][v]);
+    });
+  }
+  template <int MR, bool all, int NV, class Each>
+  __attribute__((noinline)) void tile(UpTo<MR, all> rows, Int<NV>, int64_t steps, const Source<Acc>& a,
+                                      const Source<Acc>& b, bool accumulate, Acc* to, Each&& each) const {
     if constexpr (kByTiles<Product>) {
-      TileSums<MR, NV> chunk;
-      chunk.add(steps, a, lda, b, ldb, each);
+      typename Product::Sums chunk(rows.count(), NV * kWidth<Acc>);
+      chunk.add(steps, a, b, each);
       if (!accumulate) return chunk.store(to, sums());
       alignas(64) Acc sum[MR][kTile<Acc>];
       chunk.store(sum[0], kTile<Acc>);
-      for (int m = 0; m < MR; m++)
+      for (int m = 0; m < rows.count(); m++)
         for (int v = 0; v < NV * kWidth<Acc>; v += kWidth<Acc>)
           store<Acc>(to + m * sums() + v, load<Acc>(to + m * sums() + v) + load<Acc>(sum[m] + v));
-    } else {
-      Vec<Acc> acc[MR][NV] = {};
-      multiply_rows<Product>(steps, a, lda, b, ldb, acc, each);
-      for_accumulators<MR, NV>([&](int m, int v) {
-        Acc* at = to + m * sums() + v * kWidth<Acc>;
-        store<Acc>(at, accumulate ? load<Acc>(at) + acc[m][v] : acc[m][v]);
-      });
     }
   }
 

@@ -89,12 +89,17 @@ struct Prefetch {
     return prefetch;
   }
 
-  // Columns [column, column + kSteps) of MR rows
+  // Columns [column, column + kSteps) of some rows
   template <int MR>
-  void rows(int64_t column) const {
+  void rows(Int<MR>, int64_t column) const {
     const char* at = data + column * size;
 #pragma GCC unroll 16
     for (int m = 0; m < MR; m++) __builtin_prefetch(at + m * row, 0, 2);
+  }
+  template <int MR, bool all>
+  void rows(UpTo<MR, all> some, int64_t column) const {
+    const char* at = data + column * size;
+    for (int m = 0; m < some.count(); m++) __builtin_prefetch(at + m * row, 0, 2);
   }
 
   // `columns` from `column` on, of kSteps rows from `first` on
@@ -139,11 +144,15 @@ inline __attribute__((always_inline)) void copy_columns(const T* from, int64_t l
   }
 }
 
-// Rows of an activation: `data` is an element of the first row, `ld` leads to the next row
+// Rows of a factor: `data` is an element of the first row, `ld` leads to the next row; where a number is a sum of several
+// (pieces.h), `piece` leads to the next of them.
+constexpr int kMostPieces = 3;
 template <class T>
 struct Source {
   const T* data;
   int64_t ld;
+  int64_t piece = 0;
+  int pieces = 1;
 };
 
 // Whether x's rows can be multiplied as they lie

@@ -6,7 +6,7 @@
 // of as many pairs, each summed in registers, then added in order, so that long sums lose less; `sums` stays in L2.
 #pragma once
 
-#include "pairs.h"
+#include "pieces.h"
 
 namespace gralora::cpu::GRALORA_ISA {
 
@@ -16,12 +16,13 @@ template <class Acc, class Product>
 struct WeightGradient {
   static constexpr int kTerms = Product::kTerms;
   int64_t k, r, h;
+  int pieces = 1;  // of the ranks, by tiles
 
-  // The ranks of `count` tokens that meet block b, as add() takes them: (r + h) * steps(count) elements
+  // The ranks of `count` tokens that meet block b, as add() takes them: (r + h) * steps(count) elements, times pieces
   template <class Rank>
   void read_ranks(const Rank* v, int64_t b, int64_t count, Acc* to) const {
     read_group(v + b * r, r, count, to);
-    read_group(v + k * r, h, count, to + r * steps(count));
+    read_group(v + k * r, h, count, to + r * pieces * steps(count));
   }
 
   // sums (+)= the part of tokens first .. first + tokens of the `count` in `ranks`, where first is even; x: their rows, or pairs
@@ -42,17 +43,17 @@ struct WeightGradient {
   void add_rows(const Acc* ranks, int64_t count, int64_t first, int64_t tokens, Source<Acc> x, int64_t columns,
                 bool accumulate, Acc* sums, Prefetch ahead) const {
     int64_t groups = 0;  // of ranks: each fetches its part of what lies ahead
-    for_row_groups<Product::kRows>(r, [&](auto, int64_t) { groups++; });
+    for_groups<Product>(r, [&](auto, int64_t) { groups++; });
     for_column_tiles<Acc>(round_up(columns, kWidth<Acc>), [&](auto nv, int64_t i) {
       constexpr int NV = decltype(nv)::value;
       int64_t begun = 0;
       const auto add_group = [&](int64_t group, const Acc* from, Acc* to) {
-        for_row_groups<Product::kRows>(group, [&](auto mr, int64_t c) {
-          constexpr int MR = decltype(mr)::value;
-          const Acc* a = from + c * steps(count) + first / kTerms * (kByTiles<Product> ? 1 : MR);
+        for_groups<Product>(group, [&](auto rows, int64_t c) {
+          const int64_t ld = pieces * steps(count);
+          const Acc* a = from + c * ld + first / kTerms * (kByTiles<Product> ? 1 : decltype(rows)::value);
           int64_t turn = begun++ * kSteps;
-          const Source<Acc> left{a, steps(count)};
-          tile<MR, NV, ldx>(steps(tokens), left, x.data + i, x.ld, accumulate, to + c * kChunk + i, [&](int64_t p) {
+          const Source<Acc> left{a, ld, steps(count), pieces}, right{x.data + i, x.ld, x.piece, x.pieces};
+          tile<ldx>(rows, nv, steps(tokens), left, right, accumulate, to + c * kChunk + i, [&](int64_t p) {
             if (p != turn) return;
             for (int term = 0; term < kTerms; term++)
               ahead.template rows_of<NV * kWidth<Acc>>(p * kTerms + term * kSteps, i);
@@ -61,39 +62,42 @@ struct WeightGradient {
         });
       };
       add_group(r, ranks, sums);
-      add_group(h, ranks + r * steps(count), sums + r * kChunk);
+      add_group(h, ranks + r * pieces * steps(count), sums + r * kChunk);
     });
   }
 
   // A function of its own, as in Expand.
-  template <int MR, int NV, int ldx, class Each>
-  __attribute__((noinline)) static void tile(int64_t steps, Source<Acc> ranks, const Acc* x, int64_t any_ldx,
-                                             bool accumulate, Acc* sums, Each&& each) {
+  template <int ldx, int MR, int NV, class Each>
+  __attribute__((noinline)) static void tile(Int<MR>, Int<NV>, int64_t steps, const Source<Acc>& ranks,
+                                             const Source<Acc>& x, bool accumulate, Acc* sums, Each&& each) {
+    Vec<Acc> acc[MR][NV] = {};
+    multiply_packed<Product>(steps, ranks.data, x.data, ldx > 0 ? ldx : x.ld, acc, each);
+    for_accumulators<MR, NV>([&](int m, int v) {
+      Acc* at = sums + m * kChunk + v * kWidth<Acc>;
+      store<Acc>(at, accumulate ? load<Acc>(at) + acc[m][v] : acc[m][v]);
+    });
+  }
+  template <int ldx, int MR, bool all, int NV, class Each>
+  __attribute__((noinline)) static void tile(UpTo<MR, all> rows, Int<NV>, int64_t steps, const Source<Acc>& ranks,
+                                             const Source<Acc>& x, bool accumulate, Acc* sums, Each&& each) {
     if constexpr (kByTiles<Product>) {
-      TileSums<MR, NV> total;
+      typename Product::Sums total(rows.count(), NV * kWidth<Acc>);
       if (accumulate) total.load(sums, kChunk);
-      total.add(steps, ranks.data, ranks.ld, x, ldx > 0 ? ldx : any_ldx, each);
+      total.add(steps, ranks, x, each);
       total.store(sums, kChunk);
-    } else {
-      Vec<Acc> acc[MR][NV] = {};
-      multiply_packed<Product>(steps, ranks.data, x, ldx > 0 ? ldx : any_ldx, acc, each);
-      for_accumulators<MR, NV>([&](int m, int v) {
-        Acc* at = sums + m * kChunk + v * kWidth<Acc>;
-        store<Acc>(at, accumulate ? load<Acc>(at) + acc[m][v] : acc[m][v]);
-      });
     }
   }
 
   // to[c*steps + t*MR + m] = v[t, c + m] for each group of MR ranks; as pairs, t counts pairs of tokens. By tiles each rank is a row:
-  // to[c*steps + t], with zeros at its end.
+  // to[(c*pieces + piece)*steps + t], with zeros at its end.
   template <class Rank>
   void read_group(const Rank* v, int64_t group, int64_t count, Acc* to) const {
     const int64_t ld = k * r + h;
     if constexpr (kByTiles<Product>) {
       for (int64_t c = 0; c < group; c += kWidth<Acc>)
         for (int64_t t = 0; t < steps(count); t += kWidth<Acc>)
-          transpose_pairs(v + 2 * t * ld + c, ld, count - 2 * t, smaller(kWidth<Acc>, group - c),
-                          to + c * steps(count) + t, steps(count));
+          turn_ranks(v + 2 * t * ld + c, ld, count - 2 * t, smaller(kWidth<Acc>, group - c), pieces,
+                     to + c * pieces * steps(count) + t, steps(count));
     } else {
       for_row_groups(group, [&](auto mr, int64_t c) {
         constexpr int MR = decltype(mr)::value;

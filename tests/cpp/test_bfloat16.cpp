@@ -1,8 +1,10 @@
-// The kernels on tensors that are all bfloat16 beside the same values in float, each array at the edge of its memory.
+// The kernels on activations in bfloat16, with parameters in bfloat16 or float, beside the same values in float, each array at the edge
+// of its memory.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <random>
+#include <type_traits>
 #include <vector>
 
 #include "check.h"
@@ -19,6 +21,7 @@ using Floats = Array<float>;
 
 constexpr double kTolerance = 6e-3;  // of a result that is rounded to bfloat16, and its ranks too
 constexpr double kGradientTolerance = 4 * kTolerance;
+constexpr double kFloatTolerance = 3e-6;  // of gradients that no sum was rounded for
 
 // Even and odd numbers of tokens, widths and ranks, with and without the hybrid part
 constexpr Shape kShapes[] = {{64, 4, 4, 1, 2, 0},     {97, 12, 20, 2, 4, 2},     {130, 70, 90, 5, 10, 3},
@@ -68,44 +71,49 @@ struct Inputs {
   Floats x, base, grad, A, B, A_general, B_general;
 };
 
-template <class T>
+// Activations are of type T, parameters of P.
+template <class T, class P>
 struct Results {
-  Array<T> y, dx, dA, dB, dA_general, dB_general;
+  Array<T> y, dx;
+  Array<P> dA, dB, dA_general, dB_general;
   bool operator==(const Results& o) const {
     return y == o.y && dx == o.dx && dA == o.dA && dB == o.dB && dA_general == o.dA_general &&
            dB_general == o.dB_general;
   }
 };
 
-template <class T>
-Adapter adapter(const Shape& s, Array<T>& A, Array<T>& B, Array<T>& A_general, Array<T>& B_general) {
-  const auto param = [](Array<T>& values, int64_t rows, int64_t columns) {
-    return Param{values.data(), dtype_of(T()), rows * columns, columns, 1};
+template <class P>
+Adapter adapter(const Shape& s, Array<P>& A, Array<P>& B, Array<P>& A_general, Array<P>& B_general) {
+  const auto param = [](Array<P>& values, int64_t rows, int64_t columns) {
+    return Param{values.data(), dtype_of(P()), rows * columns, columns, 1};
   };
   Adapter adapter{param(A, s.N / s.k, s.r), param(B, s.r, s.M / s.k), {}, {}};
   if (s.h > 0) adapter.A_general = param(A_general, s.h, s.N), adapter.B_general = param(B_general, s.M, s.h);
   return adapter;
 }
 
-template <class T>
-Results<T> run(const Shape& s, const Inputs& inputs, int threads, bool u_again = false) {
-  Array<T> x, grad, A, B, A_general, B_general;
+template <class T, class P = T>
+Results<T, P> run(const Shape& s, const Inputs& inputs, int threads, bool u_again = false) {
+  constexpr bool u_bf16 = dtype_of(T()) == DType::bf16 && dtype_of(P()) == DType::bf16;
+  using U = std::conditional_t<u_bf16, uint16_t, float>;
+  Array<T> x, grad;
+  Array<P> A, B, A_general, B_general;
   copy(inputs.x, x), copy(inputs.grad, grad), copy(inputs.A, A), copy(inputs.B, B);
   copy(inputs.A_general, A_general), copy(inputs.B_general, B_general);
-  Results<T> results{{},
-                     Array<T>(x.size()),
-                     Array<T>(A.size()),
-                     Array<T>(B.size()),
-                     Array<T>(A_general.size()),
-                     Array<T>(B_general.size())};
+  Results<T, P> results{{},
+                        Array<T>(x.size()),
+                        Array<P>(A.size()),
+                        Array<P>(B.size()),
+                        Array<P>(A_general.size()),
+                        Array<P>(B_general.size())};
   copy(inputs.base, results.y);
-  Array<T> u(s.T * (s.k * s.r + s.h));
+  Array<U> u(s.T * (s.k * s.r + s.h));
 
   ForwardParams forward;
   forward.shape = s;
   forward.adapter = adapter(s, A, B, A_general, B_general);
   forward.x = rows(x, s.T, s.N), forward.base = forward.y = rows(results.y, s.T, s.M);
-  forward.u = u.data(), forward.u_bf16 = dtype_of(T()) == DType::bf16;
+  forward.u = u.data(), forward.u_bf16 = u_bf16;
   forward.scaling = 0.75, forward.threads = threads;
   cpu::forward(forward);
 
@@ -119,21 +127,27 @@ Results<T> run(const Shape& s, const Inputs& inputs, int threads, bool u_again =
   return results;
 }
 
-bool near(const Array<uint16_t>& got, const Floats& want, double tolerance) {
+double value(uint16_t number) { return to_float(number); }
+double value(float number) { return number; }
+
+template <class T>
+bool near(const Array<T>& got, const Floats& want, double tolerance) {
   double difference = 0.0, norm = 0.0;
   for (size_t i = 0; i < want.size(); i++) {
-    difference += std::pow(double(to_float(got[i])) - want[i], 2);
+    difference += std::pow(value(got[i]) - want[i], 2);
     norm += std::pow(double(want[i]), 2);
   }
   return std::sqrt(difference) <= tolerance * std::sqrt(norm);
 }
 
-void expect_near(const Results<uint16_t>& got, const Results<float>& want) {
+template <class P>
+void expect_near(const Results<uint16_t, P>& got, const Results<float, float>& want) {
+  constexpr double kOfParameters = dtype_of(P()) == DType::f32 ? kFloatTolerance : kGradientTolerance;
   EXPECT(near(got.y, want.y, kTolerance));
   EXPECT(near(got.dx, want.dx, kGradientTolerance));
-  EXPECT(near(got.dA, want.dA, kGradientTolerance) && near(got.dB, want.dB, kGradientTolerance));
-  EXPECT(near(got.dA_general, want.dA_general, kGradientTolerance));
-  EXPECT(near(got.dB_general, want.dB_general, kGradientTolerance));
+  EXPECT(near(got.dA, want.dA, kOfParameters) && near(got.dB, want.dB, kOfParameters));
+  EXPECT(near(got.dA_general, want.dA_general, kOfParameters));
+  EXPECT(near(got.dB_general, want.dB_general, kOfParameters));
 }
 
 template <class Make>
@@ -142,22 +156,30 @@ Inputs inputs_by(const Shape& s, Make&& make) {
           make(s.r * s.M), make(s.h * s.N), make(s.M * s.h)};
 }
 
-void test_bfloat16_is_near_float(const Shape& s) {
-  const Inputs inputs = inputs_by(s, random_floats);
-  const Results<float> want = run<float>(s, inputs, 1);
-  const Results<uint16_t> got = run<uint16_t>(s, inputs, 1);
+template <class P>
+void test_bfloat16_is_near_float(const Shape& s, const Inputs& inputs) {
+  const Results<float, float> want = run<float>(s, inputs, 1);
+  const Results<uint16_t, P> got = run<uint16_t, P>(s, inputs, 1);
   expect_near(got, want);
-  EXPECT(run<uint16_t>(s, inputs, 3) == got);
-  if (s.T > 4) EXPECT(run<float>(s, inputs, 2, true) == want);  // fewer are summed in another order
-  EXPECT(run<uint16_t>(s, inputs, 2, true) == got);
+  EXPECT((run<uint16_t, P>(s, inputs, 3) == got));
+  if (s.T > 4) {  // fewer are summed in another order
+    EXPECT(run<float>(s, inputs, 2, true) == want);
+    EXPECT((run<uint16_t, P>(s, inputs, 2, true) == got));
+  }
   // Scratch is kept from call to call: nothing that another one left there counts.
-  run<uint16_t>(s, inputs_by(s, [](int64_t count) { return Floats(count, NAN); }), 2);
-  EXPECT(run<uint16_t>(s, inputs, 2) == got);
+  run<uint16_t, P>(s, inputs_by(s, [](int64_t count) { return Floats(count, NAN); }), 2);
+  EXPECT((run<uint16_t, P>(s, inputs, 2) == got));
 }
 
 }  // namespace
 
 int main() {
-  for (const Shape& s : kShapes) test_bfloat16_is_near_float(s);
+  for (const Shape& s : kShapes) {
+    Inputs inputs = inputs_by(s, random_floats);
+    test_bfloat16_is_near_float<uint16_t>(s, inputs);
+    for (Floats* parameter : {&inputs.A, &inputs.B, &inputs.A_general, &inputs.B_general})
+      for (float& number : *parameter) number *= 1.0f + 0x1p-23f * float(generator() % 65536);  // no longer bfloat16
+    test_bfloat16_is_near_float<float>(s, inputs);
+  }
   return check::result();
 }
