@@ -78,7 +78,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cpu_capability", [] { return std::string(gralora::cpu::capability_name(gralora::cpu::capability())); },
       "The instruction set that the kernels use: 'default', 'avx2' or 'avx512'.");
-  m.def("cpu_amx", &gralora::cpu::has_tiles, "Whether products of bfloat16 are by AMX's tiles.");
+  m.def("cpu_amx", &gralora::cpu::has_tiles, "Whether products of bfloat16 activations are by AMX's tiles.");
   m.def("cpu_vendor", &gralora::cpu::vendor, "Who made the processor: 'amd', 'intel' or 'other'.");
   m.def("compiled_capabilities", &compiled_capabilities,
         "The instruction sets that this build holds, in rising order.");

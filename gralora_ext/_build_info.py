@@ -20,7 +20,7 @@ def build_info() -> dict[str, Any]:
     that mends it, and what only the extension knows is None. Otherwise ``problem`` is None.
 
     Keys: version, python, torch, torch_built_with, peft, build ("prebuilt", "jit" or "none"), path, compiler,
-    cuda_archs, cpu_capability, cpu_amx (whether bfloat16 is multiplied by AMX), compiled_capabilities, threads, openmp (the OpenMP runtimes in this process; one is right),
+    cuda_archs, cpu_capability, cpu_amx (whether bfloat16 activations are multiplied by AMX), compiled_capabilities, threads, openmp (the OpenMP runtimes in this process; one is right),
     problem.
     """
     info: dict[str, Any] = {

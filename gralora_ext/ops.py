@@ -52,7 +52,8 @@ def gralora(
     Returns:
         y ``[..., M]`` in base's dtype. Sums are taken in float32 (float64 where a tensor is float64), rounded once;
         where x, y, A and B are all bfloat16, from 5 tokens on, processors that multiply pairs (AMX, AVX512-BF16) round the ranks
-        ``x A`` too, as PEFT does.
+        ``x A`` too, as PEFT does. With other adapters beside bfloat16, from 128 tokens on, AMX takes two bfloat16 pieces of the ranks and
+        of B for y (2⁻¹⁶ of their product), where y's own rounding is 2⁻⁹, and all of A and B elsewhere.
 
     Raises:
         ValueError: a shape, a device or a value does not fit; the message names the argument and what it was.

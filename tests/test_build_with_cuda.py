@@ -42,7 +42,8 @@ def tree(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def env() -> dict[str, str]:
-    return helpers.environment(GRALORA_EXT_CUDA="1", CUDA_HOME=str(config.cuda.find_toolkit()))
+    # -O0: the kernels for the CPU are compiled three times beside those that this is about.
+    return helpers.environment(GRALORA_EXT_CUDA="1", CUDA_HOME=str(config.cuda.find_toolkit()), CXXFLAGS="-O0")
 
 
 @pytest.fixture(scope="module")

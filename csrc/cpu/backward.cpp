@@ -7,7 +7,7 @@
 // one thread takes the segment or the block, else when all are there. Weight gradients are summed in a fixed tree: kTokens tokens
 // (or pairs of them) in registers, those blocks within a segment, segments in their order. It does not depend on the number of
 // threads; neither does any other sum. Where g, x, A and B are bf16, all products can be of pairs (pairs.h), with U and dH rounded
-// as factors.
+// as factors; by tiles, other A and B meet bf16 g and x in pieces (pieces.h).
 #include "backward_few.h"
 #include "expand.h"
 #include "gradient_totals.h"

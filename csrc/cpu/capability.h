@@ -24,9 +24,9 @@ std::vector<Capability> compiled_capabilities();
 // variable holds another word than the three names.
 Capability capability();
 
-// Whether products of bfloat16 are by AMX's tiles: beside AVX-512, where the processor has them and the system lets this process use
-// them, for which the first call asks. Not with GRALORA_EXT_CPU_AMX=0; throws std::invalid_argument where that is set to another word
-// than 0 or auto.
+// Whether products of bfloat16 activations are by AMX's tiles: beside AVX-512, where the processor has them and the system lets this
+// process use them, for which the first call asks. Not with GRALORA_EXT_CPU_AMX=0; throws std::invalid_argument where that is set to
+// another word than 0 or auto.
 bool has_tiles();
 
 // Who made the processor: "amd", "intel" or "other".

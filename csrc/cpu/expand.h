@@ -124,25 +124,23 @@ struct Expand {
   template <class Y, int MR, bool all, int NV, class Each>
   __attribute__((noinline)) void tile(UpTo<MR, all> tokens, Int<NV>, const RowGroup<MR, Y>& g, int64_t c,
                                       Each&& each) const {
-    if constexpr (kByTiles<Product>) {
-      constexpr int64_t columns = NV * kWidth<Acc>;
-      alignas(64) Acc stored[MR][kTile<Acc>];
-      {
-        typename Product::Sums sums(tokens.count(), columns);
-        sums.add(g.steps, g.ranks, g.panels.Q.from(0, c), beside(tokens, g.prefetch, c, columns, g.steps, each));
-        if (h > 0) sums.add(g.general_steps, g.general_ranks, g.panels.G.from(0, c), nothing);
-        sums.store(stored[0], kTile<Acc>);
-      }
-      const auto store_group = [&](auto group, int m0) {
-        constexpr int rows = decltype(group)::value;
-        Vec<Acc> acc[rows][NV];
-        for_accumulators<rows, NV>([&](int m, int v) { acc[m][v] = load<Acc>(stored[m0 + m] + v * kWidth<Acc>); });
-        store_rows<rows, NV, Y>(acc, g.target().rows(m0), c);
-      };
-      int m = 0;
-      for (; m + 8 <= tokens.count(); m += 8) store_group(Int<8>{}, m);
-      for (; m < tokens.count(); m++) store_group(Int<1>{}, m);
+    constexpr int64_t columns = NV * kWidth<Acc>;
+    alignas(64) Acc stored[MR][kTile<Acc>];
+    {
+      typename Product::Sums sums(tokens.count(), columns);
+      sums.add(g.steps, g.ranks, g.panels.Q.from(0, c), beside(tokens, g.prefetch, c, columns, g.steps, each));
+      if (h > 0) sums.add(g.general_steps, g.general_ranks, g.panels.G.from(0, c), nothing);
+      sums.store(stored[0], kTile<Acc>);
     }
+    const auto store_group = [&](auto group, int m0) {
+      constexpr int rows = decltype(group)::value;
+      Vec<Acc> acc[rows][NV];
+      for_accumulators<rows, NV>([&](int m, int v) { acc[m][v] = load<Acc>(stored[m0 + m] + v * kWidth<Acc>); });
+      store_rows<rows, NV, Y>(acc, g.target().rows(m0), c);
+    };
+    int m = 0;
+    for (; m + 8 <= tokens.count(); m += 8) store_group(Int<8>{}, m);
+    for (; m < tokens.count(); m++) store_group(Int<1>{}, m);
   }
 
   template <int MR, int NV, class Y>

@@ -10,7 +10,7 @@
 //
 // Ranks are sums in float. Where all tensors are bf16, U is kept rounded for backward, and U and dH are rounded as factors; U of y
 // from kTokensToRound tokens on (below, reading the parameters is what costs). PEFT rounds them too, and the path besides. In one
-// more piece, to keep float's accuracy, they would cost as much as in float.
+// more piece, to keep float's accuracy, they would cost as much as in float, but by tiles (pieces.h).
 #pragma once
 
 #include "panels.h"

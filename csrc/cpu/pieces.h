@@ -14,7 +14,7 @@
 
 namespace gralora::cpu::GRALORA_ISA {
 
-constexpr int64_t kTokensToSplit = 96;  // from as many on, splitting the parameters pays
+constexpr int64_t kTokensToSplit = 128;  // from as many on, splitting the parameters pays
 
 inline int pieces_of(DType dtype) { return dtype == DType::bf16 ? 1 : dtype == DType::f16 ? 2 : 3; }
 

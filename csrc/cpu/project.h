@@ -213,16 +213,14 @@ struct Project {
   template <int MR, bool all, int NV, class Each>
   __attribute__((noinline)) void tile(UpTo<MR, all> rows, Int<NV>, int64_t steps, const Source<Acc>& a,
                                       const Source<Acc>& b, bool accumulate, Acc* to, Each&& each) const {
-    if constexpr (kByTiles<Product>) {
-      typename Product::Sums chunk(rows.count(), NV * kWidth<Acc>);
-      chunk.add(steps, a, b, each);
-      if (!accumulate) return chunk.store(to, sums());
-      alignas(64) Acc sum[MR][kTile<Acc>];
-      chunk.store(sum[0], kTile<Acc>);
-      for (int m = 0; m < rows.count(); m++)
-        for (int v = 0; v < NV * kWidth<Acc>; v += kWidth<Acc>)
-          store<Acc>(to + m * sums() + v, load<Acc>(to + m * sums() + v) + load<Acc>(sum[m] + v));
-    }
+    typename Product::Sums chunk(rows.count(), NV * kWidth<Acc>);
+    chunk.add(steps, a, b, each);
+    if (!accumulate) return chunk.store(to, sums());
+    alignas(64) Acc sum[MR][kTile<Acc>];
+    chunk.store(sum[0], kTile<Acc>);
+    for (int m = 0; m < rows.count(); m++)
+      for (int v = 0; v < NV * kWidth<Acc>; v += kWidth<Acc>)
+        store<Acc>(to + m * sums() + v, load<Acc>(to + m * sums() + v) + load<Acc>(sum[m] + v));
   }
 
   // One row of u; the sums of the block are cleared for the next one.

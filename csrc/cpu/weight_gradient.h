@@ -80,12 +80,10 @@ struct WeightGradient {
   template <int ldx, int MR, bool all, int NV, class Each>
   __attribute__((noinline)) static void tile(UpTo<MR, all> rows, Int<NV>, int64_t steps, const Source<Acc>& ranks,
                                              const Source<Acc>& x, bool accumulate, Acc* sums, Each&& each) {
-    if constexpr (kByTiles<Product>) {
-      typename Product::Sums total(rows.count(), NV * kWidth<Acc>);
-      if (accumulate) total.load(sums, kChunk);
-      total.add(steps, ranks, x, each);
-      total.store(sums, kChunk);
-    }
+    typename Product::Sums total(rows.count(), NV * kWidth<Acc>);
+    if (accumulate) total.load(sums, kChunk);
+    total.add(steps, ranks, x, each);
+    total.store(sums, kChunk);
   }
 
   // to[c*steps + t*MR + m] = v[t, c + m] for each group of MR ranks; as pairs, t counts pairs of tokens. By tiles each rank is a row:
