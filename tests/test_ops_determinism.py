@@ -64,14 +64,14 @@ def test_threads_that_share_columns(
         assert all(same_bits(many[name], one[name]) for name in one)
 
 
-@pytest.mark.parametrize("T", [43, 47, 63])
+@pytest.mark.parametrize("T", [43, 47, 63, 171])
 @pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16], ids=NAMES.get)
 @pytest.mark.parametrize("h", [0, 6, 5], ids=["", "hybrid", "odd_hybrid"])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=NAMES.get)
 def test_a_token_has_the_same_bits_wherever_it_stands(
     dtype: torch.dtype, h: int, adapter: torch.dtype, T: int, device: torch.device
 ) -> None:
-    """By its place in a group of rows too: each row is the same token here, in groups of 12, 8, 4, 2, 1 or of 32, 16, .. 1."""
+    """By its place in a group of rows too: each row is the same token here, in groups of 12, 8, 4, 2, 1 or of 32 and what is left."""
     inputs = Case((T,), 2, 150, 130, 12, h, x_dtype=dtype, base_dtype=dtype, adapter_dtype=adapter).inputs(device)
     for name in ("x", "base"):
         inputs.tensors[name][:] = inputs.tensors[name][:1].clone()

@@ -58,8 +58,8 @@ struct Backward {
            project_x<Acc, Product>(p).takes_pairs() && expand_x(p).takes_pairs();
   }
   static bool takes_tiles(const BackwardParams& p) {
-    return Product::available() && p.shape.T >= (p.u_bf16 ? kTokensToRound : kTokensToSplit) &&
-           project_g(p).takes_tiles() && project_x<Acc, Product>(p).takes_tiles();
+    return Product::available() && p.shape.T >= tokens_for_tiles(p.u_bf16) && project_g(p).takes_tiles() &&
+           project_x<Acc, Product>(p).takes_tiles();
   }
 
   const BackwardParams& p;
@@ -386,7 +386,7 @@ struct Backward {
   }
 
   // Whether dx is made of dH as it lies
-  bool dH_in_place() const { return !kTiles || (rounded && s.r % 32 == 0 && s.h % 32 == 0); }
+  bool dH_in_place() const { return !kTiles || (rounded && in_whole_steps(s)); }
 
   // dx of tokens m0.. of a segment's chunk
   template <class Others>

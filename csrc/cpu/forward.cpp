@@ -46,8 +46,8 @@ struct Forward {
   // which costs less than steps that are not whole, but among few tokens.
   static constexpr bool kTiles = kByTiles<InExpand>, kPairs = InExpand::kTerms == 2 && !kTiles;
   bool in_u() const {
-    const int64_t whole = p.shape.T < kTokensToSplit ? 2 : 32;
-    if (kTiles) return p.u_bf16 && p.shape.r % whole == 0 && p.shape.h % whole == 0;
+    const bool few = p.shape.T < kTokensToSplit;
+    if (kTiles) return p.u_bf16 && (in_whole_steps(p.shape) || (few && in_whole_pairs(p.shape)));
     return kPairs == p.u_bf16;
   }
   int64_t place_size(int64_t tokens) const {
@@ -200,8 +200,7 @@ bool run_in_pairs(const ForwardParams& p) {
 }
 template <class Product>
 bool run_by_tiles(const ForwardParams& p) {
-  if (!Product::available() || p.y.dtype != DType::bf16 || p.shape.T < (p.u_bf16 ? kTokensToRound : kTokensToSplit))
-    return false;
+  if (!Product::available() || p.y.dtype != DType::bf16 || p.shape.T < tokens_for_tiles(p.u_bf16)) return false;
   Forward<float, Product, Product> tiles(p);
   if (!tiles.project.takes_tiles()) return false;
   tiles.run();

@@ -21,8 +21,8 @@ static_assert(kMaxRows * 2 + 3 <= kVectorRegisters);
 
 constexpr int64_t kSteps = 16;  // one cache line of floats of each row of `a`
 
-// How a scalar of `a` meets a vector of `b`: kTerms terms of a sum at a time. Groups have at
-// most kRows rows of `a`; packed rows of `b` are a multiple of kDepth, with zeros at the end. A Scope is held while products are made.
+// How a scalar of `a` meets a vector of `b`: kTerms terms of a sum at a time. Groups have at most kRows
+// rows of `a`; packed rows of `b` are a multiple of kDepth, with zeros at the end. A Scope is held while products are made.
 template <class Acc>
 struct Singles {
   static constexpr int kTerms = 1, kRows = kMaxRows, kDepth = 1;

@@ -15,6 +15,14 @@
 namespace gralora::cpu::GRALORA_ISA {
 
 constexpr int64_t kTokensToSplit = 128;  // from as many on, splitting the parameters pays
+constexpr int64_t kStepTerms = 32;       // of a sum, in a step of tiles
+
+// From as many tokens on, tiles multiply; all_bf16: nothing is split, but ranks are rounded
+inline int64_t tokens_for_tiles(bool all_bf16) { return all_bf16 ? kTokensToRound : kTokensToSplit; }
+
+// Whether ranks that are rounded can be multiplied as they lie: in whole steps, or only in whole pairs
+inline bool in_whole_steps(const Shape& s) { return s.r % kStepTerms == 0 && s.h % kStepTerms == 0; }
+inline bool in_whole_pairs(const Shape& s) { return even(s.r) && even(s.h); }
 
 inline int pieces_of(DType dtype) { return dtype == DType::bf16 ? 1 : dtype == DType::f16 ? 2 : 3; }
 
@@ -104,7 +112,7 @@ inline void turn_ranks(const float* from, int64_t ld, int64_t rows, int64_t colu
 // As pack_panel(): [rows/2, columns] pairs for each piece, and rows of zeros up to a multiple of Tiles::kDepth
 inline Panel<float> pack_pieces(const Param& param, int64_t offset, int64_t rows, int64_t columns, int pieces,
                                 float* to) {
-  constexpr int64_t kSlab = 2 * Tiles::kDepth, ld = kTile<float>;
+  constexpr int64_t kSlab = kStepTerms, ld = kTile<float>;
   const int64_t piece = round_up(rows, kSlab) / 2 * ld;
   alignas(64) float slab[kSlab * ld];
   for_dtype<float>(param.dtype, [&](auto* type) {
@@ -128,7 +136,7 @@ inline Panel<float> pack_pieces(const Param& param, int64_t offset, int64_t rows
 }
 #endif
 
-// Ranks in pieces: of a token those of `blocks` blocks, then the general ones, each with zeros up to a multiple of 32
+// Ranks in pieces: of a token those of `blocks` blocks, then the general ones, each with zeros up to a whole step
 struct RankPieces {
   int64_t blocks, r, h;
   int pieces;
@@ -138,8 +146,8 @@ struct RankPieces {
         r(r),
         h(h),
         pieces(pieces),
-        block(round_up(r, 32) / 2),
-        row(blocks * block + round_up(h, 32) / 2),
+        block(round_up(r, kStepTerms) / 2),
+        row(blocks * block + round_up(h, kStepTerms) / 2),
         token(pieces * row) {}
 
   // u: of the blocks, general: the others, both of `count` tokens, ld from one to the next
@@ -147,8 +155,8 @@ struct RankPieces {
   void split(const Rank* u, const Rank* general, int64_t ld, int64_t count, float* to) const {
     for (int64_t m = 0; m < count; m++, u += ld, general += ld, to += token) {
       for (int64_t j = 0; j < blocks; j++)
-        for (int64_t c = 0; c < r; c += 32) split_columns(u + j * r, c, r, pieces, to + j * block, row);
-      for (int64_t c = 0; c < h; c += 32) split_columns(general, c, h, pieces, to + blocks * block, row);
+        for (int64_t c = 0; c < r; c += kStepTerms) split_columns(u + j * r, c, r, pieces, to + j * block, row);
+      for (int64_t c = 0; c < h; c += kStepTerms) split_columns(general, c, h, pieces, to + blocks * block, row);
     }
   }
 
@@ -198,7 +206,7 @@ Panel<Acc> read_panel_for(const Param& param, int64_t block, int64_t row0, int64
 template <class Product, class Acc>
 int64_t panel_size_for(DType dtype, int64_t rows, int64_t columns) {
   if (!kByTiles<Product>) return panel_size<Acc>(rows, columns);
-  return pieces_of(dtype) * panel_size<Acc>(round_up(rows, 32) / 2, columns);
+  return pieces_of(dtype) * panel_size<Acc>(round_up(rows, kStepTerms) / 2, columns);
 }
 
 }  // namespace gralora::cpu::GRALORA_ISA

@@ -15,7 +15,7 @@
 
 #include "capability.h"
 #include "microkernel.h"
-#include "panels.h"
+#include "rows.h"
 
 namespace gralora::cpu::GRALORA_ISA {
 

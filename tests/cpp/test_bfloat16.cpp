@@ -93,7 +93,8 @@ Adapter adapter(const Shape& s, Array<P>& A, Array<P>& B, Array<P>& A_general, A
 }
 
 template <class T, class P = T>
-Results<T, P> run(const Shape& s, const Inputs& inputs, int threads, bool u_again = false) {
+Results<T, P> run(const Shape& s, const Inputs& inputs, int threads, bool u_again = false, double dropout_p = 0.0) {
+  static constexpr int64_t kSeed = 5;
   constexpr bool u_bf16 = dtype_of(T()) == DType::bf16 && dtype_of(P()) == DType::bf16;
   using U = std::conditional_t<u_bf16, uint16_t, float>;
   Array<T> x, grad;
@@ -114,7 +115,7 @@ Results<T, P> run(const Shape& s, const Inputs& inputs, int threads, bool u_agai
   forward.adapter = adapter(s, A, B, A_general, B_general);
   forward.x = rows(x, s.T, s.N), forward.base = forward.y = rows(results.y, s.T, s.M);
   forward.u = u.data(), forward.u_bf16 = u_bf16;
-  forward.scaling = 0.75, forward.threads = threads;
+  forward.scaling = 0.75, forward.threads = threads, forward.dropout.p = dropout_p, forward.dropout.seed = &kSeed;
   cpu::forward(forward);
 
   BackwardParams backward;
@@ -122,7 +123,7 @@ Results<T, P> run(const Shape& s, const Inputs& inputs, int threads, bool u_agai
   backward.grad_y = rows(grad, s.T, s.M), backward.x = forward.x, backward.grad_x = rows(results.dx, s.T, s.N);
   backward.grad = adapter(s, results.dA, results.dB, results.dA_general, results.dB_general);
   backward.u = u_again ? nullptr : u.data(), backward.u_bf16 = forward.u_bf16;
-  backward.scaling = 0.75, backward.threads = threads;
+  backward.scaling = 0.75, backward.threads = threads, backward.dropout = forward.dropout;
   cpu::backward(backward);
   return results;
 }
@@ -162,10 +163,14 @@ void test_bfloat16_is_near_float(const Shape& s, const Inputs& inputs) {
   const Results<uint16_t, P> got = run<uint16_t, P>(s, inputs, 1);
   expect_near(got, want);
   EXPECT((run<uint16_t, P>(s, inputs, 3) == got));
-  if (s.T > 4) {  // fewer are summed in another order
-    EXPECT(run<float>(s, inputs, 2, true) == want);
-    EXPECT((run<uint16_t, P>(s, inputs, 2, true) == got));
-  }
+  constexpr bool all_bfloat16 = dtype_of(P()) == DType::bf16;
+  if (s.T > 4)
+    EXPECT(run<float>(s, inputs, 2, true) == want);  // fewer are summed in another order, and U kept is not rounded
+  if (s.T > 4 || all_bfloat16) EXPECT((run<uint16_t, P>(s, inputs, 2, true) == got));
+  const Results<uint16_t, P> dropped = run<uint16_t, P>(s, inputs, 1, false, 0.25);
+  expect_near(dropped, run<float>(s, inputs, 1, false, 0.25));
+  EXPECT((run<uint16_t, P>(s, inputs, 2, false, 0.25) == dropped));
+  if (s.T > 4) EXPECT((run<uint16_t, P>(s, inputs, 3, true, 0.25) == dropped));
   // Scratch is kept from call to call: nothing that another one left there counts.
   run<uint16_t, P>(s, inputs_by(s, [](int64_t count) { return Floats(count, NAN); }), 2);
   EXPECT((run<uint16_t, P>(s, inputs, 2) == got));
