@@ -9,6 +9,7 @@
 // threads; neither does any other sum. Where g, x, A and B are bf16, all products can be of pairs (pairs.h), with U and dH rounded
 // as factors; by tiles, other A and B meet bf16 g and x in pieces (pieces.h).
 #include "backward_few.h"
+#include "backward_ranks.h"
 #include "expand.h"
 #include "gradient_totals.h"
 #include "project.h"
@@ -22,58 +23,33 @@ struct Backward {
   using FromWide = Project<Acc, Product>;
   using ToWide = Expand<Acc, Product>;
   static constexpr int kTerms = Product::kTerms;
-  static constexpr bool kTiles = kByTiles<Product>, kPairs = kTerms == 2 && !kTiles;
+  static constexpr bool kTiles = kByTiles<Product>;
 
   explicit Backward(const BackwardParams& params) : p(params) {}
 
-  static FromWide project_g(const BackwardParams& p) {
-    const Shape& s = p.shape;
-    return {s.M,
-            s.k,
-            s.r,
-            s.h,
-            p.grad_y,
-            Mask(Dropout{}),
-            transposed(p.adapter.B),
-            blocks_of_rows(p.adapter.B_general, s.M / s.k),
-            Acc(p.scaling)};
-  }
-  static ToWide expand_x(const BackwardParams& p) {
-    const Shape& s = p.shape;
-    const Mask mask(p.dropout);
-    return {s.N,
-            s.k,
-            s.r,
-            s.h,
-            transposed(p.adapter.A),
-            blocks_of_columns(p.adapter.A_general, s.N / s.k),
-            Acc(mask.keep_scale),
-            mask,
-            p.add_to_grad_x ? p.grad_x : Rows{},
-            p.grad_x};
-  }
   // Whether all products are of pairs, whichever gradients are wanted; or by tiles
   static bool takes_pairs(const BackwardParams& p) {
-    return Product::available() && p.shape.T >= kTokensToRound && p.u_bf16 && project_g(p).takes_pairs() &&
-           project_x<Acc, Product>(p).takes_pairs() && expand_x(p).takes_pairs();
+    return Product::available() && p.shape.T >= kTokensToRound && p.u_bf16 &&
+           project_g<Acc, Product>(p).takes_pairs() && project_x<Acc, Product>(p).takes_pairs() &&
+           expand_x<Acc, Product>(p).takes_pairs();
   }
   static bool takes_tiles(const BackwardParams& p) {
-    return Product::available() && p.shape.T >= tokens_for_tiles(p.u_bf16) && project_g(p).takes_tiles() &&
-           project_x<Acc, Product>(p).takes_tiles();
+    return Product::available() && p.shape.T >= tokens_for_tiles(p.u_bf16) &&
+           project_g<Acc, Product>(p).takes_tiles() && project_x<Acc, Product>(p).takes_tiles();
   }
 
   const BackwardParams& p;
   const Shape& s = p.shape;
   const int64_t ranks = s.r + s.h, row = s.k * s.r + s.h;  // of u and dH
   const Mask mask = Mask(p.dropout);
-  const FromWide from_g = project_g(p);
+  const FromWide from_g = project_g<Acc, Product>(p);
   // U again, where forward did not keep it
   const FromWide from_x = project_x<Acc, Product>(p);
-  const ToWide to_x = expand_x(p);
-  // Whether U and dH are rounded; and else, as how many pieces tiles take them
-  const bool rounded = kPairs || (kTiles && p.u_bf16);
-  const WeightGradient<Acc, Product> gradient{s.k, s.r, s.h, kTiles && !rounded ? kMostPieces : 1};
-  const RankPieces expanded{1, s.r, s.h, rounded ? 1 : ToWide::kPieces};  // those of a block, for dx
+  const ToWide to_x = expand_x<Acc, Product>(p);
+  BackwardRanks<Acc, Product> of_wave{p};
+  // As how many pieces tiles take the ranks
+  const WeightGradient<Acc, Product> gradient{s.k, s.r, s.h, kTiles && !of_wave.rounded ? kMostPieces : 1};
+  const RankPieces expanded{1, s.r, s.h, of_wave.rounded ? 1 : ToWide::kPieces};  // those of a block, for dx
 
   Scratch scratch;
   Totals<Acc> dB{from_g.cut,      s.r,      s.h,
@@ -98,15 +74,13 @@ struct Backward {
   const int64_t panels_size = larger(to_x.panels_size(kChunk), larger(from_g.panels_size(1), from_x.panels_size(1)));
   const int64_t block_rows = smaller(kTokens, gradient.steps(s.T));
   const int64_t gradient_ranks_size = round_up(ranks * gradient.pieces * gradient.steps(segment_tokens), kWidth<Acc>);
-  const int64_t expanded_size = dH_in_place() ? 0 : segment_tokens * expanded.token;
+  const int64_t expanded_size = of_wave.dH_in_place() ? 0 : segment_tokens * expanded.token;
   const PerThread<Acc> buffers{scratch, p.threads,
                                larger(from_g.sums(), panels_size) + gradient_ranks_size + expanded_size +
                                    Block<Acc>::size(block_rows) + (segments == 1 ? ranks * kChunk : 0)};
   // A token's ranks have one place, or one for each chunk
   const int64_t places = larger(want_H ? from_g.chunks() : 0, remake_U ? from_x.chunks() : 0);
   Acc* partial = scratch.take<Acc>((always_by_tokens() ? smaller(places, 1) : places) * wave_tokens * from_g.sums());
-  Acc* dH = scratch.take<Acc>(want_H ? wave_tokens * row : 0);
-  Acc* remade = scratch.take<Acc>(remake_U ? wave_tokens * row : 0);
 
   // One thread's scratch
   struct Buffers {
@@ -126,6 +100,8 @@ struct Backward {
   bool always_by_tokens() const { return by_tokens(wave) && by_tokens(segments % larger(wave, 1)); }
 
   void run() {
+    if (want_H) of_wave.dH = scratch.take<Acc>(wave_tokens * row);
+    if (remake_U) of_wave.remade = scratch.take<Acc>(wave_tokens * row);
     if (segments != 1) dB.reserve(scratch, wave), dA.reserve(scratch, wave);
     int64_t first = 0;
     do {  // once also where there are no tokens: the gradients are zeros then
@@ -164,9 +140,9 @@ struct Backward {
         }
       };
       if (remake_U)
-        with_remade(
+        of_wave.with_remade(
             [&](auto* u) { for_chunks(from_x, u, [&](int64_t chunk, bool) { project_U(g, chunk, sums, true, b); }); });
-      with_dH([&](auto* to) {
+      of_wave.with_dH(0, [&](auto* to) {
         for_chunks(from_g, to,
                    [&](int64_t chunk, bool new_block) { pass_g(g, chunk, sums, true, b, new_block, nothing); });
       });
@@ -200,7 +176,7 @@ struct Backward {
         });
     };
     if (remake_U)
-      with_remade([&](auto* u) {
+      of_wave.with_remade([&](auto* u) {
         project_all(from_x, u, [&](const Segment& g, int64_t chunk, int64_t, Acc* to, bool add, Buffers b, bool) {
           project_U(g, chunk, to, add, b);
         });
@@ -215,7 +191,7 @@ struct Backward {
       if (turn < 0) return from_g.ahead(next, tokens);
       return ahead_of_x(turn * (by_block ? from_x.cut.per_block : 1), tokens);
     };
-    with_dH([&](auto* dH) {
+    of_wave.with_dH(0, [&](auto* dH) {
       project_all(from_g, dH,
                   [&](const Segment& g, int64_t chunk, int64_t next, Acc* to, bool add, Buffers b, bool begins) {
                     Ahead ahead = ahead_of_g(next, g.tokens);
@@ -240,29 +216,6 @@ struct Backward {
     });
   }
 
-  // The place of a U that is made again, as forward would have kept it: rounded or not
-  template <class F>
-  void with_remade(F&& f) const {
-    if (rounded || p.u_bf16) return f(reinterpret_cast<bf16*>(remade));
-    if constexpr (!kPairs) f(remade);
-  }
-  // dH, or null
-  template <class F>
-  void with_dH(F&& f) const {
-    if constexpr (kTerms == 2) {
-      if (rounded) return f(want_H ? reinterpret_cast<bf16*>(dH) : nullptr);
-    }
-    if constexpr (!kPairs) f(want_H ? dH : nullptr);
-  }
-
-  // The ranks of U that meet a chunk of g
-  void read_U(const Segment& g, int64_t chunk, Acc* to) const {
-    const auto read = [&](const auto* u) { gradient.read_ranks(u, from_g.cut.block(chunk), g.tokens, to); };
-    if (remake_U) return with_remade([&](auto* u) { read(u + g.row * row); });
-    if (rounded || p.u_bf16) return read(static_cast<const bf16*>(p.u) + g.t0 * row);
-    if constexpr (!kPairs) read(static_cast<const Acc*>(p.u) + g.t0 * row);
-  }
-
   void project_U(const Segment& g, int64_t chunk, Acc* to, bool add, Buffers b) const {
     [[maybe_unused]] typename Product::Scope scope;
     const auto panels = from_x.read_panels(chunk, 1, g.tokens, b.panels);
@@ -278,7 +231,10 @@ struct Backward {
     [[maybe_unused]] typename Product::Scope scope;
     typename FromWide::Panels panels;
     if (want_H) panels = from_g.read_panels(chunk, 1, g.tokens, b.panels);
-    if (dB.wanted() && new_ranks) read_U(g, chunk, b.gradient_ranks);
+    if (dB.wanted() && new_ranks)
+      of_wave.with_U(g.t0, g.row, [&](const auto* u) {
+        gradient.read_ranks(u, from_g.cut.block(chunk), g.tokens, b.gradient_ranks);
+      });
     Acc* sums = segments == 1 ? b.sums : dB.slot(g.first, g.index, chunk);
     const bool copy = dB.wanted() && !usable_in_place_by_columns<Acc>(p.grad_y, from_g.mask, from_g.cut.length(chunk));
     for_blocks(g, [&](int64_t m, int64_t tokens) {
@@ -301,12 +257,11 @@ struct Backward {
     typename ToWide::Panels panels;
     if (want_x) panels = to_x.read_panels(block, column, columns, g.tokens, b.panels);
     if (new_ranks)
-      with_dH([&](auto* ranks) {
-        if (dA.wanted()) gradient.read_ranks(ranks + g.row * row, block, g.tokens, b.gradient_ranks);
+      of_wave.with_dH(g.row, [&](const auto* dH) {
+        if (dA.wanted()) gradient.read_ranks(dH, block, g.tokens, b.gradient_ranks);
         if constexpr (kTiles) {
-          if (want_x && !dH_in_place())
-            expanded.split(ranks + g.row * row + block * s.r, ranks + g.row * row + s.k * s.r, row, g.tokens,
-                           b.expanded);
+          if (want_x && !of_wave.dH_in_place())
+            expanded.split(dH + block * s.r, dH + s.k * s.r, row, g.tokens, b.expanded);
         }
       });
     Acc* sums = segments == 1 ? b.sums : dA.slot(g.first, g.index, chunk);
@@ -385,9 +340,6 @@ struct Backward {
     if (copy) pad_block(tokens, length, b);
   }
 
-  // Whether dx is made of dH as it lies
-  bool dH_in_place() const { return !kTiles || (rounded && in_whole_steps(s)); }
-
   // dx of tokens m0.. of a segment's chunk
   template <class Others>
   void expand_block(const typename ToWide::Panels& panels, int64_t chunk, const Segment& g, int64_t m0, int64_t tokens,
@@ -404,9 +356,9 @@ struct Backward {
       });
     };
     if constexpr (kTiles) {
-      if (!dH_in_place()) return run(expanded.of(b.expanded + m0 * expanded.token));
+      if (!of_wave.dH_in_place()) return run(expanded.of(b.expanded + m0 * expanded.token));
     }
-    with_dH([&](auto* ranks) { run(Ranks<Acc>::of(ranks + (g.row + m0) * row, s)); });
+    of_wave.with_dH(g.row + m0, [&](const auto* dH) { run(Ranks<Acc>::of(dH, s)); });
   }
 };
 

@@ -188,4 +188,14 @@ struct Expand {
   }
 };
 
+// dH to dx
+template <class Acc, class Product>
+Expand<Acc, Product> expand_x(const BackwardParams& p) {
+  const Shape& s = p.shape;
+  const Mask mask(p.dropout);
+  const Param G = blocks_of_columns(p.adapter.A_general, s.N / s.k);
+  const Rows added = p.add_to_grad_x ? p.grad_x : Rows{};
+  return {s.N, s.k, s.r, s.h, transposed(p.adapter.A), G, Acc(mask.keep_scale), mask, added, p.grad_x};
+}
+
 }  // namespace gralora::cpu::GRALORA_ISA

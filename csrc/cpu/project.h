@@ -271,4 +271,12 @@ Project<Acc, Product> project_x(const Params& p) {
   return {s.N, s.k, s.r, s.h, p.x, mask, p.adapter.A, G, Acc(Product::kTerms == 2 ? mask.keep_scale : 1.0)};
 }
 
+// g to dH
+template <class Acc, class Product>
+Project<Acc, Product> project_g(const BackwardParams& p) {
+  const Shape& s = p.shape;
+  const Param G = blocks_of_rows(p.adapter.B_general, s.M / s.k);
+  return {s.M, s.k, s.r, s.h, p.grad_y, Mask(Dropout{}), transposed(p.adapter.B), G, Acc(p.scaling)};
+}
+
 }  // namespace gralora::cpu::GRALORA_ISA
