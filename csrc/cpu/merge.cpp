@@ -27,7 +27,7 @@ struct Merge {
   template <class Y>
   void run(int threads) const {
     const int64_t H = rows / k, V = columns / k, rb = r / k;
-    int64_t range = smaller(kRange, larger(kMaxRows, ceil_div(rows, 8 * threads)));
+    int64_t range = smaller(kRange, larger(kMaxRows, ceil_div(rows, 4 * threads)));
     range = round_up(smaller(range, H), kMaxRows);
     const int64_t strip = round_up(smaller(V, larger(kPanelElements / (rb + h), 4 * kTile<Acc>)), kTile<Acc>);
     const int64_t panel = panel_size<Acc>(rb, strip) + panel_size<Acc>(h, strip), ranges = ceil_div(H, range);
