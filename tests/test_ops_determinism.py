@@ -64,6 +64,22 @@ def test_threads_that_share_columns(
         assert all(same_bits(many[name], one[name]) for name in one)
 
 
+@pytest.mark.parametrize(("T", "k", "rb"), [(200, 2, 64), (565, 2, 64), (566, 2, 64), (282, 4, 16), (1024, 2, 128)])
+@pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16], ids=NAMES.get)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=NAMES.get)
+def test_threads_that_share_columns_of_many_tokens(
+    dtype: torch.dtype, adapter: torch.dtype, T: int, k: int, rb: int, device: torch.device
+) -> None:
+    """Backward takes them as one segment where parameters are large beside ranks, up to a bound that 566 tokens exceed by one."""
+    case = Case((T,), k, 600, 530, rb, x_dtype=dtype, base_dtype=dtype, adapter_dtype=adapter)
+    one = results_with(1, case, device, 0.3)
+    torch.manual_seed(case.seed)
+    assert_results_near(one, case.inputs(device), dropout_p=0.3, seed=reference.draw_seed(device).cpu())
+    for count in (2, 3, 4):
+        many = results_with(count, case, device, 0.3)
+        assert all(same_bits(many[name], one[name]) for name in one)
+
+
 @pytest.mark.parametrize("T", [43, 47, 63, 171])
 @pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16], ids=NAMES.get)
 @pytest.mark.parametrize("h", [0, 6, 5], ids=["", "hybrid", "odd_hybrid"])

@@ -10,6 +10,7 @@
 // as factors; by tiles, other A and B meet bf16 g and x in pieces (pieces.h).
 #include "backward_few.h"
 #include "backward_ranks.h"
+#include "capability.h"
 #include "expand.h"
 #include "gradient_totals.h"
 #include "project.h"
@@ -61,10 +62,16 @@ struct Backward {
   const bool want_x = p.grad_x.data != nullptr, want_H = want_x || dA.wanted();
   const bool remake_U = dB.wanted() && p.u == nullptr;
 
-  static constexpr int64_t kSplit = 192;  // from this many tokens on there are two segments at least
+  // Whether all tokens are one segment, whose columns threads share: few, or not many where the parameters and their gradients, which
+  // each thread would take for its own tokens, are large beside the ranks that threads exchange. Not measured on AMD's processors.
+  static bool one_segment(const Shape& s) {
+    static const bool shares_more = strcmp(vendor(), "amd") != 0;
+    if (s.T < 192) return true;
+    return shares_more && s.T <= 2 * kSegment && s.h == 0 && s.k % 2 == 0 && s.r * (s.N + s.M) >= 256 * s.T * s.k;
+  }
 
-  // Segments depend on T alone. A wave of them gives every thread one, or a share of the chunks.
-  const int64_t wanted_segments = s.T < kSplit ? 1 : round_up(ceil_div(s.T, kSegment), 2);
+  // Segments depend on the shape alone. A wave of them gives every thread one, or a share of the chunks.
+  const int64_t wanted_segments = one_segment(s) ? 1 : round_up(ceil_div(s.T, kSegment), 2);
   const int64_t segment_tokens = larger(round_up(ceil_div(s.T, wanted_segments), Product::kRows), Product::kRows);
   const int64_t segments = ceil_div(s.T, segment_tokens);
   const int64_t wave = segments >= p.threads
@@ -78,9 +85,10 @@ struct Backward {
   const PerThread<Acc> buffers{scratch, p.threads,
                                larger(from_g.sums(), panels_size) + gradient_ranks_size + expanded_size +
                                    Block<Acc>::size(block_rows) + (segments == 1 ? ranks * kChunk : 0)};
-  // A token's ranks have one place, or one for each chunk
-  const int64_t places = larger(want_H ? from_g.chunks() : 0, remake_U ? from_x.chunks() : 0);
-  Acc* partial = scratch.take<Acc>((always_by_tokens() ? smaller(places, 1) : places) * wave_tokens * from_g.sums());
+  // A token's ranks have one place, one for each thread that takes whole blocks, or one for each chunk
+  const int64_t chunk_places = larger(want_H ? from_g.chunks() : 0, remake_U ? from_x.chunks() : 0);
+  const int64_t most_places = always_by_tokens() ? 1 : segments == 1 && by_block(1) ? p.threads : chunk_places;
+  Acc* partial = scratch.take<Acc>(smaller(chunk_places, most_places) * wave_tokens * from_g.sums());
 
   // One thread's scratch
   struct Buffers {
@@ -97,6 +105,8 @@ struct Backward {
 
   // How a wave of `count` segments is shared
   bool by_tokens(int64_t count) const { return shared_evenly(count, p.threads); }
+  // By columns: whether a thread takes whole blocks, or single chunks
+  bool by_block(int64_t count) const { return s.h == 0 && shared_evenly(count * s.k, p.threads); }
   bool always_by_tokens() const { return by_tokens(wave) && by_tokens(segments % larger(wave, 1)); }
 
   void run() {
@@ -155,7 +165,7 @@ struct Backward {
   // Threads share the blocks of all segments, whose sums of ranks are done then, or the chunks, whose sums are added when all are
   // there.
   void run_by_columns(int64_t wave_first, int64_t count) {
-    const bool by_block = s.h == 0 && shared_evenly(count * s.k, p.threads);
+    const bool by_block = this->by_block(count);
     const auto for_chunks = [&](const FromWide& of_chunks, auto&& f) {
       parallel_chunks(count, of_chunks.chunks(), by_block ? of_chunks.cut.per_block : 1, p.threads,
                       [&](int64_t index, auto... rest) { f(segment(wave_first, index), rest...); });
