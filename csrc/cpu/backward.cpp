@@ -67,7 +67,7 @@ struct Backward {
   static bool one_segment(const Shape& s) {
     static const bool shares_more = strcmp(vendor(), "amd") != 0;
     if (s.T < 192) return true;
-    return shares_more && s.T <= 2 * kSegment && s.h == 0 && s.k % 2 == 0 && s.r * (s.N + s.M) >= 256 * s.T * s.k;
+    return shares_more && s.T <= kSegment && s.h == 0 && s.k % 2 == 0 && s.r * (s.N + s.M) >= 256 * s.T * s.k;
   }
 
   // Segments depend on the shape alone. A wave of them gives every thread one, or a share of the chunks.
