@@ -51,7 +51,7 @@ def env() -> dict[str, str]:
 def python(tree: Path, folder: Path, env: dict[str, str]) -> Path:
     """An environment's Python with the extension installed, for each kind of device.
 
-    cuda_on_cpu compiles the kernels for all that we know of, and test_build_cuda.py asks that they are the default.
+    tests/cuda_on_cpu compiles the kernels for all that nvcc 13 and we know of; test_build_cuda.py says that those are the default.
     """
     python = helpers.make_environment(folder / "environment")
     env = {**env, "TORCH_CUDA_ARCH_LIST": " ".join(ARCHS)}

@@ -19,6 +19,9 @@
 namespace gralora::cpu::GRALORA_ISA {
 namespace {
 
+// Whether threads share columns of more than a few tokens; not measured on AMD's processors since threads take whole blocks.
+static const bool kSharesMany = strcmp(vendor(), "amd") != 0;
+
 template <class Acc, class Product>
 struct Backward {
   using FromWide = Project<Acc, Product>;
@@ -63,15 +66,14 @@ struct Backward {
   const bool remake_U = dB.wanted() && p.u == nullptr;
 
   // Whether all tokens are one segment, whose columns threads share: few, or not many where the parameters and their gradients, which
-  // each thread would take for its own tokens, are large beside the ranks that threads exchange. Not measured on AMD's processors.
-  static bool one_segment(const Shape& s) {
-    static const bool shares_more = strcmp(vendor(), "amd") != 0;
+  // each thread would take for its own tokens, are large beside the ranks that threads exchange.
+  bool one_segment() const {
     if (s.T < 192) return true;
-    return shares_more && s.T <= kSegment && s.h == 0 && s.k % 2 == 0 && s.r * (s.N + s.M) >= 256 * s.T * s.k;
+    return kSharesMany && s.T <= kSegment && s.h == 0 && s.k % 2 == 0 && s.r * (s.N + s.M) >= 256 * s.T * s.k;
   }
 
-  // Segments depend on the shape alone. A wave of them gives every thread one, or a share of the chunks.
-  const int64_t wanted_segments = one_segment(s) ? 1 : round_up(ceil_div(s.T, kSegment), 2);
+  // Segments do not depend on the number of threads. A wave of them gives every thread one, or a share of the chunks.
+  const int64_t wanted_segments = one_segment() ? 1 : round_up(ceil_div(s.T, kSegment), 2);
   const int64_t segment_tokens = larger(round_up(ceil_div(s.T, wanted_segments), Product::kRows), Product::kRows);
   const int64_t segments = ceil_div(s.T, segment_tokens);
   const int64_t wave = segments >= p.threads
@@ -87,7 +89,7 @@ struct Backward {
                                    Block<Acc>::size(block_rows) + (segments == 1 ? ranks * kChunk : 0)};
   // A token's ranks have one place, one for each thread that takes whole blocks, or one for each chunk
   const int64_t chunk_places = larger(want_H ? from_g.chunks() : 0, remake_U ? from_x.chunks() : 0);
-  const int64_t most_places = always_by_tokens() ? 1 : segments == 1 && by_block(1) ? p.threads : chunk_places;
+  const int64_t most_places = always_by_tokens() ? 1 : segments == 1 && takes_blocks(1) ? p.threads : chunk_places;
   Acc* partial = scratch.take<Acc>(smaller(chunk_places, most_places) * wave_tokens * from_g.sums());
 
   // One thread's scratch
@@ -106,7 +108,7 @@ struct Backward {
   // How a wave of `count` segments is shared
   bool by_tokens(int64_t count) const { return shared_evenly(count, p.threads); }
   // By columns: whether a thread takes whole blocks, or single chunks
-  bool by_block(int64_t count) const { return s.h == 0 && shared_evenly(count * s.k, p.threads); }
+  bool takes_blocks(int64_t count) const { return s.h == 0 && shared_evenly(count * s.k, p.threads); }
   bool always_by_tokens() const { return by_tokens(wave) && by_tokens(segments % larger(wave, 1)); }
 
   void run() {
@@ -165,7 +167,7 @@ struct Backward {
   // Threads share the blocks of all segments, whose sums of ranks are done then, or the chunks, whose sums are added when all are
   // there.
   void run_by_columns(int64_t wave_first, int64_t count) {
-    const bool by_block = this->by_block(count);
+    const bool by_block = takes_blocks(count);
     const auto for_chunks = [&](const FromWide& of_chunks, auto&& f) {
       parallel_chunks(count, of_chunks.chunks(), by_block ? of_chunks.cut.per_block : 1, p.threads,
                       [&](int64_t index, auto... rest) { f(segment(wave_first, index), rest...); });
