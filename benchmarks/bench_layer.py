@@ -1,7 +1,7 @@
 """A whole layer in training: the frozen base layer and its adapter, and what each adapter adds to the base layer.
 
-Ours may be one product with W + ΔW here; ``ours-path`` is our layer with that switched off, so that the base layer is called
-and the path is added to its output. The base layer's backward is dx alone, as in training.
+Ours is one operation here, on AMD's processors one product with W + ΔW; ``ours-path`` is our layer with that switched off, so that
+the base layer is called and the path is added to its output. The base layer's backward is dx alone, as in training.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def measure(shape: Shape, context: Context) -> Iterator[Record]:
         "peft": peers.peft_layer(data, peers.linear(weight)),
         "lora": peers.lora_layer(data, peers.linear(weight), peers.lora_factors(data)),
     }
-    layers["ours-path"].one_product = False
+    layers["ours-path"].one_operation = False
     samples = context.interleave(
         {name: Contender(partial(train, layer, data, _trained(layer))) for name, layer in layers.items()}
     )

@@ -155,7 +155,7 @@ def adapted(frozen: nn.Module, contender: str, r: int, k: int) -> nn.Module:
     if contender == "ours-path":
         for module in model.modules():
             if isinstance(module, gralora_ext.GraloraLinear):
-                module.one_product = False
+                module.one_operation = False
     return model
 
 

@@ -120,27 +120,30 @@ struct Linear : torch::autograd::Function<Linear> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& A, const at::Tensor& B,
                             const OptionalTensor& A_general, const OptionalTensor& B_general, const at::Tensor& weight,
                             const OptionalTensor& bias, const OptionalTensor& seed, double scaling, double dropout_p,
-                            at::Tensor* u_out, at::Tensor* mask_out) {
+                            bool own_gemm, at::Tensor* u_out, at::Tensor* mask_out) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, u, mask] = linear_op().call(x, weight, bias, A, B, A_general, B_general, seed, scaling, dropout_p);
+    auto [y, u, mask] =
+        linear_op().call(x, weight, bias, A, B, A_general, B_general, seed, scaling, dropout_p, own_gemm);
     ctx->save_for_backward({x, weight, A, B, kept(A_general), kept(B_general), u, kept(seed), mask});
     ctx->saved_data["scaling"] = scaling;
     ctx->saved_data["dropout_p"] = dropout_p;
+    ctx->saved_data["own_gemm"] = own_gemm;
     *u_out = u, *mask_out = mask;
     return y;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(12);
+    variable_list result(13);
     if (!grads[0].defined()) return result;
     const variable_list saved = ctx->get_saved_variables();
     const OptionalTensor A_general = optional(saved[4]), B_general = optional(saved[5]);
     const bool hybrid = A_general.has_value();
     const std::array<bool, 5> needs = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2),
                                        hybrid && ctx->needs_input_grad(3), hybrid && ctx->needs_input_grad(4)};
-    auto [dx, dA, dB, dA_general, dB_general] = linear_backward_op().call(
-        grads[0], saved[0], saved[6], saved[8], saved[1], saved[2], saved[3], A_general, B_general, optional(saved[7]),
-        ctx->saved_data["scaling"].toDouble(), ctx->saved_data["dropout_p"].toDouble(), needs);
+    auto [dx, dA, dB, dA_general, dB_general] =
+        linear_backward_op().call(grads[0], saved[0], saved[6], saved[8], saved[1], saved[2], saved[3], A_general,
+                                  B_general, optional(saved[7]), ctx->saved_data["scaling"].toDouble(),
+                                  ctx->saved_data["dropout_p"].toDouble(), ctx->saved_data["own_gemm"].toBool(), needs);
     if (needs[0]) result[0] = dx;
     if (needs[1]) result[1] = dA;
     if (needs[2]) result[2] = dB;
@@ -155,7 +158,7 @@ struct Linear : torch::autograd::Function<Linear> {
 ForwardResult linear_autograd(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                               const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,
                               const OptionalTensor& B_general, const OptionalTensor& seed, double scaling,
-                              double dropout_p) {
+                              double dropout_p, bool own_gemm) {
   const bool frozen = !(differentiated(weight) || differentiated(bias));
   TORCH_CHECK(!at::GradMode::is_enabled() || frozen,
               "gralora_ext: weight and bias must not require grad: they have no derivative here");
@@ -163,10 +166,11 @@ ForwardResult linear_autograd(const at::Tensor& x, const at::Tensor& weight, con
                                                        differentiated(A_general) || differentiated(B_general));
   if (!recorded) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return linear_op().call(x, weight, bias, A, B, A_general, B_general, seed, scaling, dropout_p);
+    return linear_op().call(x, weight, bias, A, B, A_general, B_general, seed, scaling, dropout_p, own_gemm);
   }
   at::Tensor u, mask;
-  const at::Tensor y = Linear::apply(x, A, B, A_general, B_general, weight, bias, seed, scaling, dropout_p, &u, &mask);
+  const at::Tensor y =
+      Linear::apply(x, A, B, A_general, B_general, weight, bias, seed, scaling, dropout_p, own_gemm, &u, &mask);
   return {y, u, mask};
 }
 

@@ -1,6 +1,9 @@
-// The layer in one product, y = x (W + dW)^T + bias, and its backward; with dropout, which falls on x before A alone, y = x W^T +
-// bias, and then the path of x into it. Per op: check -> allocate -> fill Params -> launch.
+// A frozen layer with its adapter, and its backward. By our GEMM one product, y = x (W + dW)^T + bias. By torch's, and with dropout,
+// which falls on x before A alone, y = x W^T + bias, and then the path of x into it; so dx = g W, and then the path's dx into it.
+// Per op: check -> allocate -> fill Params -> launch.
 #include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
 
 #include <vector>
 
@@ -13,12 +16,16 @@
 namespace gralora {
 namespace {
 
-// out = in P, with P's columns as the last dimension of out
+std::vector<int64_t> sizes_with(const at::Tensor& in, int64_t columns) {
+  std::vector<int64_t> sizes(in.sizes().begin(), in.sizes().end());
+  sizes.back() = columns;
+  return sizes;
+}
+
+// out = in P + bias, where P is (W + dW)^T, or W + dW if transposed
 at::Tensor multiply(const Shape& shape, const at::Tensor& in, const at::Tensor& weight, const OptionalTensor& bias,
                     const Adapter& adapter, double scaling, bool transposed) {
-  std::vector<int64_t> sizes(in.sizes().begin(), in.sizes().end());
-  sizes.back() = transposed ? shape.N : shape.M;
-  const at::Tensor out = empty_result(sizes, in), in_rows = as_rows(in);
+  const at::Tensor out = empty_result(sizes_with(in, transposed ? shape.N : shape.M), in), in_rows = as_rows(in);
   const at::Tensor added = bias.has_value() ? bias->contiguous() : at::Tensor();
   LinearParams p;
   p.shape = shape;
@@ -33,9 +40,15 @@ at::Tensor multiply(const Shape& shape, const at::Tensor& in, const at::Tensor& 
   return out;
 }
 
-Shape without_adapter(Shape shape) {
-  shape.k = 1, shape.r = 0, shape.h = 0;
-  return shape;
+// The base layer alone, by our GEMM or by torch's
+at::Tensor multiply_base(Shape shape, const at::Tensor& in, const at::Tensor& weight, const OptionalTensor& bias,
+                         bool transposed, bool own_gemm) {
+  if (own_gemm) {
+    shape.k = 1, shape.r = 0, shape.h = 0;
+    return multiply(shape, in, weight, bias, {}, 1.0, transposed);
+  }
+  if (transposed) return at::mm(in.reshape({shape.T, shape.M}), weight).view(sizes_with(in, shape.N));
+  return at::linear(in, weight, bias);
 }
 
 }  // namespace
@@ -43,10 +56,10 @@ Shape without_adapter(Shape shape) {
 ForwardResult linear_kernel(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                             const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,
                             const OptionalTensor& B_general, const OptionalTensor& seed, double scaling,
-                            double dropout_p) {
-  const Shape shape = check_linear(x, weight, bias, A, B, A_general, B_general, seed, scaling, dropout_p);
-  if (dropout_p > 0.0) {
-    const at::Tensor y = multiply(without_adapter(shape), x, weight, bias, {}, 1.0, false);
+                            double dropout_p, bool own_gemm) {
+  const Shape shape = check_linear(x, weight, bias, A, B, A_general, B_general, seed, scaling, dropout_p, own_gemm);
+  if (!own_gemm || dropout_p > 0.0) {
+    const at::Tensor y = multiply_base(shape, x, weight, bias, false, own_gemm);
     return forward_into_kernel(x, y, A, B, A_general, B_general, seed, scaling, dropout_p);
   }
   const at::Tensor y = multiply(shape, x, weight, bias, adapter_of(A, B, A_general, B_general), scaling, false);
@@ -57,18 +70,18 @@ ForwardResult linear_kernel(const at::Tensor& x, const at::Tensor& weight, const
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_backward_kernel(
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& u, const at::Tensor& kept, const at::Tensor& weight,
     const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general, const OptionalTensor& B_general,
-    const OptionalTensor& seed, double scaling, double dropout_p, std::array<bool, 5> needs) {
-  const Shape shape = check_linear(x, weight, {}, A, B, A_general, B_general, seed, scaling, dropout_p);
+    const OptionalTensor& seed, double scaling, double dropout_p, bool own_gemm, std::array<bool, 5> needs) {
+  const Shape shape = check_linear(x, weight, {}, A, B, A_general, B_general, seed, scaling, dropout_p, own_gemm);
   TORCH_CHECK_TYPE(grad.scalar_type() == x.scalar_type(), "gralora_ext: grad must have x's dtype ", x.scalar_type(),
                    ", but is ", grad.scalar_type());
   check_backward(grad, x, u, kept, A, B, A_general, B_general, seed, scaling, dropout_p);
-  const bool drops = dropout_p > 0.0;
+  const bool one_product = own_gemm && dropout_p == 0.0;
   at::Tensor dx;
   if (needs[0])
-    dx = drops ? multiply(without_adapter(shape), grad, weight, {}, {}, 1.0, true)
-               : multiply(shape, grad, weight, {}, adapter_of(A, B, A_general, B_general), scaling, true);
-  auto gradients = backward_to(drops ? dx : at::Tensor(), true, shape, grad, x, u, kept, A, B, A_general, B_general,
-                               seed, scaling, dropout_p, needs);
+    dx = one_product ? multiply(shape, grad, weight, {}, adapter_of(A, B, A_general, B_general), scaling, true)
+                     : multiply_base(shape, grad, weight, {}, true, own_gemm);
+  auto gradients = backward_to(one_product ? at::Tensor() : dx, true, shape, grad, x, u, kept, A, B, A_general,
+                               B_general, seed, scaling, dropout_p, needs);
   if (needs[0]) std::get<0>(gradients) = dx;
   return gradients;
 }

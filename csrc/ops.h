@@ -44,17 +44,17 @@ void merge_kernel(at::Tensor weight, const at::Tensor& A, const at::Tensor& B, c
 at::Tensor delta_weight_kernel(const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,
                                const OptionalTensor& B_general, double scaling, bool fan_in_fan_out);
 
-// A layer whose weight is frozen, with its adapter (linear_ops.cpp): y = x (W + dW)^T + bias in one product, with dropout
-// y = x W^T + bias and then the path of x. Results as above, with u [0, k*r + h] where nothing is dropped.
-// CPU only.
+// A layer whose weight is frozen, with its adapter (linear_ops.cpp). own_gemm: y = x (W + dW)^T + bias in one product of ours, with
+// dropout y = x W^T + bias and then the path of x; else so by torch's GEMM, in any dtype, with dropout or without. Results as
+// above, with u [0, k*r + h] where it is one product. CPU only.
 ForwardResult linear_kernel(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                             const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,
                             const OptionalTensor& B_general, const OptionalTensor& seed, double scaling,
-                            double dropout_p);
+                            double dropout_p, bool own_gemm);
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_backward_kernel(
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& u, const at::Tensor& kept, const at::Tensor& weight,
     const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general, const OptionalTensor& B_general,
-    const OptionalTensor& seed, double scaling, double dropout_p, std::array<bool, 5> needs);
+    const OptionalTensor& seed, double scaling, double dropout_p, bool own_gemm, std::array<bool, 5> needs);
 
 // The autograd kernels of the forward ops (autograd.cpp).
 ForwardResult forward_autograd(const at::Tensor& x, const at::Tensor& base, const at::Tensor& A, const at::Tensor& B,
@@ -67,6 +67,6 @@ ForwardResult forward_into_autograd(const at::Tensor& x, const at::Tensor& base,
 ForwardResult linear_autograd(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                               const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,
                               const OptionalTensor& B_general, const OptionalTensor& seed, double scaling,
-                              double dropout_p);
+                              double dropout_p, bool own_gemm);
 
 }  // namespace gralora

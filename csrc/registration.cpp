@@ -24,11 +24,11 @@ TORCH_LIBRARY(gralora_ext, m) {
       "-> Tensor");
   m.def(
       "linear(Tensor x, Tensor weight, Tensor? bias, Tensor A, Tensor B, Tensor? A_general, Tensor? B_general, "
-      "Tensor? seed, float scaling, float dropout_p) -> (Tensor y, Tensor u, Tensor kept)");
+      "Tensor? seed, float scaling, float dropout_p, bool own_gemm) -> (Tensor y, Tensor u, Tensor kept)");
   m.def(
       "linear_backward(Tensor grad, Tensor x, Tensor u, Tensor kept, Tensor weight, Tensor A, Tensor B, "
-      "Tensor? A_general, Tensor? B_general, Tensor? seed, float scaling, float dropout_p, bool[5] needs) -> (Tensor, "
-      "Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? A_general, Tensor? B_general, Tensor? seed, float scaling, float dropout_p, bool own_gemm, "
+      "bool[5] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 namespace {

@@ -39,6 +39,17 @@ def _dtype_of_u(*tensors: Tensor) -> torch.dtype:
     return torch.bfloat16 if all_bf16 else torch.float32
 
 
+def _ranks(A: Tensor, A_general: Tensor | None) -> int:
+    return A.shape[0] * A.shape[2] + (0 if A_general is None else A_general.shape[0])
+
+
+def _kept_u(x: Tensor, base: Tensor, A: Tensor, A_general: Tensor | None) -> Tensor:
+    """As keeps_u in csrc/ops.cpp."""
+    ranks = _ranks(A, A_general)
+    keeps = x.element_size() > 2 or A.element_size() <= 2 or 16 * ranks <= x.shape[-1] + ranks
+    return x.new_empty((_tokens(x) if keeps else 0, ranks), dtype=_dtype_of_u(x, base, A))
+
+
 def _kept_mask(x: Tensor, k: int, dropout_p: float) -> Tensor:
     """As keeps_mask in csrc/ops.cpp."""
     keeps = x.device.type == "cpu" and dropout_p > 0.0 and x.shape[-1] // k % 8 == 0
@@ -58,7 +69,7 @@ def _fake_forward(
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_devices(x=x, base=base, A=A, B=B, A_general=A_general, B_general=B_general, seed=seed)
-    k, block_in, r = A.shape
+    k, block_in, _ = A.shape
     if x.shape[-1] != k * block_in:
         raise ValueError(f"gralora_ext: x must be [..., N] = [..., {k * block_in}], but has shape {list(x.shape)}")
     if base.shape[-1] != B.shape[0] * B.shape[2] or base.shape[:-1] != x.shape[:-1]:
@@ -66,13 +77,7 @@ def _fake_forward(
             f"gralora_ext: base must be [..., M] = [..., {B.shape[0] * B.shape[2]}] with x's leading dimensions, "
             f"but has shape {list(base.shape)} beside x of shape {list(x.shape)}"
         )
-    h = 0 if A_general is None else A_general.shape[0]
-    ranks = k * r + h
-    # as in csrc/ops.cpp
-    keeps_u = x.element_size() > 2 or A.element_size() <= 2 or 16 * ranks <= x.shape[-1] + ranks
-    tokens = _tokens(x) if keeps_u else 0
-    u = x.new_empty((tokens, ranks), dtype=_dtype_of_u(x, base, A))
-    return torch.empty_like(base), u, _kept_mask(x, k, dropout_p)
+    return torch.empty_like(base), _kept_u(x, base, A, A_general), _kept_mask(x, k, dropout_p)
 
 
 @torch.library.register_fake("gralora_ext::gralora_")
@@ -116,11 +121,12 @@ def _(
     seed: Tensor | None,
     scaling: float,
     dropout_p: float,
+    own_gemm: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_devices(x=x, weight=weight, bias=bias, A=A, B=B, A_general=A_general, B_general=B_general, seed=seed)
-    ranks = A.shape[0] * A.shape[2] + (0 if A_general is None else A_general.shape[0])
-    tokens = _tokens(x) if dropout_p > 0.0 else 0
-    y, u = x.new_empty((*x.shape[:-1], weight.shape[0])), x.new_empty((tokens, ranks))
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    one_product = own_gemm and dropout_p == 0.0
+    u = x.new_empty((0, _ranks(A, A_general))) if one_product else _kept_u(x, y, A, A_general)
     return y, u, _kept_mask(x, A.shape[0], dropout_p)
 
 
@@ -138,6 +144,7 @@ def _(
     seed: Tensor | None,
     scaling: float,
     dropout_p: float,
+    own_gemm: bool,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
     _check_devices(

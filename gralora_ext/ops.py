@@ -114,31 +114,35 @@ def linear(
     B_general: Tensor | None = None,
     dropout_p: float = 0.0,
     training: bool = True,
+    own_gemm: bool = True,
 ) -> Tensor:
-    """A frozen linear layer with its adapter as one product, ``y = x (W + ΔW)ᵀ + bias``; differentiable in all but the layer.
+    """A frozen linear layer with its adapter, ``y = x (W + ΔW)ᵀ + bias``, as one operation; differentiable in all but the layer.
 
-    The same function as ``gralora(x, F.linear(x, weight, bias), A, B, ...)``, for many tokens on the CPU: W + ΔW is made block
-    by block where the product packs its operand anyway, so that the adapter costs 2NMr/k FLOPs in forward and again for dx,
-    whatever the tokens, and for backward nothing is kept but x and the parameters. ΔW is that of :func:`merge_`.
+    The same function as ``gralora(x, F.linear(x, weight, bias), A, B, ...)``, for many tokens on the CPU. With ``own_gemm`` it is
+    one product: W + ΔW is made block by block where the product packs its operand anyway, so that the adapter costs 2NMr/k FLOPs
+    in forward and again for dx, whatever the tokens, and for backward nothing is kept but x and the parameters. ΔW is that of
+    :func:`merge_`.
 
-    With dropout, of which the layer's own x is free, it is ``y = x Wᵀ + bias``, to which the path of x is added in place, and
-    backward adds the path's dx to that of the layer: y has the bits of :func:`gralora` on such a base, and U and the seed are kept.
+    Without ``own_gemm`` torch multiplies, ``y = x Wᵀ + bias``, the path of x is added in place, and backward adds the path's dx in
+    place to that of the layer: y has the bits of :func:`gralora` on such a base, what is kept is the same, and autograd has no two
+    dx to add. So it is with dropout too, of which the layer's own x is free, by either GEMM.
 
     Args:
-        x: ``[..., N]``, any rank ≥ 1, any strides; float32 (float64 for checks).
+        x: ``[..., N]``, any rank ≥ 1, any strides; with ``own_gemm`` float32 (float64 for checks).
         weight: ``[M, N]``, any strides, in x's dtype; not differentiated.
         bias: ``[M]`` in x's dtype, or None; not differentiated.
         A, B, scaling, A_general, B_general, dropout_p, training: as in :func:`gralora`.
+        own_gemm: whether this extension multiplies, or torch.
 
     Returns:
-        y ``[..., M]`` in x's dtype, the dtype of its sums.
+        y ``[..., M]`` in x's dtype.
 
     Raises:
         ValueError, TypeError: as :func:`gralora`.
         RuntimeError: ``weight`` or ``bias`` requires grad, or the tensors are not on the CPU.
     """
     p = dropout_p if training else 0.0
-    return _linear(x, weight, bias, A, B, A_general, B_general, _seed(x, p), scaling, p)[0]
+    return _linear(x, weight, bias, A, B, A_general, B_general, _seed(x, p), scaling, p, own_gemm)[0]
 
 
 def merge_(

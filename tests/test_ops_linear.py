@@ -1,10 +1,14 @@
-"""``ops.linear``, a frozen layer and its adapter as one product: against torch's layer and the reference in float64."""
+"""``ops.linear``, a frozen layer and its adapter in one operation: against torch's layer and the reference in float64.
+
+``linear`` is it by either GEMM: our one product, or torch's with the path added in place.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -54,6 +58,11 @@ def expected_layer(x: Tensor, weight: Tensor, bias: Tensor | None = None, **othe
     return reference.gralora(x, torch.nn.functional.linear(x, weight, bias), **others)
 
 
+@pytest.fixture(params=[True, False], ids=["own GEMM", "torch's GEMM"])
+def linear(request: pytest.FixtureRequest) -> Any:
+    return partial(ops.linear, own_gemm=request.param)
+
+
 def results(inputs: Inputs, layer: Callable[..., Tensor] = ops.linear) -> dict[str, Tensor]:
     """y and the gradients of all that has one."""
     frozen = {name: inputs.tensors.get(name) for name in ("weight", "bias")}
@@ -65,8 +74,8 @@ def results(inputs: Inputs, layer: Callable[..., Tensor] = ops.linear) -> dict[s
     return value_and_gradients(op, Inputs(trained, inputs.grad, inputs.scaling))
 
 
-def assert_layer_near(inputs: Inputs) -> None:
-    assert_results_near(results(inputs), inputs, expected_layer, like_y="x")
+def assert_layer_near(inputs: Inputs, layer: Callable[..., Tensor] = ops.linear) -> None:
+    assert_results_near(results(inputs, layer), inputs, expected_layer, like_y="x")
 
 
 def layer_cases() -> st.SearchStrategy[Case]:
@@ -84,8 +93,8 @@ def test_the_layer_is_torchs_and_the_references_in_random_cases(case: Case) -> N
 
 @pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16, torch.float16], ids=NAMES.get)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_of_the_weight_and_dtype_of_the_adapter(layout: str, adapter: torch.dtype) -> None:
-    assert_layer_near(layer_inputs(replace(FP32, h=3, adapter_dtype=adapter), layout, bias_layout=layout))
+def test_every_layout_of_the_weight_and_dtype_of_the_adapter(layout: str, adapter: torch.dtype, linear: Any) -> None:
+    assert_layer_near(layer_inputs(replace(FP32, h=3, adapter_dtype=adapter), layout, bias_layout=layout), linear)
 
 
 @pytest.mark.parametrize("layout", ["offset", "row_slice", "column_stride", "transposed"])
@@ -94,8 +103,8 @@ def test_every_layout_of_the_adapter(layout: str) -> None:
 
 
 @pytest.mark.parametrize(("k", "n", "m", "rb", "h"), EXTREME_SIZES)
-def test_extreme_sizes(k: int, n: int, m: int, rb: int, h: int) -> None:
-    assert_layer_near(layer_inputs(Case((65,), k, n, m, rb, h)))
+def test_extreme_sizes(k: int, n: int, m: int, rb: int, h: int, linear: Any) -> None:
+    assert_layer_near(layer_inputs(Case((65,), k, n, m, rb, h)), linear)
 
 
 @pytest.mark.parametrize(("N", "M"), [(576, 1536), (1536, 192), (2100, 290)])
@@ -158,25 +167,25 @@ def test_an_adapter_that_is_zero_leaves_the_layer_as_it_is(scaling: float) -> No
 
 
 @pytest.mark.parametrize("leading", [(0,), (0, 4), (4, 0)], ids=str)
-def test_no_tokens_give_empty_results_and_no_gradient(leading: tuple[int, ...]) -> None:
-    got = results(layer_inputs(replace(FP32, leading=leading, h=2)))
+def test_no_tokens_give_empty_results_and_no_gradient(leading: tuple[int, ...], linear: Any) -> None:
+    got = results(layer_inputs(replace(FP32, leading=leading, h=2)), linear)
     assert got["y"].shape == (*leading, 80) and got["x"].shape == (*leading, 96)
     assert not any(got[name].any() for name in ("A", "B", "A_general", "B_general"))
 
 
-def test_no_input_is_written() -> None:
+def test_no_input_is_written(linear: Any) -> None:
     inputs = layer_inputs(replace(FP32, h=3))
     before = {name: t.clone() for name, t in inputs.tensors.items()}
-    results(inputs)
+    results(inputs, linear)
     assert all(same_bits(inputs.tensors[name], t) for name, t in before.items())
 
 
 @pytest.mark.parametrize("wanted", ["x", "A", "B", "A_general", "B_general"])
-def test_one_gradient_alone_has_the_bits_that_it_has_among_all(wanted: str) -> None:
+def test_one_gradient_alone_has_the_bits_that_it_has_among_all(wanted: str, linear: Any) -> None:
     inputs = layer_inputs(replace(FP32, h=3))
-    every = results(inputs)
+    every = results(inputs, linear)
     leaf = inputs.tensors[wanted].requires_grad_()
-    y = ops.linear(**inputs.tensors, scaling=inputs.scaling)
+    y = linear(**inputs.tensors, scaling=inputs.scaling)
     assert same_bits(torch.autograd.grad(y, leaf, inputs.grad)[0], every[wanted])
 
 
@@ -195,7 +204,8 @@ def test_only_x_and_the_parameters_are_kept_for_backward() -> None:
 @pytest.mark.parametrize("h", [0, 2])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
-def test_gradcheck(dropout_p: float, h: int, bias: bool) -> None:
+@pytest.mark.parametrize("own_gemm", [True, False])
+def test_gradcheck(own_gemm: bool, dropout_p: float, h: int, bias: bool) -> None:
     seed = torch.tensor([3]) if dropout_p else None
     inputs = layer_inputs(Case((5,), 2, 6, 4, 2, h).uniform(torch.float64), bias=bias)
     frozen = [inputs.tensors["weight"], inputs.tensors.get("bias")]
@@ -203,7 +213,7 @@ def test_gradcheck(dropout_p: float, h: int, bias: bool) -> None:
 
     def call(x: Tensor, *adapter: Tensor) -> Tensor:
         A, B, *general = adapter
-        return native.linear(x, *frozen, A, B, *(general or (None, None)), seed, 0.5, dropout_p)[0]
+        return native.linear(x, *frozen, A, B, *(general or (None, None)), seed, 0.5, dropout_p, own_gemm)[0]
 
     assert torch.autograd.gradcheck(call, (x, A, B, *general))
 
@@ -211,16 +221,18 @@ def test_gradcheck(dropout_p: float, h: int, bias: bool) -> None:
 @pytest.mark.parametrize("h", [0, 2])
 @pytest.mark.parametrize("leading", [(), (3,), (2, 3), (0,)], ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
-def test_opcheck(dropout_p: float, leading: tuple[int, ...], h: int) -> None:
+@pytest.mark.parametrize("own_gemm", [True, False])
+def test_opcheck(own_gemm: bool, dropout_p: float, leading: tuple[int, ...], h: int) -> None:
     seed = torch.tensor([3]) if dropout_p else None
     inputs = layer_inputs(Case(leading, 2, 6, 4, 2, h), bias=bool(h))
     t = inputs.tensors
     adapter = (t["A"], t["B"], t.get("A_general"), t.get("B_general"))
-    layer = (t["x"], t["weight"], t.get("bias"), *adapter, seed, 0.5, dropout_p)
+    options = (seed, 0.5, dropout_p, own_gemm)
+    layer = (t["x"], t["weight"], t.get("bias"), *adapter, *options)
     left = native.linear(*layer)[1:]
     torch.library.opcheck(
         native.linear_backward.default,
-        (inputs.grad, t["x"], *left, t["weight"], *adapter, seed, 0.5, dropout_p, [True, True, True, bool(h), bool(h)]),
+        (inputs.grad, t["x"], *left, t["weight"], *adapter, *options, [True, True, True, bool(h), bool(h)]),
     )
     for name in ("x", "A", "B", "A_general", "B_general"):
         if name in t:
@@ -228,10 +240,10 @@ def test_opcheck(dropout_p: float, leading: tuple[int, ...], h: int) -> None:
     torch.library.opcheck(native.linear.default, layer)
 
 
-def test_torch_compile_gives_the_same_bits_in_one_graph() -> None:
+def test_torch_compile_gives_the_same_bits_in_one_graph(linear: Any) -> None:
     inputs = layer_inputs(replace(FP32, h=3))
-    expected = results(inputs)
-    compiled = torch.compile(ops.linear, fullgraph=True, backend="aot_eager")
+    expected = results(inputs, linear)
+    compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
     trained = {name: t.requires_grad_() for name, t in inputs.tensors.items() if name not in ("weight", "bias")}
     y = compiled(**inputs.tensors, scaling=inputs.scaling)
     gradients = torch.autograd.grad(y, list(trained.values()), inputs.grad)
@@ -239,15 +251,56 @@ def test_torch_compile_gives_the_same_bits_in_one_graph() -> None:
     assert all(same_bits(g, expected[name]) for name, g in zip(trained, gradients, strict=True))
 
 
+# ---------------------------------------------------------------- by torch's GEMM
+
+by_torch = partial(ops.linear, own_gemm=False)
+
+
+@given(case=cases())
+@settings(max_examples=300)
+def test_by_torchs_gemm_the_layer_is_torchs_and_the_references_in_random_cases(case: Case) -> None:
+    """In every dtype; one of 16 bits is rounded by the layer and by the path."""
+    assert_layer_near(layer_inputs(case), by_torch)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16], ids=NAMES.get)
+@pytest.mark.parametrize("x", [torch.float32, torch.bfloat16, torch.float16], ids=NAMES.get)
+def test_by_torchs_gemm_it_is_the_op_on_the_output_of_torchs_layer_to_the_bit(
+    x: torch.dtype, adapter: torch.dtype, bias: bool, dropout_p: float
+) -> None:
+    inputs = layer_inputs(replace(FP32, leading=(3, 50), h=3, x_dtype=x, adapter_dtype=adapter), bias=bias)
+    layer = [inputs.tensors.get(name) for name in ("x", "weight", "bias")]
+    torch.manual_seed(7)
+    y = by_torch(**{"bias": None, **inputs.tensors}, scaling=0.5, dropout_p=dropout_p)
+    operands = {name: t for name, t in inputs.adapter().items() if name not in ("weight", "bias")}
+    torch.manual_seed(7)
+    expected = ops.gralora(layer[0], torch.nn.functional.linear(*layer), **operands, scaling=0.5, dropout_p=dropout_p)
+    assert same_bits(y, expected)
+
+
+def test_by_torchs_gemm_x_the_parameters_and_u_are_kept_for_backward() -> None:
+    inputs = layer_inputs(replace(FP32, h=3))
+    for name in ("x", "A", "B", "A_general", "B_general"):
+        inputs.tensors[name].requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        by_torch(**inputs.tensors, scaling=1.0)
+    given = {t.data_ptr() for name, t in inputs.tensors.items() if name != "bias"}
+    others = [t for t in kept if t.numel() and t.data_ptr() not in given]
+    assert given <= {t.data_ptr() for t in kept} and [t.shape for t in others] == [(70, 2 * 8 + 3)]
+
+
 # ---------------------------------------------------------------- with dropout
 
 
-def dropped(seed: int, dropout_p: float) -> Any:
+def dropped(seed: int, dropout_p: float, own_gemm: bool = True) -> Any:
     """The op with a given seed, as ``results`` wants it."""
 
     def op(x: Tensor, weight: Tensor, bias: Tensor | None, *, scaling: float, A: Tensor, B: Tensor, **general: Tensor):
         both = (general.get("A_general"), general.get("B_general"))
-        return native.linear(x, weight, bias, A, B, *both, torch.tensor([seed]), scaling, dropout_p)[0]
+        return native.linear(x, weight, bias, A, B, *both, torch.tensor([seed]), scaling, dropout_p, own_gemm)[0]
 
     return op
 
@@ -257,6 +310,16 @@ def dropped(seed: int, dropout_p: float) -> Any:
 def test_the_layer_with_dropout_is_the_references_in_random_cases(case: Case, seed: int, dropout_p: float) -> None:
     inputs = layer_inputs(case)
     got = results(inputs, dropped(seed, dropout_p))
+    assert_results_near(got, inputs, expected_layer, like_y="x", dropout_p=dropout_p, seed=torch.tensor([seed]))
+
+
+@given(case=cases(), seed=st.integers(-(2**63), 2**63 - 1), dropout_p=st.sampled_from([0.05, 0.5]))
+@settings(max_examples=100)
+def test_with_dropout_by_torchs_gemm_the_layer_is_the_references_in_random_cases(
+    case: Case, seed: int, dropout_p: float
+) -> None:
+    inputs = layer_inputs(case)
+    got = results(inputs, dropped(seed, dropout_p, own_gemm=False))
     assert_results_near(got, inputs, expected_layer, like_y="x", dropout_p=dropout_p, seed=torch.tensor([seed]))
 
 
@@ -296,22 +359,22 @@ def test_with_dropout_one_gradient_alone_has_the_bits_that_it_has_among_all(want
     assert same_bits(torch.autograd.grad(y, leaf, inputs.grad)[0], every[wanted])
 
 
-def test_what_has_no_derivative_says_so() -> None:
+def test_what_has_no_derivative_says_so(linear: Any) -> None:
     inputs = layer_inputs(FP32)
     x = inputs.tensors["x"].requires_grad_()
-    y = ops.linear(**inputs.tensors, scaling=1.0)
+    y = linear(**inputs.tensors, scaling=1.0)
     (dx,) = torch.autograd.grad(y, x, inputs.grad.requires_grad_(), create_graph=True)
     with pytest.raises(RuntimeError, match="linear_backward"):
         dx.sum().backward()
     with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward AD|jvp"):
         dual = forward_ad.make_dual(inputs.tensors["x"].detach(), torch.ones(70, 96))
-        ops.linear(**{**inputs.tensors, "x": dual}, scaling=1.0)
+        linear(**{**inputs.tensors, "x": dual}, scaling=1.0)
     for name in ("weight", "bias"):
         trained = {**inputs.tensors, name: inputs.tensors[name].clone().requires_grad_()}
         with pytest.raises(RuntimeError, match="weight and bias must not require grad"):
-            ops.linear(**trained, scaling=1.0)
+            linear(**trained, scaling=1.0)
         with torch.no_grad():
-            assert same_bits(ops.linear(**trained, scaling=1.0), y.detach())
+            assert same_bits(linear(**trained, scaling=1.0), y.detach())
 
 
 @pytest.mark.parametrize(
@@ -346,16 +409,16 @@ def test_a_gradient_of_another_dtype_is_refused(dtype: torch.dtype) -> None:
     inputs = layer_inputs(FP32)
     t = inputs.tensors
     left = (torch.empty(0, 16), torch.empty(0, t["x"].shape[-1] // 8, dtype=torch.uint8))
-    rest = (t["x"], *left, t["weight"], t["A"], t["B"], None, None, None, 1.0, 0.0, [True, False, False, False, False])
+    rest = (t["x"], *left, t["weight"], t["A"], t["B"], None, None, None, 1.0, 0.0, True, [True, *[False] * 4])
     with pytest.raises(TypeError, match="grad must have x's dtype Float"):
         native.linear_backward(inputs.grad.to(dtype), *rest)
 
 
 def test_float64_adapter_beside_float32_is_refused() -> None:
-    with pytest.raises(TypeError, match="x must be float32, or float64 where A is"):
+    with pytest.raises(TypeError, match="with own_gemm x must be float32, or float64 where A is"):
         ops.linear(**layer_inputs(replace(FP32, adapter_dtype=torch.float64)).tensors, scaling=1.0)
 
 
-def test_a_gradient_of_any_strides() -> None:
+def test_a_gradient_of_any_strides(linear: Any) -> None:
     for layout in LAYOUTS:
-        assert_layer_near(layer_inputs(replace(FP32, leading=(4, 20), grad_layout=layout, x_layout=layout)))
+        assert_layer_near(layer_inputs(replace(FP32, leading=(4, 20), grad_layout=layout, x_layout=layout)), linear)

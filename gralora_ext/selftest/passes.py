@@ -85,10 +85,11 @@ def check(case: Case, device: torch.device) -> Iterator[tuple[str, float]]:
     for name, actual, right in zip(leaves, gradients, wanted, strict=True):
         yield f"gradient of {name}, {case}", _share(actual, right, GRADIENT_FACTOR)
 
-    if device.type == "cpu" and case.activations in (torch.float32, torch.float64):
-        weight = values(case.M, case.N, dtype=case.activations)
-        for p in (0.0, P_DROPOUT) if case.dropout else (0.0,):
-            yield from _check_layer(case, p, x.detach(), grad, weight, adapter)
+    if device.type == "cpu":
+        weight = values(case.M, case.N, dtype=case.activations, scale=case.N**-0.5)
+        for own_gemm in (True, False) if case.activations in (torch.float32, torch.float64) else (False,):
+            for p in (0.0, P_DROPOUT) if case.dropout else (0.0,):
+                yield from _check_layer(case, own_gemm, p, x.detach(), grad, weight, adapter)
 
     with torch.no_grad():
         weight = values(case.M, case.N, dtype=case.activations)
@@ -98,20 +99,20 @@ def check(case: Case, device: torch.device) -> Iterator[tuple[str, float]]:
 
 
 def _check_layer(
-    case: Case, dropout_p: float, x: Tensor, grad: Tensor, weight: Tensor, adapter: dict[str, Tensor]
+    case: Case, own_gemm: bool, dropout_p: float, x: Tensor, grad: Tensor, weight: Tensor, adapter: dict[str, Tensor]
 ) -> Iterator[tuple[str, float]]:
-    """The frozen layer with its adapter: one product, or with dropout its own and the path."""
+    """The frozen layer with its adapter: one product, or with dropout and by torch's GEMM its own and the path."""
     with torch.enable_grad():
         leaves = {name: t.detach().requires_grad_() for name, t in {"x": x, **adapter}.items()}
         torch.manual_seed(1)
-        y = ops.linear(weight=weight, bias=None, **leaves, scaling=0.75, dropout_p=dropout_p)
+        y = ops.linear(weight=weight, bias=None, **leaves, scaling=0.75, dropout_p=dropout_p, own_gemm=own_gemm)
         gradients = torch.autograd.grad(y, list(leaves.values()), grad)
         torch.manual_seed(1)
         wide = {name: t.detach().double().requires_grad_() for name, t in leaves.items()}
         base = torch.nn.functional.linear(wide["x"], weight.double())
         expected = reference.gralora(base=base, **wide, scaling=0.75, dropout_p=dropout_p)
         wanted = torch.autograd.grad(expected, list(wide.values()), grad.double())
-    layer = "frozen layer" if dropout_p else "one product"
+    layer = "frozen layer by torch's GEMM" if not own_gemm else "frozen layer" if dropout_p else "one product"
     yield f"{layer} {case}", _share(y, expected, 1)
     for name, actual, right in zip(leaves, gradients, wanted, strict=True):
         yield f"gradient of {name} of {layer}, {case}", _share(actual, right, GRADIENT_FACTOR)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .. import ops
-from . import product
+from . import frozen
 
 _LINEAR_LAYERS = (nn.Linear, Conv1D)
 
@@ -19,8 +19,8 @@ _LINEAR_LAYERS = (nn.Linear, Conv1D)
 class GraloraLinear(Linear):
     """``y = base_layer(x) + Σ_adapters s·exchange(x_n A_n) B_j (+ s·(x Agᵀ) Bgᵀ)``, one kernel per active adapter.
 
-    On AMD's processors, many tokens of a frozen float32 layer are one product with W + ΔW instead (:func:`gralora_ext.ops.linear`), and
-    the base layer is not called, where calling it would do nothing but multiply (``product.py``).
+    Where calling a frozen base layer would do nothing but multiply, many tokens on the CPU are one operation with it
+    (:func:`gralora_ext.ops.linear`) instead: in training, and on AMD's processors in float32, as one product with W + ΔW (``frozen.py``).
 
     Built by :class:`~gralora_ext.tuner.GraloraModel`, or made in place of PEFT's layer by
     :func:`~gralora_ext.tuner.accelerate`. It differs from PEFT's layer in this: x may have any rank ≥ 1 (PEFT: 2 or 3);
@@ -33,7 +33,7 @@ class GraloraLinear(Linear):
     cast_input_dtype_enabled: bool = True
 
     # False, on the class or on a layer: the base layer is always called. Not stored in checkpoints.
-    one_product: bool = True
+    one_operation: bool = True
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """The layer's output in x's dtype.
@@ -53,9 +53,10 @@ class GraloraLinear(Linear):
             self.unmerge()
         modules = self._modules  # nn.Module's own lookup takes 0.5 µs, and there are seven at one token
         base_layer = modules["base_layer"]
-        alone = self.one_product and not (args or kwargs or self.disable_adapters or self.merged)
-        if alone and (name := product.sole_adapter(self, x)) is not None:
-            return ops.linear(x, product.weight_of(base_layer), base_layer.bias, **self._path(name, x))
+        alone = self.one_operation and not (args or kwargs or self.disable_adapters or self.merged)
+        if alone and (how := frozen.how_to_multiply(self, x)) is not None:
+            path = self._path(how.adapter, x)
+            return ops.linear(x, frozen.weight_of(base_layer), base_layer.bias, **path, own_gemm=how.own_gemm)
         result = base_layer(x, *args, **kwargs)
         if not self.disable_adapters and not self.merged:
             op = ops.gralora_ if _may_write_into(result, base_layer, x) else ops.gralora

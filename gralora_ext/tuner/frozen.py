@@ -1,14 +1,15 @@
-"""When a layer is computed as one product, ``y = x (W + ΔW)ᵀ + bias``, beside its base layer instead of through it.
+"""When a frozen base layer and its adapter are one operation, :func:`gralora_ext.ops.linear`, and the base layer is not called.
 
-That is quicker where many tokens meet a frozen float32 weight on a CPU on which our GEMM is quicker than torch's, and the same function
-of the parameters. With dropout in training, where W + ΔW is not what multiplies x, the layer's own product is taken over alone.
+Many tokens on a CPU, in two cases. In training torch multiplies by W as the base layer would, and both dx meet in one tensor, where
+autograd would add two. Where our GEMM is quicker than torch's, it takes a float32 layer, in inference too: one product with
+W + ΔW, or with dropout in training, where W + ΔW is not what multiplies x, the layer's own product.
 Either is right only where calling the base layer would do nothing but multiply. Everything else goes through the base layer: quantized, offloaded, hooked,
 trained and subclassed ones, and those whose tensors are of a subclass, such as DTensor.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,36 +33,45 @@ _TENSORS = (Tensor, nn.Parameter)  # no subclass of a library's
 _FORWARDS = {nn.Linear: nn.Linear.forward, Conv1D: Conv1D.forward}  # a patched class is called
 
 
-def sole_adapter(layer: GraloraLinear, x: Tensor) -> str | None:
-    """The adapter with which ``layer`` may be one product for ``x``, or None where its base layer is to be called.
+class How(NamedTuple):
+    """The adapter, and whose GEMM multiplies."""
+
+    adapter: str
+    own_gemm: bool
+
+
+def how_to_multiply(layer: GraloraLinear, x: Tensor) -> How | None:
+    """How ``layer`` is one operation for ``x``, or None where its base layer is to be called.
 
     It is asked at every call, so what is cheap and often false comes first; a decode step pays 0.2 µs for it.
     """
-    if type(x) not in _TENSORS or x.numel() < _TOKENS * layer.in_features or x.dtype != torch.float32 or not x.is_cpu:
+    if type(x) not in _TENSORS or x.numel() < _TOKENS * layer.in_features or not x.is_cpu:
         return None
     base = layer.base_layer
-    if not _IS_QUICKER or type(base) not in _FORWARDS:
+    quicker, trains = _IS_QUICKER and x.dtype == torch.float32, x.requires_grad and torch.is_grad_enabled()
+    if not (quicker or trains) or type(base) not in _FORWARDS:
         return None
     names = [name for name in layer.active_adapters if name in layer.gralora_A]
-    if len(names) != 1 or not _is_plain_mode() or not _only_multiplies(base):
+    if len(names) != 1 or not _is_plain_mode() or not _only_multiplies(base, x.dtype):
         return None
     (name,) = names
+    if quicker and _multiplies_in_full_precision() and _pays(layer, name, x.numel() // layer.in_features):
+        return How(name, own_gemm=True)
+    return How(name, own_gemm=False) if trains else None
+
+
+def _pays(layer: GraloraLinear, name: str, tokens: int) -> bool:
+    """Whether our GEMM is right for the adapter, and making W + ΔW, 2NM(r/k + h) FLOPs, takes at most half of what it saves.
+
+    That is half of the product of 2NM·tokens itself, since our GEMM is quicker, and the path's share of it.
+    """
     A, dropout = layer.gralora_A[name], layer.gralora_dropout[name]
     if A.dtype == torch.float64:  # sums would be in float64
-        return None
+        return False
     if dropout.training and isinstance(dropout, nn.Dropout) and dropout.p != 0.0:
-        return name  # W stays without ΔW: only the GEMM is ours
-    k, _, r = A.shape
-    tokens = x.numel() // layer.in_features
-    return name if _pays(tokens, layer.in_features, layer.out_features, k, r, layer.hybrid_r[name]) else None
-
-
-def _pays(tokens: int, n: int, m: int, k: int, r: int, h: int) -> bool:
-    """Whether making W + ΔW, 2NM(r/k + h) FLOPs, takes at most half of what it saves of a product of 2NM·tokens.
-
-    That is half of the product itself, since our GEMM is quicker, and the path's share of it.
-    """
-    share = (r + h) * (n + m) / (n * m)
+        return True  # W stays without ΔW
+    (k, _, r), h = A.shape, layer.hybrid_r[name]
+    share = (r + h) * (layer.in_features + layer.out_features) / (layer.in_features * layer.out_features)
     return 2 * (r / k + h) <= tokens * (1 + share)
 
 
@@ -71,11 +81,10 @@ def weight_of(base: nn.Module) -> Tensor:
 
 
 def _is_plain_mode() -> bool:
-    """Eager mode in full precision, where nobody looks at the operations that torch runs."""
+    """Eager mode without autocast, where nobody looks at the operations that torch runs."""
     return (
         not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
-        and _multiplies_in_full_precision()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
     )
@@ -88,8 +97,8 @@ def _multiplies_in_full_precision() -> bool:
     return matmul.fp32_precision in ("none", "ieee")
 
 
-def _only_multiplies(base: nn.Module) -> bool:
-    """Whether calling ``base`` is ``x Wᵀ + bias`` with float32 tensors that need no gradient, and nothing beside it."""
+def _only_multiplies(base: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether calling ``base`` is ``x Wᵀ + bias`` with tensors of ``dtype`` that need no gradient, and nothing beside it."""
     kind, parameters = type(base), base._parameters
     hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
     hooked_everywhere = (
@@ -101,15 +110,15 @@ def _only_multiplies(base: nn.Module) -> bool:
     return (
         not (hooked or hooked_everywhere or "forward" in vars(base))
         and kind.forward is _FORWARDS[kind]
-        and _is_frozen(parameters.get("weight"))
-        and (parameters.get("bias") is None or _is_frozen(parameters["bias"]))
+        and _is_frozen(parameters.get("weight"), dtype)
+        and (parameters.get("bias") is None or _is_frozen(parameters["bias"], dtype))
     )
 
 
-def _is_frozen(parameter: Tensor | None) -> bool:
+def _is_frozen(parameter: Tensor | None, dtype: torch.dtype) -> bool:
     return (
         type(parameter) in _TENSORS
-        and parameter.dtype == torch.float32
+        and parameter.dtype == dtype
         and parameter.is_cpu
         and parameter.layout == torch.strided
         and not (parameter.requires_grad and torch.is_grad_enabled())
