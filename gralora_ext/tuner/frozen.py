@@ -9,11 +9,11 @@ trained and subclassed ones, and those whose tensors are of a subclass, such as 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as global_hooks
+from torch.nn.modules import module
 from transformers.pytorch_utils import Conv1D
 
 from .._loader import load
@@ -30,34 +30,41 @@ _IS_QUICKER = (
     _native.cpu_capability() != "default" and _native.cpu_vendor() == "amd" and torch.backends.mkl.is_available()
 )
 _TENSORS = (Tensor, nn.Parameter)  # no subclass of a library's
+_HOOKS_EVERYWHERE = (  # torch fills them and never puts others in their place
+    module._global_forward_hooks,
+    module._global_forward_pre_hooks,
+    module._global_backward_hooks,
+    module._global_backward_pre_hooks,
+)
 _FORWARDS = {nn.Linear: nn.Linear.forward, Conv1D: Conv1D.forward}  # a patched class is called
 
 
-class How(NamedTuple):
-    """The adapter, and whose GEMM multiplies."""
+def how_to_multiply(layer: GraloraLinear, x: Tensor) -> tuple[str, bool] | None:
+    """The adapter with which ``layer`` is one operation for ``x``, and whether by our GEMM; None: its base layer is to be called.
 
-    adapter: str
-    own_gemm: bool
-
-
-def how_to_multiply(layer: GraloraLinear, x: Tensor) -> How | None:
-    """How ``layer`` is one operation for ``x``, or None where its base layer is to be called.
-
-    It is asked at every call, so what is cheap and often false comes first; a decode step pays 0.2 µs for it.
+    It is asked at every call, so what is cheap and often false comes first, and nothing is called that can be looked up: beside a
+    model's products and activations the interpreter's own data are never in cache, and a call of a Python function costs 1 to 3 µs.
     """
     if type(x) not in _TENSORS or x.numel() < _TOKENS * layer.in_features or not x.is_cpu:
         return None
-    base = layer.base_layer
-    quicker, trains = _IS_QUICKER and x.dtype == torch.float32, x.requires_grad and torch.is_grad_enabled()
-    if not (quicker or trains) or type(base) not in _FORWARDS:
+    dtype = x.dtype
+    quicker, trains = _IS_QUICKER and dtype == torch.float32, x.requires_grad and torch.is_grad_enabled()
+    if not (quicker or trains):
         return None
-    names = [name for name in layer.active_adapters if name in layer.gralora_A]
-    if len(names) != 1 or not _is_plain_mode() or not _only_multiplies(base, x.dtype):
+    modules = layer._modules
+    if not _only_multiplies(modules["base_layer"], dtype) or not _is_plain_mode():
         return None
-    (name,) = names
+    name, adapters = layer._active_adapter, modules["gralora_A"]._parameters
+    if type(name) is not str:
+        names = [each for each in name if each in adapters]
+        if len(names) != 1:
+            return None
+        (name,) = names
+    elif name not in adapters:
+        return None
     if quicker and _multiplies_in_full_precision() and _pays(layer, name, x.numel() // layer.in_features):
-        return How(name, own_gemm=True)
-    return How(name, own_gemm=False) if trains else None
+        return name, True
+    return (name, False) if trains else None
 
 
 def _pays(layer: GraloraLinear, name: str, tokens: int) -> bool:
@@ -77,7 +84,8 @@ def _pays(layer: GraloraLinear, name: str, tokens: int) -> bool:
 
 def weight_of(base: nn.Module) -> Tensor:
     """The weight of an eligible base layer as ``[M, N]``."""
-    return base.weight.t() if type(base) is Conv1D else base.weight
+    weight = base._parameters["weight"]
+    return weight.t() if type(base) is Conv1D else weight
 
 
 def _is_plain_mode() -> bool:
@@ -99,20 +107,16 @@ def _multiplies_in_full_precision() -> bool:
 
 def _only_multiplies(base: nn.Module, dtype: torch.dtype) -> bool:
     """Whether calling ``base`` is ``x Wᵀ + bias`` with tensors of ``dtype`` that need no gradient, and nothing beside it."""
-    kind, parameters = type(base), base._parameters
-    hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-    hooked_everywhere = (
-        global_hooks._global_forward_hooks
-        or global_hooks._global_forward_pre_hooks
-        or global_hooks._global_backward_hooks
-        or global_hooks._global_backward_pre_hooks
-    )
-    return (
-        not (hooked or hooked_everywhere or "forward" in vars(base))
-        and kind.forward is _FORWARDS[kind]
-        and _is_frozen(parameters.get("weight"), dtype)
-        and (parameters.get("bias") is None or _is_frozen(parameters["bias"], dtype))
-    )
+    kind, own = type(base), base.__dict__
+    if kind not in _FORWARDS or kind.forward is not _FORWARDS[kind] or "forward" in own:
+        return False
+    hooked = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    forward, forward_pre, backward, backward_pre = _HOOKS_EVERYWHERE
+    if hooked or forward or forward_pre or backward or backward_pre:
+        return False
+    parameters = own["_parameters"]
+    bias = parameters.get("bias")
+    return _is_frozen(parameters.get("weight"), dtype) and (bias is None or _is_frozen(bias, dtype))
 
 
 def _is_frozen(parameter: Tensor | None, dtype: torch.dtype) -> bool:

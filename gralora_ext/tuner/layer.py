@@ -48,17 +48,21 @@ class GraloraLinear(Linear):
                 :func:`gralora_ext.ops.gralora` refuses a shape.
             TypeError: :func:`gralora_ext.ops.gralora` refuses a dtype.
         """
-        refuse_adapter_names(adapter_names)
-        if self.disable_adapters and self.merged:
+        if adapter_names is not None:
+            refuse_adapter_names(adapter_names)
+        # What PEFT's properties and nn.Module's own lookup return: calls, which cost microseconds here (frozen.how_to_multiply).
+        modules, base_layer = self._modules, self._modules["base_layer"]
+        if self._disable_adapters and self.merged_adapters:
             self.unmerge()
-        modules = self._modules  # nn.Module's own lookup takes 0.5 µs, and there are seven at one token
-        base_layer = modules["base_layer"]
-        alone = self.one_operation and not (args or kwargs or self.disable_adapters or self.merged)
-        if alone and (how := frozen.how_to_multiply(self, x)) is not None:
-            path = self._path(how.adapter, x)
-            return ops.linear(x, frozen.weight_of(base_layer), base_layer.bias, **path, own_gemm=how.own_gemm)
+        adds = not (self._disable_adapters or self.merged_adapters)
+        if adds and self.one_operation and not (args or kwargs):
+            how = frozen.how_to_multiply(self, x)
+            if how is not None:
+                name, own_gemm = how
+                weight, bias = frozen.weight_of(base_layer), base_layer._parameters.get("bias")
+                return ops.linear(x, weight, bias, **self._path(name, x), own_gemm=own_gemm)
         result = base_layer(x, *args, **kwargs)
-        if not self.disable_adapters and not self.merged:
+        if adds:
             op = ops.gralora_ if _may_write_into(result, base_layer, x) else ops.gralora
             for name in self.active_adapters:
                 if name in modules["gralora_A"]:
@@ -108,9 +112,12 @@ class GraloraLinear(Linear):
     def _operands(self, adapter: str) -> dict[str, Any]:
         """The adapter's tensors as they are stored, and its scaling: the arguments that the three ops share."""
         modules, hybrid = self._modules, self.hybrid_r[adapter] > 0
+        A, B = modules["gralora_A"]._parameters.get(adapter), modules["gralora_B"]._parameters.get(adapter)
+        if A is None or B is None:  # FSDP puts tensors in their places
+            A, B = modules["gralora_A"][adapter], modules["gralora_B"][adapter]
         return {
-            "A": modules["gralora_A"][adapter],
-            "B": modules["gralora_B"][adapter],
+            "A": A,
+            "B": B,
             "A_general": modules["gralora_A_general"][adapter].weight if hybrid else None,
             "B_general": modules["gralora_B_general"][adapter].weight if hybrid else None,
             "scaling": self.scaling[adapter],
@@ -120,7 +127,7 @@ class GraloraLinear(Linear):
         """The operands and the dropout of the adapter, for an x on its device."""
         operands = self._operands(adapter)
         _check_device("the input", x, adapter, operands["A"])
-        dropout = self._modules["gralora_dropout"][adapter]
+        dropout = self._modules["gralora_dropout"]._modules[adapter]
         operands["dropout_p"] = dropout.p if isinstance(dropout, nn.Dropout) else 0.0  # nn.Identity where there is none
         operands["training"] = dropout.training
         return operands
