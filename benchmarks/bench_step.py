@@ -46,7 +46,7 @@ STEP_SECONDS = 4.5  # for the estimate: a step of 768 tokens on one core of toda
 SETTINGS = {
     "tiny": ((1, 4), ((4, 2),), 2),
     "quick": ((1, 192), ((16, 2),), 3),
-    "default": ((4, 192), ((16, 2), (64, 4)), 5),
+    "default": ((4, 192), ((16, 2), (64, 4)), 3),
     "full": ((4, 192), ((16, 2), (64, 4)), 20),
 }
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tuner_helpers import llama
 
-from benchmarks import bench_merge, bench_step, run
+from benchmarks import bench_layers, bench_merge, bench_step, run
 from benchmarks.bench import Bench, Context, Task
 from benchmarks.cli import BENCHES, main
 from benchmarks.compare import compare, report
@@ -97,6 +97,20 @@ def test_the_overhead_is_the_time_beyond_the_frozen_model(content):
     assert "base" in step["step"] and "base" not in step["overhead"] and "base" not in step["optimizer"]
     for name in ("ours", "ours-path", "peft", "lora"):
         assert step["overhead"][name]["median"] < step["step"][name]["median"]
+
+
+def test_all_layers_of_a_model_take_their_turns(content):
+    layers = {
+        record["case"]["what"]: record["contenders"] for record in content["records"] if record["bench"] == "layers"
+    }
+    assert layers.keys() == {"layers", "overhead"}
+    assert layers["layers"].keys() == {"base", "ours", "ours-path", "peft", "lora"}
+    assert 0 < layers["layers"]["base"]["median"] < layers["layers"]["peft"]["median"]
+    model = llama().requires_grad_(False)
+    found = bench_layers._layers(model)
+    assert len(found) == 14 and all(type(layer) is torch.nn.Linear for layer in found)
+    ours = bench_layers._layers(bench_step.adapted(model, "ours", 4, 2))
+    assert [layer.base_layer.weight.data_ptr() for layer in ours] == [layer.weight.data_ptr() for layer in found]
 
 
 def test_models_share_the_frozen_weights():
