@@ -43,7 +43,7 @@ def how_to_multiply(layer: GraloraLinear, x: Tensor) -> tuple[str, bool] | None:
     """The adapter with which ``layer`` is one operation for ``x``, and whether by our GEMM; None: its base layer is to be called.
 
     It is asked at every call, so what is cheap and often false comes first, and nothing is called that can be looked up: beside a
-    model's products and activations the interpreter's own data are never in cache, and a call of a Python function costs 1 to 3 µs.
+    model's products and activations the interpreter's own data are in no cache, and a call of a Python function costs some 3 µs.
     """
     if type(x) not in _TENSORS or x.numel() < _TOKENS * layer.in_features or not x.is_cpu:
         return None
