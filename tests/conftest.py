@@ -15,6 +15,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 # A thread that spins on a busy machine takes the time of the one it waits for. OpenMP reads this when torch loads it.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import build_helpers
 import pytest
 import torch
 from hypothesis import settings
@@ -38,6 +39,24 @@ def pytest_configure(config: pytest.Config) -> None:
         if not build_info()["cuda_archs"]:
             raise pytest.UsageError("--device cuda: this build of gralora_ext has no CUDA kernels (GRALORA_EXT_CUDA=1)")
     os.environ["GRALORA_TEST_DEVICE"] = device  # for tuner_helpers
+
+
+@pytest.fixture(scope="session")
+def builds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of all that the build tests make. They share it, so that builds for CUDA find the CPU's kernels compiled."""
+    return tmp_path_factory.mktemp("builds")
+
+
+@pytest.fixture(scope="session")
+def sdist(builds: Path) -> Path:
+    (builds / "sdist").mkdir()
+    return build_helpers.make_sdist(builds / "sdist")
+
+
+@pytest.fixture(scope="session")
+def tree(sdist: Path, builds: Path) -> Path:
+    """The sources as an sdist brings them."""
+    return build_helpers.unpack(sdist, builds / "tree")
 
 
 @pytest.fixture(scope="session")

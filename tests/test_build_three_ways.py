@@ -21,64 +21,48 @@ pytestmark = pytest.mark.build
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("builds")
-
-
-@pytest.fixture(scope="module")
-def sdist(folder: Path) -> Path:
-    (folder / "sdist").mkdir()
-    return helpers.make_sdist(folder / "sdist")
-
-
-@pytest.fixture(scope="module")
-def tree(sdist: Path, folder: Path) -> Path:
-    return helpers.unpack(sdist, folder / "tree")
-
-
-@pytest.fixture(scope="module")
-def wheel_python(tree: Path, folder: Path) -> Path:
+def wheel_python(tree: Path, builds: Path) -> Path:
     """An environment's Python with the wheel installed; the wheel was built from the sdist."""
-    python = helpers.make_environment(folder / "environment")
+    python = helpers.make_environment(builds / "environment")
     env = helpers.environment()
-    helpers.pip(python, "wheel", tree, "--wheel-dir", folder / "wheel", env=env, cwd=folder)
-    (wheel,) = (folder / "wheel").iterdir()
-    helpers.pip(python, "install", "--ignore-installed", wheel, env=env, cwd=folder)
+    helpers.pip(python, "wheel", tree, "--wheel-dir", builds / "wheel", env=env, cwd=builds)
+    (wheel,) = (builds / "wheel").iterdir()
+    helpers.pip(python, "install", "--ignore-installed", wheel, env=env, cwd=builds)
     return python
 
 
 @pytest.fixture(scope="module")
-def jit_env(tree: Path, folder: Path) -> dict[str, str]:
-    extensions = str(folder / "torch_extensions")
+def jit_env(tree: Path, builds: Path) -> dict[str, str]:
+    extensions = str(builds / "torch_extensions")
     return helpers.environment(GRALORA_EXT_JIT="1", PYTHONPATH=str(tree), TORCH_EXTENSIONS_DIR=extensions)
 
 
 @pytest.fixture(scope="module")
-def cmake_build(tree: Path, folder: Path) -> Path:
+def cmake_build(tree: Path, builds: Path) -> Path:
     env = helpers.environment()
-    build = folder / "cmake"
+    build = builds / "cmake"
     helpers.run("cmake", "-B", build, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}", env=env, cwd=tree)
     helpers.run("cmake", "--build", build, env=env, cwd=tree)
     return build
 
 
 @pytest.fixture(scope="module")
-def wheel(wheel_python: Path, folder: Path) -> dict[str, Any]:
-    return helpers.probe(wheel_python, env=helpers.environment(), cwd=folder)
+def wheel(wheel_python: Path, builds: Path) -> dict[str, Any]:
+    return helpers.probe(wheel_python, env=helpers.environment(), cwd=builds)
 
 
 @pytest.fixture(scope="module")
-def jit(jit_env: dict[str, str], folder: Path) -> dict[str, Any]:
-    return helpers.probe(env=jit_env, cwd=folder)
+def jit(jit_env: dict[str, str], builds: Path) -> dict[str, Any]:
+    return helpers.probe(env=jit_env, cwd=builds)
 
 
 @pytest.fixture(scope="module")
-def cmake(cmake_build: Path, folder: Path) -> dict[str, Any]:
+def cmake(cmake_build: Path, builds: Path) -> dict[str, Any]:
     """The probe with CMake's library beside the Python half of the package."""
-    place = folder / "cmake_package"
+    place = builds / "cmake_package"
     helpers.copy_package(place)
-    helpers.run("cmake", "--install", cmake_build, "--prefix", place, env=helpers.environment(), cwd=folder)
-    return helpers.probe(env=helpers.environment(PYTHONPATH=str(place)), cwd=folder)
+    helpers.run("cmake", "--install", cmake_build, "--prefix", place, env=helpers.environment(), cwd=builds)
+    return helpers.probe(env=helpers.environment(PYTHONPATH=str(place)), cwd=builds)
 
 
 def test_the_sdist_holds_every_source(sdist: Path) -> None:
@@ -98,25 +82,25 @@ def test_the_sdist_holds_every_source(sdist: Path) -> None:
     assert [name for name in wanted if name not in held] == []
 
 
-def test_the_wheel_works_in_another_folder(wheel: dict[str, Any], folder: Path) -> None:
-    assert Path(wheel["package"]).is_relative_to(folder / "environment")
+def test_the_wheel_works_in_another_folder(wheel: dict[str, Any], builds: Path) -> None:
+    assert Path(wheel["package"]).is_relative_to(builds / "environment")
     assert wheel["info"]["build"] == "prebuilt"
     assert wheel["info"]["problem"] is None
     assert wheel["error"] < 1e-6
 
 
 def test_in_a_checkout_the_installed_extension_serves_the_sources(
-    wheel_python: Path, wheel: dict[str, Any], tree: Path, folder: Path
+    wheel_python: Path, wheel: dict[str, Any], tree: Path, builds: Path
 ) -> None:
     result = helpers.probe(wheel_python, env=helpers.environment(PYTHONPATH=str(tree)), cwd=tree)
     assert Path(result["package"]).parent == tree / "gralora_ext"
-    assert Path(result["info"]["path"]).is_relative_to(folder / "environment")
+    assert Path(result["info"]["path"]).is_relative_to(builds / "environment")
     assert result["digest"] == wheel["digest"]
 
 
-def test_the_wheel_holds_no_sources(wheel_python: Path, folder: Path) -> None:
+def test_the_wheel_holds_no_sources(wheel_python: Path, builds: Path) -> None:
     listing = helpers.run(
-        sys.executable, "-m", "zipfile", "-l", *(folder / "wheel").iterdir(), env={}, cwd=folder
+        sys.executable, "-m", "zipfile", "-l", *(builds / "wheel").iterdir(), env={}, cwd=builds
     ).stdout
     assert "_C.cpython" in listing and "py.typed" in listing and "_C.pyi" in listing
     assert not re.search(r"\.cpp|tests/", listing)
@@ -163,10 +147,10 @@ def test_cmake_compiles_kernels_with_the_flags_of_the_config(cmake_build: Path) 
 
 
 @pytest.mark.parametrize("cap", ["default", "avx2", "avx512"])
-def test_the_environment_caps_the_capability(cap: str, wheel_python: Path, wheel: dict[str, Any], folder: Path) -> None:
+def test_the_environment_caps_the_capability(cap: str, wheel_python: Path, wheel: dict[str, Any], builds: Path) -> None:
     order = ["default", "avx2", "avx512"]
     machine = {"AVX512": "avx512", "AVX2": "avx2"}.get(wheel["torch_capability"], "default")
-    capped = helpers.probe(wheel_python, env=helpers.environment(GRALORA_EXT_CPU_CAPABILITY=cap), cwd=folder)
+    capped = helpers.probe(wheel_python, env=helpers.environment(GRALORA_EXT_CPU_CAPABILITY=cap), cwd=builds)
     assert capped["info"]["cpu_capability"] == order[min(order.index(cap), order.index(machine))]
     assert capped["error"] < 1e-6
 
@@ -194,17 +178,17 @@ def test_portable_code_holds_no_vector_extension() -> None:
     assert wide_in["portable"] == set()
 
 
-def test_jit_compiles_nothing_when_nothing_changed(jit: dict[str, Any], jit_env: dict[str, str], folder: Path) -> None:
+def test_jit_compiles_nothing_when_nothing_changed(jit: dict[str, Any], jit_env: dict[str, str], builds: Path) -> None:
     library = Path(jit["info"]["path"])
     before = library.stat().st_mtime_ns
     start = time.monotonic()
-    assert helpers.probe(env=jit_env, cwd=folder)["digest"] == jit["digest"]
+    assert helpers.probe(env=jit_env, cwd=builds)["digest"] == jit["digest"]
     assert library.stat().st_mtime_ns == before
     assert time.monotonic() - start < 20
 
 
 def test_jit_follows_a_changed_kernel_in_two_processes_at_once(
-    jit: dict[str, Any], jit_env: dict[str, str], tree: Path, folder: Path
+    jit: dict[str, Any], jit_env: dict[str, str], tree: Path, builds: Path
 ) -> None:
     library = Path(jit["info"]["path"])
     mark = b"a changed kernel"
@@ -214,7 +198,7 @@ def test_jit_follows_a_changed_kernel_in_two_processes_at_once(
         file.write(f'\nnamespace {{ __attribute__((used)) const char kMark[] = "{mark.decode()}"; }}\n')
     command = [sys.executable, "-c", helpers.PROBE]
     pair = [
-        subprocess.Popen(command, env=jit_env, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(command, env=jit_env, cwd=builds, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for _ in range(2)
     ]
     outputs = [process.communicate(timeout=300)[0] for process in pair]
@@ -223,13 +207,13 @@ def test_jit_follows_a_changed_kernel_in_two_processes_at_once(
     assert mark in library.read_bytes()
 
 
-def test_editable_install_runs_from_the_tree(wheel_python: Path, tree: Path, folder: Path) -> None:
+def test_editable_install_runs_from_the_tree(wheel_python: Path, tree: Path, builds: Path) -> None:
     # Last, and in the wheel's place: with the same paths, the wheel's objects serve, and little is compiled again.
     env = helpers.environment()
-    helpers.run(wheel_python, "-m", "pip", "uninstall", "--yes", "gralora_ext", env=env, cwd=folder)
-    helpers.pip(wheel_python, "install", "--ignore-installed", "--editable", tree, env=env, cwd=folder)
-    result = helpers.probe(wheel_python, env=env, cwd=folder)
+    helpers.run(wheel_python, "-m", "pip", "uninstall", "--yes", "gralora_ext", env=env, cwd=builds)
+    helpers.pip(wheel_python, "install", "--ignore-installed", "--editable", tree, env=env, cwd=builds)
+    result = helpers.probe(wheel_python, env=env, cwd=builds)
     assert Path(result["package"]).parent == tree / "gralora_ext"
     assert result["info"]["build"] == "prebuilt"
     console = shutil.which("gralora-ext", path=str(wheel_python.parent))
-    assert console and helpers.run(console, "--version", env=env, cwd=folder).stdout == "gralora-ext 0.1.0\n"
+    assert console and helpers.run(console, "--version", env=env, cwd=builds).stdout == "gralora-ext 0.1.0\n"

@@ -32,36 +32,25 @@ torch.empty(2, device="cuda")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cuda_builds")
-
-
-@pytest.fixture(scope="module")
-def tree(folder: Path) -> Path:
-    (folder / "sdist").mkdir()
-    return helpers.unpack(helpers.make_sdist(folder / "sdist"), folder / "tree")
-
-
-@pytest.fixture(scope="module")
 def env() -> dict[str, str]:
     return helpers.environment(GRALORA_EXT_CUDA="1", CUDA_HOME=str(config.cuda.find_toolkit()))
 
 
 @pytest.fixture(scope="module")
-def python(tree: Path, folder: Path, env: dict[str, str]) -> Path:
+def python(tree: Path, builds: Path, env: dict[str, str]) -> Path:
     """An environment's Python with the extension installed, for each kind of device.
 
     tests/cuda_on_cpu compiles the kernels for all that nvcc 13 and we know of; test_build_cuda.py says that those are the default.
     """
-    python = helpers.make_environment(folder / "environment")
+    python = helpers.make_environment(builds / "cuda_environment")
     env = {**env, "TORCH_CUDA_ARCH_LIST": " ".join(ARCHS)}
-    helpers.pip(python, "install", "--ignore-installed", tree, env=env, cwd=folder)
+    helpers.pip(python, "install", "--ignore-installed", tree, env=env, cwd=builds)
     return python
 
 
 @pytest.fixture(scope="module")
-def installed(python: Path, folder: Path) -> dict[str, Any]:
-    return helpers.probe(python, env=helpers.environment(), cwd=folder)
+def installed(python: Path, builds: Path) -> dict[str, Any]:
+    return helpers.probe(python, env=helpers.environment(), cwd=builds)
 
 
 def test_the_installed_extension_holds_kernels_for_the_devices(installed: dict[str, Any]) -> None:
@@ -84,34 +73,38 @@ def test_on_the_cpu_it_computes_as_ever(installed: dict[str, Any]) -> None:
     assert installed["error"] < 1e-6
 
 
-def test_cuda_kernels_are_registered(python: Path, folder: Path) -> None:
-    helpers.run(python, "-c", REGISTERED, env=helpers.environment(), cwd=folder)
+def test_cuda_kernels_are_registered(python: Path, builds: Path) -> None:
+    helpers.run(python, "-c", REGISTERED, env=helpers.environment(), cwd=builds)
 
 
-def test_a_missing_gpu_is_an_error_when_one_is_used(python: Path, folder: Path) -> None:
+def test_a_missing_gpu_is_an_error_when_one_is_used(python: Path, builds: Path) -> None:
     import torch
 
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    output = helpers.run(python, "-c", ON_CUDA, env=helpers.environment(), cwd=folder, check=False).stdout
+    output = helpers.run(python, "-c", ON_CUDA, env=helpers.environment(), cwd=builds, check=False).stdout
     assert "CUDA" in output.splitlines()[-1]
 
 
 @pytest.mark.parametrize("build", ["jit", "cmake"])
 def test_the_other_builds_hold_the_kernels_too(
-    build: str, tree: Path, folder: Path, env: dict[str, str], installed: dict[str, Any]
+    build: str, tree: Path, builds: Path, env: dict[str, str], installed: dict[str, Any]
 ) -> None:
     env = {**env, "TORCH_CUDA_ARCH_LIST": "9.0"}
     if build == "jit":
-        env |= {"GRALORA_EXT_JIT": "1", "PYTHONPATH": str(tree), "TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
+        env |= {
+            "GRALORA_EXT_JIT": "1",
+            "PYTHONPATH": str(tree),
+            "TORCH_EXTENSIONS_DIR": str(builds / "torch_extensions"),
+        }
     else:
-        cmake = ("cmake", "-B", folder / "cmake", "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}")
+        cmake = ("cmake", "-B", builds / "cmake", "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}")
         helpers.run(*cmake, "-DBUILD_TESTING=OFF", env=env, cwd=tree)
-        helpers.run("cmake", "--build", folder / "cmake", env=env, cwd=tree)
-        helpers.copy_package(folder / "place")
-        helpers.run("cmake", "--install", folder / "cmake", "--prefix", folder / "place", env=env, cwd=folder)
-        env |= {"PYTHONPATH": str(folder / "place")}
-    probed = helpers.probe(env=env, cwd=folder)
+        helpers.run("cmake", "--build", builds / "cmake", env=env, cwd=tree)
+        helpers.copy_package(builds / "cuda_package")
+        helpers.run("cmake", "--install", builds / "cmake", "--prefix", builds / "cuda_package", env=env, cwd=builds)
+        env |= {"PYTHONPATH": str(builds / "cuda_package")}
+    probed = helpers.probe(env=env, cwd=builds)
     assert probed["info"]["build"] == ("jit" if build == "jit" else "prebuilt")
     assert probed["info"]["cuda_archs"] == ["9.0"]
     assert probed["digest"] == installed["digest"]
