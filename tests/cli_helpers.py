@@ -56,10 +56,14 @@ def make_data(file: Path, rows: int = 48) -> Path:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """This process's environment, with the gralora_ext that the tests import and no hub to wait for."""
+    """This process's environment, with the gralora_ext that the tests import and no hub to wait for.
+
+    Without what `finetune` sets for its process, which is this one where a test calls it: without a terminal, no bars.
+    """
+    inherited = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
     paths = [str(Path(gralora_ext.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
     return {
-        **os.environ,
+        **inherited,
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
