@@ -6,83 +6,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from helpers import (
-    EXTREME_SIZES,
-    LAYOUTS,
-    NAMES,
-    Case,
-    Inputs,
-    assert_results_near,
-    cases,
-    make,
-    run_python,
-    same_bits,
-    threads,
-    value_and_gradients,
-)
+from helpers import EXTREME_SIZES, LAYOUTS, NAMES, Case, cases, run_python, same_bits, threads
 from hypothesis import given, settings
-from hypothesis import strategies as st
+from linear_helpers import FP32, assert_layer_near, kept_for_backward, layer_cases, layer_inputs, native, results
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from gralora_ext import ops, reference
+from gralora_ext import ops
 
-native = torch.ops.gralora_ext
-FP32 = Case(leading=(70,), k=2, n=48, m=40, rb=4)
 pytestmark = pytest.mark.skipif("config.getoption('device') != 'cpu'", reason="this operation is for the CPU")
-
-
-def layer_inputs(
-    case: Case, weight_layout: str = "contiguous", bias: bool = True, bias_layout: str = "contiguous"
-) -> Inputs:
-    """As ``case.inputs()``, with a weight (and a bias) of the layer in place of base."""
-    case = replace(case, base_dtype=case.x_dtype)
-    inputs = case.inputs()
-    generator = torch.Generator().manual_seed(case.seed + 1)
-    N, M = case.k * case.n, case.k * case.m
-    del inputs.tensors["base"]
-    inputs.tensors["weight"] = make((M, N), weight_layout, case.x_dtype, generator, N**-0.5)
-    if bias:
-        inputs.tensors["bias"] = make((1, M), bias_layout, case.x_dtype, generator)[0]
-    return inputs
-
-
-def expected_layer(x: Tensor, weight: Tensor, bias: Tensor | None = None, **others: Any) -> Tensor:
-    return reference.gralora(x, torch.nn.functional.linear(x, weight, bias), **others)
 
 
 @pytest.fixture(params=[True, False], ids=["own GEMM", "torch's GEMM"])
 def linear(request: pytest.FixtureRequest) -> Any:
     return partial(ops.linear, own_gemm=request.param)
-
-
-def results(inputs: Inputs, layer: Callable[..., Tensor] = ops.linear) -> dict[str, Tensor]:
-    """y and the gradients of all that has one."""
-    frozen = {name: inputs.tensors.get(name) for name in ("weight", "bias")}
-    trained = {name: t for name, t in inputs.tensors.items() if name not in frozen}
-
-    def op(x: Tensor, **others: Any) -> Tensor:
-        return layer(x, **frozen, **others)
-
-    return value_and_gradients(op, Inputs(trained, inputs.grad, inputs.scaling))
-
-
-def assert_layer_near(inputs: Inputs, layer: Callable[..., Tensor] = ops.linear) -> None:
-    assert_results_near(results(inputs, layer), inputs, expected_layer, like_y="x")
-
-
-def layer_cases() -> st.SearchStrategy[Case]:
-    """Those whose activations are float32; where the adapter is float64, all are."""
-    return cases().map(
-        lambda c: replace(c, x_dtype=c.adapter_dtype if c.adapter_dtype == torch.float64 else torch.float32)
-    )
 
 
 @given(case=layer_cases())
@@ -117,7 +60,8 @@ def test_widths_of_several_chunks_and_runs(T: int, N: int, M: int) -> None:
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_every_capability(capability: str) -> None:
     code = """
-from test_ops_linear import Case, assert_layer_near, layer_inputs
+from helpers import Case
+from linear_helpers import assert_layer_near, layer_inputs
 for k, n, m, rb, h in ((2, 288, 96, 8, 0), (3, 37, 53, 5, 2)):
     assert_layer_near(layer_inputs(Case((131,), k, n, m, rb, h)))
 """
@@ -191,14 +135,8 @@ def test_one_gradient_alone_has_the_bits_that_it_has_among_all(wanted: str, line
 
 def test_only_x_and_the_parameters_are_kept_for_backward() -> None:
     inputs = layer_inputs(replace(FP32, h=3))
-    for name in ("x", "A", "B", "A_general", "B_general"):
-        inputs.tensors[name].requires_grad_()
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        ops.linear(**inputs.tensors, scaling=1.0)
-    assert {t.data_ptr() for t in kept if t.numel()} == {
-        t.data_ptr() for name, t in inputs.tensors.items() if name != "bias"
-    }
+    kept = {t.data_ptr() for t in kept_for_backward(inputs, ops.linear)}
+    assert kept == {t.data_ptr() for name, t in inputs.tensors.items() if name != "bias"}
 
 
 @pytest.mark.parametrize("h", [0, 2])
@@ -282,81 +220,12 @@ def test_by_torchs_gemm_it_is_the_op_on_the_output_of_torchs_layer_to_the_bit(
 
 def test_by_torchs_gemm_x_the_parameters_and_u_are_kept_for_backward() -> None:
     inputs = layer_inputs(replace(FP32, h=3))
-    for name in ("x", "A", "B", "A_general", "B_general"):
-        inputs.tensors[name].requires_grad_()
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        by_torch(**inputs.tensors, scaling=1.0)
+    kept = {t.data_ptr(): t.shape for t in kept_for_backward(inputs, by_torch)}
     given = {t.data_ptr() for name, t in inputs.tensors.items() if name != "bias"}
-    others = [t for t in kept if t.numel() and t.data_ptr() not in given]
-    assert given <= {t.data_ptr() for t in kept} and [t.shape for t in others] == [(70, 2 * 8 + 3)]
+    assert given <= kept.keys() and [kept[other] for other in kept.keys() - given] == [(70, 2 * 8 + 3)]
 
 
-# ---------------------------------------------------------------- with dropout
-
-
-def dropped(seed: int, dropout_p: float, own_gemm: bool = True) -> Any:
-    """The op with a given seed, as ``results`` wants it."""
-
-    def op(x: Tensor, weight: Tensor, bias: Tensor | None, *, scaling: float, A: Tensor, B: Tensor, **general: Tensor):
-        both = (general.get("A_general"), general.get("B_general"))
-        return native.linear(x, weight, bias, A, B, *both, torch.tensor([seed]), scaling, dropout_p, own_gemm)[0]
-
-    return op
-
-
-@given(case=layer_cases(), seed=st.integers(-(2**63), 2**63 - 1), dropout_p=st.sampled_from([0.05, 0.1, 0.5, 0.8]))
-@settings(max_examples=150)
-def test_the_layer_with_dropout_is_the_references_in_random_cases(case: Case, seed: int, dropout_p: float) -> None:
-    inputs = layer_inputs(case)
-    got = results(inputs, dropped(seed, dropout_p))
-    assert_results_near(got, inputs, expected_layer, like_y="x", dropout_p=dropout_p, seed=torch.tensor([seed]))
-
-
-@given(case=cases(), seed=st.integers(-(2**63), 2**63 - 1), dropout_p=st.sampled_from([0.05, 0.5]))
-@settings(max_examples=100)
-def test_with_dropout_by_torchs_gemm_the_layer_is_the_references_in_random_cases(
-    case: Case, seed: int, dropout_p: float
-) -> None:
-    inputs = layer_inputs(case)
-    got = results(inputs, dropped(seed, dropout_p, own_gemm=False))
-    assert_results_near(got, inputs, expected_layer, like_y="x", dropout_p=dropout_p, seed=torch.tensor([seed]))
-
-
-@pytest.mark.parametrize(("n", "m"), [(288, 96), (37, 700)])
-@pytest.mark.parametrize("T", [1, 3, 97, 770])
-@pytest.mark.parametrize("h", [0, 5])
-def test_with_dropout_results_do_not_depend_on_the_number_of_threads(h: int, T: int, n: int, m: int) -> None:
-    inputs, op = layer_inputs(Case((T,), 2, n, m, 8, h)), dropped(5, 0.3)
-    with threads(1):
-        one = results(inputs, op)
-    assert_results_near(one, inputs, expected_layer, like_y="x", dropout_p=0.3, seed=torch.tensor([5]))
-    for count in (2, 3, 8):
-        with threads(count):
-            many = results(inputs, op)
-        assert all(same_bits(many[name], one[name]) for name in one)
-
-
-def test_with_dropout_it_is_the_op_on_the_output_of_the_layer_to_the_bit() -> None:
-    inputs = layer_inputs(replace(FP32, h=3))
-    layer = {name: inputs.tensors[name] for name in ("x", "weight", "bias")}
-    torch.manual_seed(7)
-    y = ops.linear(**inputs.tensors, scaling=0.5, dropout_p=0.3)
-    plain = ops.linear(**layer, A=torch.zeros(1, 96, 1), B=torch.zeros(1, 1, 80), scaling=1.0)
-    adapter = {name: t for name, t in inputs.adapter().items() if name not in layer}
-    torch.manual_seed(7)
-    assert same_bits(y, ops.gralora(layer["x"], plain, **adapter, scaling=0.5, dropout_p=0.3))
-    evaluated = ops.linear(**inputs.tensors, scaling=0.5, dropout_p=0.3, training=False)
-    assert same_bits(evaluated, ops.linear(**inputs.tensors, scaling=0.5)) and not same_bits(evaluated, y)
-
-
-@pytest.mark.parametrize("wanted", ["x", "A", "B", "A_general", "B_general"])
-def test_with_dropout_one_gradient_alone_has_the_bits_that_it_has_among_all(wanted: str) -> None:
-    inputs, op = layer_inputs(replace(FP32, h=3)), dropped(5, 0.3)
-    every = results(inputs, op)
-    leaf = inputs.tensors[wanted].requires_grad_()
-    y = op(**inputs.tensors, scaling=inputs.scaling)
-    assert same_bits(torch.autograd.grad(y, leaf, inputs.grad)[0], every[wanted])
+# ---------------------------------------------------------------- what it refuses
 
 
 def test_what_has_no_derivative_says_so(linear: Any) -> None:
