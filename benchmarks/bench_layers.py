@@ -23,8 +23,7 @@ from . import bench_step
 from .bench import Bench, Context, Task
 from .data import SEED
 from .levels import Level
-from .results import Record, overhead
-from .shapes import Work
+from .results import Record
 from .timing import Samples
 
 NAME = "layers"
@@ -55,20 +54,15 @@ def measure(tokens: int, r: int, k: int, rounds: int, context: Context) -> Itera
     keep_freed_memory()
     frozen = bench_step.frozen_model().requires_grad_(False)
     models = {"base": frozen, **{name: bench_step.adapted(frozen, name, r, k) for name in bench_step.ADAPTED}}
-    samples = in_turns({name: _layers(model) for name, model in models.items()}, tokens, rounds)
+    samples = in_turns({name: bench_step.adapted_layers(model) for name, model in models.items()}, tokens, rounds)
     works = bench_step.layer_works(frozen, r, k, tokens)
-    work = Work(sum(w.flops for w in works), sum(w.bytes for w in works), max(w.working_set for w in works))
     case = {"setting": f"r={r} k={k}", "tokens": tokens}
     yield Record(NAME, f"layers {_key(tokens, r, k)}", "s", samples, {**case, "what": "layers"})
-    yield overhead(NAME, _key(tokens, r, k), samples, case, work, sum(map(context.floor.least_seconds, works)))
+    yield bench_step.overhead_of_adapters(NAME, _key(tokens, r, k), samples, case, works, context.floor)
 
 
 def _key(tokens: int, r: int, k: int) -> str:
     return f"T={tokens} r={r} k={k}"
-
-
-def _layers(model: nn.Module) -> list[nn.Module]:
-    return [layer for name, layer in model.named_modules() if name.rsplit(".", 1)[-1] in bench_step.PROJECTIONS]
 
 
 def in_turns(layers: dict[str, list[nn.Module]], tokens: int, rounds: int) -> Samples:

@@ -31,6 +31,7 @@ from .accuracy import relative_error
 from .bench import Bench, Context, Task
 from .data import SEED
 from .errors import Skip
+from .floor import Floor
 from .levels import Level
 from .results import Record, overhead
 from .shapes import Shape, Work, training_work
@@ -109,9 +110,7 @@ def _records(
 
     step: Samples = of(passes)
     yield Record(NAME, f"forward+backward {key}", "s", step, {**case, "what": "step"}, of(errors))
-    work = Work(sum(w.flops for w in works), sum(w.bytes for w in works), max(w.working_set for w in works))
-    least = sum(context.floor.least_seconds(work) for work in works)
-    yield overhead(NAME, key, step, case, work, least)
+    yield overhead_of_adapters(NAME, key, step, case, works, context.floor)
     yield Record(NAME, f"optimizer {key}", "s", of(updates), {**case, "what": "optimizer"})
 
 
@@ -174,13 +173,25 @@ def logits_error(model: nn.Module, twin: nn.Module, ids: Tensor) -> float:
     return relative_error(model(input_ids=few, use_cache=False).logits, expected)
 
 
+def adapted_layers(model: nn.Module) -> list[nn.Module]:
+    """Those of the projections, in the same order in every contender's model and in the frozen one."""
+    return [layer for name, layer in model.named_modules() if name.rsplit(".", 1)[-1] in PROJECTIONS]
+
+
 def layer_works(model: nn.Module, r: int, k: int, tokens: int) -> list[Work]:
     """The least work of every adapted layer."""
     return [
         training_work(Shape(layer.in_features, layer.out_features, T=tokens, r=r, k=k))
-        for name, layer in model.named_modules()
-        if name.rsplit(".", 1)[-1] in PROJECTIONS
+        for layer in adapted_layers(model)
     ]
+
+
+def overhead_of_adapters(
+    bench: str, key: str, samples: Samples, case: dict[str, Any], works: list[Work], floor: Floor
+) -> Record:
+    """The overhead over ``base``, beside the least ``works`` of all adapted layers together."""
+    work = Work(sum(w.flops for w in works), sum(w.bytes for w in works), max(w.working_set for w in works))
+    return overhead(bench, key, samples, case, work, sum(floor.least_seconds(work) for work in works))
 
 
 BENCH = Bench(NAME, "Training step of SmolLM2-135M, all seven projections", tasks)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from tuner_helpers import llama
 
-from benchmarks import bench_layers, bench_merge, bench_step, run
+from benchmarks import bench_merge, bench_step, run
 from benchmarks.bench import Bench, Context, Task
 from benchmarks.cli import BENCHES, main
 from benchmarks.compare import compare, report
@@ -107,9 +107,9 @@ def test_all_layers_of_a_model_take_their_turns(content):
     assert layers["layers"].keys() == {"base", "ours", "ours-path", "peft", "lora"}
     assert 0 < layers["layers"]["base"]["median"] < layers["layers"]["peft"]["median"]
     model = llama().requires_grad_(False)
-    found = bench_layers._layers(model)
+    found = bench_step.adapted_layers(model)
     assert len(found) == 14 and all(type(layer) is torch.nn.Linear for layer in found)
-    ours = bench_layers._layers(bench_step.adapted(model, "ours", 4, 2))
+    ours = bench_step.adapted_layers(bench_step.adapted(model, "ours", 4, 2))
     assert [layer.base_layer.weight.data_ptr() for layer in ours] == [layer.weight.data_ptr() for layer in found]
 
 
