@@ -141,6 +141,14 @@ def add_second_adapter(layer: GraloraLinear) -> None:
     layer.set_adapter(["default", "other"])
 
 
+def tensors_for_parameters(layer: GraloraLinear) -> None:
+    """As FSDP leaves a module while it computes."""
+    for parameters in (layer.gralora_A, layer.gralora_B):
+        tensor = parameters["default"].detach().clone()
+        del parameters._parameters["default"]
+        parameters.__dict__["default"] = tensor
+
+
 # What must go through the base layer: (what is changed in the layer, what is around the call, the input)
 THROUGH_THE_BASE: dict[str, tuple[Callable[[GraloraLinear], Any], Around, Tensor]] = {
     "few tokens": (lambda layer: None, nullcontext, rows(63, dtype=FP32)),
@@ -171,6 +179,7 @@ THROUGH_THE_BASE: dict[str, tuple[Callable[[GraloraLinear], Any], Around, Tensor
     "trained weight": (lambda layer: layer.base_layer.weight.requires_grad_(), nullcontext, rows(70, dtype=FP32)),
     "trained bias": (lambda layer: layer.base_layer.bias.requires_grad_(), nullcontext, rows(70, dtype=FP32)),
     "subclass of a parameter": (subclass_weight, nullcontext, rows(70, dtype=FP32)),
+    "tensors for parameters": (tensors_for_parameters, nullcontext, rows(70, dtype=FP32)),
     "two adapters": (add_second_adapter, nullcontext, rows(70, dtype=FP32)),
     "merged": (lambda layer: layer.merge(), nullcontext, rows(70, dtype=FP32)),
     "autocast": (lambda layer: None, lambda: torch.autocast("cpu", torch.bfloat16), rows(70, dtype=FP32)),
