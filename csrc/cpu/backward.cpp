@@ -356,13 +356,15 @@ struct Backward {
   template <class Others>
   void expand_block(const typename ToWide::Panels& panels, int64_t chunk, const Segment& g, int64_t m0, int64_t tokens,
                     Buffers b, Others&& others) const {
-    const int64_t block = from_x.cut.block(chunk);
+    const int64_t block = from_x.cut.block(chunk), column = from_x.cut.column(chunk);
     const auto run = [&](const Ranks<Acc>& ranks) {
       for_dtype_of<Product, Acc>(p.grad_x.dtype, [&](auto* type) {
         using X = std::remove_pointer_t<decltype(type)>;
         for_groups<Product>(tokens, [&](auto group, int64_t m) {
+          const int64_t after = m0 + m + group.count();
+          const Prefetch added = Prefetch::of(to_x.base, after < g.tokens ? g.t0 + after : -1, column);
           to_x.template run_rows<X>(group, panels, g.t0 + m0 + m, block, from_x.cut.first(chunk),
-                                    from_x.cut.length(chunk), ranks.from_token(m), b.block.kept + m * kKept, {},
+                                    from_x.cut.length(chunk), ranks.from_token(m), b.block.kept + m * kKept, added,
                                     others);
         });
       });

@@ -17,6 +17,7 @@
 namespace gralora::cpu::GRALORA_ISA {
 
 constexpr int64_t kSegment = 512;  // tokens that share a chunk of a parameter
+constexpr int64_t kRowsAhead = 8;  // of u, fetched before they are written
 
 // The chunks of a width in k blocks, of nearly equal size.
 struct Chunks {
@@ -136,7 +137,9 @@ struct Project {
   template <class Rank>
   void finish_chunk(int64_t chunk, int64_t count, Acc* sum, Rank* u) const {
     if (!cut.ends_block(chunk)) return;
-    for (int64_t m = 0; m < count; m++) store_block(cut.block(chunk), sum + m * sums(), u + m * (k * r + h));
+    for (int64_t m = 0; m < count; m++)
+      store_block(cut.block(chunk), sum + m * sums(), u + m * (k * r + h),
+                  smaller(kRowsAhead, count - 1 - m) * (k * r + h));
     if (chunk + 1 < chunks()) return;
     for (int64_t m = 0; m < count; m++) store_general(sum + m * sums(), u + m * (k * r + h));
   }
@@ -154,7 +157,7 @@ struct Project {
     };
     for (int64_t n = 0; n < k; n++) {
       add_chunks(n * cut.per_block, (n + 1) * cut.per_block, 0, general_start());
-      store_block(n, sum, u);
+      store_block(n, sum, u, 0);
     }
     add_chunks(0, chunks(), general_start(), sums());
     store_general(sum, u);
@@ -223,12 +226,14 @@ struct Project {
         store<Acc>(to + m * sums() + v, load<Acc>(to + m * sums() + v) + load<Acc>(sum[m] + v));
   }
 
-  // One row of u; the sums of the block are cleared for the next one.
+  // One row of u; the sums of the block are cleared for the next one. u + ahead is a row that will be written soon: each of its k
+  // parts is a cache line far from the others, and stores alone would wait for one after the other.
   template <class Rank>
-  void store_block(int64_t n, Acc* sum, Rank* u) const {
+  void store_block(int64_t n, Acc* sum, Rank* u, int64_t ahead) const {
     constexpr int64_t W = kWidth<Acc>;
     const int64_t rb = r / k;
     if (rb % W == 0) {
+      for (int64_t j = 0; j < k; j++) __builtin_prefetch(u + ahead + j * r + n * rb, 1);
       for (int64_t j = 0; j < k; j++)
         for (int64_t q = 0; q < rb; q += W, sum += W) {
           store<Acc>(u + j * r + n * rb + q, scale * load<Acc>(sum));
