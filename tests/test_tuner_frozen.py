@@ -188,6 +188,19 @@ THROUGH_THE_BASE: dict[str, tuple[Callable[[GraloraLinear], Any], Around, Tensor
 }
 
 
+def test_transforms_of_torch_func_need_the_base_layer() -> None:
+    layer, x = layer_of(adapted("fused", dtype=FP32, target_modules=["first"])), trained_rows(70)
+    asked = []
+
+    def function(value: Tensor) -> Tensor:
+        asked.append(frozen.how_to_multiply(layer, x))
+        return value.sum()
+
+    ones = torch.ones(2)
+    torch.func.grad(function)(ones), torch.func.vmap(function)(ones), torch.func.jvp(function, (ones,), (ones,))
+    assert asked == [None] * 3 and frozen.how_to_multiply(layer, x) is not None
+
+
 # What our GEMM does not take: torch's is taken in training.
 NOT_BY_OUR_GEMM: dict[str, tuple[Callable[[GraloraLinear], Any], Around, torch.dtype]] = {
     "bfloat16": (lambda layer: layer.base_layer.bfloat16(), nullcontext, torch.bfloat16),

@@ -52,7 +52,12 @@ def how_to_multiply(layer: GraloraLinear, x: Tensor) -> tuple[str, bool] | None:
     if not (quicker or trains):
         return None
     modules = layer._modules
-    if not _only_multiplies(modules["base_layer"], dtype) or not _is_plain_mode():
+    # Nothing is compiled, cast or looked at: the base layer's operations are torch's own.
+    if (
+        torch.compiler.is_compiling()
+        or not _native.is_plain_mode()
+        or not _only_multiplies(modules["base_layer"], dtype)
+    ):
         return None
     name, adapters = layer._active_adapter, modules["gralora_A"]._parameters
     if type(name) is not str:
@@ -86,16 +91,6 @@ def weight_of(base: nn.Module) -> Tensor:
     """The weight of an eligible base layer as ``[M, N]``."""
     weight = base._parameters["weight"]
     return weight.t() if type(base) is Conv1D else weight
-
-
-def _is_plain_mode() -> bool:
-    """Eager mode without autocast, where nobody looks at the operations that torch runs."""
-    return (
-        not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )
 
 
 def _multiplies_in_full_precision() -> bool:
