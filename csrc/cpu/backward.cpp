@@ -21,6 +21,8 @@ namespace {
 
 // Whether threads share columns of more than a few tokens; not measured on AMD's processors since threads take whole blocks.
 static const bool kSharesMany = strcmp(vendor(), "amd") != 0;
+// Whether rows of dx are fetched before they are written where nothing is added to them: AMD's processors were slower with it.
+static const bool kFetchesWritten = strcmp(vendor(), "amd") != 0;
 
 template <class Acc, class Product>
 struct Backward {
@@ -362,9 +364,10 @@ struct Backward {
         using X = std::remove_pointer_t<decltype(type)>;
         for_groups<Product>(tokens, [&](auto group, int64_t m) {
           const int64_t after = m0 + m + group.count();
-          const Prefetch added = Prefetch::of(to_x.base, after < g.tokens ? g.t0 + after : -1, column);
+          const Prefetch dx =
+              Prefetch::of(kFetchesWritten ? to_x.y : to_x.base, after < g.tokens ? g.t0 + after : -1, column);
           to_x.template run_rows<X>(group, panels, g.t0 + m0 + m, block, from_x.cut.first(chunk),
-                                    from_x.cut.length(chunk), ranks.from_token(m), b.block.kept + m * kKept, added,
+                                    from_x.cut.length(chunk), ranks.from_token(m), b.block.kept + m * kKept, dx,
                                     others);
         });
       });
