@@ -12,6 +12,23 @@ namespace gralora::cpu::GRALORA_ISA {
 
 constexpr int64_t kTokens = 128;
 
+// PackedRows of ranks, beside which the rows of x that follow are fetched into L1: they lie too far apart for its own prefetcher.
+template <class Acc, int MR, int NV>
+struct RanksAndRows {
+  static constexpr int64_t kAhead = 12;
+  const Acc *ranks, *next_row, *end;
+  int64_t ld;
+  RanksAndRows(const Acc* ranks, const Acc* x, int64_t ld, int64_t steps)
+      : ranks(ranks), next_row(x + smaller(kAhead, steps) * ld), end(x + steps * ld), ld(ld) {}
+  inline __attribute__((always_inline)) Acc at(int m, int64_t p) const { return ranks[p * MR + m]; }
+  inline __attribute__((always_inline)) void next() {
+    if (next_row == end) return;
+    for (int64_t byte = 0; byte < NV * kWidth<Acc> * int64_t(sizeof(Acc)); byte += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(next_row) + byte);
+    next_row += ld;
+  }
+};
+
 template <class Acc, class Product>
 struct WeightGradient {
   static constexpr int kTerms = Product::kTerms;
@@ -71,7 +88,8 @@ struct WeightGradient {
   __attribute__((noinline)) static void tile(Int<MR>, Int<NV>, int64_t steps, const Source<Acc>& ranks,
                                              const Source<Acc>& x, bool accumulate, Acc* sums, Each&& each) {
     Vec<Acc> acc[MR][NV] = {};
-    multiply_packed<Product>(steps, ranks.data, x.data, ldx > 0 ? ldx : x.ld, acc, each);
+    const int64_t ld = ldx > 0 ? ldx : x.ld;
+    multiply_steps<Product>(steps, RanksAndRows<Acc, MR, NV>(ranks.data, x.data, ld, steps), x.data, ld, acc, each);
     for_accumulators<MR, NV>([&](int m, int v) {
       Acc* at = sums + m * kChunk + v * kWidth<Acc>;
       store<Acc>(at, accumulate ? load<Acc>(at) + acc[m][v] : acc[m][v]);
