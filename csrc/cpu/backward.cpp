@@ -19,10 +19,9 @@
 namespace gralora::cpu::GRALORA_ISA {
 namespace {
 
-// Whether threads share columns of more than a few tokens; not measured on AMD's processors since threads take whole blocks.
-static const bool kSharesMany = strcmp(vendor(), "amd") != 0;
-// Whether rows of dx are fetched before they are written where nothing is added to them: AMD's processors were slower with it.
-static const bool kFetchesWritten = strcmp(vendor(), "amd") != 0;
+// AMD's processors were slower where threads share columns of more than a few tokens (not measured since they take whole blocks), and
+// where rows of dx are fetched before they are written though nothing is added to them.
+static const bool kOnAmd = strcmp(vendor(), "amd") == 0;
 
 template <class Acc, class Product>
 struct Backward {
@@ -71,7 +70,7 @@ struct Backward {
   // each thread would take for its own tokens, are large beside the ranks that threads exchange.
   bool one_segment() const {
     if (s.T < 192) return true;
-    return kSharesMany && s.T <= kSegment && s.h == 0 && s.k % 2 == 0 && s.r * (s.N + s.M) >= 256 * s.T * s.k;
+    return !kOnAmd && s.T <= kSegment && s.h == 0 && s.k % 2 == 0 && s.r * (s.N + s.M) >= 256 * s.T * s.k;
   }
 
   // Segments do not depend on the number of threads. A wave of them gives every thread one, or a share of the chunks.
@@ -364,8 +363,7 @@ struct Backward {
         using X = std::remove_pointer_t<decltype(type)>;
         for_groups<Product>(tokens, [&](auto group, int64_t m) {
           const int64_t after = m0 + m + group.count();
-          const Prefetch dx =
-              Prefetch::of(kFetchesWritten ? to_x.y : to_x.base, after < g.tokens ? g.t0 + after : -1, column);
+          const Prefetch dx = Prefetch::of(kOnAmd ? to_x.base : to_x.y, after < g.tokens ? g.t0 + after : -1, column);
           to_x.template run_rows<X>(group, panels, g.t0 + m0 + m, block, from_x.cut.first(chunk),
                                     from_x.cut.length(chunk), ranks.from_token(m), b.block.kept + m * kKept, dx,
                                     others);

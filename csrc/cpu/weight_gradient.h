@@ -14,13 +14,12 @@ constexpr int64_t kTokens = 128;
 
 // PackedRows of ranks, beside which the rows of x that follow are fetched into L1: they lie too far apart for its own prefetcher.
 template <class Acc, int MR, int NV>
-struct RanksAndRows {
+struct RanksAndRows : PackedRows<Acc, MR> {
   static constexpr int64_t kAhead = 12;
-  const Acc *ranks, *next_row, *end;
+  const Acc *next_row, *end;
   int64_t ld;
   RanksAndRows(const Acc* ranks, const Acc* x, int64_t ld, int64_t steps)
-      : ranks(ranks), next_row(x + smaller(kAhead, steps) * ld), end(x + steps * ld), ld(ld) {}
-  inline __attribute__((always_inline)) Acc at(int m, int64_t p) const { return ranks[p * MR + m]; }
+      : PackedRows<Acc, MR>{ranks}, next_row(x + smaller(kAhead, steps) * ld), end(x + steps * ld), ld(ld) {}
   inline __attribute__((always_inline)) void next() {
     if (next_row == end) return;
     for (int64_t byte = 0; byte < NV * kWidth<Acc> * int64_t(sizeof(Acc)); byte += 64)
