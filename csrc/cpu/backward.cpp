@@ -338,9 +338,10 @@ struct Backward {
       Source<Acc> a{rows.data + m * rows.ld, rows.ld};
       if constexpr (kTerms == 2)  // whose copies have no room for more rows
         a = from.left_rows(g.t0 + m0 + m, group.count(), from.cut.column(chunk), length, b.block);
-      const auto each = [&](int64_t i) {
+      const auto each = [=, &others, fetched = RowsAhead(group, prefetch, 0)](int64_t i, int part) mutable {
+        fetched.fetch(part);
+        if (part > 0) return;
         others(i);
-        prefetch.rows(group, i * kTerms);
         if (!copy) return;
         if constexpr (kTerms == 2)
           interleave_rows(in_place<bf16>(from.x, g.t0 + m0 + m, from.cut.column(chunk)), group.count(), 2 * i,

@@ -103,10 +103,12 @@ struct Expand {
   // each(p), and columns c.. of what comes next are fetched, `columns` of them
   template <class Tokens, class Each>
   static auto beside(Tokens tokens, const Prefetch& prefetch, int64_t c, int64_t columns, int64_t steps, Each&& each) {
-    return [=, &prefetch, &each](int64_t p) {
-      if (p < columns) prefetch.rows(tokens, c + p);
-      if (steps <= kSteps && kSteps < columns) prefetch.rows(tokens, c + kSteps);
-      each(p);
+    RowsAhead first(tokens, prefetch, c), second(tokens, prefetch, c + kSteps);
+    const bool both = steps <= kSteps && kSteps < columns;
+    return [=, &each](int64_t p, int part) mutable {
+      if (p < columns) first.fetch(part);
+      if (both) second.fetch(part);
+      if (part == 0) each(p);
     };
   }
 

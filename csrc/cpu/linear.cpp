@@ -212,7 +212,8 @@ struct Linear {
         if (c > 0) return tile<MR, NV>(length, own, b, chunk > 0, from, count, at, nothing);
         const bool more = next.m + m + MR <= item.count;
         const Prefetch prefetch = more ? Prefetch::of(in, item.t0 + next.m + m, next.first) : Prefetch{};
-        tile<MR, NV>(length, own, b, chunk > 0, from, count, at, [&](int64_t p) { prefetch.rows(mr, p); });
+        tile<MR, NV>(length, own, b, chunk > 0, from, count, at,
+                     [&](int64_t p) { RowsAhead(mr, prefetch, p).fetch_line(); });
       });
     });
   }

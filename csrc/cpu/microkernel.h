@@ -4,9 +4,12 @@
 //
 // One scalar of `a` is broadcast against NV vectors of a row of `b`; MR x NV accumulators stay in registers. The order of the
 // sum does not depend on MR, so a row's result does not depend on how rows are grouped or on the number of threads. `each(p)`
-// is called every kSteps steps, for what can go on beside the arithmetic. `Product` says what an element of a and b stands for:
-// a number here, two of them in pairs.h.
+// is called every kSteps steps, for what can go on beside the arithmetic, or each(p, part) before each of their kParts parts, with
+// a state of its own for each product: many lines fetched at once would hold up the product's loads. `Product` says what an element
+// of a and b stands for: a number here, two of them in pairs.h.
 #pragma once
+
+#include <type_traits>
 
 #include "simd.h"
 
@@ -19,7 +22,15 @@ constexpr int64_t kTile = 2 * kWidth<Acc>;  // columns of a full register tile (
 constexpr int kMaxRows = kVectorRegisters == 32 ? 12 : 6;
 static_assert(kMaxRows * 2 + 3 <= kVectorRegisters);
 
-constexpr int64_t kSteps = 16;  // one cache line of floats of each row of `a`
+constexpr int64_t kSteps = 16;                          // one cache line of floats of each row of `a`
+constexpr int kParts = kVectorRegisters == 32 ? 4 : 1;  // with 6 rows a part is too short for a loop of its own
+constexpr int kPartSteps = int(kSteps) / kParts;
+
+// Hides a pointer's origin from GCC, which would keep an address for every row that follows from it.
+template <class T>
+inline __attribute__((always_inline)) void hide(T*& pointer) {
+  asm("" : "+r"(pointer));
+}
 
 // How a scalar of `a` meets a vector of `b`: kTerms terms of a sum at a time. Groups have at most kRows
 // rows of `a`; packed rows of `b` are a multiple of kDepth, with zeros at the end. A Scope is held while products are made.
@@ -30,30 +41,81 @@ struct Singles {
   static inline __attribute__((always_inline)) Vec<Acc> add(Vec<Acc> sum, Acc a, Vec<Acc> b) { return sum + a * b; }
 };
 
-template <class Product, class Acc, int MR, int NV, class A, class Each>
-inline __attribute__((always_inline)) void multiply_steps(int64_t K, A&& a, const Acc* b, int64_t ldb,
-                                                          Vec<Acc> (&acc)[MR][NV], Each&& each) {
-  for (int64_t p0 = 0; p0 < K; p0 += kSteps) {
-    each(p0);
-    const int64_t end = p0 + kSteps < K ? p0 + kSteps : K;
-#pragma GCC unroll 1
-    for (int64_t p = p0; p < end; p++) {
-      Vec<Acc> b_row[NV];
+struct Nothing {
+  void operator()(int64_t) const {}
+};
+constexpr Nothing nothing;  // for `each`
+
+// Whether `each` is called before each part of kSteps steps
+template <class Each>
+constexpr bool in_parts = std::is_invocable_v<std::decay_t<Each>&, int64_t, int>;
+
+template <class Product, int steps, class Acc, int MR, int NV, class A>
+inline __attribute__((always_inline)) void multiply_block(A& a, const Acc*& b, int64_t ldb, Vec<Acc> (&acc)[MR][NV]) {
+#pragma GCC unroll 4
+  for (int p = 0; p < steps; p++) {
+    Vec<Acc> b_row[NV];
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; v++) b_row[v] = load<Acc>(b + p * ldb + v * kWidth<Acc>);
+    for (int v = 0; v < NV; v++) b_row[v] = load<Acc>(b + p * ldb + v * kWidth<Acc>);
 #pragma GCC unroll 16
-      for (int m = 0; m < MR; m++) {
-        const Acc scalar = a.at(m, p);
+    for (int m = 0; m < MR; m++) {
+      const Acc scalar = a.at(m, p);
 #pragma GCC unroll 8
-        for (int v = 0; v < NV; v++) acc[m][v] = Product::add(acc[m][v], scalar, b_row[v]);
+      for (int v = 0; v < NV; v++) acc[m][v] = Product::add(acc[m][v], scalar, b_row[v]);
+    }
+  }
+  a.template next<steps>();
+  b += steps * ldb;
+  hide(b);
+}
+
+// Several steps at a time where there is one vector of b: the loop's own instructions would take longer than its products.
+template <class Product, class Acc, int MR, int NV, class A>
+inline __attribute__((always_inline)) void multiply_run(int64_t steps, A& a, const Acc*& b, int64_t ldb,
+                                                        Vec<Acc> (&acc)[MR][NV]) {
+  if constexpr (NV == 1 && kParts > 1) {
+#pragma GCC unroll 1
+    for (; steps >= kPartSteps; steps -= kPartSteps) multiply_block<Product, kPartSteps>(a, b, ldb, acc);
+  }
+#pragma GCC unroll 1
+  for (; steps > 0; steps--) multiply_block<Product, 1>(a, b, ldb, acc);
+}
+
+template <class Product, class Acc, int MR, int NV, class A, class Each>
+inline __attribute__((always_inline)) void multiply_steps(int64_t K, A a, const Acc* b, int64_t ldb,
+                                                          Vec<Acc> (&acc)[MR][NV], Each&& each) {
+  int64_t p = 0;
+  if constexpr (in_parts<Each>) {
+    auto own = each;
+    if constexpr (NV == 1 && kParts > 1) {  // whole lines without a branch
+      for (; p + kSteps <= K; p += kSteps) {
+#pragma GCC unroll 4
+        for (int part = 0; part < kParts; part++) {
+          own(p, part);
+          multiply_run<Product>(kPartSteps, a, b, ldb, acc);
+        }
       }
-      a.next();
+    }
+    for (; p < K; p += kSteps) {
+#pragma GCC unroll 1
+      for (int part = 0; part < kParts; part++) {
+        own(p, part);
+        const int64_t left = K - p - part * kPartSteps;
+        multiply_run<Product>(left < kPartSteps ? left : kPartSteps, a, b, ldb, acc);
+      }
+    }
+  } else if constexpr (std::is_same_v<std::decay_t<Each>, Nothing>) {
+    multiply_run<Product>(K, a, b, ldb, acc);
+  } else {
+    for (; p < K; p += kSteps) {
+      each(p);
+      multiply_run<Product>(p + kSteps < K ? kSteps : K - p, a, b, ldb, acc);
     }
   }
 }
 
-// Rows of a tensor as it lies: a[m][p] = data[m*ld + p]. Twelve addresses would not fit into the registers, and GCC would
-// derive every one from the first: each third row has a pointer of its own, and its origin is hidden.
+// Rows of a tensor as it lies: a[m][p] = data[m*ld + p]. Twelve addresses would not fit into the registers: each third row has a
+// pointer of its own.
 template <class Acc, int MR>
 struct TensorRows {
   static constexpr int kPointers = (MR + 2) / 3;
@@ -64,13 +126,17 @@ struct TensorRows {
 #pragma GCC unroll 4
     for (int i = 0; i < kPointers; i++) {
       third[i] = data + i * 3 * ld;
-      asm("" : "+r"(third[i]));
+      hide(third[i]);
     }
   }
-  inline __attribute__((always_inline)) Acc at(int m, int64_t) const { return third[m / 3][m % 3 * ld]; }
+  inline __attribute__((always_inline)) Acc at(int m, int p) const { return third[m / 3][m % 3 * ld + p]; }
+  template <int steps>
   inline __attribute__((always_inline)) void next() {
 #pragma GCC unroll 4
-    for (int i = 0; i < kPointers; i++) third[i]++;
+    for (int i = 0; i < kPointers; i++) {
+      third[i] += steps;
+      if (steps > 1) hide(third[i]);
+    }
   }
 };
 
@@ -78,8 +144,11 @@ struct TensorRows {
 template <class Acc, int MR>
 struct PackedRows {
   const Acc* data;
-  inline __attribute__((always_inline)) Acc at(int m, int64_t p) const { return data[p * MR + m]; }
-  inline __attribute__((always_inline)) void next() {}
+  inline __attribute__((always_inline)) Acc at(int m, int p) const { return data[p * MR + m]; }
+  template <int steps>
+  inline __attribute__((always_inline)) void next() {
+    data += steps * MR;
+  }
 };
 
 template <class Product, class Acc, int MR, int NV, class Each>
@@ -93,11 +162,6 @@ inline __attribute__((always_inline)) void multiply_packed(int64_t K, const Acc*
                                                            Vec<Acc> (&acc)[MR][NV], Each&& each) {
   multiply_steps<Product>(K, PackedRows<Acc, MR>{a}, b, ldb, acc, each);
 }
-
-struct Nothing {
-  void operator()(int64_t) const {}
-};
-constexpr Nothing nothing;  // for `each`
 
 // Loops over the accumulators must be unrolled, or the compiler keeps them in memory.
 template <int MR, int NV, class F>

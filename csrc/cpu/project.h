@@ -188,10 +188,13 @@ struct Project {
           const int64_t rows = !ahead ? 0 : same_rows ? group.count() : smaller(most, count - row);
           const int64_t next_length = cut.length(chunk);
           const Source<X> from = in_place<X>(x, t0 + row, cut.column(chunk));
-          const auto convert = [&](int64_t p) { copy_columns(from.data, from.ld, rows, p, next_length, next.rows); };
-          const auto each = [&](int64_t p) {
-            prefetch.rows(group, p * kTerms);
-            convert(p);
+          const auto convert = [=, to = next.rows](int64_t p) {
+            if constexpr (kTerms == 1 && !std::is_same_v<X, Acc>)
+              copy_columns(from.data, from.ld, rows, p, next_length, to);
+          };
+          const auto each = [=, fetched = RowsAhead(group, prefetch, 0)](int64_t p, int part) mutable {
+            fetched.fetch(part);
+            if (part == 0) convert(p);
           };
           add_rows(group, panels, i * cut.columns, length, a, true, sum + m * sums(), each, nothing);
           for (int64_t p = round_up(length, kSteps); p < next_length; p += kSteps) convert(p);
@@ -208,8 +211,9 @@ struct Project {
                                       bool accumulate, Acc* to, Each&& each) const {
     Vec<Acc> acc[MR][NV] = {};
     multiply_rows<Product>(steps, a.data, a.ld, b.data, b.ld, acc, each);
+    const int64_t ld = sums();  // GCC would compute it again after each store
     for_accumulators<MR, NV>([&](int m, int v) {
-      Acc* at = to + m * sums() + v * kWidth<Acc>;
+      Acc* at = to + m * ld + v * kWidth<Acc>;
       store<Acc>(at, accumulate ? load<Acc>(at) + acc[m][v] : acc[m][v]);
     });
   }

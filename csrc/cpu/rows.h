@@ -89,25 +89,47 @@ struct Prefetch {
     return prefetch;
   }
 
-  // Columns [column, column + kSteps) of some rows
-  template <int MR>
-  void rows(Int<MR>, int64_t column) const {
-    const char* at = data + column * size;
-#pragma GCC unroll 16
-    for (int m = 0; m < MR; m++) __builtin_prefetch(at + m * row, 0, 2);
-  }
-  template <int MR, bool all>
-  void rows(UpTo<MR, all> some, int64_t column) const {
-    const char* at = data + column * size;
-    for (int m = 0; m < some.count(); m++) __builtin_prefetch(at + m * row, 0, 2);
-  }
-
-  // `columns` from `column` on, of kSteps rows from `first` on
-  template <int columns>
+  // `columns` from `column` on, of `rows` rows from `first` on
+  template <int rows, int columns>
   void rows_of(int64_t first, int64_t column) const {
     const char* at = data + first * row + column * size;
-    for (int m = 0; m < kSteps; m++)
+    for (int m = 0; m < rows; m++)
       for (int64_t byte = 0; byte < columns * size; byte += 64) __builtin_prefetch(at + m * row + byte, 0, 2);
+  }
+};
+
+// The rows of a group from a column on, fetched a line (kSteps columns) after another, each in parts of the rows; by tiles at once
+template <class Group>
+struct RowsAhead {
+  static constexpr int kRows = Group::value, kSome = (kRows + kParts - 1) / kParts, kLastPart = (kRows - 1) / kSome;
+  const char* at;
+  int64_t row, columns;  // bytes to the next row and to the next columns
+
+  RowsAhead(Group, const Prefetch& from, int64_t column)
+      : at(from.data + column * from.size), row(from.row), columns(kSteps * from.size) {}
+  inline __attribute__((always_inline)) void fetch(int part) {
+    if (part > kLastPart) return;
+#pragma GCC unroll 16
+    for (int m = 0; m < kSome; m++) __builtin_prefetch(at + m * row, 0, 2);
+    at += part < kLastPart ? kSome * row : columns - kLastPart * kSome * row;
+    hide(at);
+  }
+  inline __attribute__((always_inline)) void fetch_line() {
+#pragma GCC unroll 4
+    for (int part = 0; part < kParts; part++) fetch(part);
+  }
+};
+template <int n, bool all>
+struct RowsAhead<UpTo<n, all>> {
+  const char* at;
+  int64_t row, columns;
+  int count;
+  RowsAhead(UpTo<n, all> group, const Prefetch& from, int64_t column)
+      : at(from.data + column * from.size), row(from.row), columns(kSteps * from.size), count(group.count()) {}
+  void fetch(int part) {
+    if (part > 0) return;
+    for (int m = 0; m < count; m++) __builtin_prefetch(at + m * row, 0, 2);
+    at += columns;
   }
 };
 

@@ -81,13 +81,14 @@ class TileSums {
   template <class Each>
   inline __attribute__((always_inline)) void add(int64_t steps, const Source<float>& a, const Source<float>& b,
                                                  Each&& each) {
+    auto own = each;
     int64_t p = 0;
     for (; p + kSteps <= steps; p += kSteps) {
-      each(p);
+      call(own, p);
       add_step(a.data + p, a.ld, a.piece, a.pieces, b, p);
     }
     if (p == steps) return;
-    each(p);
+    call(own, p);
     alignas(64) float last[kMostPieces][32][kSteps];
     const __mmask16 some = __mmask16((1 << (steps - p)) - 1);
     for (int i = 0; i < a.pieces; i++)
@@ -110,6 +111,15 @@ class TileSums {
   }
 
  private:
+  template <class Each>
+  static inline __attribute__((always_inline)) void call(Each& each, int64_t p) {
+    if constexpr (in_parts<Each>) {
+#pragma GCC unroll 4
+      for (int part = 0; part < kParts; part++) each(p, part);
+    } else {
+      each(p);
+    }
+  }
   inline __attribute__((always_inline)) void add_step(const float* a, int64_t lda, int64_t piece, int pieces,
                                                       const Source<float>& b, int64_t p) const {
     const int most = pieces > b.pieces ? pieces : b.pieces;

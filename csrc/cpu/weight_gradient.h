@@ -20,11 +20,12 @@ struct RanksAndRows : PackedRows<Acc, MR> {
   int64_t ld;
   RanksAndRows(const Acc* ranks, const Acc* x, int64_t ld, int64_t steps)
       : PackedRows<Acc, MR>{ranks}, next_row(x + smaller(kAhead, steps) * ld), end(x + steps * ld), ld(ld) {}
+  template <int steps>
   inline __attribute__((always_inline)) void next() {
-    if (next_row == end) return;
-    for (int64_t byte = 0; byte < NV * kWidth<Acc> * int64_t(sizeof(Acc)); byte += 64)
-      __builtin_prefetch(reinterpret_cast<const char*>(next_row) + byte);
-    next_row += ld;
+    PackedRows<Acc, MR>::template next<steps>();
+    for (int p = 0; p < steps && next_row != end; p++, next_row += ld)
+      for (int64_t byte = 0; byte < NV * kWidth<Acc> * int64_t(sizeof(Acc)); byte += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(next_row) + byte);
   }
 };
 
@@ -67,14 +68,13 @@ struct WeightGradient {
         for_groups<Product>(group, [&](auto rows, int64_t c) {
           const int64_t ld = pieces * steps(count);
           const Acc* a = from + c * ld + first / kTerms * (kByTiles<Product> ? 1 : decltype(rows)::value);
-          int64_t turn = begun++ * kSteps;
           const Source<Acc> left{a, ld, steps(count), pieces}, right{x.data + i, x.ld, x.piece, x.pieces};
-          tile<ldx>(rows, nv, steps(tokens), left, right, accumulate, to + c * kChunk + i, [&](int64_t p) {
+          const auto fetch = [=, turn = begun++ * kSteps](int64_t p, int part) mutable {
             if (p != turn) return;
-            for (int term = 0; term < kTerms; term++)
-              ahead.template rows_of<NV * kWidth<Acc>>(p * kTerms + term * kSteps, i);
-            turn += groups * kSteps;
-          });
+            ahead.template rows_of<kPartSteps * kTerms, NV * kWidth<Acc>>((p + part * kPartSteps) * kTerms, i);
+            if (part == kParts - 1) turn += groups * kSteps;
+          };
+          tile<ldx>(rows, nv, steps(tokens), left, right, accumulate, to + c * kChunk + i, fetch);
         });
       };
       add_group(r, ranks, sums);
@@ -121,6 +121,8 @@ struct WeightGradient {
           const Rank* from = v + t * ld + c;
           if constexpr (kTerms == 2)
             pair_two_rows(from, t + 1 < count ? from + ld : nullptr, MR, at);
+          else if constexpr (std::is_same_v<Rank, Acc>)
+            memcpy(at, from, MR * sizeof(Acc));
           else
             for (int m = 0; m < MR; m++) at[m] = to_acc<Acc>(from[m]);
         }
