@@ -4,6 +4,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "checks.h"
 #include "ops.h"
 
 namespace gralora {
@@ -107,6 +108,7 @@ ForwardResult forward_recorded_or_not(const at::Tensor& x, const at::Tensor& bas
     return (into_base ? forward_into_op() : forward_op())
         .call(x, base, A, B, A_general, B_general, seed, scaling, dropout_p);
   }
+  check_given(x, "x"), check_given(base, "base"), check_given(A, "A"), check_given(B, "B");
   TORCH_CHECK(!(into_base && base.is_leaf() && base.requires_grad()),
               "gralora_ext: base is a leaf that requires grad, so y cannot be written into it");
   at::Tensor u, mask;
@@ -168,6 +170,7 @@ ForwardResult linear_autograd(const at::Tensor& x, const at::Tensor& weight, con
     at::AutoDispatchBelowADInplaceOrView guard;
     return linear_op().call(x, weight, bias, A, B, A_general, B_general, seed, scaling, dropout_p, own_gemm);
   }
+  check_given(x, "x"), check_given(weight, "weight"), check_given(A, "A"), check_given(B, "B");
   at::Tensor u, mask;
   const at::Tensor y =
       Linear::apply(x, A, B, A_general, B_general, weight, bias, seed, scaling, dropout_p, own_gemm, &u, &mask);

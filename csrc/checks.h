@@ -19,7 +19,13 @@ inline bool is_floating(at::ScalarType type) {
   return type == at::kFloat || type == at::kBFloat16 || type == at::kHalf || type == at::kDouble;
 }
 
+// torch takes None for any tensor.
+inline void check_given(const at::Tensor& tensor, const char* name) {
+  TORCH_CHECK_TYPE(tensor.defined(), "gralora_ext: ", name, " must be a tensor, but is None");
+}
+
 inline void check_tensor(const at::Tensor& tensor, const char* name, const at::Device& device) {
+  check_given(tensor, name);
   TORCH_CHECK_TYPE(is_floating(tensor.scalar_type()), "gralora_ext: ", name,
                    " must be float32, bfloat16, float16 or float64, but is ", tensor.scalar_type());
   TORCH_CHECK_TYPE(tensor.layout() == at::kStrided, "gralora_ext: ", name,
@@ -31,6 +37,7 @@ inline void check_tensor(const at::Tensor& tensor, const char* name, const at::D
 // Checks the parameters among themselves and returns their sizes (T stays 0).
 inline Shape check_adapter(const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,
                            const OptionalTensor& B_general, double scaling) {
+  check_given(A, "A");
   check_tensor(A, "A", A.device());
   check_tensor(B, "B", A.device());
   TORCH_CHECK_VALUE(A.dim() == 3, "gralora_ext: A must be [k, N/k, r], but has shape ", A.sizes());

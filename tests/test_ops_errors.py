@@ -25,6 +25,8 @@ def like(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -
 ADAPTER_ERRORS = {
     "A_2d": ({"A": like(8, 6)}, ValueError, ["A", "k, N/k, r", "8, 6"]),
     "B_2d": ({"B": like(6, 10)}, ValueError, ["B", "k, r, M/k", "6, 10"]),
+    "A_none": ({"A": None}, TypeError, ["A", "tensor", "None"]),
+    "B_none": ({"B": None}, TypeError, ["B", "tensor", "None"]),
     "A_empty": ({"A": like(2, 4, 0)}, ValueError, ["A", "2, 4, 0"]),
     "rank_not_divisible_by_k": ({"A": like(2, 4, 5), "B": like(2, 5, 5)}, ValueError, ["rank", "divisible", "5", "2"]),
     "B_of_another_k": ({"B": like(5, 6, 2)}, ValueError, ["B", "2, 6", "5, 6, 2"]),
@@ -60,6 +62,8 @@ ADAPTER_ERRORS = {
 }
 GRALORA_ERRORS = {
     "x_of_another_width": ({"x": like(7, 9)}, ValueError, ["x", "8", "7, 9"]),
+    "x_none": ({"x": None}, TypeError, ["x", "tensor", "None"]),
+    "base_none": ({"base": None}, TypeError, ["base", "tensor", "None"]),
     "x_0d": ({"x": like()}, ValueError, ["x", r"\.\.\., N", "[]"]),
     "base_of_another_width": ({"base": like(7, 8)}, ValueError, ["base", "10", "7, 8"]),
     "base_of_other_tokens": ({"base": like(6, 10)}, ValueError, ["base", "7, 8", "6, 10"]),
