@@ -124,6 +124,12 @@ def test_merge_refuses_and_leaves_the_weight_as_it_was(change: dict, error: type
     assert arguments["weight"]._version == version
 
 
+def test_merge_refuses_a_weight_that_is_none() -> None:
+    assert_refused(
+        ops.merge_, {"weight": None, **GOOD.inputs().adapter(), "scaling": 0.5}, TypeError, ["weight", "None"]
+    )
+
+
 @each(ADAPTER_ERRORS)
 def test_delta_weight_refuses(change: dict, error: type[Exception], parts: list[str]) -> None:
     assert_refused(ops.delta_weight, {**GOOD.inputs().adapter(), "scaling": 0.5, **change}, error, parts)

@@ -82,6 +82,7 @@ struct BackwardPasses {
     return {panels, gradient_ranks, expanded, block + Block<Acc>::size(block_rows), {block, block_rows}};
   }
 
+  // The part of U that one chunk of x gives, written or added to `to`
   void project_U(const Segment& g, int64_t chunk, Acc* to, bool add, Buffers b) const {
     [[maybe_unused]] typename Product::Scope scope;
     const auto panels = from_x.read_panels(chunk, 1, g.tokens, b.panels);

@@ -81,7 +81,7 @@ class TileSums {
   template <class Each>
   inline __attribute__((always_inline)) void add(int64_t steps, const Source<float>& a, const Source<float>& b,
                                                  Each&& each) {
-    auto own = each;
+    auto own = each;  // with a state of its own, as in multiply_steps
     int64_t p = 0;
     for (; p + kSteps <= steps; p += kSteps) {
       call(own, p);
