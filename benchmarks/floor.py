@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from .timing import Contender, interleave
 CACHED_BYTES = 8 << 20
 LARGE_BYTES = 256 << 20
 GEMM_SIZE = 1536
+PACE_GEMM_SIZE = 384  # short enough to take turns with what is measured
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,15 @@ class Bandwidth:
 
 @dataclass(frozen=True)
 class Floor:
-    """The fp32 GEMM peak in FLOP/s, and the bandwidths of memory in cache and far out of it."""
+    """The fp32 GEMM peak in FLOP/s, and the bandwidths of memory in cache and far out of it.
+
+    ``pace_seconds``: the least time of the short GEMM of :func:`pace_contender`.
+    """
 
     gemm: float
     cached: Bandwidth
     large: Bandwidth
+    pace_seconds: float
 
     def bandwidth(self, working_set: int) -> float:
         """The best of the two measured sizes, and on a straight line between them over the logarithm of the size."""
@@ -50,8 +56,18 @@ class Floor:
         """max(FLOPs/peak, bytes/bandwidth)."""
         return max(work.flops / self.gemm, work.bytes / self.bandwidth(work.working_set))
 
+    def pace(self, samples: list[float]) -> float:
+        """How fast the machine was while ``samples`` of :func:`pace_contender` were taken: 1 as in the floor, 0.5 half as fast."""
+        return self.pace_seconds / statistics.median(samples)
+
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "cached_bytes": CACHED_BYTES, "large_bytes": LARGE_BYTES, "gemm_size": GEMM_SIZE}
+        sizes = {"gemm_size": GEMM_SIZE, "pace_gemm_size": PACE_GEMM_SIZE}
+        return {**asdict(self), "cached_bytes": CACHED_BYTES, "large_bytes": LARGE_BYTES, **sizes}
+
+
+def pace_contender(device: torch.device) -> Contender:
+    """A short fp32 GEMM: beside a bench's contenders it tells how much of its arithmetic other users leave the machine."""
+    return _gemm(PACE_GEMM_SIZE, device)
 
 
 def measure_floor(device: torch.device, seconds: float) -> Floor:
@@ -59,8 +75,7 @@ def measure_floor(device: torch.device, seconds: float) -> Floor:
 
     Copy and update both touch a working set of ``CACHED_BYTES`` or ``LARGE_BYTES`` in all.
     """
-    a, b, c = (torch.ones(GEMM_SIZE, GEMM_SIZE, device=device) for _ in range(3))
-    contenders = {("gemm", 0): Contender(lambda: torch.mm(a, b, out=c))}
+    contenders = {("gemm", 0): _gemm(GEMM_SIZE, device), ("pace", 0): pace_contender(device)}
     for size in (CACHED_BYTES, LARGE_BYTES):
         memory = torch.ones(2, size // 8, dtype=torch.float32, device=device)
         contenders["copy", size] = _copy(memory)
@@ -71,7 +86,13 @@ def measure_floor(device: torch.device, seconds: float) -> Floor:
         """A copy reads one half of the memory and writes the other, an update reads and writes all of it."""
         return Bandwidth(copy=size / best["copy", size], update=2 * size / best["update", size])
 
-    return Floor(2 * GEMM_SIZE**3 / best["gemm", 0], bandwidth(CACHED_BYTES), bandwidth(LARGE_BYTES))
+    gemm = 2 * GEMM_SIZE**3 / best["gemm", 0]
+    return Floor(gemm, bandwidth(CACHED_BYTES), bandwidth(LARGE_BYTES), best["pace", 0])
+
+
+def _gemm(size: int, device: torch.device) -> Contender:
+    a, b, c = (torch.ones(size, size, device=device) for _ in range(3))
+    return Contender(lambda: torch.mm(a, b, out=c))
 
 
 def _copy(memory: Tensor) -> Contender:

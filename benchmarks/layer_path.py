@@ -15,6 +15,7 @@ from . import grid
 from .accuracy import path_error
 from .bench import Context, Task
 from .data import Data
+from .floor import pace_contender
 from .levels import Level
 from .peers import Path, compiled, paths
 from .results import Record
@@ -25,6 +26,7 @@ from .timing import Contender
 CALL_SECONDS = 2e-9
 CASE_SECONDS = 0.1  # building the layers, and the reference in float64
 COMPILE_SECONDS = 5.0
+PACE = "pace"  # among the contenders
 MEMORY_FACTOR = 4  # the peak of the hungriest contender (float32 copies beside 16-bit activations), in working sets
 
 
@@ -66,7 +68,9 @@ def measure(
     errors = {name: path_error(path, data, gradients=training) for name, path in contenders.items()}
     step = train if training else forward
     with torch.set_grad_enabled(training):
-        samples = context.interleave({n: Contender(partial(step, path, data)) for n, path in contenders.items()})
+        calls: dict[Any, Contender] = {n: Contender(partial(step, path, data)) for n, path in contenders.items()}
+        samples = context.interleave({**calls, PACE: pace_contender(context.device)})
+    pace = context.floor.pace(samples.pop(PACE))
     work = training_work(shape) if training else forward_work(shape)
     yield Record(
         bench=bench,
@@ -77,6 +81,7 @@ def measure(
         errors=errors,
         work=work,
         least=context.floor.least_seconds(work),
+        pace=pace,
     )
 
 

@@ -25,6 +25,7 @@ class Record:
 
     ``errors``: the relative error of each contender against float64, where there is one. ``work`` is the least work of
     the case and ``least`` its least seconds on this machine; divided by the median that is the share of the roofline.
+    ``pace``: how fast the machine was meanwhile, beside the floor's samples; where other users took some of it, less than 1.
     """
 
     bench: str
@@ -35,6 +36,7 @@ class Record:
     errors: dict[str, float | None] = field(default_factory=dict)
     work: Work | None = None
     least: float | None = None
+    pace: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The record as it stands in the JSON file: quartiles for samples, and ours/peer for every peer."""
@@ -45,6 +47,7 @@ class Record:
             "case": self.case,
             "work": asdict(self.work) if self.work else None,
             "least_seconds": self.least,
+            "pace": self.pace,
             "contenders": {name: self._contender(name, values) for name, values in self.samples.items()},
             "ratios": {
                 name: ratio(self.samples[OURS], values)

@@ -12,7 +12,7 @@ UNITS = {"s": ("ms", 1e-3), "bytes": ("MiB", 2.0**20)}
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """One line a case: ours with spread, share of the roofline and error, then each peer with ours/peer beside it."""
+    """One line a case: ours with spread, share of the roofline, the machine's pace and error, then each peer with ours/peer beside it."""
     by_unit = {unit: [record for record in records if record["unit"] == unit] for unit in UNITS}
     return "\n\n".join(_table(unit, of_unit) for unit, of_unit in by_unit.items() if of_unit)
 
@@ -21,12 +21,12 @@ def _table(unit: str, records: list[dict[str, Any]]) -> str:
     label, scale = UNITS[unit]
     peers = list(dict.fromkeys(name for record in records for name in record["contenders"] if name != OURS))
     timed = unit == "s"
-    head = ["case", f"ours {label}", *(["IQR", "roof", "error"] if timed else [])]
+    head = ["case", f"ours {label}", *(["IQR", "roof", "pace", "error"] if timed else [])]
     for peer in peers:
         head += [f"{peer} {label}", "ours/"]
     rows = [head]
     for record in records:
-        row = [record["key"], *_ours(record["contenders"][OURS], scale, timed)]
+        row = [record["key"], *_ours(record, scale, timed)]
         for peer in peers:
             found = record["contenders"].get(peer)
             row += [number(found["median"] / scale) if found else "", _ratio(record["ratios"].get(peer))]
@@ -34,12 +34,19 @@ def _table(unit: str, records: list[dict[str, Any]]) -> str:
     return align(rows)
 
 
-def _ours(entry: dict[str, Any], scale: float, timed: bool) -> list[str]:
+def _ours(record: dict[str, Any], scale: float, timed: bool) -> list[str]:
+    entry = record["contenders"][OURS]
     median = number(entry["median"] / scale)
     if not timed:
         return [median]
-    roof, error = entry["roofline"], entry["error"]
-    return [median, spread(entry), "" if roof is None else f"{roof:.0%}", "" if error is None else f"{error:.0e}"]
+    error = entry["error"]
+    return [
+        median,
+        spread(entry),
+        _share(entry["roofline"]),
+        _share(record.get("pace")),
+        "" if error is None else f"{error:.0e}",
+    ]
 
 
 def spread(entry: dict[str, Any]) -> str:
@@ -52,6 +59,10 @@ def number(value: float) -> str:
     if value and abs(value) < 1:
         return f"{value:.4f}" if abs(value) < 0.1 else f"{value:.3f}"
     return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 100 else f"{value:,.0f}"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"
 
 
 def _ratio(value: float | None) -> str:

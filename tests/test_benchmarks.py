@@ -22,7 +22,7 @@ from benchmarks.timing import Contender, differences, interleave, quartiles, rat
 
 CPU = torch.device("cpu")
 SMALL = Shape(24, 36, T=7, r=4, k=2)
-FLOOR = Floor(gemm=1e9, cached=Bandwidth(4e9, 8e9), large=Bandwidth(2e9, 1e9))
+FLOOR = Floor(gemm=1e9, cached=Bandwidth(4e9, 8e9), large=Bandwidth(2e9, 1e9), pace_seconds=1e-3)
 
 
 # The least work and the roofline
@@ -63,6 +63,11 @@ def test_a_record_holds_quartiles_ratios_and_the_share_of_the_roofline():
         "roofline": 0.25,
     }
     assert found["ratios"] == {"peft": 0.5}, "the median of the rounds' ratios, not the ratio of the medians"
+
+
+def test_the_pace_is_that_of_the_short_gemm_beside_the_floors():
+    assert FLOOR.pace([1e-3, 4e-3, 2e-3]) == pytest.approx(0.5)
+    assert Record("forward", "case", "s", {"ours": [1.0]}, pace=0.5).as_dict()["pace"] == 0.5
 
 
 # Timing

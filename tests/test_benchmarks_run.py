@@ -85,6 +85,7 @@ def test_what_a_run_times_was_right(content):
             assert all(errors[name] is None if dropout else 0 < errors[name] < 1e-6 for name in ("peft", "lora"))
         if record["bench"] in ("forward", "training", "growth", "threads"):
             assert all(0 < error < 1e-6 for error in errors.values()), record["key"]
+            assert record["pace"] > 0 and "pace" not in record["contenders"], record["key"]
         if record["key"].startswith("merge"):
             assert all(0 < error < (1e-6 if "fp32" in record["key"] else 1e-2) for error in errors.values())
         if record["key"].startswith("forward+backward"):  # of the training step

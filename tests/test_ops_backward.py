@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -60,6 +61,23 @@ def test_gradients_are_right_for_every_layout(
 @pytest.mark.parametrize(("k", "n", "m", "rb", "h"), EXTREME_SIZES)
 def test_gradients_are_right_at_extreme_sizes(k: int, n: int, m: int, rb: int, h: int, device: torch.device) -> None:
     assert_gradients_near(Case(leading=(65,), k=k, n=n, m=m, rb=rb, h=h).inputs(device))
+
+
+# Blocks of two, one and no whole vectors of AVX-512; ranks of one group of rows and of several
+@pytest.mark.parametrize(
+    ("k", "n", "m", "rb", "h"), [(2, 64, 192, 8, 0), (8, 16, 48, 2, 5), (3, 85, 41, 7, 0), (2, 70, 33, 4, 3)]
+)
+def test_gradients_are_right_where_rows_lie_in_few_sets_of_a_cache(
+    k: int, n: int, m: int, rb: int, h: int, device: torch.device
+) -> None:
+    """On the CPU weight gradients then copy the columns of such rows (multiples of 512 bytes apart) as they first read them."""
+    inputs = Case(leading=(150,), k=k, n=n, m=m, rb=rb, h=h).inputs(device)
+    x = torch.full((150, 256), torch.inf, device=device)  # what lies between the rows is not to be read into a sum
+    x[:, : k * n] = inputs.tensors["x"]
+    inputs.tensors["x"] = x[:, : k * n]
+    grad = torch.full((150, 512), torch.inf, device=device)
+    grad[:, : k * m] = inputs.grad
+    assert_gradients_near(replace(inputs, grad=grad[:, : k * m]))
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3], ids=["", "dropout"])

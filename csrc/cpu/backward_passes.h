@@ -65,7 +65,7 @@ struct BackwardPasses {
 
   // One thread's scratch
   struct Buffers {
-    Acc *panels, *gradient_ranks, *expanded, *sums;
+    Acc *panels, *gradient_ranks, *expanded, *sums, *kept;
     Block<Acc> block;  // of g or x
   };
   const int64_t panels_size =
@@ -73,13 +73,15 @@ struct BackwardPasses {
   const int64_t gradient_ranks_size = round_up(ranks * gradient.pieces * gradient.steps(segment_tokens), kWidth<Acc>);
   const int64_t expanded_size = of_wave.dH_in_place() ? 0 : segment_tokens * expanded.token;
   const int64_t block_rows = smaller(kTokens, gradient.steps(s.T));
-  const int64_t buffers_size = panels_size + gradient_ranks_size + expanded_size + Block<Acc>::size(block_rows) +
-                               (segments == 1 ? ranks * kChunk : 0);
+  const int64_t sums_size = segments == 1 ? ranks * kChunk : 0;
+  const int64_t buffers_size =
+      panels_size + gradient_ranks_size + expanded_size + Block<Acc>::size(block_rows) + sums_size + gradient.kept_size;
   Buffers buffers_at(Acc* panels) const {
     Acc* gradient_ranks = panels + panels_size;
     Acc* expanded = gradient_ranks + gradient_ranks_size;
     Acc* block = expanded + expanded_size;
-    return {panels, gradient_ranks, expanded, block + Block<Acc>::size(block_rows), {block, block_rows}};
+    Acc* sums = block + Block<Acc>::size(block_rows);
+    return {panels, gradient_ranks, expanded, sums, sums + sums_size, {block, block_rows}};
   }
 
   // The part of U that one chunk of x gives, written or added to `to`
@@ -103,7 +105,7 @@ struct BackwardPasses {
         gradient.read_ranks(u, from_g.cut.block(chunk), g.tokens, b.gradient_ranks);
       });
     Acc* sums = segments == 1 ? b.sums : dB.slot(g.first, g.index, chunk);
-    const bool copy = dB.wanted() && !usable_in_place_by_columns<Acc>(p.grad_y, from_g.mask, from_g.cut.length(chunk));
+    const bool copy = dB.wanted() && !usable_in_place<Acc>(p.grad_y, from_g.mask);
     for_blocks(g, [&](int64_t m, int64_t tokens) {
       if (want_H)
         project_block(from_g, panels, chunk, g, m, tokens, to, add, copy, b, others);
@@ -111,7 +113,7 @@ struct BackwardPasses {
         read(from_g, chunk, g.t0 + m, tokens, b);
       if (dB.wanted())
         gradient.add(b.gradient_ranks, g.tokens, m, tokens, rows(from_g, chunk, g.t0 + m, copy, b),
-                     from_g.cut.length(chunk), m > 0, sums, {});
+                     from_g.cut.length(chunk), m > 0, sums, {}, b.kept);
     });
     if (dB.wanted() && segments == 1) dB.write(chunk, sums);
   }
@@ -132,12 +134,12 @@ struct BackwardPasses {
         }
       });
     Acc* sums = segments == 1 ? b.sums : dA.slot(g.first, g.index, chunk);
-    const bool copy = mask.on || (dA.wanted() && !usable_in_place_by_columns<Acc>(p.x, mask, columns));
+    const bool copy = mask.on || (dA.wanted() && !usable_in_place<Acc>(p.x, mask));
     for_blocks(g, [&](int64_t m, int64_t tokens) {
       if (copy) read(from_x, chunk, g.t0 + m, tokens, b);
       if (dA.wanted())
         gradient.add(b.gradient_ranks, g.tokens, m, tokens, rows(from_x, chunk, g.t0 + m, copy, b), columns, m > 0,
-                     sums, prefetch_from(from_x, chunk, g, m + tokens, tokens));
+                     sums, prefetch_from(from_x, chunk, g, m + tokens, tokens), b.kept);
       if (want_x) expand_block(panels, chunk, g, m, tokens, b, others);
     });
     if (dA.wanted() && segments == 1) dA.write(chunk, sums);
@@ -179,13 +181,13 @@ struct BackwardPasses {
     return copied ? Source<Acc>{b.block.rows, kRow<Acc>} : in_place<Acc>(from.x, t, from.cut.column(chunk));
   }
 
-  // Writes or adds the part of the ranks of tokens m0.. of a segment's chunk, and leaves the chunk itself in b.block, if it is
-  // to be kept. Where the rows can be multiplied as they lie, they are copied meanwhile.
+  // Writes or adds the part of the ranks of tokens m0.. of a segment's chunk. Rows that are not multiplied as they lie are left in
+  // b.block; and pairs of them, which are interleaved meanwhile, if they are to be kept.
   template <class Others>
   void project_block(const FromWide& from, const typename FromWide::Panels& panels, int64_t chunk, const Segment& g,
                      int64_t m0, int64_t tokens, Acc* to, bool add, bool keep, Buffers b, Others&& others) const {
     const int64_t length = from.cut.length(chunk);
-    const bool copy = keep && (kTerms == 2 || usable_in_place<Acc>(from.x, from.mask));
+    const bool interleave = keep && kTerms == 2;
     Source<Acc> rows{};
     if constexpr (kTerms == 1) rows = from.left_rows(g.t0 + m0, tokens, from.cut.column(chunk), length, b.block);
     for_groups<Product>(tokens, [&](auto group, int64_t m) {
@@ -197,16 +199,15 @@ struct BackwardPasses {
         fetched.fetch(part);
         if (part > 0) return;
         others(i);
-        if (!copy) return;
-        if constexpr (kTerms == 2)
-          interleave_rows(in_place<bf16>(from.x, g.t0 + m0 + m, from.cut.column(chunk)), group.count(), 2 * i,
-                          2 * (i + kSteps), length, nullptr, b.block.rows + m / 2 * kRow<Acc>);
-        else
-          copy_columns(a.data, a.ld, group.count(), i, length, b.block.rows + m * kRow<Acc>);
+        if constexpr (kTerms == 2) {
+          if (interleave)
+            interleave_rows(in_place<bf16>(from.x, g.t0 + m0 + m, from.cut.column(chunk)), group.count(), 2 * i,
+                            2 * (i + kSteps), length, nullptr, b.block.rows + m / 2 * kRow<Acc>);
+        }
       };
       from.add_rows(group, panels, 0, length, a, add, to + (m0 + m) * from.sums(), each, others);
     });
-    if (copy) pad_block(tokens, length, b);
+    if (interleave) pad_block(tokens, length, b);
   }
 
   // dx of tokens m0.. of a segment's chunk

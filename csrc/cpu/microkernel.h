@@ -50,6 +50,10 @@ constexpr Nothing nothing;  // for `each`
 template <class Each>
 constexpr bool in_parts = std::is_invocable_v<std::decay_t<Each>&, int64_t, int>;
 
+// Whether `a` leaves rows of b somewhere, by keep(p, row)
+template <class A>
+constexpr bool keeps_rows = false;
+
 template <class Product, int steps, class Acc, int MR, int NV, class A>
 inline __attribute__((always_inline)) void multiply_block(A& a, const Acc*& b, int64_t ldb, Vec<Acc> (&acc)[MR][NV]) {
 #pragma GCC unroll 4
@@ -57,6 +61,7 @@ inline __attribute__((always_inline)) void multiply_block(A& a, const Acc*& b, i
     Vec<Acc> b_row[NV];
 #pragma GCC unroll 8
     for (int v = 0; v < NV; v++) b_row[v] = load<Acc>(b + p * ldb + v * kWidth<Acc>);
+    if constexpr (keeps_rows<A>) a.keep(p, b_row);
 #pragma GCC unroll 16
     for (int m = 0; m < MR; m++) {
       const Acc scalar = a.at(m, p);

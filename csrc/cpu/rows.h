@@ -183,14 +183,6 @@ bool usable_in_place(const Rows& x, const Mask& mask) {
   return !mask.on && x.dtype == DTypeOf<Acc>::value && evenly_spaced(x);
 }
 
-// Whether a weight gradient can walk down x's rows as they lie, whole vectors at a time: as many of them as it takes together
-// must lie in enough sets of L1 (48 KiB, 12 ways).
-template <class Acc>
-bool usable_in_place_by_columns(const Rows& x, const Mask& mask, int64_t columns) {
-  return usable_in_place<Acc>(x, mask) && columns % kWidth<Acc> == 0 && x.leading_dims == 1 &&
-         x.strides[0] * int64_t(sizeof(Acc)) % 512 != 0;
-}
-
 // Whether they are converted beside the product before: those of 16 bits without dropout
 template <class Acc>
 bool converted_ahead(const Rows& x, const Mask& mask) {

@@ -12,22 +12,35 @@ namespace gralora::cpu::GRALORA_ISA {
 
 constexpr int64_t kTokens = 128;
 
-// PackedRows of ranks, beside which the rows of x that follow are fetched into L1: they lie too far apart for its own prefetcher.
-template <class Acc, int MR, int NV>
+// PackedRows of ranks that meet rows of x, which lie too far apart for L1's own prefetcher: those that follow are fetched. kKeeps:
+// each is left in `kept`, kTile from the last one.
+template <class Acc, int MR, int NV, bool kKeeps>
 struct RanksAndRows : PackedRows<Acc, MR> {
   static constexpr int64_t kAhead = 12;
   const Acc *next_row, *end;
   int64_t ld;
-  RanksAndRows(const Acc* ranks, const Acc* x, int64_t ld, int64_t steps)
-      : PackedRows<Acc, MR>{ranks}, next_row(x + smaller(kAhead, steps) * ld), end(x + steps * ld), ld(ld) {}
+  Acc* kept;
+  RanksAndRows(const Acc* ranks, const Source<Acc>& x, int64_t steps, Acc* kept)
+      : PackedRows<Acc, MR>{ranks},
+        next_row(x.data + smaller(kAhead, steps) * x.ld),
+        end(x.data + steps * x.ld),
+        ld(x.ld),
+        kept(kept) {}
+  inline __attribute__((always_inline)) void keep(int p, const Vec<Acc> (&row)[NV]) const {
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; v++) store<Acc>(kept + p * kTile<Acc> + v * kWidth<Acc>, row[v]);
+  }
   template <int steps>
   inline __attribute__((always_inline)) void next() {
     PackedRows<Acc, MR>::template next<steps>();
+    if (kKeeps) kept += steps * kTile<Acc>;
     for (int p = 0; p < steps && next_row != end; p++, next_row += ld)
       for (int64_t byte = 0; byte < NV * kWidth<Acc> * int64_t(sizeof(Acc)); byte += 64)
         __builtin_prefetch(reinterpret_cast<const char*>(next_row) + byte);
   }
 };
+template <class Acc, int MR, int NV>
+constexpr bool keeps_rows<RanksAndRows<Acc, MR, NV, true>> = true;
 
 template <class Acc, class Product>
 struct WeightGradient {
@@ -43,38 +56,40 @@ struct WeightGradient {
   }
 
   // sums (+)= the part of tokens first .. first + tokens of the `count` in `ranks`, where first is even; x: their rows, or pairs
-  // of them, with zeros up to a multiple of kDepth; ahead: the rows of as many tokens, which will be read next.
-  void add(const Acc* ranks, int64_t count, int64_t first, int64_t tokens, Source<Acc> x, int64_t columns,
-           bool accumulate, Acc* sums, Prefetch ahead) const {
-    if (x.ld == kRow<Acc>)
-      add_rows<kRow<Acc>>(ranks, count, first, tokens, x, columns, accumulate, sums, ahead);
-    else
-      add_rows<0>(ranks, count, first, tokens, x, columns, accumulate, sums, ahead);
-  }
-
-  static int64_t steps(int64_t tokens) { return round_up(ceil_div(tokens, kTerms), Product::kDepth); }
-
- private:
-  // ldx: the distance of x's rows where it is known, which saves 2 %; else 0
-  template <int ldx>
-  void add_rows(const Acc* ranks, int64_t count, int64_t first, int64_t tokens, Source<Acc> x, int64_t columns,
-                bool accumulate, Acc* sums, Prefetch ahead) const {
+  // of them, with zeros up to a multiple of kDepth; ahead: the rows of as many tokens, which will be read next; kept: kept_size
+  // elements for columns of x's rows, where these end within a vector, or lie in so few sets of L1 (48 KiB, 12 ways) that each
+  // group of ranks would fetch them anew.
+  static constexpr int64_t kept_size = kTerms == 1 ? kTokens * kTile<Acc> : 0;
+  void add(const Acc* ranks, int64_t count, int64_t first, int64_t tokens, const Source<Acc>& x, int64_t columns,
+           bool accumulate, Acc* sums, Prefetch ahead, Acc* kept) const {
     int64_t groups = 0;  // of ranks: each fetches its part of what lies ahead
     for_groups<Product>(r, [&](auto, int64_t) { groups++; });
+    const bool keep = kTerms == 1 && x.ld * int64_t(sizeof(Acc)) % 512 == 0 && (groups > 1 || h > 0);
     for_column_tiles<Acc>(round_up(columns, kWidth<Acc>), [&](auto nv, int64_t i) {
       constexpr int NV = decltype(nv)::value;
+      const bool at_edge = kTerms == 1 && i + NV * kWidth<Acc> > columns;
+      if (at_edge) keep_rows({x.data + i, x.ld}, tokens, columns - i, kept);
       int64_t begun = 0;
       const auto add_group = [&](int64_t group, const Acc* from, Acc* to) {
         for_groups<Product>(group, [&](auto rows, int64_t c) {
           const int64_t ld = pieces * steps(count);
           const Acc* a = from + c * ld + first / kTerms * (kByTiles<Product> ? 1 : decltype(rows)::value);
           const Source<Acc> left{a, ld, steps(count), pieces}, right{x.data + i, x.ld, x.piece, x.pieces};
+          const bool use_kept = at_edge || (keep && begun > 0);
           const auto fetch = [=, turn = begun++ * kSteps](int64_t p, int part) mutable {
             if (p != turn) return;
             ahead.template rows_of<kPartSteps * kTerms, NV * kWidth<Acc>>((p + part * kPartSteps) * kTerms, i);
             if (part == kParts - 1) turn += groups * kSteps;
           };
-          tile<ldx>(rows, nv, steps(tokens), left, right, accumulate, to + c * kChunk + i, fetch);
+          Acc* at = to + c * kChunk + i;
+          if constexpr (kTerms == 2)
+            tile<kRow<Acc>>(rows, nv, steps(tokens), left, right, accumulate, at, fetch);
+          else if (use_kept)
+            tile<kTile<Acc>>(rows, nv, tokens, left, {kept, kTile<Acc>}, accumulate, at, fetch);
+          else if (keep)
+            tile_of_rows<true>(rows, nv, tokens, left, right, accumulate, at, kept, fetch);
+          else
+            tile_of_rows<false>(rows, nv, tokens, left, right, accumulate, at, kept, fetch);
         });
       };
       add_group(r, ranks, sums);
@@ -82,13 +97,36 @@ struct WeightGradient {
     });
   }
 
-  // A function of its own, as in Expand.
+  static int64_t steps(int64_t tokens) { return round_up(ceil_div(tokens, kTerms), Product::kDepth); }
+
+ private:
+  // The first `columns` columns of x's rows, with zeros beyond
+  static void keep_rows(const Source<Acc>& x, int64_t rows, int64_t columns, Acc* kept) {
+    for (int64_t t = 0; t < rows; t++)
+      for (int64_t c = 0; c < kTile<Acc>; c += kWidth<Acc>)
+        store<Acc>(kept + t * kTile<Acc> + c, load_some<Acc>(x.data + t * x.ld + c, columns - c));
+  }
+
+  // Functions of their own, as in Expand. Rows of x are ldx apart, or as far as it says.
   template <int ldx, int MR, int NV, class Each>
   __attribute__((noinline)) static void tile(Int<MR>, Int<NV>, int64_t steps, const Source<Acc>& ranks,
                                              const Source<Acc>& x, bool accumulate, Acc* sums, Each&& each) {
     Vec<Acc> acc[MR][NV] = {};
-    const int64_t ld = ldx > 0 ? ldx : x.ld;
-    multiply_steps<Product>(steps, RanksAndRows<Acc, MR, NV>(ranks.data, x.data, ld, steps), x.data, ld, acc, each);
+    multiply_packed<Product>(steps, ranks.data, x.data, ldx, acc, each);
+    store_sums(acc, accumulate, sums);
+  }
+  template <bool keep, int MR, int NV, class Each>
+  __attribute__((noinline)) static void tile_of_rows(Int<MR>, Int<NV>, int64_t steps, const Source<Acc>& ranks,
+                                                     const Source<Acc>& x, bool accumulate, Acc* sums, Acc* kept,
+                                                     Each&& each) {
+    Vec<Acc> acc[MR][NV] = {};
+    const RanksAndRows<Acc, MR, NV, keep> a(ranks.data, x, steps, kept);
+    multiply_steps<Product>(steps, a, x.data, x.ld, acc, each);
+    store_sums(acc, accumulate, sums);
+  }
+  template <int MR, int NV>
+  static inline __attribute__((always_inline)) void store_sums(const Vec<Acc> (&acc)[MR][NV], bool accumulate,
+                                                               Acc* sums) {
     for_accumulators<MR, NV>([&](int m, int v) {
       Acc* at = sums + m * kChunk + v * kWidth<Acc>;
       store<Acc>(at, accumulate ? load<Acc>(at) + acc[m][v] : acc[m][v]);
