@@ -24,30 +24,41 @@ struct Merge {
 
   static constexpr int64_t kRange = 48 * kMaxRows;  // rows that share a part of R, at most
 
+  struct Panels {
+    Panel<Acc> R, Rg;
+  };
+
   template <class Y>
   void run(int threads) const {
     const int64_t H = rows / k, V = columns / k, rb = r / k;
-    int64_t range = smaller(kRange, larger(kMaxRows, ceil_div(rows, 4 * threads)));
-    range = round_up(smaller(range, H), kMaxRows);
     const int64_t strip = round_up(smaller(V, larger(kPanelElements / (rb + h), 4 * kTile<Acc>)), kTile<Acc>);
-    const int64_t panel = panel_size<Acc>(rb, strip) + panel_size<Acc>(h, strip), ranges = ceil_div(H, range);
+    const int64_t strips = ceil_div(V, strip), panel = panel_size<Acc>(rb, strip) + panel_size<Acc>(h, strip);
+    // Where all of R that meets a block of rows fits L2, it stays there for the ranges of this block, which can be smaller then.
+    const bool stays = k * strips * panel <= kPanelElements;
+    int64_t range = smaller(kRange, larger(kMaxRows, ceil_div(rows, (stays ? 8 : 4) * threads)));
+    range = round_up(smaller(range, H), kMaxRows);
+    const int64_t uses = stays ? smaller(H, ceil_div(rows, threads)) : smaller(H, range);
+    const int64_t ranges = ceil_div(H, range), places = stays ? k * strips : 1;
     Scratch scratch;
     const PerThread<Acc> buffers(scratch, threads,
-                                 panel + (range + kTile<Acc>)*(rb + h) + panel_size<Acc>(rb + h, range));
+                                 places * panel + (range + kTile<Acc>)*(rb + h) + panel_size<Acc>(rb + h, range));
+    const PerThread<Panels> all_panels(scratch, threads, places);
+    const PerThread<int64_t> packed_for(scratch, threads, 1);
+    for (int thread = 0; thread < threads; thread++) *packed_for.of(thread) = -1;
     parallel_items(k * ranges, threads, [&](int64_t item, int thread) {
       const int64_t a = item / ranges, p0 = item % ranges * range, count = smaller(range, H - p0);
-      Acc* left = buffers.of(thread) + panel;
+      Acc *own = buffers.of(thread), *left = own + places * panel;
+      const bool ready = stays && *packed_for.of(thread) == a;
+      *packed_for.of(thread) = a;
       for (int64_t b = 0; b < k; b++) {
         read_left(a, b, p0, count, left, left + (range + kTile<Acc>)*(rb + h));
-        for (int64_t c0 = 0; c0 < V; c0 += strip) {
-          const int64_t width = smaller(strip, V - c0);
-          const Panel<Acc> right = read_panel<Acc>(R, b, a * rb, rb, c0, width, count, buffers.of(thread));
-          Panel<Acc> general;
-          if (h > 0)
-            general = read_panel<Acc>(Rg, b, 0, h, c0, width, count, buffers.of(thread) + panel_size<Acc>(rb, strip));
+        for (int64_t i = 0; i < strips; i++) {
+          const int64_t c0 = i * strip, width = smaller(strip, V - c0), place = stays ? b * strips + i : 0;
+          Panels& panels = all_panels.of(thread)[place];
+          if (!ready) panels = read_right(a, b, c0, width, uses, own + place * panel, strip);
           Y* to = static_cast<Y*>(W.data) + (a * H + p0) * W.row_stride + (b * V + c0) * W.column_stride;
           for_row_groups(count, [&](auto mr, int64_t m) {
-            merge_rows<decltype(mr)::value, Y>(left + m * (rb + h), right, general, width, to + m * W.row_stride);
+            merge_rows<decltype(mr)::value, Y>(left + m * (rb + h), panels.R, panels.Rg, width, to + m * W.row_stride);
           });
         }
       }
@@ -55,19 +66,27 @@ struct Merge {
   }
 
  private:
+  // Columns [c0, c0 + width) of block b of R, of the ranks that meet row block a, and of Rg
+  Panels read_right(int64_t a, int64_t b, int64_t c0, int64_t width, int64_t uses, Acc* scratch, int64_t strip) const {
+    const int64_t rb = r / k;
+    Panels panels{read_panel<Acc>(R, b, a * rb, rb, c0, width, uses, scratch), {}};
+    if (h > 0) panels.Rg = read_panel<Acc>(Rg, b, 0, h, c0, width, uses, scratch + panel_size<Acc>(rb, strip));
+    return panels;
+  }
+
   // The ranks of rows p0 .. p0+count that meet column block b, scaled, then the general ones: group by group, packed
-  // for the microkernel.
+  // for the microkernel. `panel` is scratch.
   void read_left(int64_t a, int64_t b, int64_t p0, int64_t count, Acc* left, Acc* panel) const {
     const int64_t rb = r / k;
     const auto read = [&](const Param& param, int64_t rank0, int64_t ranks, int64_t start) {
       const Panel<Acc> from = read_panel<Acc>(param, a, rank0, ranks, p0, count, 0, panel);
       for_row_groups(count, [&](auto mr, int64_t m0) {
         constexpr int MR = decltype(mr)::value;
-        Acc* to = left + m0 * (rb + h) + start * MR;
-        for (int m = 0; m < MR; m++) {
-          const int64_t p = m0 + m;
-          const Acc* column = from.data + p / kTile<Acc> * from.tile + p % kTile<Acc>;
-          for (int64_t c = 0; c < ranks; c++) to[c * MR + m] = scale * column[c * from.ld];
+        for (int64_t m = 0, run; m < MR; m += run) {  // within a tile of the panel
+          const int64_t column = (m0 + m) % kTile<Acc>;
+          run = smaller(MR - m, kTile<Acc> - column);
+          scale_columns(from.data + (m0 + m) / kTile<Acc> * from.tile + column, from.ld, ranks, run,
+                        left + m0 * (rb + h) + start * MR + m, MR);
         }
       });
     };
@@ -75,43 +94,52 @@ struct Merge {
     if (h > 0) read(Lg, 0, h, rb);
   }
 
+  void scale_columns(const Acc* from, int64_t from_ld, int64_t rows, int64_t columns, Acc* to, int64_t to_ld) const {
+    for (int64_t i = 0; i < rows; i++)
+      for (int64_t c = 0; c < columns; c += kWidth<Acc>)
+        store_some<Acc>(to + i * to_ld + c, scale * load_some<Acc>(from + i * from_ld + c, columns - c), columns - c);
+  }
+
   template <int MR, class Y>
   void merge_rows(const Acc* left, const Panel<Acc>& right, const Panel<Acc>& general, int64_t width, Y* to) const {
-    const int64_t rb = r / k;
     for_column_tiles<Acc>(round_up(width, kWidth<Acc>), [&](auto nv, int64_t c) {
-      constexpr int NV = decltype(nv)::value;
-      Vec<Acc> acc[MR][NV] = {};
-      if (kFetchesAhead && sizeof(Y) == sizeof(Acc))
-        for_accumulators<MR, NV>(
-            [&](int m, int v) { __builtin_prefetch(to + m * W.row_stride + c + (NV + v) * kWidth<Acc>, 1); });
-      multiply_packed<Singles<Acc>>(rb, left, right.at(0, c), right.ld, acc, nothing);
-      if (h > 0) multiply_packed<Singles<Acc>>(h, left + rb * MR, general.at(0, c), general.ld, acc, nothing);
-      if (W.column_stride == 1 && c + NV * kWidth<Acc> <= width) {
-        // All weights of the tile are loaded before one is stored: see Expand::store_tile.
-        if (accumulate)
-          for_accumulators<MR, NV>(
-              [&](int m, int v) { acc[m][v] += load<Acc>(to + m * W.row_stride + c + v * kWidth<Acc>); });
-        for_accumulators<MR, 1>([&](int m, int) { store_row<Acc, Y, NV>(to + m * W.row_stride + c, acc[m]); });
-        return;
-      }
-      if (W.column_stride == 1) {  // columns end within a vector
-        for_accumulators<MR, NV>([&](int m, int v) {
-          Y* at = to + m * W.row_stride + c + v * kWidth<Acc>;
-          const int64_t left = width - c - v * kWidth<Acc>;
-          if (accumulate) acc[m][v] += load_some<Acc>(at, left);
-          store_some<Acc>(at, acc[m][v], left);
-        });
-        return;
-      }
-      for_accumulators<MR, NV>(
-          [&](int m, int v) { add_elements<Y>(acc[m][v], to + m * W.row_stride, c + v * kWidth<Acc>, width); });
+      const Source<Acc> of_general = h > 0 ? general.from(0, c) : Source<Acc>{};
+      tile<Y>(Int<MR>{}, nv, left, right.from(0, c), of_general, width - c, to + c * W.column_stride);
     });
   }
 
+  // A function of its own: inlined among others, GCC would keep sums in memory. columns: from the tile's first one on
+  template <class Y, int MR, int NV>
+  __attribute__((noinline)) void tile(Int<MR>, Int<NV>, const Acc* left, const Source<Acc>& right,
+                                      const Source<Acc>& general, int64_t columns, Y* to) const {
+    const int64_t rb = r / k, ld = W.row_stride;
+    Vec<Acc> acc[MR][NV] = {};
+    if (kFetchesAhead && sizeof(Y) == sizeof(Acc))
+      for_accumulators<MR, NV>([&](int m, int v) { __builtin_prefetch(to + m * ld + (NV + v) * kWidth<Acc>, 1); });
+    multiply_packed<Singles<Acc>>(rb, left, right.data, right.ld, acc, nothing);
+    if (h > 0) multiply_packed<Singles<Acc>>(h, left + rb * MR, general.data, general.ld, acc, nothing);
+    if (W.column_stride == 1 && NV * kWidth<Acc> <= columns) {
+      // All weights of the tile are loaded before one is stored: see Expand::store_tile.
+      if (accumulate)
+        for_accumulators<MR, NV>([&](int m, int v) { acc[m][v] += load<Acc>(to + m * ld + v * kWidth<Acc>); });
+      for_accumulators<MR, 1>([&](int m, int) { store_row<Acc, Y, NV>(to + m * ld, acc[m]); });
+      return;
+    }
+    for_accumulators<MR, NV>([&](int m, int v) {
+      const int64_t count = smaller(kWidth<Acc>, columns - v * kWidth<Acc>);
+      add_edge<Y>(acc[m][v], to + m * ld + v * kWidth<Acc> * W.column_stride, count);
+    });
+  }
+
+  // At the end of a row within a vector, or where columns are apart
   template <class Y>
-  __attribute__((noinline)) void add_elements(Vec<Acc> delta, Y* row, int64_t c, int64_t width) const {
-    for (int64_t i = 0; i < smaller(kWidth<Acc>, width - c); i++) {
-      Y& weight = row[(c + i) * W.column_stride];
+  __attribute__((noinline)) void add_edge(Vec<Acc> delta, Y* to, int64_t columns) const {
+    if (W.column_stride == 1) {
+      if (accumulate) delta += load_some<Acc>(to, columns);
+      return store_some<Acc>(to, delta, columns);
+    }
+    for (int64_t i = 0; i < columns; i++) {
+      Y& weight = to[i * W.column_stride];
       weight = from_acc<Y>(accumulate ? Acc(to_acc<Acc>(weight) + delta[i]) : delta[i]);
     }
   }
