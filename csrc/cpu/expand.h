@@ -157,18 +157,20 @@ struct Expand {
   }
 
   // All of base is loaded before y is stored: rows that lie 4096 bytes apart would make each load wait for a store. whole: no column
-  // ends within the tile.
+  // ends within the tile. A loop for each condition: within one loop GCC would test it for each vector, and keep sums in memory.
   template <bool whole, int MR, int NV, class Y>
   inline __attribute__((always_inline)) void store_tile(Vec<Acc> (&sum)[MR][NV], const Target<Y>& g, int64_t c) const {
-    for_accumulators<MR, NV>([&](int m, int v) {
-      const int64_t o = c + v * kWidth<Acc>;
-      Vec<Acc>& at = sum[m][v];
-      if (mask.on) at = Mask::drop<Acc>(at, g.kept + m * kKept, o);
-      if (base.data == nullptr)
-        at *= scale;
-      else
-        at = multiply_add(at, scale, whole ? load<Acc>(g.from[m] + o) : load_some<Acc>(g.from[m] + o, g.columns - o));
-    });
+    if (mask.on)
+      for_accumulators<MR, NV>(
+          [&](int m, int v) { sum[m][v] = Mask::drop<Acc>(sum[m][v], g.kept + m * kKept, c + v * kWidth<Acc>); });
+    if (base.data == nullptr)
+      for_accumulators<MR, NV>([&](int m, int v) { sum[m][v] *= scale; });
+    else
+      for_accumulators<MR, NV>([&](int m, int v) {
+        const int64_t o = c + v * kWidth<Acc>;
+        const Y* from = g.from[m] + o;
+        sum[m][v] = multiply_add(sum[m][v], scale, whole ? load<Acc>(from) : load_some<Acc>(from, g.columns - o));
+      });
     if constexpr (whole)
       for_accumulators<MR, 1>([&](int m, int) { store_row<Acc, Y, NV>(g.to[m] + c, sum[m]); });
     else
