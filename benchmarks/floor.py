@@ -57,7 +57,7 @@ class Floor:
         return max(work.flops / self.gemm, work.bytes / self.bandwidth(work.working_set))
 
     def pace(self, samples: list[float]) -> float:
-        """How fast the machine was while ``samples`` of :func:`pace_contender` were taken: 1 as in the floor, 0.5 half as fast."""
+        """How fast the machine was while ``samples`` of :func:`pace_contender` were taken; 1 is as fast as in the floor."""
         return self.pace_seconds / statistics.median(samples)
 
     def as_dict(self) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def pace_contender(device: torch.device) -> Contender:
 
 
 def measure_floor(device: torch.device, seconds: float) -> Floor:
-    """The best of the samples taken in 1.25 ``seconds``: a floor is what the machine can do, not what it does on average.
+    """The best of the samples taken in ``seconds``: a floor is what the machine can do, not what it does on average.
 
     Copy and update both touch a working set of ``CACHED_BYTES`` or ``LARGE_BYTES`` in all.
     """
@@ -80,16 +80,15 @@ def measure_floor(device: torch.device, seconds: float) -> Floor:
         memory = torch.ones(2, size // 8, dtype=torch.float32, device=device)
         contenders["copy", size] = _copy(memory)
         contenders["update", size] = _update(memory)
-    best = {name: min(values) for name, values in interleave(contenders, seconds, 3, device).items()}
+    best = {name: min(values) for name, values in interleave(contenders, 0.8 * seconds, 3, device).items()}
 
     def bandwidth(size: int) -> Bandwidth:
         """A copy reads one half of the memory and writes the other, an update reads and writes all of it."""
         return Bandwidth(copy=size / best["copy", size], update=2 * size / best["update", size])
 
     gemm = 2 * GEMM_SIZE**3 / best["gemm", 0]
-    alone = interleave(
-        {"pace": pace_contender(device)}, seconds / 4, 3, device
-    )  # in cache, as the copies do not leave it
+    # Beside the copies its operands would come from memory each time.
+    alone = interleave({"pace": pace_contender(device)}, 0.2 * seconds, 3, device)
     return Floor(gemm, bandwidth(CACHED_BYTES), bandwidth(LARGE_BYTES), min(alone["pace"]))
 
 

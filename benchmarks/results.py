@@ -25,7 +25,7 @@ class Record:
 
     ``errors``: the relative error of each contender against float64, where there is one. ``work`` is the least work of
     the case and ``least`` its least seconds on this machine; divided by the median that is the share of the roofline.
-    ``pace``: how fast the machine was meanwhile, beside the floor's samples; where other users took some of it, less than 1.
+    ``pace``: :meth:`Floor.pace` meanwhile, less than 1 where other users took some of the machine.
     """
 
     bench: str

@@ -12,7 +12,7 @@ UNITS = {"s": ("ms", 1e-3), "bytes": ("MiB", 2.0**20)}
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """One line a case: ours with spread, share of the roofline, the machine's pace and error, then each peer with ours/peer beside it."""
+    """One line a case: ours with spread, share of the roofline, pace and error, then each peer with ours/peer beside it."""
     by_unit = {unit: [record for record in records if record["unit"] == unit] for unit in UNITS}
     return "\n\n".join(_table(unit, of_unit) for unit, of_unit in by_unit.items() if of_unit)
 

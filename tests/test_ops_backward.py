@@ -65,12 +65,13 @@ def test_gradients_are_right_at_extreme_sizes(k: int, n: int, m: int, rb: int, h
 
 # Blocks of two, one and no whole vectors of AVX-512; ranks of one group of rows and of several
 @pytest.mark.parametrize(
-    ("k", "n", "m", "rb", "h"), [(2, 64, 192, 8, 0), (8, 16, 48, 2, 5), (3, 85, 41, 7, 0), (2, 70, 33, 4, 3)]
+    ("k", "n", "m", "rb", "h"),
+    [(2, 64, 192, 8, 0), (2, 64, 48, 4, 0), (8, 16, 48, 2, 5), (3, 85, 41, 7, 0), (2, 70, 33, 4, 3)],
 )
 def test_gradients_are_right_where_rows_lie_in_few_sets_of_a_cache(
     k: int, n: int, m: int, rb: int, h: int, device: torch.device
 ) -> None:
-    """On the CPU weight gradients then copy the columns of such rows (multiples of 512 bytes apart) as they first read them."""
+    """On the CPU weight gradients copy the columns of such rows (multiples of 512 bytes apart) as they first read them."""
     inputs = Case(leading=(150,), k=k, n=n, m=m, rb=rb, h=h).inputs(device)
     x = torch.full((150, 256), torch.inf, device=device)  # what lies between the rows is not to be read into a sum
     x[:, : k * n] = inputs.tensors["x"]
