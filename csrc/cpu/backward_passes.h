@@ -2,7 +2,6 @@
 #pragma once
 
 #include "backward_ranks.h"
-#include "capability.h"
 #include "expand.h"
 #include "gradient_totals.h"
 #include "project.h"
@@ -10,10 +9,6 @@
 
 namespace gralora::cpu::GRALORA_ISA {
 namespace {  // one caller: GCC inlines what is called once
-
-// AMD's processors were slower where threads share columns of more than a few tokens (not measured since they take whole blocks), and
-// where rows of dx are fetched before they are written though nothing is added to them.
-static const bool kOnAmd = strcmp(vendor(), "amd") == 0;
 
 template <class Acc, class Product>
 struct BackwardPasses {
@@ -49,7 +44,7 @@ struct BackwardPasses {
   // each thread would take for its own tokens, are large beside the ranks that threads exchange.
   bool one_segment() const {
     if (s.T < 192) return true;
-    return !kOnAmd && s.T <= kSegment && s.h == 0 && s.k % 2 == 0 && s.r * (s.N + s.M) >= 256 * s.T * s.k;
+    return s.T <= kSegment && s.h == 0 && s.k % 2 == 0 && s.r * (s.N + s.M) >= 128 * s.T * s.k;
   }
 
   // Segments do not depend on the number of threads. One alone writes its gradients, several add theirs.
@@ -220,7 +215,7 @@ struct BackwardPasses {
         using X = std::remove_pointer_t<decltype(type)>;
         for_groups<Product>(tokens, [&](auto group, int64_t m) {
           const int64_t after = m0 + m + group.count();
-          const Prefetch dx = Prefetch::of(kOnAmd ? to_x.base : to_x.y, after < g.tokens ? g.t0 + after : -1, column);
+          const Prefetch dx = Prefetch::of(to_x.y, after < g.tokens ? g.t0 + after : -1, column);
           to_x.template run_rows<X>(group, panels, g.t0 + m0 + m, block, from_x.cut.first(chunk),
                                     from_x.cut.length(chunk), ranks.from_token(m), b.block.kept + m * kKept, dx,
                                     others);

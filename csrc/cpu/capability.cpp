@@ -9,6 +9,8 @@
 #endif
 #ifdef GRALORA_HAVE_TILES
 #include <sys/syscall.h>
+#endif
+#ifdef __linux__
 #include <unistd.h>
 #endif
 
@@ -138,6 +140,14 @@ const char* vendor() {
   if (__builtin_cpu_is("intel")) return "intel";
 #endif
   return "other";
+}
+
+int l1_ways() {
+#ifdef _SC_LEVEL1_DCACHE_ASSOC
+  static const long ways = sysconf(_SC_LEVEL1_DCACHE_ASSOC);
+  if (ways > 0) return int(ways);
+#endif
+  return 12;
 }
 
 }  // namespace gralora::cpu

@@ -32,4 +32,7 @@ bool has_tiles();
 // Who made the processor: "amd", "intel" or "other".
 const char* vendor();
 
+// How many lines of a set its first cache of data holds, or 12 where the system does not tell.
+int l1_ways();
+
 }  // namespace gralora::cpu

@@ -72,6 +72,12 @@ struct Expand {
                           ? nullptr
                           : static_cast<const Y*>(base.data) + row_offset(base, t0 + m) + start * base.column_stride;
     }
+    alignas(64) Acc near[kByTiles<Product> ? 1 : MR * kRow<Acc>];
+    if (!kByTiles<Product> && in_one_set(group.ranks.ld * int64_t(sizeof(Acc))) && ranks.steps <= kChunk) {
+      for (int m = 0; m < tokens.count(); m++)
+        convert_row<Acc>(group.ranks.data + m * group.ranks.ld, 1, ranks.steps, near + m * kRow<Acc>);
+      group.ranks = {near, kRow<Acc>};
+    }
     for_column_tiles<Acc>(round_up(columns, kWidth<Acc>),
                           [&](auto nv, int64_t c) { tile<Y>(tokens, nv, group, c, each); });
   }

@@ -80,6 +80,14 @@ struct Project {
       return rows_to_multiply<Acc>(x, t0, count, column, length, width, mask, block);
   }
 
+  // Whether rows of x are copied while the rows before them are multiplied: those of 16 bits, as floats, and those that L1 cannot
+  // hold side by side
+  bool copied_ahead() const {
+    if (kByTiles<Product> || mask.on || !evenly_spaced(x)) return false;
+    if (kTerms == 1 && x.dtype != DTypeOf<Acc>::value) return true;
+    return l1_ways() < Product::kRows && in_one_set(in_place<Acc>(x, 0, 0).ld * size_of(x.dtype));
+  }
+
   // Of the panels of a chunk, while as many tokens meet another one; general parts are small.
   Ahead ahead(int64_t chunk, int64_t tokens) const {
     const int64_t groups = ceil_div(tokens, Product::kRows), tiles = ceil_div(r, kTile<Acc>);
@@ -164,16 +172,26 @@ struct Project {
   }
 
  private:
-  // Adds the part of `chunks` chunks of one block, from `begin` on, to the sums of `count` tokens. Rows of 16 bits are converted
-  // while the rows before them are multiplied.
+  // Adds the part of `chunks` chunks of one block, from `begin` on, to the sums of `count` tokens.
   void add_run(const Panels& panels, int64_t begin, int64_t chunks, int64_t t0, int64_t count, Acc* sum,
                Acc* scratch) const {
-    const bool ahead = kTerms == 1 && converted_ahead<Acc>(x, mask);
+    const bool ahead = copied_ahead();
     constexpr int most = Product::kRows;
     Block<Acc> now(scratch, most), next(scratch + Block<Acc>::size(most), most);
-    if (ahead) read_block<Acc>(x, t0, smaller(most, count), cut.column(begin), cut.length(begin), width, mask, now);
     for_dtype_of<Product, Acc>(x.dtype, [&](auto* type) {
-      using X = std::remove_pointer_t<decltype(type)>;
+      using X = std::conditional_t<kTerms == 2, Acc, std::remove_pointer_t<decltype(type)>>;  // pairs: as floats
+      const auto rows_of = [&](int64_t t, int64_t chunk) {
+        if constexpr (kTerms == 2)
+          return pairs_in_place(x, t, cut.column(chunk));
+        else
+          return in_place<X>(x, t, cut.column(chunk));
+      };
+      if (ahead) {
+        const Source<X> from = rows_of(t0, begin);
+        const int64_t steps = cut.length(begin) / kTerms;
+        for (int64_t p = 0; p < steps; p += kSteps)
+          copy_columns(from.data, from.ld, smaller(most, count), p, steps, now.rows);
+      }
       for_groups<Product>(count, [&](auto group, int64_t m) {
         for (int64_t i = 0; i < chunks; i++) {
           const int64_t length = cut.length(begin + i), column = cut.column(begin + i);
@@ -186,18 +204,17 @@ struct Project {
               : row < count ? Prefetch::of(x, t0 + row, cut.column(chunk))
                             : Prefetch{};
           const int64_t rows = !ahead ? 0 : same_rows ? group.count() : smaller(most, count - row);
-          const int64_t next_length = cut.length(chunk);
-          const Source<X> from = in_place<X>(x, t0 + row, cut.column(chunk));
-          const auto convert = [=, to = next.rows](int64_t p) {
-            if constexpr (kTerms == 1 && !std::is_same_v<X, Acc>)
-              copy_columns(from.data, from.ld, rows, p, next_length, to);
+          const int64_t next_steps = cut.length(chunk) / kTerms;
+          const Source<X> from = rows_of(t0 + row, chunk);
+          const auto copy = [=, to = next.rows](int64_t p) {
+            copy_columns(from.data, from.ld, rows, p, next_steps, to);
           };
           const auto each = [=, fetched = RowsAhead(group, prefetch, 0)](int64_t p, int part) mutable {
             fetched.fetch(part);
-            if (part == 0) convert(p);
+            if (part == 0) copy(p);
           };
           add_rows(group, panels, i * cut.columns, length, a, true, sum + m * sums(), each, nothing);
-          for (int64_t p = round_up(length, kSteps); p < next_length; p += kSteps) convert(p);
+          for (int64_t p = round_up(length / kTerms, kSteps); p < next_steps; p += kSteps) copy(p);
           const Block<Acc> last = now;
           now = next, next = last;
         }

@@ -177,16 +177,13 @@ struct Source {
   int pieces = 1;
 };
 
+// Whether a column of rows that are so many bytes apart falls into one set of L1
+inline bool in_one_set(int64_t bytes) { return bytes % 4096 == 0; }
+
 // Whether x's rows can be multiplied as they lie
 template <class Acc>
 bool usable_in_place(const Rows& x, const Mask& mask) {
   return !mask.on && x.dtype == DTypeOf<Acc>::value && evenly_spaced(x);
-}
-
-// Whether they are converted beside the product before: those of 16 bits without dropout
-template <class Acc>
-bool converted_ahead(const Rows& x, const Mask& mask) {
-  return !mask.on && x.dtype != DTypeOf<Acc>::value && evenly_spaced(x);
 }
 
 // Row t of x, whose rows are evenly spaced, from column i on
