@@ -21,6 +21,7 @@ struct Merge {
   Param R, Rg;  // [k, r, columns/k], [k, h, columns/k]
   Acc scale;
   bool accumulate;
+  int64_t rb = r / k;
 
   static constexpr int64_t kRange = 48 * kMaxRows;  // rows that share a part of R, at most
 
@@ -30,7 +31,7 @@ struct Merge {
 
   template <class Y>
   void run(int threads) const {
-    const int64_t H = rows / k, V = columns / k, rb = r / k;
+    const int64_t H = rows / k, V = columns / k;
     const int64_t strip = round_up(smaller(V, larger(kPanelElements / (rb + h), 4 * kTile<Acc>)), kTile<Acc>);
     const int64_t strips = ceil_div(V, strip), panel = panel_size<Acc>(rb, strip) + panel_size<Acc>(h, strip);
     // Where all of R that meets a block of rows fits L2, it stays there for the ranges of this block, which can be smaller then.
@@ -68,7 +69,6 @@ struct Merge {
  private:
   // Columns [c0, c0 + width) of block b of R, of the ranks that meet row block a, and of Rg
   Panels read_right(int64_t a, int64_t b, int64_t c0, int64_t width, int64_t uses, Acc* scratch, int64_t strip) const {
-    const int64_t rb = r / k;
     Panels panels{read_panel<Acc>(R, b, a * rb, rb, c0, width, uses, scratch), {}};
     if (h > 0) panels.Rg = read_panel<Acc>(Rg, b, 0, h, c0, width, uses, scratch + panel_size<Acc>(rb, strip));
     return panels;
@@ -77,7 +77,6 @@ struct Merge {
   // The ranks of rows p0 .. p0+count that meet column block b, scaled, then the general ones: group by group, packed
   // for the microkernel. `panel` is scratch.
   void read_left(int64_t a, int64_t b, int64_t p0, int64_t count, Acc* left, Acc* panel) const {
-    const int64_t rb = r / k;
     const auto read = [&](const Param& param, int64_t rank0, int64_t ranks, int64_t start) {
       const Panel<Acc> from = read_panel<Acc>(param, a, rank0, ranks, p0, count, 0, panel);
       for_row_groups(count, [&](auto mr, int64_t m0) {
@@ -100,35 +99,40 @@ struct Merge {
         store_some<Acc>(to + i * to_ld + c, scale * load_some<Acc>(from + i * from_ld + c, columns - c), columns - c);
   }
 
+  // Some rows of W, from `to` on: a function of its own, since GCC would keep sums in memory among other code
   template <int MR, class Y>
-  void merge_rows(const Acc* left, const Panel<Acc>& right, const Panel<Acc>& general, int64_t width, Y* to) const {
-    for_column_tiles<Acc>(round_up(width, kWidth<Acc>), [&](auto nv, int64_t c) {
-      const Source<Acc> of_general = h > 0 ? general.from(0, c) : Source<Acc>{};
-      tile<Y>(Int<MR>{}, nv, left, right.from(0, c), of_general, width - c, to + c * W.column_stride);
-    });
+  __attribute__((noinline)) void merge_rows(const Acc* left, const Panel<Acc>& right, const Panel<Acc>& general,
+                                            int64_t width, Y* to) const {
+    constexpr int NV = 2;
+    int64_t c = 0;
+    if (W.column_stride == 1)
+      for (; c + kTile<Acc> <= width; c += kTile<Acc>) {
+        const TensorRows<Y, MR> weights(to + c, W.row_stride);
+        if (kFetchesAhead && sizeof(Y) == sizeof(Acc))
+          for_accumulators<MR, NV>(
+              [&](int m, int v) { __builtin_prefetch(weights.row(m) + (NV + v) * kWidth<Acc>, 1); });
+        Vec<Acc> acc[MR][NV] = {};
+        add_products<MR, NV>(left, right, general, c, acc);
+        // All weights of the tile are loaded before one is stored: see Expand::store_tile.
+        if (accumulate)
+          for_accumulators<MR, NV>([&](int m, int v) { acc[m][v] += load<Acc>(weights.row(m) + v * kWidth<Acc>); });
+        for_accumulators<MR, 1>([&](int m, int) { store_row<Acc, Y, NV>(weights.row(m), acc[m]); });
+      }
+    for (; c < width; c += kWidth<Acc>) {
+      Vec<Acc> acc[MR][1] = {};
+      add_products<MR, 1>(left, right, general, c, acc);
+      for_accumulators<MR, 1>([&](int m, int) {
+        add_edge<Y>(acc[m][0], to + m * W.row_stride + c * W.column_stride, smaller(kWidth<Acc>, width - c));
+      });
+    }
   }
 
-  // A function of its own: inlined among others, GCC would keep sums in memory. columns: from the tile's first one on
-  template <class Y, int MR, int NV>
-  __attribute__((noinline)) void tile(Int<MR>, Int<NV>, const Acc* left, const Source<Acc>& right,
-                                      const Source<Acc>& general, int64_t columns, Y* to) const {
-    const int64_t rb = r / k, ld = W.row_stride;
-    Vec<Acc> acc[MR][NV] = {};
-    if (kFetchesAhead && sizeof(Y) == sizeof(Acc))
-      for_accumulators<MR, NV>([&](int m, int v) { __builtin_prefetch(to + m * ld + (NV + v) * kWidth<Acc>, 1); });
-    multiply_packed<Singles<Acc>>(rb, left, right.data, right.ld, acc, nothing);
-    if (h > 0) multiply_packed<Singles<Acc>>(h, left + rb * MR, general.data, general.ld, acc, nothing);
-    if (W.column_stride == 1 && NV * kWidth<Acc> <= columns) {
-      // All weights of the tile are loaded before one is stored: see Expand::store_tile.
-      if (accumulate)
-        for_accumulators<MR, NV>([&](int m, int v) { acc[m][v] += load<Acc>(to + m * ld + v * kWidth<Acc>); });
-      for_accumulators<MR, 1>([&](int m, int) { store_row<Acc, Y, NV>(to + m * ld, acc[m]); });
-      return;
-    }
-    for_accumulators<MR, NV>([&](int m, int v) {
-      const int64_t count = smaller(kWidth<Acc>, columns - v * kWidth<Acc>);
-      add_edge<Y>(acc[m][v], to + m * ld + v * kWidth<Acc> * W.column_stride, count);
-    });
+  template <int MR, int NV>
+  inline __attribute__((always_inline)) void add_products(const Acc* left, const Panel<Acc>& right,
+                                                          const Panel<Acc>& general, int64_t c,
+                                                          Vec<Acc> (&acc)[MR][NV]) const {
+    multiply_packed<Singles<Acc>>(rb, left, right.at(0, c), right.ld, acc, nothing);
+    if (h > 0) multiply_packed<Singles<Acc>>(h, left + rb * MR, general.at(0, c), general.ld, acc, nothing);
   }
 
   // At the end of a row within a vector, or where columns are apart

@@ -119,22 +119,22 @@ inline __attribute__((always_inline)) void multiply_steps(int64_t K, A a, const 
   }
 }
 
-// Rows of a tensor as it lies: a[m][p] = data[m*ld + p]. Twelve addresses would not fit into the registers: each third row has a
-// pointer of its own.
-template <class Acc, int MR>
+// Rows of a tensor as it lies. Twelve addresses would not fit into the registers: each third row has a pointer of its own.
+template <class T, int MR>
 struct TensorRows {
   static constexpr int kPointers = (MR + 2) / 3;
-  const Acc* third[kPointers];
+  T* third[kPointers];
   int64_t ld;
 
-  inline __attribute__((always_inline)) TensorRows(const Acc* data, int64_t ld) : ld(ld) {
+  inline __attribute__((always_inline)) TensorRows(T* data, int64_t ld) : ld(ld) {
 #pragma GCC unroll 4
     for (int i = 0; i < kPointers; i++) {
       third[i] = data + i * 3 * ld;
       hide(third[i]);
     }
   }
-  inline __attribute__((always_inline)) Acc at(int m, int p) const { return third[m / 3][m % 3 * ld + p]; }
+  inline __attribute__((always_inline)) T* row(int m) const { return third[m / 3] + m % 3 * ld; }
+  inline __attribute__((always_inline)) T at(int m, int p) const { return row(m)[p]; }
   template <int steps>
   inline __attribute__((always_inline)) void next() {
 #pragma GCC unroll 4
@@ -159,7 +159,7 @@ struct PackedRows {
 template <class Product, class Acc, int MR, int NV, class Each>
 inline __attribute__((always_inline)) void multiply_rows(int64_t K, const Acc* a, int64_t lda, const Acc* b,
                                                          int64_t ldb, Vec<Acc> (&acc)[MR][NV], Each&& each) {
-  multiply_steps<Product>(K, TensorRows<Acc, MR>(a, lda), b, ldb, acc, each);
+  multiply_steps<Product>(K, TensorRows<const Acc, MR>(a, lda), b, ldb, acc, each);
 }
 
 template <class Product, class Acc, int MR, int NV, class Each>
