@@ -100,7 +100,7 @@ struct BackwardPasses {
         gradient.read_ranks(u, from_g.cut.block(chunk), g.tokens, b.gradient_ranks);
       });
     Acc* sums = segments == 1 ? b.sums : dB.slot(g.first, g.index, chunk);
-    const bool copy = dB.wanted() && !usable_in_place<Acc>(p.grad_y, from_g.mask);
+    const bool copy = dB.wanted() && (!usable_in_place<Acc>(p.grad_y, from_g.mask) || (want_H && copied_ahead(from_g)));
     for_blocks(g, [&](int64_t m, int64_t tokens) {
       if (want_H)
         project_block(from_g, panels, chunk, g, m, tokens, to, add, copy, b, others);
@@ -141,6 +141,11 @@ struct BackwardPasses {
   }
 
  private:
+  // As in Project::add_run, but rows of 16 bits are converted before
+  static bool copied_ahead(const FromWide& from) {
+    return kTerms == 1 && from.x.dtype == DTypeOf<Acc>::value && from.copied_ahead();
+  }
+
   template <class F>
   static void for_blocks(const Segment& g, F&& f) {
     constexpr int64_t most = kTokens * kTerms;
@@ -184,14 +189,33 @@ struct BackwardPasses {
     const int64_t length = from.cut.length(chunk);
     const bool interleave = keep && kTerms == 2;
     Source<Acc> rows{};
-    if constexpr (kTerms == 1) rows = from.left_rows(g.t0 + m0, tokens, from.cut.column(chunk), length, b.block);
+    const bool ahead = copied_ahead(from);
+    [[maybe_unused]] Source<Acc> lie{};
+    if constexpr (kTerms == 1) {
+      const int64_t t = g.t0 + m0, column = from.cut.column(chunk);
+      if (ahead) {
+        lie = in_place<Acc>(from.x, t, column), rows = {b.block.rows, kRow<Acc>};
+        for (int64_t i = 0; i < length; i += kSteps)
+          copy_columns(lie.data, lie.ld, smaller(Product::kRows, tokens), i, length, b.block.rows);
+      } else {
+        rows = from.left_rows(t, tokens, column, length, b.block);
+      }
+    }
     for_groups<Product>(tokens, [&](auto group, int64_t m) {
       const Prefetch prefetch = prefetch_from(from, chunk, g, m0 + m + group.count(), group.count());
       Source<Acc> a{rows.data + m * rows.ld, rows.ld};
       if constexpr (kTerms == 2)  // whose copies have no room for more rows
         a = from.left_rows(g.t0 + m0 + m, group.count(), from.cut.column(chunk), length, b.block);
+      const int64_t after = m + group.count(), next = ahead ? smaller(Product::kRows, tokens - after) : 0;
       const auto each = [=, &others, fetched = RowsAhead(group, prefetch, 0)](int64_t i, int part) mutable {
         fetched.fetch(part);
+        if constexpr (kTerms == 1) {
+          constexpr int some = (Product::kRows + kParts - 1) / kParts;
+          const int64_t first = part * some;
+          if (first < next)
+            copy_columns(lie.data + (after + first) * lie.ld, lie.ld, smaller(some, next - first), i, length,
+                         b.block.rows + (after + first) * kRow<Acc>);
+        }
         if (part > 0) return;
         others(i);
         if constexpr (kTerms == 2) {
