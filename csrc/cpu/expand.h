@@ -72,6 +72,7 @@ struct Expand {
                           ? nullptr
                           : static_cast<const Y*>(base.data) + row_offset(base, t0 + m) + start * base.column_stride;
     }
+    // Ranks in one set of L1 would come from L2 for each of their products.
     alignas(64) Acc near[kByTiles<Product> ? 1 : MR * kRow<Acc>];
     if (!kByTiles<Product> && in_one_set(group.ranks.ld * int64_t(sizeof(Acc))) && ranks.steps <= kChunk) {
       for (int m = 0; m < tokens.count(); m++)
