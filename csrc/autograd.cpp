@@ -1,8 +1,15 @@
-// Autograd of the forward op. Saved: x itself where dA is wanted, U where dB is, the mask of dropout, the parameters, the seed;
+// Autograd of the forward ops. Saved: x itself where dA is wanted, U where dB is, the mask of dropout, the parameters, the seed;
 // nothing else.
 // Backward is an op of its own without a derivative, so differentiating twice raises torch's usual error.
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/library.h>
+
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <type_traits>
 
 #include "checks.h"
 #include "ops.h"
@@ -43,8 +50,10 @@ auto linear_backward_op() {
   return op;
 }
 
-// Backward or forward mode: the latter has no derivative here, and goes the recorded way to get torch's error for it.
-bool differentiated(const at::Tensor& tensor) { return tensor.requires_grad() || tensor._fw_grad(0).defined(); }
+// Of forward mode, which has no derivative here: record() says so.
+bool has_tangent(const at::Tensor& tensor) { return tensor._fw_grad(0).defined(); }
+bool has_tangent(const OptionalTensor& tensor) { return tensor.has_value() && has_tangent(*tensor); }
+bool differentiated(const at::Tensor& tensor) { return tensor.requires_grad() || has_tangent(tensor); }
 bool differentiated(const OptionalTensor& tensor) { return tensor.has_value() && differentiated(*tensor); }
 
 // An optional tensor as autograd saves it, and back
@@ -53,38 +62,72 @@ OptionalTensor optional(const at::Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : OptionalTensor();
 }
 
-template <bool into_base>
-struct Gralora : torch::autograd::Function<Gralora<into_base>> {
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& base, const at::Tensor& A,
-                            const at::Tensor& B, const OptionalTensor& A_general, const OptionalTensor& B_general,
-                            const OptionalTensor& seed, double scaling, double dropout_p, at::Tensor* u_out,
-                            at::Tensor* mask_out) {
-    // u and the mask are handed out beside autograd: as further outputs they would have to be marked and unpacked for every call.
-    at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, u, mask] = (into_base ? forward_into_op() : forward_op())
-                            .call(x, base, A, B, A_general, B_general, seed, scaling, dropout_p);
-    ctx->save_for_backward({x, A, B, kept(A_general), kept(B_general), u, kept(seed), mask});
-    ctx->saved_data["scaling"] = scaling;
-    ctx->saved_data["dropout_p"] = dropout_p;
-    *u_out = u, *mask_out = mask;
-    // A tensor of its own on base's memory: were it base itself, a base that is a view would bring CopySlices into the
-    // graph, which copies the whole gradient.
-    return into_base ? y.detach() : y;
+// Backward's op has no derivative: beyond it autograd only has to be told so, where a graph of the gradients is recorded.
+template <class Op, class... Args>
+auto call_backward(const Op& op, const Args&... args) {
+  std::optional<at::AutoDispatchBelowADInplaceOrView> guard;
+  if (!at::GradMode::is_enabled()) guard.emplace();
+  return op.call(args...);
+}
+
+// The node of a function of one output: T::backward, and what its context has saved. It is torch's CppNode<T>, which compiled
+// autograd takes, but each backward there also asks for the demangled name of T and copies the gradients.
+template <class T>
+struct Recorded final : torch::autograd::CppNode<T> {
+  std::string name() const override { return T::kName; }
+  variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(this->mutex_);
+    return T::backward(&this->ctx_, grads);
   }
+};
+
+// Torch 2.7 holds nodes by shared_ptr, later versions by intrusive_ptr.
+template <class T, class Pointer = decltype(torch::autograd::Edge::function)>
+auto new_node() {
+  if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>)
+    return std::shared_ptr<Recorded<T>>(new Recorded<T>, [](auto* node) { deleteNode(node); });
+  else
+    return c10::make_intrusive<Recorded<T>>();
+}
+
+// Calls run(context), which saves what T::backward needs, and makes y the output of a node that has an edge for each input. This is
+// what torch's Function<T>::apply does, without a description of each input and sets of outputs, which took twice as long as the op.
+template <class T, class Run, class... Inputs>
+ForwardResult record(Run&& run, const Inputs&... inputs) {
+  if (const auto& functorch = at::functorch::functorchTLSAccessor()) functorch->checkSupportsCppAutogradFunction();
+  TORCH_CHECK_NOT_IMPLEMENTED(!(has_tangent(inputs) || ...),
+                              "gralora_ext: forward AD (jvp) is not implemented, only backward");
+  const auto node = new_node<T>();
+  node->set_ctx_grad_fn(node);
+  node->set_next_edges(torch::autograd::collect_next_edges(inputs...));
+  node->is_variable_input_.assign(sizeof...(inputs), true);
+  node->ctx_.set_materialize_grads(false);
+  ForwardResult result;
+  {
+    const at::AutoGradMode off(false);
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    result = run(node->ctx_);
+  }
+  torch::autograd::set_history(std::get<0>(result), node);
+  node->save_variables_to_ctx();
+  return result;
+}
+
+struct Path : torch::autograd::Function<Path> {
+  static constexpr const char* kName = "GraloraBackward";
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(11);  // one per argument of forward; undefined where there is no gradient
+    variable_list result(6);  // of x, base, A, B, A_general, B_general; undefined where there is no gradient
     const at::Tensor& grad = grads[0];
     if (!grad.defined()) return result;
     const variable_list saved = ctx->get_saved_variables();
     const OptionalTensor A_general = optional(saved[3]), B_general = optional(saved[4]);
-    const bool hybrid = A_general.has_value();
     const std::array<bool, 5> needs = {ctx->needs_input_grad(0), ctx->needs_input_grad(2), ctx->needs_input_grad(3),
-                                       hybrid && ctx->needs_input_grad(4), hybrid && ctx->needs_input_grad(5)};
+                                       ctx->needs_input_grad(4), ctx->needs_input_grad(5)};
     if (ctx->needs_input_grad(1)) result[1] = grad;
     if (!(needs[0] || needs[1] || needs[2] || needs[3] || needs[4])) return result;
-    auto [dx, dA, dB, dA_general, dB_general] = backward_op().call(
-        grad, saved[0], saved[5], saved[7], saved[1], saved[2], A_general, B_general, optional(saved[6]),
+    auto [dx, dA, dB, dA_general, dB_general] = call_backward(
+        backward_op(), grad, saved[0], saved[5], saved[7], saved[1], saved[2], A_general, B_general, optional(saved[6]),
         ctx->saved_data["scaling"].toDouble(), ctx->saved_data["dropout_p"].toDouble(), needs);
     if (needs[0]) result[0] = dx;
     if (needs[1]) result[2] = dA;
@@ -100,52 +143,46 @@ ForwardResult forward_recorded_or_not(const at::Tensor& x, const at::Tensor& bas
                                       const at::Tensor& B, const OptionalTensor& A_general,
                                       const OptionalTensor& B_general, const OptionalTensor& seed, double scaling,
                                       double dropout_p) {
+  const auto run = [&] {
+    return (into_base ? forward_into_op() : forward_op())
+        .call(x, base, A, B, A_general, B_general, seed, scaling, dropout_p);
+  };
   const bool recorded =
       at::GradMode::is_enabled() && (differentiated(x) || differentiated(base) || differentiated(A) ||
                                      differentiated(B) || differentiated(A_general) || differentiated(B_general));
   if (!recorded) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    return (into_base ? forward_into_op() : forward_op())
-        .call(x, base, A, B, A_general, B_general, seed, scaling, dropout_p);
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return run();
   }
   check_given(x, "x"), check_given(base, "base"), check_given(A, "A"), check_given(B, "B");
   TORCH_CHECK(!(into_base && base.is_leaf() && base.requires_grad()),
               "gralora_ext: base is a leaf that requires grad, so y cannot be written into it");
-  at::Tensor u, mask;
-  const at::Tensor y =
-      Gralora<into_base>::apply(x, base, A, B, A_general, B_general, seed, scaling, dropout_p, &u, &mask);
-  return {y, u, mask};
+  const auto run_and_save = [&](AutogradContext& ctx) -> ForwardResult {
+    auto [y, u, mask] = run();
+    ctx.save_for_backward({x, A, B, kept(A_general), kept(B_general), u, kept(seed), mask});
+    ctx.saved_data["scaling"] = scaling;
+    ctx.saved_data["dropout_p"] = dropout_p;
+    // A tensor of its own on base's memory: were it base itself, a base that is a view would bring CopySlices into the
+    // graph, which copies the whole gradient.
+    return {into_base ? y.detach() : y, u, mask};
+  };
+  return record<Path>(run_and_save, x, base, A, B, A_general, B_general);
 }
 
 struct Linear : torch::autograd::Function<Linear> {
-  // What may have a gradient comes first: torch numbers only the tensors that are there.
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& A, const at::Tensor& B,
-                            const OptionalTensor& A_general, const OptionalTensor& B_general, const at::Tensor& weight,
-                            const OptionalTensor& bias, const OptionalTensor& seed, double scaling, double dropout_p,
-                            bool own_gemm, at::Tensor* u_out, at::Tensor* mask_out) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    auto [y, u, mask] =
-        linear_op().call(x, weight, bias, A, B, A_general, B_general, seed, scaling, dropout_p, own_gemm);
-    ctx->save_for_backward({x, weight, A, B, kept(A_general), kept(B_general), u, kept(seed), mask});
-    ctx->saved_data["scaling"] = scaling;
-    ctx->saved_data["dropout_p"] = dropout_p;
-    ctx->saved_data["own_gemm"] = own_gemm;
-    *u_out = u, *mask_out = mask;
-    return y;
-  }
+  static constexpr const char* kName = "GraloraLinearBackward";
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    variable_list result(13);
+    variable_list result(5);  // of x, A, B, A_general, B_general
     if (!grads[0].defined()) return result;
     const variable_list saved = ctx->get_saved_variables();
     const OptionalTensor A_general = optional(saved[4]), B_general = optional(saved[5]);
-    const bool hybrid = A_general.has_value();
-    const std::array<bool, 5> needs = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2),
-                                       hybrid && ctx->needs_input_grad(3), hybrid && ctx->needs_input_grad(4)};
+    std::array<bool, 5> needs;
+    for (size_t i = 0; i < needs.size(); i++) needs[i] = ctx->needs_input_grad(i);
     auto [dx, dA, dB, dA_general, dB_general] =
-        linear_backward_op().call(grads[0], saved[0], saved[6], saved[8], saved[1], saved[2], saved[3], A_general,
-                                  B_general, optional(saved[7]), ctx->saved_data["scaling"].toDouble(),
-                                  ctx->saved_data["dropout_p"].toDouble(), ctx->saved_data["own_gemm"].toBool(), needs);
+        call_backward(linear_backward_op(), grads[0], saved[0], saved[6], saved[8], saved[1], saved[2], saved[3],
+                      A_general, B_general, optional(saved[7]), ctx->saved_data["scaling"].toDouble(),
+                      ctx->saved_data["dropout_p"].toDouble(), ctx->saved_data["own_gemm"].toBool(), needs);
     if (needs[0]) result[0] = dx;
     if (needs[1]) result[1] = dA;
     if (needs[2]) result[2] = dB;
@@ -164,17 +201,26 @@ ForwardResult linear_autograd(const at::Tensor& x, const at::Tensor& weight, con
   const bool frozen = !(differentiated(weight) || differentiated(bias));
   TORCH_CHECK(!at::GradMode::is_enabled() || frozen,
               "gralora_ext: weight and bias must not require grad: they have no derivative here");
+  const auto run = [&] {
+    return linear_op().call(x, weight, bias, A, B, A_general, B_general, seed, scaling, dropout_p, own_gemm);
+  };
   const bool recorded = at::GradMode::is_enabled() && (differentiated(x) || differentiated(A) || differentiated(B) ||
                                                        differentiated(A_general) || differentiated(B_general));
   if (!recorded) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    return linear_op().call(x, weight, bias, A, B, A_general, B_general, seed, scaling, dropout_p, own_gemm);
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    return run();
   }
   check_given(x, "x"), check_given(weight, "weight"), check_given(A, "A"), check_given(B, "B");
-  at::Tensor u, mask;
-  const at::Tensor y =
-      Linear::apply(x, A, B, A_general, B_general, weight, bias, seed, scaling, dropout_p, own_gemm, &u, &mask);
-  return {y, u, mask};
+  const auto run_and_save = [&](AutogradContext& ctx) {
+    ForwardResult result = run();
+    const auto& [y, u, mask] = result;
+    ctx.save_for_backward({x, weight, A, B, kept(A_general), kept(B_general), u, kept(seed), mask});
+    ctx.saved_data["scaling"] = scaling;
+    ctx.saved_data["dropout_p"] = dropout_p;
+    ctx.saved_data["own_gemm"] = own_gemm;
+    return result;
+  };
+  return record<Linear>(run_and_save, x, A, B, A_general, B_general);
 }
 
 ForwardResult forward_autograd(const at::Tensor& x, const at::Tensor& base, const at::Tensor& A, const at::Tensor& B,

@@ -1,7 +1,6 @@
 // A frozen layer with its adapter, and its backward. By our GEMM one product, y = x (W + dW)^T + bias. By torch's, and with dropout,
 // which falls on x before A alone, y = x W^T + bias, and then the path of x into it; so dx = g W, and then the path's dx into it.
 // Per op: check -> allocate -> fill Params -> launch.
-#include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 
@@ -25,7 +24,8 @@ std::vector<int64_t> sizes_with(const at::Tensor& in, int64_t columns) {
 // out = in P + bias, where P is (W + dW)^T, or W + dW if transposed
 at::Tensor multiply(const Shape& shape, const at::Tensor& in, const at::Tensor& weight, const OptionalTensor& bias,
                     const Adapter& adapter, double scaling, bool transposed) {
-  const at::Tensor out = empty_result(sizes_with(in, transposed ? shape.N : shape.M), in), in_rows = as_rows(in);
+  const at::Tensor out = empty_result(sizes_with(in, transposed ? shape.N : shape.M), in, in.scalar_type());
+  const at::Tensor in_rows = as_rows(in);
   const at::Tensor added = bias.has_value() ? bias->contiguous() : at::Tensor();
   LinearParams p;
   p.shape = shape;
@@ -63,8 +63,8 @@ ForwardResult linear_kernel(const at::Tensor& x, const at::Tensor& weight, const
     return forward_into_kernel(x, y, A, B, A_general, B_general, seed, scaling, dropout_p);
   }
   const at::Tensor y = multiply(shape, x, weight, bias, adapter_of(A, B, A_general, B_general), scaling, false);
-  return {y, at::empty({0, shape.k * shape.r + shape.h}, x.options()),
-          at::empty({0, shape.N / 8}, x.options().dtype(at::kByte))};
+  return {y, empty_result({0, shape.k * shape.r + shape.h}, x, x.scalar_type()),
+          empty_result({0, shape.N / 8}, x, at::kByte)};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_backward_kernel(

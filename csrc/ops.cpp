@@ -39,22 +39,22 @@ ForwardResult run_forward(const Shape& shape, const at::Tensor& x, const at::Ten
   const at::Tensor x_rows = as_rows(x), base_rows = as_rows(base), y_rows = y.is_same(base) ? base_rows : as_rows(y);
   ForwardParams p;
   p.accumulate_f64 = any_double({&x, &base, &A});
-  const auto options = x.options().dtype(dtype_of_u(x, base, A, p.accumulate_f64));
+  const at::ScalarType type = dtype_of_u(x, base, A, p.accumulate_f64);
   const int64_t ranks = shape.k * shape.r + shape.h;
   const bool keep_u = keeps_u(x, A, shape);
-  const at::Tensor u = at::empty({keep_u || x.is_cpu() ? shape.T : 0, ranks}, options);  // the CPU's kernels work in it
+  const at::Tensor u =
+      empty_result({keep_u || x.is_cpu() ? shape.T : 0, ranks}, x, type);  // the CPU's kernels work in it
   p.shape = shape;
   p.adapter = adapter_of(A, B, A_general, B_general);
   p.x = rows_of(x_rows), p.base = rows_of(base_rows), p.y = rows_of(y_rows);
   p.u = u.size(0) == shape.T ? u.mutable_data_ptr() : nullptr;
   p.u_bf16 = u.scalar_type() == at::kBFloat16;
   p.scaling = scaling;
-  const at::Tensor kept =
-      at::empty({keeps_mask(x, shape, dropout_p) ? shape.T : 0, shape.N / 8}, options.dtype(at::kByte));
+  const at::Tensor kept = empty_result({keeps_mask(x, shape, dropout_p) ? shape.T : 0, shape.N / 8}, x, at::kByte);
   p.dropout = dropout_of(dropout_p, seed, kept, false);
   run(p, x);
   if (!y_rows.is_same(y)) y.copy_(y_rows);
-  return {y, keep_u ? u : at::empty({0, ranks}, options), kept};
+  return {y, keep_u ? u : empty_result({0, ranks}, x, type), kept};
 }
 
 void merge_into(const at::Tensor& weight, const Shape& shape, const at::Tensor& A, const at::Tensor& B,
@@ -105,7 +105,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_
     double dropout_p, std::array<bool, 5> needs) {
   const at::Tensor grad_rows = as_rows(grad), x_rows = as_rows(x), dx_rows = dx.defined() ? as_rows(dx) : dx;
   const auto gradient = [](bool wanted, const at::Tensor& of) {
-    return wanted ? empty_result_like(of) : at::empty({0}, of.options());
+    return wanted ? empty_result_like(of) : empty_result({0}, of, of.scalar_type());
   };
   const at::Tensor dA = gradient(needs[1], A), dB = gradient(needs[2], B);
   const at::Tensor dA_general = gradient(needs[3] && A_general.has_value(), A_general.value_or(A));

@@ -91,22 +91,25 @@ class Pool final : public c10::Allocator {
   size_t idle_bytes_ = 0;
 };
 
+// Straight from an allocator: on the CPU an op is below all that the dispatcher would ask.
+constexpr c10::DispatchKeySet kCpu(c10::DispatchKey::CPU);
+
+c10::Allocator* allocator_of(size_t bytes) {
+  return bytes < kSmallest ? c10::GetCPUAllocator() : static_cast<c10::Allocator*>(&Pool::instance());
+}
+
 }  // namespace
 
 at::Tensor empty_result_like(const at::Tensor& like) {
-  if (!like.is_cpu() || like.nbytes() < kSmallest || !like.is_non_overlapping_and_dense()) return at::empty_like(like);
-  constexpr c10::DispatchKeySet keys(c10::DispatchKey::CPU);
-  return at::Tensor(
-      at::detail::empty_strided_generic(like.sizes(), like.strides(), &Pool::instance(), keys, like.scalar_type()));
+  if (!like.is_cpu() || !like.is_non_overlapping_and_dense()) return at::empty_like(like);
+  return at::Tensor(at::detail::empty_strided_generic(like.sizes(), like.strides(), allocator_of(like.nbytes()), kCpu,
+                                                      like.scalar_type()));
 }
 
-at::Tensor empty_result(at::IntArrayRef sizes, const at::Tensor& like) {
-  const size_t bytes = size_t(c10::multiply_integers(sizes)) * like.element_size();
-  if (!like.is_cpu() || bytes < kSmallest)
-    return at::empty(sizes, like.options().memory_format(at::MemoryFormat::Contiguous));
-  constexpr c10::DispatchKeySet keys(c10::DispatchKey::CPU);
-  return at::Tensor(
-      at::detail::empty_generic(sizes, &Pool::instance(), keys, like.scalar_type(), at::MemoryFormat::Contiguous));
+at::Tensor empty_result(at::IntArrayRef sizes, const at::Tensor& like, at::ScalarType type) {
+  if (!like.is_cpu()) return at::empty(sizes, like.options().dtype(type).memory_format(at::MemoryFormat::Contiguous));
+  const size_t bytes = size_t(c10::multiply_integers(sizes)) * c10::elementSize(type);
+  return at::Tensor(at::detail::empty_generic(sizes, allocator_of(bytes), kCpu, type, at::MemoryFormat::Contiguous));
 }
 
 }  // namespace gralora

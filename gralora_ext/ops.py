@@ -6,17 +6,16 @@ h the rank of the plain LoRA beside it, s the scaling. Source of the method: Gra
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from . import _registrations  # noqa: F401  loads the extension and registers the fake implementations
 from .reference import draw_seed
 
-_gralora = torch.ops.gralora_ext.gralora.default
-_gralora_ = torch.ops.gralora_ext.gralora_.default
-_linear = torch.ops.gralora_ext.linear.default
+# What the dispatcher knows. The layers call these three themselves: beside a decode step a further Python function is not cheap.
+gralora_op = torch.ops.gralora_ext.gralora.default
+gralora_into_op = torch.ops.gralora_ext.gralora_.default
+linear_op = torch.ops.gralora_ext.linear.default
 _merge_ = torch.ops.gralora_ext.merge_.default
 _delta_weight = torch.ops.gralora_ext.delta_weight.default
 
@@ -59,7 +58,8 @@ def gralora(
         ValueError: a shape, a device or a value does not fit; the message names the argument and what it was.
         TypeError: a dtype is not one of the four, or A, B, A_general and B_general differ in dtype.
     """
-    return _forward(_gralora, x, base, (A, B, A_general, B_general), scaling, dropout_p if training else 0.0)
+    p = dropout_p if training else 0.0
+    return gralora_op(x, base, A, B, A_general, B_general, seed_for(x, p), scaling, p)[0]
 
 
 def gralora_(
@@ -89,16 +89,12 @@ def gralora_(
         ValueError, TypeError: as :func:`gralora`; ``base`` overlaps itself or shares x's memory.
         RuntimeError: ``base`` is a leaf that requires grad; in backward, another operation has saved ``base``.
     """
-    return _forward(_gralora_, x, base, (A, B, A_general, B_general), scaling, dropout_p if training else 0.0)
+    p = dropout_p if training else 0.0
+    return gralora_into_op(x, base, A, B, A_general, B_general, seed_for(x, p), scaling, p)[0]
 
 
-def _forward(
-    op: Any, x: Tensor, base: Tensor, adapter: tuple[Tensor | None, ...], scaling: float, dropout_p: float
-) -> Tensor:
-    return op(x, base, *adapter, _seed(x, dropout_p), scaling, dropout_p)[0]
-
-
-def _seed(x: Tensor, dropout_p: float) -> Tensor | None:
+def seed_for(x: Tensor, dropout_p: float) -> Tensor | None:
+    """The seed of a mask for ``x``, drawn with torch's generator; None where nothing is dropped."""
     return draw_seed(x.device) if dropout_p != 0.0 else None
 
 
@@ -142,7 +138,7 @@ def linear(
         RuntimeError: ``weight`` or ``bias`` requires grad, or the tensors are not on the CPU.
     """
     p = dropout_p if training else 0.0
-    return _linear(x, weight, bias, A, B, A_general, B_general, _seed(x, p), scaling, p, own_gemm)[0]
+    return linear_op(x, weight, bias, A, B, A_general, B_general, seed_for(x, p), scaling, p, own_gemm)[0]
 
 
 def merge_(

@@ -14,6 +14,7 @@ from .. import ops
 from . import frozen
 
 _LINEAR_LAYERS = (nn.Linear, Conv1D)
+_is_alias_of, _functorch_transform = torch._C._is_alias_of, torch._C._functorch.peek_interpreter_stack
 
 
 class GraloraLinear(Linear):
@@ -60,13 +61,14 @@ class GraloraLinear(Linear):
             if how is not None:
                 name, own_gemm = how
                 weight, bias = frozen.weight_of(base_layer), base_layer._parameters.get("bias")
-                return ops.linear(x, weight, bias, **self._path(name, x), own_gemm=own_gemm)
+                return ops.linear_op(x, weight, bias, *self._path(name, x), own_gemm)[0]
         result = base_layer(x, *args, **kwargs)
         if adds:
-            op = ops.gralora_ if _may_write_into(result, base_layer, x) else ops.gralora
-            for name in self.active_adapters:
-                if name in modules["gralora_A"]:
-                    result = op(x, result, **self._path(name, x))
+            op = ops.gralora_into_op if _may_write_into(result, base_layer, x) else ops.gralora_op
+            active, adapters = self._active_adapter, modules["gralora_A"]
+            for name in (active,) if type(active) is str else active:
+                if name in adapters._parameters or name in adapters:  # FSDP puts tensors in the parameters' places
+                    result = op(x, result, *self._path(name, x))[0]
         return result if result.dtype == x.dtype else result.to(x.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -107,35 +109,42 @@ class GraloraLinear(Linear):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The weight that :meth:`merge` adds: ``[M, N]`` (``[N, M]`` with fan_in_fan_out), in the adapter's dtype."""
-        return ops.delta_weight(**self._operands(adapter), fan_in_fan_out=self.fan_in_fan_out)
+        A, B, A_general, B_general, scaling = self._operands(adapter)
+        return ops.delta_weight(
+            A, B, scaling=scaling, A_general=A_general, B_general=B_general, fan_in_fan_out=self.fan_in_fan_out
+        )
 
-    def _operands(self, adapter: str) -> dict[str, Any]:
-        """The adapter's tensors as they are stored, and its scaling: the arguments that the three ops share."""
-        modules, hybrid = self._modules, self.hybrid_r[adapter] > 0
+    def _operands(self, adapter: str) -> tuple[Any, ...]:
+        """A, B, A_general and B_general as they are stored, and the scaling."""
+        modules = self._modules
         A, B = modules["gralora_A"]._parameters.get(adapter), modules["gralora_B"]._parameters.get(adapter)
-        if A is None or B is None:  # FSDP puts tensors in their places
+        if A is None or B is None:  # FSDP's
             A, B = modules["gralora_A"][adapter], modules["gralora_B"][adapter]
-        return {
-            "A": A,
-            "B": B,
-            "A_general": modules["gralora_A_general"][adapter].weight if hybrid else None,
-            "B_general": modules["gralora_B_general"][adapter].weight if hybrid else None,
-            "scaling": self.scaling[adapter],
-        }
+        A_general = B_general = None
+        if self.hybrid_r[adapter] > 0:
+            A_general = modules["gralora_A_general"]._modules[adapter].weight
+            B_general = modules["gralora_B_general"]._modules[adapter].weight
+        return A, B, A_general, B_general, self.scaling[adapter]
 
-    def _path(self, adapter: str, x: Tensor) -> dict[str, Any]:
-        """The operands and the dropout of the adapter, for an x on its device."""
-        operands = self._operands(adapter)
-        _check_device("the input", x, adapter, operands["A"])
-        dropout = self._modules["gralora_dropout"]._modules[adapter]
-        operands["dropout_p"] = dropout.p if isinstance(dropout, nn.Dropout) else 0.0  # nn.Identity where there is none
-        operands["training"] = dropout.training
-        return operands
+    def _path(self, adapter: str, x: Tensor) -> tuple[Any, ...]:
+        """What the dispatcher's ops take of the adapter, for an x on its device: the operands, and between them a seed, and p."""
+        A, B, A_general, B_general, scaling = self._operands(adapter)
+        _check_device("the input", x, adapter, A)
+        dropout = self._modules["gralora_dropout"]._modules[adapter]  # nn.Identity where there is none
+        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        return A, B, A_general, B_general, ops.seed_for(x, p), scaling, p
 
     def _add_to(self, weight: Tensor, adapter: str, sign: float = 1.0) -> None:
-        operands = self._operands(adapter)
-        operands["scaling"] *= sign
-        ops.merge_(weight, **operands, fan_in_fan_out=self.fan_in_fan_out)
+        A, B, A_general, B_general, scaling = self._operands(adapter)
+        ops.merge_(
+            weight,
+            A,
+            B,
+            scaling=sign * scaling,
+            A_general=A_general,
+            B_general=B_general,
+            fan_in_fan_out=self.fan_in_fan_out,
+        )
 
     def _mergeable_weight(self, adapter: str) -> Tensor:
         weight = self.get_base_layer().weight
@@ -167,9 +176,9 @@ def _may_write_into(result: Tensor, base_layer: nn.Module, x: Tensor) -> bool:
         and type(result) is Tensor
         and type(x) is Tensor
         and result.is_contiguous()
-        and not torch._C._is_alias_of(result, x)
+        and not _is_alias_of(result, x)
         and not base_layer._forward_hooks
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and _functorch_transform() is None
     )
 
 
