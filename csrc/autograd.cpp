@@ -3,7 +3,6 @@
 // Backward is an op of its own without a derivative, so differentiating twice raises torch's usual error.
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/utils.h>
-#include <torch/library.h>
 
 #include <memory>
 #include <mutex>
@@ -12,6 +11,7 @@
 #include <type_traits>
 
 #include "checks.h"
+#include "dispatched.h"
 #include "ops.h"
 
 namespace gralora {
@@ -19,36 +19,6 @@ namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-template <class Kernel>
-auto find_op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Kernel>();
-}
-
-auto forward_op() {
-  static const auto op = find_op<decltype(forward_kernel)>("gralora_ext::gralora");
-  return op;
-}
-
-auto forward_into_op() {
-  static const auto op = find_op<decltype(forward_into_kernel)>("gralora_ext::gralora_");
-  return op;
-}
-
-auto backward_op() {
-  static const auto op = find_op<decltype(backward_kernel)>("gralora_ext::gralora_backward");
-  return op;
-}
-
-auto linear_op() {
-  static const auto op = find_op<decltype(linear_kernel)>("gralora_ext::linear");
-  return op;
-}
-
-auto linear_backward_op() {
-  static const auto op = find_op<decltype(linear_backward_kernel)>("gralora_ext::linear_backward");
-  return op;
-}
 
 // Of forward mode, which has no derivative here: record() says so.
 bool has_tangent(const at::Tensor& tensor) { return tensor._fw_grad(0).defined(); }

@@ -1,9 +1,7 @@
-// The Python module gralora_ext._C: what was built and what is in use. The operations themselves are reached through
-// torch.ops.gralora_ext (registration.cpp, in this same library), so that torch.compile and autograd see them.
+// The Python module gralora_ext._C: what was built and what is in use, and shorter ways to the ops for eager mode (eager_bindings.cpp).
+// The operations themselves are reached through torch.ops.gralora_ext (registration.cpp, in this same library), so that torch.compile
+// and autograd see them.
 #include <ATen/Parallel.h>
-#include <ATen/autocast_mode.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -13,6 +11,7 @@
 #include <vector>
 
 #include "cpu/capability.h"
+#include "eager_bindings.h"
 #ifdef GRALORA_HAVE_CUDA
 #include "cuda/launch.h"
 #endif
@@ -74,20 +73,6 @@ std::vector<std::string> compiled_capabilities() {
   return names;
 }
 
-// What a layer asks at each forward, in one call and past pybind's dispatcher: beside a model's products the interpreter's data are in
-// no cache, and a call through it costs 6 us more.
-PyObject* is_plain_mode(PyObject*, PyObject*) {
-  return PyBool_FromLong(!at::autocast::is_autocast_enabled(at::kCPU) &&
-                         c10::impl::TorchDispatchModeTLS::stack_len() == 0 &&
-                         !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode));
-}
-
-PyMethodDef asked_often[] = {
-    {"is_plain_mode", &is_plain_mode, METH_NOARGS,
-     "Whether there is no autocast on the CPU, no functorch transform and no dispatch mode."},
-    {nullptr, nullptr, 0, nullptr},
-};
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -100,7 +85,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("compiled_capabilities", &compiled_capabilities,
         "The instruction sets that this build holds, in rising order.");
   m.def("num_threads", [] { return at::get_num_threads(); }, "torch's number of threads, which the kernels use too.");
-  if (PyModule_AddFunctions(m.ptr(), asked_often) != 0) throw pybind11::error_already_set();
+  if (PyModule_AddFunctions(m.ptr(), gralora::eager_methods) != 0) throw pybind11::error_already_set();
 #ifdef GRALORA_HAVE_CUDA
   m.def("run_cuda_instruction", &run_cuda_instruction,
         "Runs the conformance kernel of that name on the current device's default stream; arrays: device addresses.");

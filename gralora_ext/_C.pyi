@@ -1,5 +1,7 @@
 from typing import TypedDict
 
+from torch import Tensor
+
 class Build(TypedDict):
     mark: str
     torch: str
@@ -11,7 +13,34 @@ class Build(TypedDict):
 def cpu_capability() -> str: ...
 def cpu_amx() -> bool: ...
 def cpu_vendor() -> str: ...
+def gralora_into(
+    x: Tensor,
+    base: Tensor,
+    A: Tensor,
+    B: Tensor,
+    A_general: Tensor | None,
+    B_general: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    /,
+) -> Tensor: ...
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    A_general: Tensor | None,
+    B_general: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    own_gemm: bool,
+    /,
+) -> Tensor: ...
 def is_plain_mode() -> bool: ...
+def may_write_into(base: Tensor, x: Tensor, /) -> bool: ...
 def compiled_capabilities() -> list[str]: ...
 def num_threads() -> int: ...
 def build() -> Build: ...

@@ -33,6 +33,7 @@ COMMON_SOURCES = [
     "csrc/result_memory.cpp",
     "csrc/autograd.cpp",
     "csrc/bindings.cpp",
+    "csrc/eager_bindings.cpp",
     "csrc/cpu/capability.cpp",
     "csrc/cpu/dispatch.cpp",
 ]

@@ -12,10 +12,9 @@ from torch import Tensor
 from . import _registrations  # noqa: F401  loads the extension and registers the fake implementations
 from .reference import draw_seed
 
-# What the dispatcher knows. The layers call these three themselves: beside a decode step a further Python function is not cheap.
-gralora_op = torch.ops.gralora_ext.gralora.default
-gralora_into_op = torch.ops.gralora_ext.gralora_.default
-linear_op = torch.ops.gralora_ext.linear.default
+_gralora = torch.ops.gralora_ext.gralora.default
+_gralora_ = torch.ops.gralora_ext.gralora_.default
+_linear = torch.ops.gralora_ext.linear.default
 _merge_ = torch.ops.gralora_ext.merge_.default
 _delta_weight = torch.ops.gralora_ext.delta_weight.default
 
@@ -59,7 +58,7 @@ def gralora(
         TypeError: a dtype is not one of the four, or A, B, A_general and B_general differ in dtype.
     """
     p = dropout_p if training else 0.0
-    return gralora_op(x, base, A, B, A_general, B_general, seed_for(x, p), scaling, p)[0]
+    return _gralora(x, base, A, B, A_general, B_general, seed_for(x, p), scaling, p)[0]
 
 
 def gralora_(
@@ -90,7 +89,7 @@ def gralora_(
         RuntimeError: ``base`` is a leaf that requires grad; in backward, another operation has saved ``base``.
     """
     p = dropout_p if training else 0.0
-    return gralora_into_op(x, base, A, B, A_general, B_general, seed_for(x, p), scaling, p)[0]
+    return _gralora_(x, base, A, B, A_general, B_general, seed_for(x, p), scaling, p)[0]
 
 
 def seed_for(x: Tensor, dropout_p: float) -> Tensor | None:
@@ -138,7 +137,7 @@ def linear(
         RuntimeError: ``weight`` or ``bias`` requires grad, or the tensors are not on the CPU.
     """
     p = dropout_p if training else 0.0
-    return linear_op(x, weight, bias, A, B, A_general, B_general, seed_for(x, p), scaling, p, own_gemm)[0]
+    return _linear(x, weight, bias, A, B, A_general, B_general, seed_for(x, p), scaling, p, own_gemm)[0]
 
 
 def merge_(

@@ -9,9 +9,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from helpers import Case, same_bits
-from torch import Tensor
+from torch import Tensor, nn
 
 from gralora_ext import ops
+from gralora_ext._loader import load
 
 # k = 2, N = 8, M = 10, r = 6, h = 3, T = 7
 GOOD = Case(n=4, m=5, rb=3, h=3)
@@ -201,6 +202,29 @@ def test_raw_backward_refuses(change: dict, error: type[Exception], parts: list[
         return torch.ops.gralora_ext.gralora_backward(grad, x, u, kept, *adapter, None, 0.5, 0.0, [True] * 5)
 
     assert_refused(call, {"grad": torch.ones_like(base), "x": x, "u": u, "kept": kept, **change}, error, parts)
+
+
+def test_eager_functions_refuse_other_counts_and_types() -> None:
+    native, x, none = load(), torch.zeros(2, 8), (None, None, None)
+    for function in (native.gralora_into, native.linear, native.may_write_into):
+        with pytest.raises(TypeError, match=r"\d+ arguments were expected, but 3 came"):
+            function(x, x, x)
+    for function, before, after in ((native.gralora_into, (), (0.0,)), (native.linear, (None,), (0.0, True))):
+        with pytest.raises(TypeError, match="argument 1 must be a tensor, but is str"):
+            function(x, "text", *before, x, x, *none, 0.5, *after)
+        with pytest.raises(TypeError, match="must be real number, not str"):
+            function(x, x, *before, x, x, *none, "text", *after)
+    assert not native.may_write_into("text", x) and not native.may_write_into(x, x)
+    assert native.may_write_into(x.clone(), x) and not native.may_write_into(nn.Parameter(x.clone()), x)
+
+
+def test_eager_functions_have_the_results_and_the_errors_of_the_ops() -> None:
+    x, base, *adapter = GOOD.inputs().tensors.values()
+    expected = torch.ops.gralora_ext.gralora(x, base, *adapter, None, 0.5, 0.0)[0]
+    y = load().gralora_into(x, base, *adapter, None, 0.5, 0.0)
+    assert same_bits(y, expected) and y.data_ptr() == base.data_ptr()
+    with pytest.raises(ValueError, match=r"base must be \[..., M\]"):
+        load().gralora_into(x, x, *adapter, None, 0.5, 0.0)
 
 
 def test_sparse_input_is_refused() -> None:

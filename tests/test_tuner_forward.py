@@ -152,6 +152,17 @@ def test_forward_adds_into_the_base_layers_output_unless_a_hook_may_have_kept_it
     assert same_bits(y, expected) and same_bits(outputs[0], expected)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_traced_layer_adds_its_adapter_to_other_inputs(trained: bool) -> None:
+    """What a layer calls in eager mode leaves no trace: constants would be in their place."""
+    layer = adapted("fused", hybrid_r=3, dtype=torch.float32).base_model.model.first
+    example, other = (rows(80, seed=seed, dtype=torch.float32).requires_grad_(trained) for seed in (1, 2))
+    traced = torch.jit.trace(layer, (example,))
+    assert "gralora_ext::gralora(" in str(traced.graph)
+    assert torch.allclose(traced(other), layer(other), rtol=1e-5, atol=1e-6)
+
+
 def test_pefts_switch_for_input_casting_is_accepted() -> None:
     model, x = adapted("fused", dtype=torch.bfloat16), rows(4, dtype=torch.bfloat16)
     with disable_input_dtype_casting(model):

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from tuner_helpers import DEVICE, Conv1DMlp, Mlp, Single, adapted, config, gradients, llama, pair, rows, tokens
 
-from gralora_ext import accelerate, ops, restore
+from gralora_ext import accelerate, restore
+from gralora_ext._loader import load
 from gralora_ext.tuner import GraloraLinear, frozen
 
 FP32 = torch.float32
@@ -35,8 +36,9 @@ def own_gemm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Grows by one for every layer that is one operation: whether our GEMM multiplies."""
     found: list[bool] = []
-    linear = ops.linear_op
-    monkeypatch.setattr(ops, "linear_op", lambda *a: found.append(a[-1]) or linear(*a))
+    native = load()
+    linear = native.linear
+    monkeypatch.setattr(native, "linear", lambda *a: found.append(a[-1]) or linear(*a))
     return found
 
 

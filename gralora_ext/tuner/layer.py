@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .. import ops
+from .._loader import load
 from . import frozen
 
 _LINEAR_LAYERS = (nn.Linear, Conv1D)
-_is_alias_of, _functorch_transform = torch._C._is_alias_of, torch._C._functorch.peek_interpreter_stack
+_native = load()
+_gralora = torch.ops.gralora_ext.gralora.default
 
 
 class GraloraLinear(Linear):
@@ -61,14 +63,15 @@ class GraloraLinear(Linear):
             if how is not None:
                 name, own_gemm = how
                 weight, bias = frozen.weight_of(base_layer), base_layer._parameters.get("bias")
-                return ops.linear_op(x, weight, bias, *self._path(name, x), own_gemm)[0]
+                return _native.linear(x, weight, bias, *self._path(name, x), own_gemm)
         result = base_layer(x, *args, **kwargs)
         if adds:
-            op = ops.gralora_into_op if _may_write_into(result, base_layer, x) else ops.gralora_op
+            in_place = _may_write_into(result, base_layer, x)
             active, adapters = self._active_adapter, modules["gralora_A"]
             for name in (active,) if type(active) is str else active:
                 if name in adapters._parameters or name in adapters:  # FSDP puts tensors in the parameters' places
-                    result = op(x, result, *self._path(name, x))[0]
+                    path = self._path(name, x)
+                    result = _native.gralora_into(x, result, *path) if in_place else _gralora(x, result, *path)[0]
         return result if result.dtype == x.dtype else result.to(x.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -168,17 +171,13 @@ def _check_device(name: str, tensor: Tensor, adapter: str, A: Tensor) -> None:
 def _may_write_into(result: Tensor, base_layer: nn.Module, x: Tensor) -> bool:
     """Whether the adapter may be added in place, as PEFT's layer does it: to the output of a linear layer in eager mode.
 
-    A forward hook may have kept that output; torch.compile, functorch and tensor subclasses take the functional op.
+    A forward hook may have kept that output; torch.compile, functorch, tracing and tensor subclasses take the functional op.
     """
     return (
         not torch.compiler.is_compiling()
         and isinstance(base_layer, _LINEAR_LAYERS)
-        and type(result) is Tensor
-        and type(x) is Tensor
-        and result.is_contiguous()
-        and not _is_alias_of(result, x)
         and not base_layer._forward_hooks
-        and _functorch_transform() is None
+        and _native.may_write_into(result, x)
     )
 
 

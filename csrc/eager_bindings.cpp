@@ -1,0 +1,114 @@
+// What a layer calls at each forward in eager mode: the dispatcher's ops, as torch.ops calls them, and when that is right.
+//
+// torch.ops finds the overload by its schema, boxes each argument and wraps each result, pybind11 looks for a signature that fits: of
+// the 9 us of a decode step's call 5, and 25 of 80 in a model, beside whose products all this is in no cache. Here an argument is what
+// its place says. torch.compile, tracing and functorch do not see through these functions, so they are not for them.
+#include <ATen/autocast_mode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/jit/frontend/tracer.h>
+
+// after torch's, which want to be the first to see Python's
+#include "dispatched.h"
+#include "eager_bindings.h"
+
+namespace gralora {
+namespace {
+
+// The arguments of a call, by their places
+struct Arguments {
+  PyObject* const* all;
+  Py_ssize_t count;
+
+  void expect(Py_ssize_t expected) const {
+    TORCH_CHECK_TYPE(count == expected, "gralora_ext: ", expected, " arguments were expected, but ", count, " came");
+  }
+  const at::Tensor& tensor(int i) const {
+    TORCH_CHECK_TYPE(THPVariable_Check(all[i]), "gralora_ext: argument ", i, " must be a tensor, but is ",
+                     Py_TYPE(all[i])->tp_name);
+    return THPVariable_Unpack(all[i]);
+  }
+  OptionalTensor optional(int i) const { return all[i] == Py_None ? OptionalTensor() : OptionalTensor(tensor(i)); }
+  double number(int i) const {
+    const double value = PyFloat_AsDouble(all[i]);
+    if (value == -1.0 && PyErr_Occurred() != nullptr) throw python_error();
+    return value;
+  }
+};
+
+// y of op(arguments...), called without the interpreter's lock
+template <class Op, class... Args>
+PyObject* call(const Op& op, const Args&... arguments) {
+  at::Tensor y;
+  {
+    const pybind11::gil_scoped_release released;
+    y = std::get<0>(op.call(arguments...));
+  }
+  return THPVariable_Wrap(y);
+}
+
+// (x, base, A, B, A_general, B_general, seed, scaling, dropout_p) -> y
+PyObject* gralora_into(PyObject*, PyObject* const* all, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  const Arguments a{all, count};
+  a.expect(9);
+  return call(forward_into_op(), a.tensor(0), a.tensor(1), a.tensor(2), a.tensor(3), a.optional(4), a.optional(5),
+              a.optional(6), a.number(7), a.number(8));
+  END_HANDLE_TH_ERRORS
+}
+
+// (x, weight, bias, A, B, A_general, B_general, seed, scaling, dropout_p, own_gemm) -> y
+PyObject* linear(PyObject*, PyObject* const* all, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  const Arguments a{all, count};
+  a.expect(11);
+  return call(linear_op(), a.tensor(0), a.tensor(1), a.optional(2), a.tensor(3), a.tensor(4), a.optional(5),
+              a.optional(6), a.optional(7), a.number(8), a.number(9), all[10] == Py_True);
+  END_HANDLE_TH_ERRORS
+}
+
+// Whether a call is recorded as torch's own binding makes it, or its tensors are those of a transform
+bool is_transformed() {
+  return torch::jit::tracer::isTracing() ||
+         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+}
+
+PyObject* is_plain_mode(PyObject*, PyObject*) {
+  return PyBool_FromLong(!at::autocast::is_autocast_enabled(at::kCPU) &&
+                         c10::impl::TorchDispatchModeTLS::stack_len() == 0 && !is_transformed());
+}
+
+// (base, x)
+PyObject* may_write_into(PyObject*, PyObject* const* all, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  const Arguments a{all, count};
+  a.expect(2);
+  const bool plain = reinterpret_cast<PyObject*>(Py_TYPE(all[0])) == THPVariableClass && THPVariable_CheckExact(all[1]);
+  return PyBool_FromLong(plain && !is_transformed() && a.tensor(0).is_contiguous() &&
+                         !a.tensor(0).is_alias_of(a.tensor(1)));
+  END_HANDLE_TH_ERRORS
+}
+
+PyCFunction by_place(PyObject* (*function)(PyObject*, PyObject* const*, Py_ssize_t)) {
+  return reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(function));
+}
+
+}  // namespace
+
+PyMethodDef eager_methods[] = {
+    {"gralora_into", by_place(&gralora_into), METH_FASTCALL,
+     "torch.ops.gralora_ext.gralora_ by position, its first result alone. For eager mode, where may_write_into says "
+     "so."},
+    {"linear", by_place(&linear), METH_FASTCALL,
+     "torch.ops.gralora_ext.linear by position, its first result alone. For eager mode, where is_plain_mode says so."},
+    {"is_plain_mode", &is_plain_mode, METH_NOARGS,
+     "Whether there is no autocast on the CPU, no functorch transform, no tracing and no dispatch mode."},
+    {"may_write_into", by_place(&may_write_into), METH_FASTCALL,
+     "Whether y may take the memory of the first tensor, beside the second, x: tensors proper, contiguous, apart, not "
+     "transformed."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+}  // namespace gralora
