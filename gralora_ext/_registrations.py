@@ -1,4 +1,4 @@
-"""Loads the extension and gives its ops fake implementations, so that torch.compile and FakeTensor see their shapes.
+"""Loads the extension and tells torch.compile and FakeTensor what they cannot see: shapes, and what is for eager mode only.
 
 The autograd of the forward op is in C++ (``csrc/autograd.cpp``): a Python one would cost more than a decode step.
 """
@@ -13,7 +13,17 @@ from torch import Tensor
 
 from ._loader import load
 
-load()
+_native = load()
+
+
+@torch.compiler.substitute_in_graph(_native.may_write_into, skip_signature_check=True)
+def _(*tensors: Tensor) -> bool:
+    return False
+
+
+@torch.compiler.substitute_in_graph(_native.is_plain_mode, skip_signature_check=True)
+def _() -> bool:
+    return False
 
 
 def _check_devices(**tensors: Tensor | None) -> None:

@@ -58,7 +58,7 @@ def gralora(
         TypeError: a dtype is not one of the four, or A, B, A_general and B_general differ in dtype.
     """
     p = dropout_p if training else 0.0
-    return _gralora(x, base, A, B, A_general, B_general, seed_for(x, p), scaling, p)[0]
+    return _gralora(x, base, A, B, A_general, B_general, _seed(x, p), scaling, p)[0]
 
 
 def gralora_(
@@ -89,10 +89,10 @@ def gralora_(
         RuntimeError: ``base`` is a leaf that requires grad; in backward, another operation has saved ``base``.
     """
     p = dropout_p if training else 0.0
-    return _gralora_(x, base, A, B, A_general, B_general, seed_for(x, p), scaling, p)[0]
+    return _gralora_(x, base, A, B, A_general, B_general, _seed(x, p), scaling, p)[0]
 
 
-def seed_for(x: Tensor, dropout_p: float) -> Tensor | None:
+def _seed(x: Tensor, dropout_p: float) -> Tensor | None:
     """The seed of a mask for ``x``, drawn with torch's generator; None where nothing is dropped."""
     return draw_seed(x.device) if dropout_p != 0.0 else None
 
@@ -137,7 +137,7 @@ def linear(
         RuntimeError: ``weight`` or ``bias`` requires grad, or the tensors are not on the CPU.
     """
     p = dropout_p if training else 0.0
-    return _linear(x, weight, bias, A, B, A_general, B_general, seed_for(x, p), scaling, p, own_gemm)[0]
+    return _linear(x, weight, bias, A, B, A_general, B_general, _seed(x, p), scaling, p, own_gemm)[0]
 
 
 def merge_(

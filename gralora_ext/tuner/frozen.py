@@ -53,11 +53,7 @@ def how_to_multiply(layer: GraloraLinear, x: Tensor) -> tuple[str, bool] | None:
         return None
     modules = layer._modules
     # Nothing is compiled, cast or looked at: the base layer's operations are torch's own.
-    if (
-        torch.compiler.is_compiling()
-        or not _native.is_plain_mode()
-        or not _only_multiplies(modules["base_layer"], dtype)
-    ):
+    if not _native.is_plain_mode() or not _only_multiplies(modules["base_layer"], dtype):
         return None
     name, adapters = layer._active_adapter, modules["gralora_A"]._parameters
     if type(name) is not str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from peft.tuners.gralora.layer import Linear
@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .. import ops
 from .._loader import load
+from ..reference import draw_seed
 from . import frozen
 
 _LINEAR_LAYERS = (nn.Linear, Conv1D)
@@ -66,7 +67,12 @@ class GraloraLinear(Linear):
                 return _native.linear(x, weight, bias, *self._path(name, x), own_gemm)
         result = base_layer(x, *args, **kwargs)
         if adds:
-            in_place = _may_write_into(result, base_layer, x)
+            # In place, as PEFT's layer does it, into the output of a linear layer; but a hook may have kept that.
+            in_place = (
+                isinstance(base_layer, _LINEAR_LAYERS)
+                and not base_layer._forward_hooks
+                and _native.may_write_into(result, x)
+            )
             active, adapters = self._active_adapter, modules["gralora_A"]
             for name in (active,) if type(active) is str else active:
                 if name in adapters._parameters or name in adapters:  # FSDP puts tensors in the parameters' places
@@ -132,10 +138,12 @@ class GraloraLinear(Linear):
     def _path(self, adapter: str, x: Tensor) -> tuple[Any, ...]:
         """What the dispatcher's ops take of the adapter, for an x on its device: the operands, and between them a seed, and p."""
         A, B, A_general, B_general, scaling = self._operands(adapter)
-        _check_device("the input", x, adapter, A)
+        if x.device != A.device:
+            _refuse_device("the input", x, adapter, A)
         dropout = self._modules["gralora_dropout"]._modules[adapter]  # nn.Identity where there is none
-        p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-        return A, B, A_general, B_general, ops.seed_for(x, p), scaling, p
+        if not isinstance(dropout, nn.Dropout) or not dropout.training or dropout.p == 0.0:
+            return A, B, A_general, B_general, None, scaling, 0.0
+        return A, B, A_general, B_general, draw_seed(x.device), scaling, dropout.p
 
     def _add_to(self, weight: Tensor, adapter: str, sign: float = 1.0) -> None:
         A, B, A_general, B_general, scaling = self._operands(adapter)
@@ -151,7 +159,9 @@ class GraloraLinear(Linear):
 
     def _mergeable_weight(self, adapter: str) -> Tensor:
         weight = self.get_base_layer().weight
-        _check_device("the base weight", weight, adapter, self.gralora_A[adapter])
+        A = self.gralora_A[adapter]
+        if weight.device != A.device:
+            _refuse_device("the base weight", weight, adapter, A)
         if not weight.is_floating_point():
             raise TypeError(
                 f"merging needs a floating-point base weight, got {weight.dtype}; dequantize the base model first"
@@ -159,25 +169,11 @@ class GraloraLinear(Linear):
         return weight
 
 
-def _check_device(name: str, tensor: Tensor, adapter: str, A: Tensor) -> None:
-    # Where one of them is on meta, the dispatcher would pick the fake kernel, which computes nothing in silence.
-    if tensor.device != A.device:
-        raise ValueError(
-            f"{name} is on {tensor.device}, but adapter {adapter!r} is on {A.device}: move the model to one device, "
-            "or load the weights of what is on meta"
-        )
-
-
-def _may_write_into(result: Tensor, base_layer: nn.Module, x: Tensor) -> bool:
-    """Whether the adapter may be added in place, as PEFT's layer does it: to the output of a linear layer in eager mode.
-
-    A forward hook may have kept that output; torch.compile, functorch, tracing and tensor subclasses take the functional op.
-    """
-    return (
-        not torch.compiler.is_compiling()
-        and isinstance(base_layer, _LINEAR_LAYERS)
-        and not base_layer._forward_hooks
-        and _native.may_write_into(result, x)
+def _refuse_device(name: str, tensor: Tensor, adapter: str, A: Tensor) -> NoReturn:
+    # Where one of them is on meta, the dispatcher would pick the fake kernel, which computes nothing.
+    raise ValueError(
+        f"{name} is on {tensor.device}, but adapter {adapter!r} is on {A.device}: move the model to one device, "
+        "or load the weights of what is on meta"
     )
 
 
