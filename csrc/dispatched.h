@@ -37,4 +37,9 @@ inline auto linear_backward_op() {
   return op;
 }
 
+inline auto merge_op() {
+  static const auto op = find_op<decltype(merge_kernel)>("gralora_ext::merge_");
+  return op;
+}
+
 }  // namespace gralora

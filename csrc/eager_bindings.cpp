@@ -36,6 +36,7 @@ struct Arguments {
     if (value == -1.0 && PyErr_Occurred() != nullptr) throw python_error();
     return value;
   }
+  bool flag(int i) const { return PyObject_IsTrue(all[i]) == 1; }
 };
 
 // y of op(arguments...), called without the interpreter's lock
@@ -65,7 +66,25 @@ PyObject* linear(PyObject*, PyObject* const* all, Py_ssize_t count) {
   const Arguments a{all, count};
   a.expect(11);
   return call(linear_op(), a.tensor(0), a.tensor(1), a.optional(2), a.tensor(3), a.tensor(4), a.optional(5),
-              a.optional(6), a.optional(7), a.number(8), a.number(9), all[10] == Py_True);
+              a.optional(6), a.optional(7), a.number(8), a.number(9), a.flag(10));
+  END_HANDLE_TH_ERRORS
+}
+
+// (weight, A, B, A_general, B_general, scaling, fan_in_fan_out)
+PyObject* merge_into(PyObject*, PyObject* const* all, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  const Arguments a{all, count};
+  a.expect(7);
+  const OptionalTensor A_general = a.optional(3), B_general = a.optional(4);
+  const double scaling = a.number(5);
+  const bool fan_in_fan_out = a.flag(6);
+  {
+    const pybind11::gil_scoped_release released;
+    const at::AutoGradMode off(false);
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    merge_op().call(a.tensor(0), a.tensor(1), a.tensor(2), A_general, B_general, scaling, fan_in_fan_out);
+  }
+  Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
 }
 
@@ -103,6 +122,8 @@ PyMethodDef eager_methods[] = {
      "so."},
     {"linear", by_place(&linear), METH_FASTCALL,
      "torch.ops.gralora_ext.linear by position, its first result alone. For eager mode, where is_plain_mode says so."},
+    {"merge_into", by_place(&merge_into), METH_FASTCALL,
+     "torch.ops.gralora_ext.merge_ by position, of which autograd learns nothing."},
     {"is_plain_mode", &is_plain_mode, METH_NOARGS,
      "Whether there is no autocast on the CPU, no functorch transform, no tracing and no dispatch mode."},
     {"may_write_into", by_place(&may_write_into), METH_FASTCALL,

@@ -39,6 +39,16 @@ def linear(
     own_gemm: bool,
     /,
 ) -> Tensor: ...
+def merge_into(
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    A_general: Tensor | None,
+    B_general: Tensor | None,
+    scaling: float,
+    fan_in_fan_out: bool,
+    /,
+) -> None: ...
 def is_plain_mode() -> bool: ...
 def may_write_into(base: Tensor, x: Tensor, /) -> bool: ...
 def compiled_capabilities() -> list[str]: ...

@@ -147,15 +147,7 @@ class GraloraLinear(Linear):
 
     def _add_to(self, weight: Tensor, adapter: str, sign: float = 1.0) -> None:
         A, B, A_general, B_general, scaling = self._operands(adapter)
-        ops.merge_(
-            weight,
-            A,
-            B,
-            scaling=sign * scaling,
-            A_general=A_general,
-            B_general=B_general,
-            fan_in_fan_out=self.fan_in_fan_out,
-        )
+        _native.merge_into(weight, A, B, A_general, B_general, sign * scaling, self.fan_in_fan_out)
 
     def _mergeable_weight(self, adapter: str) -> Tensor:
         weight = self.get_base_layer().weight
