@@ -36,6 +36,7 @@ _HOOKS_EVERYWHERE = (  # torch fills them and never puts others in their place
     module._global_backward_hooks,
     module._global_backward_pre_hooks,
 )
+_MATMUL = getattr(torch.backends.mkldnn, "matmul", None)  # its settings, from torch 2.9 on
 _FORWARDS = {nn.Linear: nn.Linear.forward, Conv1D: Conv1D.forward}  # a patched class is called
 
 
@@ -73,14 +74,15 @@ def _pays(layer: GraloraLinear, name: str, tokens: int) -> bool:
 
     That is half of the product of 2NM·tokens itself, since our GEMM is quicker, and the path's share of it.
     """
-    A, dropout = layer.gralora_A[name], layer.gralora_dropout[name]
-    if A.dtype == torch.float64:  # sums would be in float64
+    modules, h = layer._modules, layer.hybrid_r[name]
+    if modules["gralora_A"]._parameters[name].dtype == torch.float64:  # sums would be in float64
         return False
-    if dropout.training and isinstance(dropout, nn.Dropout) and dropout.p != 0.0:
+    dropout = modules["gralora_dropout"]._modules[name]
+    if isinstance(dropout, nn.Dropout) and dropout.training and dropout.p != 0.0:
         return True  # W stays without ΔW
-    (k, _, r), h = A.shape, layer.hybrid_r[name]
-    share = (r + h) * (layer.in_features + layer.out_features) / (layer.in_features * layer.out_features)
-    return 2 * (r / k + h) <= tokens * (1 + share)
+    r = layer.r[name]
+    share = (r + h) * (1 / layer.in_features + 1 / layer.out_features)
+    return 2 * (r / layer.gralora_k[name] + h) <= tokens * (1 + share)
 
 
 def weight_of(base: nn.Module) -> Tensor:
@@ -90,10 +92,9 @@ def weight_of(base: nn.Module) -> Tensor:
 
 
 def _multiplies_in_full_precision() -> bool:
-    matmul = getattr(torch.backends.mkldnn, "matmul", None)
-    if matmul is None:  # torch before 2.9
+    if _MATMUL is None:
         return torch.get_float32_matmul_precision() == "highest"
-    return matmul.fp32_precision in ("none", "ieee")
+    return _MATMUL.fp32_precision in ("none", "ieee")
 
 
 def _only_multiplies(base: nn.Module, dtype: torch.dtype) -> bool:
