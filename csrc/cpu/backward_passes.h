@@ -190,13 +190,13 @@ struct BackwardPasses {
     const bool interleave = keep && kTerms == 2;
     Source<Acc> rows{};
     const bool ahead = copied_ahead(from);
-    [[maybe_unused]] Source<Acc> lie{};
+    [[maybe_unused]] Source<Acc> direct{};  // those in place, where they are copied ahead
     if constexpr (kTerms == 1) {
       const int64_t t = g.t0 + m0, column = from.cut.column(chunk);
       if (ahead) {
-        lie = in_place<Acc>(from.x, t, column), rows = {b.block.rows, kRow<Acc>};
+        direct = in_place<Acc>(from.x, t, column), rows = {b.block.rows, kRow<Acc>};
         for (int64_t i = 0; i < length; i += kSteps)
-          copy_columns(lie.data, lie.ld, smaller(Product::kRows, tokens), i, length, b.block.rows);
+          copy_columns(direct.data, direct.ld, smaller(Product::kRows, tokens), i, length, b.block.rows);
       } else {
         rows = from.left_rows(t, tokens, column, length, b.block);
       }
@@ -209,13 +209,9 @@ struct BackwardPasses {
       const int64_t after = m + group.count(), next = ahead ? smaller(Product::kRows, tokens - after) : 0;
       const auto each = [=, &others, fetched = RowsAhead(group, prefetch, 0)](int64_t i, int part) mutable {
         fetched.fetch(part);
-        if constexpr (kTerms == 1) {
-          constexpr int some = (Product::kRows + kParts - 1) / kParts;
-          const int64_t first = part * some;
-          if (first < next)
-            copy_columns(lie.data + (after + first) * lie.ld, lie.ld, smaller(some, next - first), i, length,
-                         b.block.rows + (after + first) * kRow<Acc>);
-        }
+        if constexpr (kTerms == 1)
+          copy_part<Product::kRows>(Source<Acc>{direct.data + after * direct.ld, direct.ld}, next, part, i, length,
+                                    b.block.rows + after * kRow<Acc>);
         if (part > 0) return;
         others(i);
         if constexpr (kTerms == 2) {

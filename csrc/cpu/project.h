@@ -176,8 +176,8 @@ struct Project {
   void add_run(const Panels& panels, int64_t begin, int64_t chunks, int64_t t0, int64_t count, Acc* sum,
                Acc* scratch) const {
     const bool ahead = copied_ahead();
-    const bool in_parts =
-        l1_ways() < kMaxRows;  // twelve lines at once held up Zen 4's products; Intel's were slower by parts
+    // Twelve lines at once held up Zen 4's products; Intel's were slower by parts.
+    const bool in_parts = l1_ways() < kMaxRows;
     constexpr int most = Product::kRows;
     Block<Acc> now(scratch, most), next(scratch + Block<Acc>::size(most), most);
     for_dtype_of<Product, Acc>(x.dtype, [&](auto* type) {
@@ -208,21 +208,18 @@ struct Project {
           const int64_t rows = !ahead ? 0 : same_rows ? group.count() : smaller(most, count - row);
           const int64_t next_steps = cut.length(chunk) / kTerms;
           const Source<X> from = rows_of(t0 + row, chunk);
-          const auto copy = [=, to = next.rows](int64_t p, int first, int some) {
-            if (first < rows)
-              copy_columns(from.data + first * from.ld, from.ld, smaller(some, rows - first), p, next_steps,
-                           to + first * kRow<Acc>);
+          const auto copy = [=, to = next.rows](int64_t p) {
+            copy_columns(from.data, from.ld, rows, p, next_steps, to);
           };
-          const auto each = [=, fetched = RowsAhead(group, prefetch, 0)](int64_t p, int part) mutable {
-            constexpr int some = (most + kParts - 1) / kParts;
+          const auto each = [=, fetched = RowsAhead(group, prefetch, 0), to = next.rows](int64_t p, int part) mutable {
             fetched.fetch(part);
             if (in_parts)
-              copy(p, part * some, some);
+              copy_part<most>(from, rows, part, p, next_steps, to);
             else if (part == 0)
-              copy(p, 0, most);
+              copy(p);
           };
           add_rows(group, panels, i * cut.columns, length, a, true, sum + m * sums(), each, nothing);
-          for (int64_t p = round_up(length / kTerms, kSteps); p < next_steps; p += kSteps) copy(p, 0, most);
+          for (int64_t p = round_up(length / kTerms, kSteps); p < next_steps; p += kSteps) copy(p);
           const Block<Acc> last = now;
           now = next, next = last;
         }

@@ -177,6 +177,16 @@ struct Source {
   int pieces = 1;
 };
 
+// What copy_columns does, a share of the rows for each of kParts parts; there are at most `most`
+template <int most, class Acc, class T>
+inline __attribute__((always_inline)) void copy_part(const Source<T>& from, int64_t rows, int part, int64_t i,
+                                                     int64_t columns, Acc* to) {
+  constexpr int some = (most + kParts - 1) / kParts;
+  const int64_t first = part * some;
+  if (first < rows)
+    copy_columns(from.data + first * from.ld, from.ld, smaller(some, rows - first), i, columns, to + first * kRow<Acc>);
+}
+
 // Whether a column of rows that are so many bytes apart falls into one set of L1
 inline bool in_one_set(int64_t bytes) { return bytes % 4096 == 0; }
 
