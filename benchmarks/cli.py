@@ -11,7 +11,19 @@ from typing import NoReturn
 
 from gralora_ext.cli.errors import JobError
 
-BENCHES = ("forward", "training", "layer", "merge", "memory", "inference", "threads", "growth", "layers", "step")
+BENCHES = (
+    "forward",
+    "training",
+    "layer",
+    "merge",
+    "memory",
+    "calls",
+    "inference",
+    "threads",
+    "growth",
+    "layers",
+    "step",
+)
 NEEDED = ("torch", "peft", "transformers", "matplotlib", "tqdm")
 
 
