@@ -75,6 +75,7 @@ PyObject* merge_into(PyObject*, PyObject* const* all, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   const Arguments a{all, count};
   a.expect(7);
+  const at::Tensor &weight = a.tensor(0), &A = a.tensor(1), &B = a.tensor(2);
   const OptionalTensor A_general = a.optional(3), B_general = a.optional(4);
   const double scaling = a.number(5);
   const bool fan_in_fan_out = a.flag(6);
@@ -82,7 +83,7 @@ PyObject* merge_into(PyObject*, PyObject* const* all, Py_ssize_t count) {
     const pybind11::gil_scoped_release released;
     const at::AutoGradMode off(false);
     const at::AutoDispatchBelowADInplaceOrView guard;
-    merge_op().call(a.tensor(0), a.tensor(1), a.tensor(2), A_general, B_general, scaling, fan_in_fan_out);
+    merge_op().call(weight, A, B, A_general, B_general, scaling, fan_in_fan_out);
   }
   Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
