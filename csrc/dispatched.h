@@ -3,43 +3,25 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 
+#include <type_traits>
+
 #include "ops.h"
 
 namespace gralora {
 
-template <class Kernel>
-auto find_op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Kernel>();
-}
-
-inline auto forward_op() {
-  static const auto op = find_op<decltype(forward_kernel)>("gralora_ext::gralora");
+// A function pointer tells the types that the schema `name` has in C++.
+template <auto kernel>
+const auto& dispatched(const char* name) {
+  using Kernel = std::remove_pointer_t<decltype(kernel)>;
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Kernel>();
   return op;
 }
 
-inline auto forward_into_op() {
-  static const auto op = find_op<decltype(forward_into_kernel)>("gralora_ext::gralora_");
-  return op;
-}
-
-inline auto backward_op() {
-  static const auto op = find_op<decltype(backward_kernel)>("gralora_ext::gralora_backward");
-  return op;
-}
-
-inline auto linear_op() {
-  static const auto op = find_op<decltype(linear_kernel)>("gralora_ext::linear");
-  return op;
-}
-
-inline auto linear_backward_op() {
-  static const auto op = find_op<decltype(linear_backward_kernel)>("gralora_ext::linear_backward");
-  return op;
-}
-
-inline auto merge_op() {
-  static const auto op = find_op<decltype(merge_kernel)>("gralora_ext::merge_");
-  return op;
-}
+inline const auto& forward_op() { return dispatched<&forward_kernel>("gralora_ext::gralora"); }
+inline const auto& forward_into_op() { return dispatched<&forward_into_kernel>("gralora_ext::gralora_"); }
+inline const auto& backward_op() { return dispatched<&backward_kernel>("gralora_ext::gralora_backward"); }
+inline const auto& linear_op() { return dispatched<&linear_kernel>("gralora_ext::linear"); }
+inline const auto& linear_backward_op() { return dispatched<&linear_backward_kernel>("gralora_ext::linear_backward"); }
+inline const auto& merge_op() { return dispatched<&merge_kernel>("gralora_ext::merge_"); }
 
 }  // namespace gralora

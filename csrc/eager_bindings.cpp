@@ -36,7 +36,11 @@ struct Arguments {
     if (value == -1.0 && PyErr_Occurred() != nullptr) throw python_error();
     return value;
   }
-  bool flag(int i) const { return PyObject_IsTrue(all[i]) == 1; }
+  bool flag(int i) const {
+    const int value = PyObject_IsTrue(all[i]);
+    if (value < 0) throw python_error();
+    return value == 1;
+  }
 };
 
 // y of op(arguments...), called without the interpreter's lock

@@ -206,7 +206,7 @@ def test_raw_backward_refuses(change: dict, error: type[Exception], parts: list[
 
 def test_eager_functions_refuse_other_counts_and_types() -> None:
     native, x, none = load(), torch.zeros(2, 8), (None, None, None)
-    for function in (native.gralora_into, native.linear, native.may_write_into):
+    for function in (native.gralora_into, native.linear, native.merge_into, native.may_write_into):
         with pytest.raises(TypeError, match=r"\d+ arguments were expected, but 3 came"):
             function(x, x, x)
     for function, before, after in ((native.gralora_into, (), (0.0,)), (native.linear, (None,), (0.0, True))):
@@ -214,6 +214,12 @@ def test_eager_functions_refuse_other_counts_and_types() -> None:
             function(x, "text", *before, x, x, *none, 0.5, *after)
         with pytest.raises(TypeError, match="must be real number, not str"):
             function(x, x, *before, x, x, *none, "text", *after)
+    weight, *adapter = torch.zeros(10, 8), *GOOD.inputs().adapter().values()
+    with pytest.raises(TypeError, match="argument 1 must be a tensor, but is str"):
+        native.merge_into(weight, "text", *adapter[1:], 0.5, False)
+    with pytest.raises(RuntimeError, match="Boolean value of Tensor"):
+        native.merge_into(weight, *adapter, 0.5, x)
+    assert not weight.any()
     assert not native.may_write_into("text", x) and not native.may_write_into(x, x)
     assert native.may_write_into(x.clone(), x) and not native.may_write_into(nn.Parameter(x.clone()), x)
 
