@@ -8,7 +8,7 @@ what torch itself takes for the least that can be differentiated.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from .timing import Contender
 
 NAME = "calls"
 TINY = Shape(16, 16, T=1, r=4)
+SHARE = 0.5  # of a case's time: calls are short, so there are many rounds all the same
 BETWEEN = {"tiny": Shape(24, 36, T=3, r=4)}  # else SQUARE
 
 
@@ -34,7 +35,7 @@ def tasks(level: Level, threads: int, device: torch.device) -> list[Task]:
         return []
     between = BETWEEN.get(level.name, SQUARE)
     return [
-        Task(f"{NAME}: {what}, {when}", level.seconds + 0.5, partial(measure, what, when, between))
+        Task(f"{NAME}: {what}, {when}", SHARE * level.seconds + 0.2, partial(measure, what, when, between))
         for what in ("forward", "training")
         for when in ("warm", "after a large layer")
     ]
@@ -47,15 +48,12 @@ def measure(what: str, when: str, between: Shape, context: Context) -> Iterator[
         name: partial(train if training else forward, path, data) for name, path in paths(data).items()
     }
     calls["autograd"] = partial(_least, data.x, training)
-    prepare = partial(_large_step, partial(train, paths(large)["peft"], large)) if when != "warm" else None
+    large_step = torch.enable_grad()(partial(train, paths(large)["peft"], large))
+    prepare = None if when == "warm" else large_step
+    shorter = replace(context, level=replace(context.level, seconds=SHARE * context.level.seconds))
     with torch.set_grad_enabled(training):
-        samples = context.interleave({name: Contender(call, prepare) for name, call in calls.items()})
+        samples = shorter.interleave({name: Contender(call, prepare) for name, call in calls.items()})
     yield Record(NAME, f"{what}, {when}", "s", samples, {**asdict(TINY), "what": what, "when": when})
-
-
-@torch.enable_grad()
-def _large_step(step: Callable[[], None]) -> None:
-    step()
 
 
 def _least(x: torch.Tensor, training: bool) -> None:
