@@ -81,11 +81,19 @@ def test_gradients_are_right_where_rows_lie_in_few_sets_of_a_cache(
     assert_gradients_near(replace(inputs, grad=grad[:, : k * m]))
 
 
-# Rows of ranks that are 4096 bytes apart, too, in float32 and in bfloat16; more ranks than a copy of them holds; several chunks of x
+# Rows of ranks that are 4096 bytes apart, too, in float32 and in bfloat16; more ranks than a copy of them holds; several chunks of x,
+# with one tile of ranks and with two, from which on rows of pairs are copied in backward, too
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=NAMES.get)
 @pytest.mark.parametrize(
     ("k", "n", "m", "rb", "h"),
-    [(2, 64, 48, 8, 0), (8, 12, 20, 16, 0), (8, 12, 20, 32, 0), (2, 10, 6, 256, 0), (2, 300, 290, 4, 2)],
+    [
+        (2, 64, 48, 8, 0),
+        (8, 12, 20, 16, 0),
+        (8, 12, 20, 32, 0),
+        (2, 10, 6, 256, 0),
+        (2, 300, 290, 4, 2),
+        (2, 500, 490, 20, 2),
+    ],
 )
 def test_results_are_right_where_rows_lie_in_one_set_of_a_cache(
     k: int, n: int, m: int, rb: int, h: int, dtype: torch.dtype, device: torch.device

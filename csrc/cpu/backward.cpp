@@ -149,13 +149,13 @@ struct Backward : private BackwardPasses<Acc, Product> {
       project_all(from_g, dH,
                   [&](const Segment& g, int64_t chunk, int64_t next, Acc* to, bool add, Buffers b, bool begins) {
                     Ahead ahead = ahead_of_g(next, g.tokens);
-                    pass_g(g, chunk, to, add, b, begins, [&](int64_t) { ahead.fetch(); });
+                    pass_g(g, chunk, to, add, b, begins, Fetching{ahead});
                   });
     });
     if (!want_H) return;
     for_chunks(from_x, [&](const Segment& g, int64_t chunk, int64_t next, int thread, bool begins) {
       Ahead ahead = ahead_of_x(next, g.tokens);
-      pass_x(g, chunk, of(thread), begins, [&](int64_t) { ahead.fetch(); });
+      pass_x(g, chunk, of(thread), begins, Fetching{ahead});
     });
   }
 

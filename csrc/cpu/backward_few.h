@@ -98,9 +98,10 @@ struct BackwardFew {
   void remake_u() {
     const auto project = project_x<Acc, Singles<Acc>>(p);
     Acc* rest = scratch.take<Acc>(project.segment_scratch(s.T));
-    if (!p.u_bf16) return project.run_segment(0, s.T, u, rest);
+    const auto none = [](int64_t) { return Ahead{}; };
+    if (!p.u_bf16) return project.run_segment(0, s.T, u, rest, none);
     bf16* rounded = scratch.take<bf16>(s.T * row);
-    project.run_segment(0, s.T, rounded, rest);
+    project.run_segment(0, s.T, rounded, rest, none);
     convert_row<Acc>(rounded, 1, s.T * row, u);
   }
 

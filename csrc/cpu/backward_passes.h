@@ -61,6 +61,7 @@ struct BackwardPasses {
   // One thread's scratch
   struct Buffers {
     Acc *panels, *gradient_ranks, *expanded, *sums, *kept;
+    Acc* copies;       // of pairs of two groups of rows
     Block<Acc> block;  // of g or x
   };
   const int64_t panels_size =
@@ -69,14 +70,16 @@ struct BackwardPasses {
   const int64_t expanded_size = of_wave.dH_in_place() ? 0 : segment_tokens * expanded.token;
   const int64_t block_rows = smaller(kTokens, gradient.steps(s.T));
   const int64_t sums_size = segments == 1 ? ranks * kChunk : 0;
-  const int64_t buffers_size =
-      panels_size + gradient_ranks_size + expanded_size + Block<Acc>::size(block_rows) + sums_size + gradient.kept_size;
+  static constexpr int64_t copies_size = kTerms == 2 && !kTiles ? 2 * Product::kRows * kRow<Acc> : 0;
+  const int64_t buffers_size = panels_size + gradient_ranks_size + expanded_size + Block<Acc>::size(block_rows) +
+                               sums_size + gradient.kept_size + copies_size;
   Buffers buffers_at(Acc* panels) const {
     Acc* gradient_ranks = panels + panels_size;
     Acc* expanded = gradient_ranks + gradient_ranks_size;
     Acc* block = expanded + expanded_size;
     Acc* sums = block + Block<Acc>::size(block_rows);
-    return {panels, gradient_ranks, expanded, sums, sums + sums_size, {block, block_rows}};
+    Acc* kept = sums + sums_size;
+    return {panels, gradient_ranks, expanded, sums, kept, kept + gradient.kept_size, {block, block_rows}};
   }
 
   // The part of U that one chunk of x gives, written or added to `to`
@@ -141,9 +144,9 @@ struct BackwardPasses {
   }
 
  private:
-  // As in Project::add_run, but rows of 16 bits are converted before
+  // As in Project::add_run, but pairs only where several tiles of ranks read them, and other rows of 16 bits are converted before
   static bool copied_ahead(const FromWide& from) {
-    return kTerms == 1 && from.x.dtype == DTypeOf<Acc>::value && from.copied_ahead();
+    return (kTerms == 2 ? from.r > kTile<Acc> : from.x.dtype == DTypeOf<Acc>::value) && from.copied_ahead();
   }
 
   template <class F>
@@ -186,41 +189,45 @@ struct BackwardPasses {
   template <class Others>
   void project_block(const FromWide& from, const typename FromWide::Panels& panels, int64_t chunk, const Segment& g,
                      int64_t m0, int64_t tokens, Acc* to, bool add, bool keep, Buffers b, Others&& others) const {
-    const int64_t length = from.cut.length(chunk);
-    const bool interleave = keep && kTerms == 2;
-    Source<Acc> rows{};
-    const bool ahead = copied_ahead(from);
-    [[maybe_unused]] Source<Acc> direct{};  // those in place, where they are copied ahead
-    if constexpr (kTerms == 1) {
-      const int64_t t = g.t0 + m0, column = from.cut.column(chunk);
-      if (ahead) {
-        direct = in_place<Acc>(from.x, t, column), rows = {b.block.rows, kRow<Acc>};
-        for (int64_t i = 0; i < length; i += kSteps)
-          copy_columns(direct.data, direct.ld, smaller(Product::kRows, tokens), i, length, b.block.rows);
-      } else {
-        rows = from.left_rows(t, tokens, column, length, b.block);
-      }
+    const int64_t length = from.cut.length(chunk), steps = length / kTerms;
+    const bool interleave = keep && kTerms == 2, ahead = copied_ahead(from);
+    const int64_t t = g.t0 + m0, column = from.cut.column(chunk);
+    Source<Acc> rows{};    // of the block, where they are not copied ahead
+    Source<Acc> direct{};  // those in place, where they are; their copies go on in b.block, those of pairs take turns
+    Acc *now = kTerms == 2 ? b.copies : b.block.rows, *next = b.copies + copies_size / 2;
+    if (ahead) {
+      if constexpr (kTerms == 2)
+        direct = pairs_in_place(from.x, t, column);
+      else
+        direct = in_place<Acc>(from.x, t, column);
+      for (int64_t i = 0; i < steps; i += kSteps)
+        copy_columns(direct.data, direct.ld, smaller(Product::kRows, tokens), i, steps, now);
+    } else if (kTerms == 1) {
+      rows = from.left_rows(t, tokens, column, length, b.block);
     }
     for_groups<Product>(tokens, [&](auto group, int64_t m) {
-      const Prefetch prefetch = prefetch_from(from, chunk, g, m0 + m + group.count(), group.count());
+      // Rows are fetched before those that are copied meanwhile.
+      const Prefetch prefetch = prefetch_from(from, chunk, g, m0 + m + (ahead ? 2 : 1) * group.count(), group.count());
       Source<Acc> a{rows.data + m * rows.ld, rows.ld};
-      if constexpr (kTerms == 2)  // whose copies have no room for more rows
-        a = from.left_rows(g.t0 + m0 + m, group.count(), from.cut.column(chunk), length, b.block);
-      const int64_t after = m + group.count(), next = ahead ? smaller(Product::kRows, tokens - after) : 0;
-      const auto each = [=, &others, fetched = RowsAhead(group, prefetch, 0)](int64_t i, int part) mutable {
+      if (kTerms == 1) next = now + group.count() * kRow<Acc>;
+      if (ahead)
+        a = {now, kRow<Acc>};
+      else if (kTerms == 2)  // whose copies have no room for more rows
+        a = from.left_rows(t + m, group.count(), column, length, b.block);
+      const int64_t after = m + group.count(), left = ahead ? smaller(Product::kRows, tokens - after) : 0;
+      const auto each = [=, &others, to = next, fetched = RowsAhead(group, prefetch, 0)](int64_t i, int part) mutable {
         fetched.fetch(part);
-        if constexpr (kTerms == 1)
-          copy_part<Product::kRows>(Source<Acc>{direct.data + after * direct.ld, direct.ld}, next, part, i, length,
-                                    b.block.rows + after * kRow<Acc>);
+        copy_part<Product::kRows>(Source<Acc>{direct.data + after * direct.ld, direct.ld}, left, part, i, steps, to);
         if (part > 0) return;
         others(i);
         if constexpr (kTerms == 2) {
           if (interleave)
-            interleave_rows(in_place<bf16>(from.x, g.t0 + m0 + m, from.cut.column(chunk)), group.count(), 2 * i,
-                            2 * (i + kSteps), length, nullptr, b.block.rows + m / 2 * kRow<Acc>);
+            interleave_rows(in_place<bf16>(from.x, t + m, column), group.count(), 2 * i, 2 * (i + kSteps), length,
+                            nullptr, b.block.rows + m / 2 * kRow<Acc>);
         }
       };
       from.add_rows(group, panels, 0, length, a, add, to + (m0 + m) * from.sums(), each, others);
+      std::swap(now, next);
     });
     if (interleave) pad_block(tokens, length, b);
   }

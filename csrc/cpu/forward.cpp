@@ -97,11 +97,11 @@ struct Forward {
     parallel_items(ceil_div(T, tokens), p.threads, [&](int64_t item, int thread) {
       const int64_t t0 = item * tokens, count = smaller(tokens, T - t0);
       Acc *place = buffers.of(thread), *rest = place + place_size(tokens);
-      with_ranks(t0, place, [&](auto* u) { project.run_segment(t0, count, u, rest); });
+      with_ranks(t0, place, [&](auto* u) {
+        project.run_segment(t0, count, u, rest, [&](int64_t calls) { return expand.ahead_in(calls, 0, 0, strip); });
+      });
       finish_ranks(t0, 0, count, place);
-      for (int64_t j = 0; j < p.shape.k; j += together)
-        expand_blocks(t0, count, ranks(t0, place), j, smaller(together, p.shape.k - j), 0, p.shape.M / p.shape.k, rest,
-                      nothing);
+      expand_segment(t0, count, ranks(t0, place), rest);
     });
   }
 
@@ -128,7 +128,7 @@ struct Forward {
       Acc* sum = partial + (by_block ? thread : chunk) * tokens * sums;
       if (by_block && begins) project.clear_sums(tokens, sum);
       Ahead ahead = next < chunks ? project.ahead(next, tokens) : ahead_of(next - chunks);
-      project_chunk(chunk, t0, tokens, by_block, sum, buffers.of(thread), [&](int64_t) { ahead.fetch(); });
+      project_chunk(chunk, t0, tokens, by_block, sum, buffers.of(thread), Fetching{ahead});
       if (by_block) with_ranks(t0, place, [&](auto* u) { project.finish_chunk(chunk, tokens, sum, u); });
     };
     parallel_chunks(1, chunks, by_block ? project.cut.per_block : 1, p.threads, add_chunk);
@@ -141,8 +141,8 @@ struct Forward {
       });
     parallel_items(items, p.threads, [&](int64_t item, int thread) {
       Ahead ahead = ahead_of(item + p.threads);
-      expand_blocks(t0, tokens, ranks(t0, place), item / strips, 1, first(item), last(item), buffers.of(thread),
-                    [&](int64_t) { ahead.fetch(); });
+      expand_blocks(t0, tokens, ranks(t0, place), item / strips, 1, first(item), last(item) - first(item),
+                    buffers.of(thread), Fetching{ahead});
     });
   }
 
@@ -161,27 +161,43 @@ struct Forward {
 
   int64_t expand_scratch() const { return together * expand.panels_size(strip); }
 
-  // Columns [first, last) of the output blocks j .. j+blocks, for `count` tokens with `ranks`
+  // All columns of `count` tokens, a strip of some blocks after the other. What the next panels are made of comes from memory
+  // meanwhile, where there are several tiles of ranks; with few, tiles are short.
+  void expand_segment(int64_t t0, int64_t count, const Ranks<Acc>& ranks, Acc* scratch) const {
+    const int64_t k = p.shape.k, w = p.shape.M / k;
+    for (int64_t j = 0; j < k; j += together)
+      for (int64_t first = 0; first < w; first += strip) {
+        const auto run = [&](auto&& each) {
+          expand_blocks(t0, count, ranks, j, smaller(together, k - j), first, smaller(strip, w - first), scratch, each);
+        };
+        const bool ends = first + strip >= w;
+        const int64_t next_j = ends ? j + together : j, next = ends ? 0 : first + strip;
+        if (!kFetchesMore || p.shape.r <= kTile<Acc> || next_j >= k) {
+          run(nothing);
+        } else {
+          Ahead ahead = expand.ahead(next_j, next, smaller(strip, w - next), count);
+          run(Fetching{ahead});
+        }
+      }
+  }
+
+  // `columns` from `first` on (a strip at most) of the output blocks j .. j+blocks, for `count` tokens with `ranks`
   template <class Each>
   void expand_blocks(int64_t t0, int64_t count, const Ranks<Acc>& ranks, int64_t j, int64_t blocks, int64_t first,
-                     int64_t last, Acc* scratch, Each&& each) const {
+                     int64_t columns, Acc* scratch, Each&& each) const {
     [[maybe_unused]] typename InExpand::Scope scope;
     const int64_t w = p.shape.M / p.shape.k;
     for_dtype_of<InExpand, Acc>(p.y.dtype, [&](auto* type) {
       using Y = std::remove_pointer_t<decltype(type)>;
-      for (int64_t column = first; column < last; column += strip) {
-        const int64_t columns = smaller(strip, last - column);
-        typename Expand<Acc, InExpand>::Panels panels[kTogether];
+      typename Expand<Acc, InExpand>::Panels panels[kTogether];
+      for (int64_t b = 0; b < blocks; b++)
+        panels[b] = expand.read_panels(j + b, first, columns, count, scratch + b * expand.panels_size(strip));
+      for_groups<InExpand>(count, [&](auto group, int64_t m) {
+        const int64_t after = m + group.count();
         for (int64_t b = 0; b < blocks; b++)
-          panels[b] = expand.read_panels(j + b, column, columns, count, scratch + b * expand.panels_size(strip));
-        for_groups<InExpand>(count, [&](auto group, int64_t m) {
-          const int64_t after = m + group.count();
-          for (int64_t b = 0; b < blocks; b++)
-            expand.template run_rows<Y>(group, panels[b], t0 + m, j + b, column, columns, ranks.from_token(m), nullptr,
-                                        Prefetch::of(p.base, after < count ? t0 + after : -1, (j + b) * w + column),
-                                        each);
-        });
-      }
+          expand.template run_rows<Y>(group, panels[b], t0 + m, j + b, first, columns, ranks.from_token(m), nullptr,
+                                      Prefetch::of(p.base, after < count ? t0 + after : -1, (j + b) * w + first), each);
+      });
     });
   }
 };

@@ -4,14 +4,10 @@
 // (L = A, R = B), whichever makes the columns of W unit stride. W is read and written once, in long runs along its rows;
 // beside it there are only a part of R as a panel in L2, and the ranks of a range of rows. Each weight is one sum in a fixed
 // order, rounded once.
-#include "capability.h"
 #include "panels.h"
 
 namespace gralora::cpu::GRALORA_ISA {
 namespace {
-
-// Whether float weights are fetched a tile ahead: memory bounds them, and AMD's processors have enough lines under way for it.
-static const bool kFetchesAhead = strcmp(vendor(), "amd") == 0;
 
 template <class Acc>
 struct Merge {
@@ -108,7 +104,7 @@ struct Merge {
     if (W.column_stride == 1)
       for (; c + kTile<Acc> <= width; c += kTile<Acc>) {
         const TensorRows<Y, MR> weights(to + c, W.row_stride);
-        if (kFetchesAhead && sizeof(Y) == sizeof(Acc))
+        if (kFetchesMore && sizeof(Y) == sizeof(Acc))  // memory bounds them
           for_accumulators<MR, NV>(
               [&](int m, int v) { __builtin_prefetch(weights.row(m) + (NV + v) * kWidth<Acc>, 1); });
         Vec<Acc> acc[MR][NV] = {};

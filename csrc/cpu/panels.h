@@ -5,6 +5,7 @@
 // memory, where rows of a wide matrix, a power of two apart, would fall into the same few sets of L1.
 #pragma once
 
+#include "capability.h"
 #include "memory.h"
 #include "rows.h"
 #include "transpose.h"
@@ -60,6 +61,15 @@ struct Ahead {
     }
   }
 };
+
+// Beside products: a part at each call
+struct Fetching {
+  Ahead& ahead;
+  void operator()(int64_t) const { ahead.fetch(); }
+};
+
+// Whether more is fetched beside products than the rows they need next: AMD's processors have enough lines under way for it.
+static const bool kFetchesMore = strcmp(vendor(), "amd") == 0;
 
 constexpr int64_t kPanelElements = 1 << 17;  // that L2 holds beside activations: half a MiB in float
 

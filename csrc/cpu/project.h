@@ -123,8 +123,9 @@ struct Project {
   int64_t segment_scratch(int64_t count) const {
     return panels_size(run_length()) + 2 * Block<Acc>::size(Product::kRows) + count * sums();
   }
-  template <class Rank>
-  void run_segment(int64_t t0, int64_t count, Rank* u, Acc* scratch) const {
+  // next(calls): what will be read then, in so many calls
+  template <class Rank, class Next>
+  void run_segment(int64_t t0, int64_t count, Rank* u, Acc* scratch, Next&& next) const {
     [[maybe_unused]] typename Product::Scope scope;
     Acc* sum = scratch + panels_size(run_length()) + 2 * Block<Acc>::size(Product::kRows);
     clear_sums(count, sum);
@@ -132,7 +133,8 @@ struct Project {
       for (int64_t done = 0; done < cut.per_block; done += run_length()) {
         const int64_t begin = block * cut.per_block + done, chunks = smaller(run_length(), cut.per_block - done);
         const Panels panels = read_panels(begin, chunks, count, scratch);
-        add_run(panels, begin, chunks, t0, count, sum, scratch + panels_size(run_length()));
+        Ahead ahead = ahead_of_run(begin + chunks, calls_of_others(chunks, count), next);
+        add_run(panels, begin, chunks, t0, count, sum, scratch + panels_size(run_length()), Fetching{ahead});
       }
       finish_chunk((block + 1) * cut.per_block - 1, count, sum, u);
     }
@@ -172,9 +174,24 @@ struct Project {
   }
 
  private:
+  // How often add_rows calls others(p) for `chunks` chunks of `count` tokens
+  int64_t calls_of_others(int64_t chunks, int64_t count) const {
+    const int64_t groups = ceil_div(count, Product::kRows), tiles = ceil_div(r, kTile<Acc>) - 1;
+    return groups * tiles * chunks * ceil_div(cut.columns / kTerms, kSteps);
+  }
+  // Of the run of chunks that begins at `begin`, or next(calls) after the last one
+  template <class Next>
+  Ahead ahead_of_run(int64_t begin, int64_t calls, Next&& next) const {
+    if (!kFetchesMore || calls == 0) return {};
+    if (begin == chunks()) return next(calls);
+    const int64_t first = cut.first(begin), rows = smaller(run_length() * cut.columns, cut.block_width - first);
+    return Ahead::of(P, cut.block(begin), first, rows, 0, r, calls);
+  }
+
   // Adds the part of `chunks` chunks of one block, from `begin` on, to the sums of `count` tokens.
-  void add_run(const Panels& panels, int64_t begin, int64_t chunks, int64_t t0, int64_t count, Acc* sum,
-               Acc* scratch) const {
+  template <class Others>
+  void add_run(const Panels& panels, int64_t begin, int64_t chunks, int64_t t0, int64_t count, Acc* sum, Acc* scratch,
+               Others&& others) const {
     const bool ahead = copied_ahead();
     // Twelve lines at once held up Zen 4's products; Intel's were slower by parts.
     const bool in_parts = l1_ways() < kMaxRows;
@@ -218,7 +235,7 @@ struct Project {
             else if (part == 0)
               copy(p);
           };
-          add_rows(group, panels, i * cut.columns, length, a, true, sum + m * sums(), each, nothing);
+          add_rows(group, panels, i * cut.columns, length, a, true, sum + m * sums(), each, others);
           for (int64_t p = round_up(length / kTerms, kSteps); p < next_steps; p += kSteps) copy(p);
           const Block<Acc> last = now;
           now = next, next = last;
