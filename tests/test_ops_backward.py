@@ -110,6 +110,19 @@ def test_results_are_right_where_rows_lie_in_one_set_of_a_cache(
     assert_gradients_near(replace(inputs, grad=apart(inputs.grad)))
 
 
+# One block of tokens (128, of pairs 256) and one more; ranks of one tile and a part of a vector, of whole vectors and of whole tiles
+@pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16], ids=NAMES.get)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=NAMES.get)
+@pytest.mark.parametrize(("k", "n", "m", "rb"), [(3, 70, 34, 11), (2, 300, 46, 24), (2, 26, 290, 32)])
+@pytest.mark.parametrize("T", [7, 64, 128, 129, 255, 256, 257])
+def test_gradients_are_right_where_dA_is_written_as_rows(
+    T: int, k: int, n: int, m: int, rb: int, dtype: torch.dtype, adapter: torch.dtype, device: torch.device
+) -> None:
+    """On the CPU, from one block of tokens and without a hybrid part (write_rows of csrc/cpu/weight_gradient.h)."""
+    case = Case(leading=(T,), k=k, n=n, m=m, rb=rb, x_dtype=dtype, base_dtype=dtype, adapter_dtype=adapter)
+    assert_gradients_near(case.inputs(device))
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3], ids=["", "dropout"])
 @pytest.mark.parametrize("adapter", DTYPES, ids=lambda d: NAMES[d])
 @pytest.mark.parametrize("rb", [1, 5, 16])

@@ -51,6 +51,9 @@ struct BackwardPasses {
   const int64_t wanted_segments = one_segment() ? 1 : round_up(ceil_div(s.T, kSegment), 2);
   const int64_t segment_tokens = larger(round_up(ceil_div(s.T, wanted_segments), Product::kRows), Product::kRows);
   const int64_t segments = ceil_div(s.T, segment_tokens);
+  // Whether dA is written as rows of ranks
+  const bool dA_in_rows = !kTiles && segments == 1 && s.T <= kTokens * kTerms && s.h == 0 && s.r >= kTile<Acc> &&
+                          p.grad.A.column_stride == 1;
 
   // Some tokens, `index` of their wave; their rows of u and dH begin at `row`.
   struct Segment {
@@ -66,7 +69,9 @@ struct BackwardPasses {
   };
   const int64_t panels_size =
       larger(from_g.sums(), larger(to_x.panels_size(kChunk), larger(from_g.panels_size(1), from_x.panels_size(1))));
-  const int64_t gradient_ranks_size = round_up(ranks * gradient.pieces * gradient.steps(segment_tokens), kWidth<Acc>);
+  const int64_t gradient_ranks_size =
+      larger(round_up(ranks * gradient.pieces * gradient.steps(segment_tokens), kWidth<Acc>),
+             dA_in_rows ? gradient.rank_rows_size(s.T) : 0);
   const int64_t expanded_size = of_wave.dH_in_place() ? 0 : segment_tokens * expanded.token;
   const int64_t block_rows = smaller(kTokens, gradient.steps(s.T));
   const int64_t sums_size = segments == 1 ? ranks * kChunk : 0;
@@ -125,7 +130,7 @@ struct BackwardPasses {
     if (want_x) panels = to_x.read_panels(block, column, columns, g.tokens, b.panels);
     if (new_ranks)
       of_wave.with_dH(g.row, [&](const auto* dH) {
-        if (dA.wanted()) gradient.read_ranks(dH, block, g.tokens, b.gradient_ranks);
+        if (dA.wanted()) read_dA_ranks(dH, block, g.tokens, b.gradient_ranks);
         if constexpr (kTiles) {
           if (want_x && !of_wave.dH_in_place())
             expanded.split(dH + block * s.r, dH + s.k * s.r, row, g.tokens, b.expanded);
@@ -135,12 +140,13 @@ struct BackwardPasses {
     const bool copy = mask.on || (dA.wanted() && !usable_in_place<Acc>(p.x, mask));
     for_blocks(g, [&](int64_t m, int64_t tokens) {
       if (copy) read(from_x, chunk, g.t0 + m, tokens, b);
-      if (dA.wanted())
-        gradient.add(b.gradient_ranks, g.tokens, m, tokens, rows(from_x, chunk, g.t0 + m, copy, b), columns, m > 0,
-                     sums, prefetch_from(from_x, chunk, g, m + tokens, tokens), b.kept);
+      const auto x = rows(from_x, chunk, g.t0 + m, copy, b);
+      if (dA.wanted() && !write_dA(chunk, g, x, b))
+        gradient.add(b.gradient_ranks, g.tokens, m, tokens, x, columns, m > 0, sums,
+                     prefetch_from(from_x, chunk, g, m + tokens, tokens), b.kept);
       if (want_x) expand_block(panels, chunk, g, m, tokens, b, others);
     });
-    if (dA.wanted() && segments == 1) dA.write(chunk, sums);
+    if (dA.wanted() && segments == 1 && !dA_in_rows) dA.write(chunk, sums);
   }
 
  private:
@@ -230,6 +236,34 @@ struct BackwardPasses {
       std::swap(now, next);
     });
     if (interleave) pad_block(tokens, length, b);
+  }
+
+  // What dA takes of dH
+  template <class Rank>
+  void read_dA_ranks(const Rank* dH, int64_t block, int64_t tokens, Acc* to) const {
+    if constexpr (!kTiles) {
+      if (dA_in_rows) return gradient.read_rank_rows(dH, block, tokens, to);
+    }
+    gradient.read_ranks(dH, block, tokens, to);
+  }
+
+  // dA of a chunk of all tokens of x, if it is written as rows; the next chunk is fetched meanwhile.
+  bool write_dA(int64_t chunk, const Segment& g, const Source<Acc>& x, Buffers b) const {
+    if (!dA_in_rows) return false;
+    const int64_t columns = from_x.cut.length(chunk);
+    const int64_t tiles = ceil_div(columns, Product::kRows) * ceil_div(s.r, kTile<Acc>);
+    Ahead ahead = Ahead::of_rows(prefetch_from(from_x, chunk, g, g.tokens, g.tokens), g.tokens, columns,
+                                 tiles * ceil_div(gradient.steps(g.tokens), kSteps));
+    const Param& to = p.grad.A;
+    for_dtype<Acc>(to.dtype, [&](auto* type) {
+      using P = std::remove_pointer_t<decltype(type)>;
+      P* out = static_cast<P*>(to.data) + from_x.cut.block(chunk) * to.block_stride +
+               from_x.cut.first(chunk) * to.row_stride;
+      if constexpr (!kTiles)
+        gradient.template write_rows<P>(b.gradient_ranks, g.tokens, x, columns, from_x.scale, out, to.row_stride,
+                                        Fetching{ahead});
+    });
+    return true;
   }
 
   // dx of tokens m0.. of a segment's chunk

@@ -88,6 +88,12 @@ inline __attribute__((always_inline)) void interleave(const bf16* first, __mmask
   _mm512_storeu_si512(to + 16, _mm512_permutex2var_epi16(a, high, b));
 }
 
+// The same of the first `columns` of two rows, at most 32; no second row: zeros
+inline void interleave_two_rows(const bf16* first, const bf16* second, int64_t columns, float* to) {
+  const __mmask32 some = first_columns(columns);
+  interleave(first, some, second, second == nullptr ? 0 : some, to);
+}
+
 // Columns [begin, end) of `rows` rows, as far as there are columns, two and two as a row of a block of pairs; begin and end are
 // multiples of 32 or the last column. Where rows are odd, the last one is paired with zeros. kept: of the rows' mask, or null
 inline __attribute__((always_inline)) void interleave_rows(Source<bf16> from, int64_t rows, int64_t begin, int64_t end,
@@ -161,8 +167,7 @@ inline Panel<float> pack_pairs(const Param& param, int64_t offset, int64_t rows,
       for (int64_t i = 0; i < pairs; i++) {
         const bf16* pair = from + 2 * i * param.row_stride + c;
         __builtin_prefetch(pair + 24 * param.row_stride);
-        const __mmask32 some = first_columns(columns - c);
-        interleave(pair, some, pair + param.row_stride, some, at + i * kTile<float>);
+        interleave_two_rows(pair, pair + param.row_stride, columns - c, at + i * kTile<float>);
       }
     } else {
       const float* block = reinterpret_cast<const float*>(from) + c * as_floats.column_stride;

@@ -50,6 +50,15 @@ struct Ahead {
     return ahead;
   }
 
+  // `columns` of `rows` rows
+  static Ahead of_rows(const Prefetch& from, int64_t rows, int64_t columns, int64_t calls) {
+    Ahead ahead;
+    ahead.data = from.data, ahead.stride = from.row;
+    if (from.row != 0) ahead.runs = rows, ahead.bytes = columns * from.size;
+    ahead.lines = ceil_div(ahead.runs * ceil_div(ahead.bytes, 64), larger(calls, 1));
+    return ahead;
+  }
+
   void fetch() {
     for (int64_t left = lines; left > 0 && runs > 0;) {
       const int64_t count = smaller(left, ceil_div(bytes - at, 64));

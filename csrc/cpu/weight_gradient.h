@@ -42,6 +42,18 @@ struct RanksAndRows : PackedRows<Acc, MR> {
 template <class Acc, int MR, int NV>
 constexpr bool keeps_rows<RanksAndRows<Acc, MR, NV, true>> = true;
 
+// Columns of rows as they lie: a[m][p] = data[p*ld + m]
+template <class Acc>
+struct ColumnsOfRows {
+  const Acc* data;
+  int64_t ld;
+  inline __attribute__((always_inline)) Acc at(int m, int p) const { return data[p * ld + m]; }
+  template <int steps>
+  inline __attribute__((always_inline)) void next() {
+    data += steps * ld;
+  }
+};
+
 template <class Acc, class Product>
 struct WeightGradient {
   static constexpr int kTerms = Product::kTerms;
@@ -97,6 +109,38 @@ struct WeightGradient {
     });
   }
 
+  // The gradient itself, from all tokens, where they are one block and the ranks of a column are its rows (dA). Ranks are the vectors
+  // here: nothing is to be transposed.
+  //
+  //   out[i*ld + c] = scale * sum_t x'[t, column + i] * v[t, b*r + c]
+  //
+  // read_rank_rows: the ranks of `count` tokens that meet block b, in tiles of kTile; rank_rows_size(count) elements
+  int64_t rank_rows_size(int64_t count) const { return panel_size<Acc>(steps(count), r); }
+  template <class Rank>
+  void read_rank_rows(const Rank* v, int64_t b, int64_t count, Acc* to) const {
+    const int64_t ld = k * r + h;
+    for (int64_t c = 0; c < r; c += kTile<Acc>) {
+      const Rank* from = v + b * r + c;
+      for (int64_t t = 0; t < count; t += kTerms, from += kTerms * ld, to += kTile<Acc>) {
+        if constexpr (kTerms == 2)
+          interleave_two_rows(from, t + 1 < count ? from + ld : nullptr, r - c, to);
+        else
+          for (int64_t i = 0; i < kTile<Acc>; i += kWidth<Acc>) store<Acc>(to + i, load_some<Acc>(from + i, r - c - i));
+      }
+    }
+  }
+  // x: rows of all tokens, or pairs of them; each(p) as in multiply_steps
+  template <class P, class Each>
+  void write_rows(const Acc* ranks, int64_t tokens, const Source<Acc>& x, int64_t columns, Acc scale, P* out,
+                  int64_t ld, Each&& each) const {
+    for_row_groups(columns, [&](auto rows, int64_t i) {
+      for_column_tiles<Acc>(round_up(r, kWidth<Acc>), [&](auto nv, int64_t c) {
+        tile_of_columns(rows, nv, steps(tokens), Source<Acc>{x.data + i, x.ld}, ranks + c * steps(tokens), scale,
+                        out + i * ld + c, ld, r - c, each);
+      });
+    });
+  }
+
   static int64_t steps(int64_t tokens) { return round_up(ceil_div(tokens, kTerms), Product::kDepth); }
 
  private:
@@ -123,6 +167,22 @@ struct WeightGradient {
     const RanksAndRows<Acc, MR, NV, keep> a(ranks.data, x, steps, kept);
     multiply_steps<Product>(steps, a, x.data, x.ld, acc, each);
     store_sums(acc, accumulate, sums);
+  }
+  // The first `some` ranks, or all of the tile's
+  template <int MR, int NV, class P, class Each>
+  __attribute__((noinline)) static void tile_of_columns(Int<MR>, Int<NV>, int64_t steps, const Source<Acc>& x,
+                                                        const Acc* ranks, Acc scale, P* out, int64_t ld, int64_t some,
+                                                        Each&& each) {
+    Vec<Acc> acc[MR][NV] = {};
+    multiply_steps<Product>(steps, ColumnsOfRows<Acc>{x.data, x.ld}, ranks, kTile<Acc>, acc, each);
+    for_accumulators<MR, NV>([&](int m, int v) { acc[m][v] *= scale; });
+    if (some >= NV * kWidth<Acc>)
+      for_accumulators<MR, 1>([&](int m, int) { store_row<Acc, P, NV>(out + m * ld, acc[m]); });
+    else
+      for_accumulators<MR, NV>([&](int m, int v) {
+        const int64_t c = v * kWidth<Acc>;
+        store_some<Acc>(out + m * ld + c, acc[m][v], some - c);
+      });
   }
   template <int MR, int NV>
   static inline __attribute__((always_inline)) void store_sums(const Vec<Acc> (&acc)[MR][NV], bool accumulate,
