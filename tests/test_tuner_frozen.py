@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -139,7 +140,9 @@ def subclass_weight(layer: GraloraLinear) -> None:
 
 
 def add_second_adapter(layer: GraloraLinear) -> None:
-    layer.update_layer("other", "first", r=4, config=config(r=4, alpha=4))
+    for name in (*layer.adapter_layer_names, *layer.other_param_names):  # update_layer() differs among PEFT's versions
+        by_adapter = getattr(layer, name)
+        by_adapter["other"] = copy.deepcopy(by_adapter["default"])
     layer.set_adapter(["default", "other"])
 
 
