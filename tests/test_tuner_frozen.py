@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from tuner_helpers import DEVICE, Conv1DMlp, Mlp, Single, adapted, config, gradients, llama, pair, rows, tokens
+from tuner_helpers import DEVICE, Conv1DMlp, Mlp, Single, adapted, gradients, llama, pair, rows, tokens
 
 from gralora_ext import accelerate, restore
 from gralora_ext._loader import load
