@@ -181,7 +181,7 @@ struct WeightGradient {
     else
       for_accumulators<MR, NV>([&](int m, int v) {
         const int64_t c = v * kWidth<Acc>;
-        store_some<Acc>(out + m * ld + c, acc[m][v], some - c);
+        store_some<Acc>(out + m * ld + c, acc[m][v], larger(some - c, 0));
       });
   }
   template <int MR, int NV>
