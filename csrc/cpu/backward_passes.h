@@ -1,6 +1,8 @@
 // What backward does with one chunk of columns and one segment of tokens: a pass over g for dU and dB, one over x for dA and dx.
 #pragma once
 
+#include <utility>
+
 #include "backward_ranks.h"
 #include "expand.h"
 #include "gradient_totals.h"
@@ -212,7 +214,7 @@ struct BackwardPasses {
       rows = from.left_rows(t, tokens, column, length, b.block);
     }
     for_groups<Product>(tokens, [&](auto group, int64_t m) {
-      // Rows are fetched before those that are copied meanwhile.
+      // Those of the group that is copied during the next one
       const Prefetch prefetch = prefetch_from(from, chunk, g, m0 + m + (ahead ? 2 : 1) * group.count(), group.count());
       Source<Acc> a{rows.data + m * rows.ld, rows.ld};
       if (kTerms == 1) next = now + group.count() * kRow<Acc>;

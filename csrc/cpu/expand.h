@@ -40,13 +40,10 @@ struct Expand {
     return panels;
   }
 
-  // Of the panels of columns of block j, in `calls` calls, or while as many tokens meet as many columns; general parts are small.
-  Ahead ahead_in(int64_t calls, int64_t j, int64_t first, int64_t columns) const {
-    return Ahead::of(Q, j, 0, r, first, columns, calls);
-  }
+  // Of the panels of columns of block j, while as many tokens meet as many columns; general parts are small.
   Ahead ahead(int64_t j, int64_t first, int64_t columns, int64_t tokens) const {
     const int64_t groups = ceil_div(tokens, Product::kRows), tiles = ceil_div(columns, kTile<Acc>);
-    return ahead_in(groups * tiles * ceil_div(r / kTerms, kSteps), j, first, columns);
+    return Ahead::of(Q, j, 0, r, first, columns, groups * tiles * ceil_div(r / kTerms, kSteps));
   }
 
   // Whether products can be of pairs: of ranks that are rounded, for y of bf16

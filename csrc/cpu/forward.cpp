@@ -98,7 +98,9 @@ struct Forward {
       const int64_t t0 = item * tokens, count = smaller(tokens, T - t0);
       Acc *place = buffers.of(thread), *rest = place + place_size(tokens);
       with_ranks(t0, place, [&](auto* u) {
-        project.run_segment(t0, count, u, rest, [&](int64_t calls) { return expand.ahead_in(calls, 0, 0, strip); });
+        const int64_t columns = smaller(strip, p.shape.M / p.shape.k);
+        project.run_segment(t0, count, u, rest,
+                            [&](int64_t calls) { return Ahead::of(expand.Q, 0, 0, p.shape.r, 0, columns, calls); });
       });
       finish_ranks(t0, 0, count, place);
       expand_segment(t0, count, ranks(t0, place), rest);

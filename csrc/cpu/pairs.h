@@ -154,11 +154,11 @@ inline void transpose_pairs(const bf16* from, int64_t ld, int64_t rows, int64_t 
   for (int64_t m = 0; m < columns; m++) store<float>(to + m * ldto, load<float>(turned[m]));
 }
 
-// As pack_panel(): [rows/2, columns] pairs, and rows of zeros up to a multiple of `depth`. `rows` is even.
+// As pack_panel(): pairs of rows, the last one with zeros where rows are odd, and rows of zeros up to a multiple of `depth`
 inline Panel<float> pack_pairs(const Param& param, int64_t offset, int64_t rows, int64_t columns, int depth,
                                float* to) {
   const bf16* from = static_cast<const bf16*>(param.data) + offset;
-  const int64_t pairs = rows / 2, tile = round_up(pairs, depth) * kTile<float>;
+  const int64_t pairs = ceil_div(rows, 2), tile = round_up(pairs, depth) * kTile<float>;
   Param as_floats = param;
   as_floats.dtype = DType::f32, as_floats.column_stride /= 2;
   float* at = to;
@@ -167,7 +167,8 @@ inline Panel<float> pack_pairs(const Param& param, int64_t offset, int64_t rows,
       for (int64_t i = 0; i < pairs; i++) {
         const bf16* pair = from + 2 * i * param.row_stride + c;
         __builtin_prefetch(pair + 24 * param.row_stride);
-        interleave_two_rows(pair, pair + param.row_stride, columns - c, at + i * kTile<float>);
+        interleave_two_rows(pair, 2 * i + 1 < rows ? pair + param.row_stride : nullptr, columns - c,
+                            at + i * kTile<float>);
       }
     } else {
       const float* block = reinterpret_cast<const float*>(from) + c * as_floats.column_stride;

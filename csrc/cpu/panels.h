@@ -40,23 +40,17 @@ struct Ahead {
     const int64_t offset = block * param.block_stride + row0 * param.row_stride + column0 * param.column_stride;
     const bool in_rows = param.column_stride == 1;
     if (!in_rows && param.row_stride != 1) return {};
-    Ahead ahead;
-    ahead.data = static_cast<const char*>(param.data) + offset * size;
-    ahead.runs = in_rows ? rows : columns;
-    ahead.bytes = (in_rows ? columns : rows) * size;
-    ahead.stride = (in_rows ? param.row_stride : param.column_stride) * size;
-    if (ahead.stride == ahead.bytes) ahead.bytes *= ahead.runs, ahead.runs = 1;
-    ahead.lines = ceil_div(ahead.runs * ceil_div(ahead.bytes, 64), larger(calls, 1));
-    return ahead;
+    const int64_t stride = (in_rows ? param.row_stride : param.column_stride) * size;
+    return of_runs(static_cast<const char*>(param.data) + offset * size, in_rows ? rows : columns,
+                   (in_rows ? columns : rows) * size, stride, calls);
   }
-
   // `columns` of `rows` rows
   static Ahead of_rows(const Prefetch& from, int64_t rows, int64_t columns, int64_t calls) {
-    Ahead ahead;
-    ahead.data = from.data, ahead.stride = from.row;
-    if (from.row != 0) ahead.runs = rows, ahead.bytes = columns * from.size;
-    ahead.lines = ceil_div(ahead.runs * ceil_div(ahead.bytes, 64), larger(calls, 1));
-    return ahead;
+    return from.row == 0 ? Ahead{} : of_runs(from.data, rows, columns * from.size, from.row, calls);
+  }
+  static Ahead of_runs(const char* data, int64_t runs, int64_t bytes, int64_t stride, int64_t calls) {
+    if (stride == bytes) bytes *= runs, runs = 1;
+    return {data, runs, bytes, stride, 0, ceil_div(runs * ceil_div(bytes, 64), larger(calls, 1))};
   }
 
   void fetch() {

@@ -19,6 +19,10 @@ template <>
 struct DTypeOf<double> {
   static constexpr DType value = DType::f64;
 };
+template <>
+struct DTypeOf<bf16> {
+  static constexpr DType value = DType::bf16;
+};
 
 // Calls f with a null pointer of the element type. Where a tensor is float64, sums are too: never float64 beside float.
 template <class Acc, class F>

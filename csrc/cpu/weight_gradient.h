@@ -118,16 +118,11 @@ struct WeightGradient {
   int64_t rank_rows_size(int64_t count) const { return panel_size<Acc>(steps(count), r); }
   template <class Rank>
   void read_rank_rows(const Rank* v, int64_t b, int64_t count, Acc* to) const {
-    const int64_t ld = k * r + h;
-    for (int64_t c = 0; c < r; c += kTile<Acc>) {
-      const Rank* from = v + b * r + c;
-      for (int64_t t = 0; t < count; t += kTerms, from += kTerms * ld, to += kTile<Acc>) {
-        if constexpr (kTerms == 2)
-          interleave_two_rows(from, t + 1 < count ? from + ld : nullptr, r - c, to);
-        else
-          for (int64_t i = 0; i < kTile<Acc>; i += kWidth<Acc>) store<Acc>(to + i, load_some<Acc>(from + i, r - c - i));
-      }
-    }
+    const Param rows{const_cast<Rank*>(v), DTypeOf<Rank>::value, 0, k * r + h, 1};
+    if constexpr (kTerms == 2)
+      pack_pairs(rows, b * r, count, r, Product::kDepth, to);
+    else
+      pack_panel<Acc>(rows, b * r, count, r, to);
   }
   // x: rows of all tokens, or pairs of them; each(p) as in multiply_steps
   template <class P, class Each>
