@@ -60,6 +60,16 @@ auto new_node() {
     return c10::make_intrusive<Recorded<T>>();
 }
 
+// Before anything is written: autograd would refuse it only when it is to be kept
+void check_keepable(const at::Tensor& tensor, const char* name) {
+  check_given(tensor, name);
+  TORCH_CHECK(!tensor.is_inference(), "gralora_ext: ", name,
+              " must not be an inference tensor where a gradient is wanted: clone it, or call under torch.no_grad()");
+}
+void check_keepable(const OptionalTensor& tensor, const char* name) {
+  if (tensor.has_value()) check_keepable(*tensor, name);
+}
+
 // Calls run(context), which saves what T::backward needs, and makes y the output of a node that has an edge for each input. This is
 // what torch's Function<T>::apply does, without a description of each input and sets of outputs, which took twice as long as the op.
 template <class T, class Run, class... Inputs>
@@ -124,7 +134,10 @@ ForwardResult forward_recorded_or_not(const at::Tensor& x, const at::Tensor& bas
     const at::AutoDispatchBelowADInplaceOrView guard;
     return run();
   }
-  check_given(x, "x"), check_given(base, "base"), check_given(A, "A"), check_given(B, "B");
+  check_given(base, "base");
+  check_keepable(x, "x"), check_keepable(A, "A"), check_keepable(B, "B"), check_keepable(seed, "seed");
+  check_keepable(A_general, "A_general"), check_keepable(B_general, "B_general");
+  if (into_base) check_keepable(base, "base");
   TORCH_CHECK(!(into_base && base.is_leaf() && base.requires_grad()),
               "gralora_ext: base is a leaf that requires grad, so y cannot be written into it");
   const auto run_and_save = [&](AutogradContext& ctx) -> ForwardResult {
@@ -180,7 +193,8 @@ ForwardResult linear_autograd(const at::Tensor& x, const at::Tensor& weight, con
     const at::AutoDispatchBelowADInplaceOrView guard;
     return run();
   }
-  check_given(x, "x"), check_given(weight, "weight"), check_given(A, "A"), check_given(B, "B");
+  check_keepable(x, "x"), check_keepable(weight, "weight"), check_keepable(A, "A"), check_keepable(B, "B");
+  check_keepable(A_general, "A_general"), check_keepable(B_general, "B_general"), check_keepable(seed, "seed");
   const auto run_and_save = [&](AutogradContext& ctx) {
     ForwardResult result = run();
     const auto& [y, u, mask] = result;

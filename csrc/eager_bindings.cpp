@@ -7,6 +7,7 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/jit/frontend/tracer.h>
 
@@ -93,15 +94,31 @@ PyObject* merge_into(PyObject*, PyObject* const* all, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// Whether a call is recorded as torch's own binding makes it, or its tensors are those of a transform
-bool is_transformed() {
-  return torch::jit::tracer::isTracing() ||
-         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+// Whether derivatives are taken by other means than autograd's graph: by a transform of torch.func, or in forward mode. The ops
+// have a backward alone, so plain torch operations take their place.
+bool differs_otherwise() {
+  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+         torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr;
 }
 
-PyObject* is_plain_mode(PyObject*, PyObject*) {
-  return PyBool_FromLong(!at::autocast::is_autocast_enabled(at::kCPU) &&
-                         c10::impl::TorchDispatchModeTLS::stack_len() == 0 && !is_transformed());
+// Whether nothing but autograd looks at the operations of a call. Dispatch modes do (selective activation checkpointing keeps outputs
+// that it may return again, a profiler counts), and so does tracing: an output written in place, or an operation that stands for
+// several, would not be what they saw.
+bool is_unobserved() {
+  return c10::impl::TorchDispatchModeTLS::stack_len() == 0 && !torch::jit::tracer::isTracing() && !differs_otherwise();
+}
+
+PyObject* needs_plain_torch(PyObject*, PyObject*) { return PyBool_FromLong(differs_otherwise()); }
+
+// (x, least)
+PyObject* may_be_one_operation(PyObject*, PyObject* const* all, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  const Arguments a{all, count};
+  a.expect(2);
+  const at::Tensor& x = a.tensor(0);
+  return PyBool_FromLong(THPVariable_CheckExact(all[0]) && x.is_cpu() && is_unobserved() &&
+                         !at::autocast::is_autocast_enabled(at::kCPU) && x.numel() >= a.number(1));
+  END_HANDLE_TH_ERRORS
 }
 
 // (base, x)
@@ -110,7 +127,7 @@ PyObject* may_write_into(PyObject*, PyObject* const* all, Py_ssize_t count) {
   const Arguments a{all, count};
   a.expect(2);
   const bool plain = reinterpret_cast<PyObject*>(Py_TYPE(all[0])) == THPVariableClass && THPVariable_CheckExact(all[1]);
-  return PyBool_FromLong(plain && !is_transformed() && a.tensor(0).is_contiguous() &&
+  return PyBool_FromLong(plain && is_unobserved() && a.tensor(0).is_contiguous() &&
                          !a.tensor(0).is_alias_of(a.tensor(1)));
   END_HANDLE_TH_ERRORS
 }
@@ -129,11 +146,16 @@ PyMethodDef eager_methods[] = {
      "torch.ops.gralora_ext.linear by position, its first result alone. For eager mode, where is_plain_mode says so."},
     {"merge_into", by_place(&merge_into), METH_FASTCALL,
      "torch.ops.gralora_ext.merge_ by position, of which autograd learns nothing."},
-    {"is_plain_mode", &is_plain_mode, METH_NOARGS,
-     "Whether there is no autocast on the CPU, no functorch transform, no tracing and no dispatch mode."},
+    {"needs_plain_torch", &needs_plain_torch, METH_NOARGS,
+     "Whether a transform of torch.func or forward-mode differentiation is on, for which the ops have no rule."},
+    {"may_be_one_operation", by_place(&may_be_one_operation), METH_FASTCALL,
+     "Whether the first tensor, x, is a tensor proper on the CPU with as many elements at least, and there is no "
+     "autocast, no "
+     "dispatch mode, no tracing, and needs_plain_torch is false."},
     {"may_write_into", by_place(&may_write_into), METH_FASTCALL,
-     "Whether y may take the memory of the first tensor, beside the second, x: tensors proper, contiguous, apart, not "
-     "transformed."},
+     "Whether y may take the memory of the first tensor, beside the second, x: tensors proper, contiguous, apart, with "
+     "no "
+     "dispatch mode, no tracing, and needs_plain_torch false."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -1,13 +1,18 @@
 """GraLoRA, fast: fused C++ kernels and layer classes that plug into PEFT's tuner API.
 
 ``gralora_ext.enable()`` makes PEFT's GRALORA type build fused layers; ``gralora_ext.accelerate(model)`` converts the
-GraLoRA layers of an existing PEFT model in place. Names are imported at their first use, so that importing the package
-is cheap and works where the native extension is missing (``gralora-ext info`` then says why).
+GraLoRA layers of an existing PEFT model in place.
+
+Importing the package registers its operations with torch, so that exported and compiled programs that hold them can be loaded.
+It also works where the native extension is missing (``gralora-ext info`` then says why): the names that need it raise then.
+PEFT is imported at the first use of a name that needs it.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -42,3 +47,25 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+def _is_console_script() -> bool:
+    """Whether this process is ``gralora-ext`` or ``python -m gralora_ext``, and Python is still looking for its main module.
+
+    A typing error there should be answered at once; importing torch takes seconds.
+    """
+    program = sys.argv[0] if sys.argv else ""
+    if program == "-m":
+        return sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] == [__name__]
+    return os.path.basename(program) == "gralora-ext"
+
+
+def _register_operations() -> None:
+    try:
+        importlib.import_module("._registrations", __name__)
+    except (ImportError, RuntimeError, ValueError):
+        pass  # not built, for another torch, or a wrong environment: importing ops says so
+
+
+if not _is_console_script():
+    _register_operations()

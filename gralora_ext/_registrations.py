@@ -1,4 +1,4 @@
-"""Loads the extension and tells torch.compile and FakeTensor what they cannot see: shapes, and what is for eager mode only.
+"""Loads the extension and tells torch what it cannot see: shapes, FLOPs, and what is for eager mode only.
 
 The autograd of the forward op is in C++ (``csrc/autograd.cpp``): a Python one would cost more than a decode step.
 """
@@ -11,19 +11,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _flops  # noqa: F401  registers what the ops cost
 from ._loader import load
 
 _native = load()
 
 
+# What the layers ask of the native module in eager mode, as torch.compile sees it.
+
+
 @torch.compiler.substitute_in_graph(_native.may_write_into, skip_signature_check=True)
-def _(*tensors: Tensor) -> bool:
-    return False
+def _(base: Tensor, x: Tensor) -> bool:
+    return False  # the compiler chooses the buffers
 
 
-@torch.compiler.substitute_in_graph(_native.is_plain_mode, skip_signature_check=True)
+@torch.compiler.substitute_in_graph(_native.needs_plain_torch, skip_signature_check=True)
 def _() -> bool:
-    return False
+    return torch._C._functorch.maybe_current_level() is not None
+
+
+@torch.compiler.substitute_in_graph(_native.may_be_one_operation, skip_signature_check=True)
+def _(x: Tensor, least: int) -> bool:
+    """Whatever the number of tokens, so that one graph serves them all; an exported program keeps the base layer."""
+    return x.is_cpu and not (
+        torch.compiler.is_exporting()
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._functorch.maybe_current_level() is not None
+    )
+
+
+@torch.compiler.substitute_in_graph(_native.linear, skip_signature_check=True)
+def _(*arguments: Any) -> Tensor:
+    return torch.ops.gralora_ext.linear.default(*arguments)[0]
 
 
 def _check_devices(**tensors: Tensor | None) -> None:
@@ -66,6 +85,31 @@ def _kept_mask(x: Tensor, k: int, dropout_p: float) -> Tensor:
     return x.new_empty((_tokens(x) if keeps else 0, x.shape[-1] // 8), dtype=torch.uint8)
 
 
+def check_forward(
+    x: Tensor,
+    base: Tensor,
+    A: Tensor,
+    B: Tensor,
+    A_general: Tensor | None,
+    B_general: Tensor | None,
+    seed: Tensor | None,
+) -> None:
+    """What ``csrc/checks.h`` says of shapes and devices, where its kernels are not called.
+
+    Raises:
+        ValueError: the tensors are on several devices, or x or base does not fit A and B.
+    """
+    _check_devices(x=x, base=base, A=A, B=B, A_general=A_general, B_general=B_general, seed=seed)
+    N, M = A.shape[0] * A.shape[1], B.shape[0] * B.shape[2]
+    if x.shape[-1] != N:
+        raise ValueError(f"gralora_ext: x must be [..., N] = [..., {N}], but has shape {list(x.shape)}")
+    if base.shape[-1] != M or base.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            f"gralora_ext: base must be [..., M] = [..., {M}] with x's leading dimensions, "
+            f"but has shape {list(base.shape)} beside x of shape {list(x.shape)}"
+        )
+
+
 @torch.library.register_fake("gralora_ext::gralora")
 def _fake_forward(
     x: Tensor,
@@ -78,16 +122,8 @@ def _fake_forward(
     scaling: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_devices(x=x, base=base, A=A, B=B, A_general=A_general, B_general=B_general, seed=seed)
-    k, block_in, _ = A.shape
-    if x.shape[-1] != k * block_in:
-        raise ValueError(f"gralora_ext: x must be [..., N] = [..., {k * block_in}], but has shape {list(x.shape)}")
-    if base.shape[-1] != B.shape[0] * B.shape[2] or base.shape[:-1] != x.shape[:-1]:
-        raise ValueError(
-            f"gralora_ext: base must be [..., M] = [..., {B.shape[0] * B.shape[2]}] with x's leading dimensions, "
-            f"but has shape {list(base.shape)} beside x of shape {list(x.shape)}"
-        )
-    return torch.empty_like(base), _kept_u(x, base, A, A_general), _kept_mask(x, k, dropout_p)
+    check_forward(x, base, A, B, A_general, B_general, seed)
+    return torch.empty_like(base), _kept_u(x, base, A, A_general), _kept_mask(x, A.shape[0], dropout_p)
 
 
 @torch.library.register_fake("gralora_ext::gralora_")

@@ -1,4 +1,6 @@
-"""The contract of the three operations; shapes, dtypes and devices are checked by the C++ ops (``csrc/checks.h``).
+"""The contract of the operations; shapes, dtypes and devices are checked by the C++ ops (``csrc/checks.h``).
+
+Where these have no kernel or no derivative (:mod:`gralora_ext.kernels`), plain torch operations do the same.
 
 Letters: T tokens (all leading dimensions of x), N in_features, M out_features, k the grid, r the rank, rb = r/k,
 h the rank of the plain LoRA beside it, s the scaling. Source of the method: GraLoRA, arXiv 2505.20355.
@@ -8,8 +10,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from . import _registrations  # noqa: F401  loads the extension and registers the fake implementations
+from . import (
+    _registrations,
+    kernels,
+    reference,
+)
 from .reference import draw_seed
 
 _gralora = torch.ops.gralora_ext.gralora.default
@@ -58,7 +65,28 @@ def gralora(
         TypeError: a dtype is not one of the four, or A, B, A_general and B_general differ in dtype.
     """
     p = dropout_p if training else 0.0
-    return _gralora(x, base, A, B, A_general, B_general, _seed(x, p), scaling, p)[0]
+    return add_path(x, base, A, B, A_general, B_general, _seed(x, p), scaling, p)
+
+
+def add_path(
+    x: Tensor,
+    base: Tensor,
+    A: Tensor,
+    B: Tensor,
+    A_general: Tensor | None,
+    B_general: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+) -> Tensor:
+    """:func:`gralora` with the seed of its dropout mask given; None where ``dropout_p`` is 0."""
+    if kernels.can_take(x):
+        return _gralora(x, base, A, B, A_general, B_general, seed, scaling, dropout_p)[0]
+    _registrations.check_forward(x, base, A, B, A_general, B_general, seed)
+    with kernels.without_autocast(x.device):
+        return reference.gralora(
+            x, base, A, B, scaling=scaling, A_general=A_general, B_general=B_general, dropout_p=dropout_p, seed=seed
+        )
 
 
 def gralora_(
@@ -89,7 +117,9 @@ def gralora_(
         RuntimeError: ``base`` is a leaf that requires grad; in backward, another operation has saved ``base``.
     """
     p = dropout_p if training else 0.0
-    return _gralora_(x, base, A, B, A_general, B_general, _seed(x, p), scaling, p)[0]
+    if kernels.can_take(x):
+        return _gralora_(x, base, A, B, A_general, B_general, _seed(x, p), scaling, p)[0]
+    return base.copy_(add_path(x, base, A, B, A_general, B_general, _seed(x, p), scaling, p))
 
 
 def _seed(x: Tensor, dropout_p: float) -> Tensor | None:
@@ -137,7 +167,10 @@ def linear(
         RuntimeError: ``weight`` or ``bias`` requires grad, or the tensors are not on the CPU.
     """
     p = dropout_p if training else 0.0
-    return _linear(x, weight, bias, A, B, A_general, B_general, _seed(x, p), scaling, p, own_gemm)[0]
+    if kernels.can_take(x):
+        return _linear(x, weight, bias, A, B, A_general, B_general, _seed(x, p), scaling, p, own_gemm)[0]
+    base = functional.linear(x, weight, bias)
+    return add_path(x, base, A, B, A_general, B_general, _seed(x, p), scaling, p)
 
 
 def merge_(
@@ -166,8 +199,12 @@ def merge_(
         ValueError, TypeError: as :func:`gralora`.
     """
     with torch.no_grad():
-        _merge_(weight, A, B, A_general, B_general, scaling, fan_in_fan_out)
-    return weight
+        if kernels.can_take(weight):
+            _merge_(weight, A, B, A_general, B_general, scaling, fan_in_fan_out)
+            return weight
+    return reference.merge_(
+        weight, A, B, scaling=scaling, A_general=A_general, B_general=B_general, fan_in_fan_out=fan_in_fan_out
+    )
 
 
 def delta_weight(
@@ -185,4 +222,8 @@ def delta_weight(
     Args, raises: as :func:`merge_`.
     """
     with torch.no_grad():
-        return _delta_weight(A, B, A_general, B_general, scaling, fan_in_fan_out)
+        if kernels.can_take(A):
+            return _delta_weight(A, B, A_general, B_general, scaling, fan_in_fan_out)
+        return reference.delta_weight(
+            A, B, scaling=scaling, A_general=A_general, B_general=B_general, fan_in_fan_out=fan_in_fan_out
+        )

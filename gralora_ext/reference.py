@@ -28,10 +28,10 @@ def _mulhilo(m: int, x: Tensor) -> tuple[Tensor, Tensor]:
     return (high >> 16) + (mid >> 16), ((mid & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-def philox_4x32_10(seed: int, counter: Tensor) -> Tensor:
+def philox_4x32_10(seed: int | Tensor, counter: Tensor) -> Tensor:
     """Philox-4x32-10 (Salmon et al., SC 2011) of ``counter [n]`` (int64, ≥ 0) under the 64-bit key ``seed``.
 
-    Returns ``[n, 4]`` 32-bit values held in int64. The upper two counter words are zero.
+    ``seed`` may be one int64 element on ``counter``'s device, which is then not waited for. Returns ``[n, 4]`` 32-bit values held in int64. The upper two counter words are zero.
     """
     k0, k1 = seed & _LOW32, (seed >> 32) & _LOW32
     c0, c1 = counter & _LOW32, (counter >> 32) & _LOW32
@@ -44,7 +44,7 @@ def philox_4x32_10(seed: int, counter: Tensor) -> Tensor:
     return torch.stack((c0, c1, c2, c3), dim=-1)
 
 
-def dropout_draws(seed: int, counter: Tensor) -> Tensor:
+def dropout_draws(seed: int | Tensor, counter: Tensor) -> Tensor:
     """The draws of 16 bits, under the 64-bit key ``seed``, of elements ``16 c .. 16 c + 15`` for each c of ``counter [n]``.
 
     Returns ``[16 n]`` values in [0, 2¹⁶), held in int64. With b the 16 bytes of :func:`philox_4x32_10`, those of a word
@@ -62,8 +62,13 @@ def dropout_mask(seed: Tensor, shape: tuple[int, ...] | torch.Size, dropout_p: f
     Draws are those of the element's row-major index under the key ``seed`` (one int64 element); p counts in steps of 2⁻¹⁶.
     """
     n = math.prod(shape)
-    draws = dropout_draws(int(seed), torch.arange((n + 15) // 16, dtype=torch.int64, device=seed.device))
+    draws = dropout_draws(seed, torch.arange((n + 15) // 16, dtype=torch.int64, device=seed.device))
     return (draws[:n] >= round(dropout_p * 2**16)).reshape(shape)
+
+
+def drop(x: Tensor, seed: Tensor, dropout_p: float) -> Tensor:
+    """x after inverted dropout: elements that :func:`dropout_mask` keeps are divided by 1 - p, the others are zeros."""
+    return torch.where(dropout_mask(seed, x.shape, dropout_p), x / (1.0 - dropout_p), 0.0)
 
 
 def draw_seed(device: torch.device | str) -> Tensor:
@@ -99,8 +104,7 @@ def gralora(
     dtype = _compute_dtype(x, base, A, B, A_general, B_general)
     xd = x.to(dtype)
     if training and dropout_p > 0.0:
-        keep = dropout_mask(draw_seed(x.device) if seed is None else seed, x.shape, dropout_p)
-        xd = torch.where(keep, xd / (1.0 - dropout_p), 0.0)
+        xd = drop(xd, draw_seed(x.device) if seed is None else seed, dropout_p)
     H = torch.einsum("...ni,nic->...nc", xd.unflatten(-1, (k, A.shape[1])), A.to(dtype))
     update = torch.einsum("...jc,jco->...jo", exchange(H), B.to(dtype)).flatten(-2)
     if A_general is not None and B_general is not None:

@@ -1,4 +1,4 @@
-"""What torch's own machinery asks of an operation: opcheck, fake tensors, torch.compile, export, transforms."""
+"""What torch's own machinery asks of an operation: opcheck, fake tensors, torch.compile, export, the FLOP counter."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from helpers import LAYOUTS, NAMES, Case, assert_near, same_bits, value_and_gradients
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd import forward_ad
 
 from gralora_ext import ops
 
@@ -194,26 +193,3 @@ def test_compiled_autograd_gives_the_same_gradients(name: str, device: torch.dev
     assert torch._dynamo.utils.counters["compiled_autograd"]["captures"] == captures + 1
     for n, leaf in leaves.items():
         assert same_bits(leaf.grad, expected[n])
-
-
-def test_forward_mode_differentiation_is_refused(device: torch.device) -> None:
-    inputs = SMALL.inputs(device)
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
-        inputs.tensors["x"] = forward_ad.make_dual(inputs.tensors["x"], torch.ones_like(inputs.tensors["x"]))
-        ops.gralora(**inputs.tensors, scaling=0.5)
-
-
-def test_functional_grad_is_right_or_refused(device: torch.device) -> None:
-    """``torch.func`` may decline an op written in C++; a wrong gradient is what must not come."""
-    inputs = SMALL.inputs(device)
-    x, base, A, B = inputs.tensors.values()
-    expected = value_and_gradients(ops.gralora, inputs)["A"]
-
-    def loss(A: Tensor) -> Tensor:
-        return (ops.gralora(x, base, A, B, scaling=inputs.scaling) * inputs.grad).sum()
-
-    try:
-        gradient = torch.func.grad(loss)(A)
-    except (RuntimeError, NotImplementedError):
-        return
-    assert torch.allclose(gradient, expected)

@@ -78,6 +78,23 @@ def test_refuses_what_it_cannot_write_into(change, message: str, device: torch.d
     assert same_bits(inputs.tensors["base"].detach(), before)
 
 
+@pytest.mark.parametrize("name", ["x", "A", "B", "A_general", "B_general", "base"])
+def test_inference_tensors_are_refused_before_base_is_written(name: str, device: torch.device) -> None:
+    inputs = CASE.inputs(device)
+    tensors = inputs.tensors
+    with torch.inference_mode():
+        tensors[name] = tensors[name].clone()
+    trained = "B" if name == "A" else "A"
+    tensors[trained].requires_grad_()
+    before = tensors["base"].clone()
+    with pytest.raises(RuntimeError, match=f"{name} must not be an inference tensor"):
+        ops.gralora_(**tensors, scaling=0.5)
+    assert same_bits(tensors["base"], before)
+    if name != "base":
+        with pytest.raises(RuntimeError, match=f"{name} must not be an inference tensor"):
+            ops.gralora(**tensors, scaling=0.5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=NAMES.get)
 @pytest.mark.parametrize("adapter", [torch.bfloat16, torch.float32], ids=lambda d: f"adapter_{NAMES[d]}")
 @pytest.mark.parametrize("rb", [1, 20])

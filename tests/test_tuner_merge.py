@@ -10,6 +10,7 @@ import torch
 from helpers import MERGE_MISROUNDED, NAMES, same_bits
 from peft import convert_to_lora
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers.pytorch_utils import Conv1D
 from tuner_helpers import (
     Conv1DMlp,
@@ -193,6 +194,9 @@ def test_base_weight_that_cannot_take_a_merge_gives_an_error(safe: bool) -> None
         layer.merge(safe_merge=safe)
     layer.base_layer.weight = nn.Parameter(weight.to(torch.uint8), requires_grad=False)
     with pytest.raises(TypeError, match="uint8"):
+        layer.merge(safe_merge=safe)
+    layer.base_layer.weight = nn.Parameter(TwoTensor(weight, weight.clone()), requires_grad=False)
+    with pytest.raises(TypeError, match="float64 of class TwoTensor: dequantize or gather"):
         layer.merge(safe_merge=safe)
     assert not layer.merged
 

@@ -45,18 +45,22 @@ def how_to_multiply(layer: GraloraLinear, x: Tensor) -> tuple[str, bool] | None:
 
     It is asked at every call, so what is cheap and often false comes first, and nothing is called that can be looked up: beside a
     model's products and activations the interpreter's own data are in no cache, and a call of a Python function costs some 3 µs.
+    Nothing is compiled there, cast or looked at, since the base layer's operations are torch's own; under torch.compile the
+    layer is one operation in training, whatever the number of tokens.
     """
-    if type(x) not in _TENSORS or x.numel() < _TOKENS * layer.in_features or not x.is_cpu:
+    if not _native.may_be_one_operation(x, _TOKENS * layer.in_features):
         return None
-    dtype = x.dtype
-    quicker, trains = _IS_QUICKER and dtype == torch.float32, x.requires_grad and torch.is_grad_enabled()
-    if not (quicker or trains):
+    dtype, trains = x.dtype, x.requires_grad and torch.is_grad_enabled()
+    quicker = _IS_QUICKER and dtype == torch.float32
+    compiles = torch.compiler.is_compiling()
+    if not (trains or (quicker and not compiles)):
         return None
     modules = layer._modules
-    # Nothing is compiled, cast or looked at: the base layer's operations are torch's own.
-    if not _native.is_plain_mode() or not _only_multiplies(modules["base_layer"], dtype):
+    if not _is_frozen_layer(modules["base_layer"], dtype):
         return None
     name, adapters = layer._active_adapter, modules["gralora_A"]._parameters
+    if type(adapters) is not dict:  # an engine's, which gathers what is read
+        return None
     if type(name) is not str:
         names = [each for each in name if each in adapters]
         if len(names) != 1:
@@ -64,7 +68,14 @@ def how_to_multiply(layer: GraloraLinear, x: Tensor) -> tuple[str, bool] | None:
         (name,) = names
     elif name not in adapters:
         return None
-    if quicker and _multiplies_in_full_precision() and _pays(layer, name, x.numel() // layer.in_features):
+    if layer.hybrid_r[name] > 0 and not (
+        only_multiplies(modules["gralora_A_general"]._modules[name])
+        and only_multiplies(modules["gralora_B_general"]._modules[name])
+    ):
+        return None
+    # A graph serves all numbers of tokens: it is made for the least of which it is true that there are many.
+    tokens = _TOKENS if compiles else x.numel() // layer.in_features
+    if quicker and _multiplies_in_full_precision() and _pays(layer, name, tokens):
         return name, True
     return (name, False) if trains else None
 
@@ -91,15 +102,19 @@ def weight_of(base: nn.Module) -> Tensor:
     return weight.t() if type(base) is Conv1D else weight
 
 
+@torch.compiler.assume_constant_result  # a graph keeps what held when it was made
 def _multiplies_in_full_precision() -> bool:
     if _MATMUL is None:
         return torch.get_float32_matmul_precision() == "highest"
     return _MATMUL.fp32_precision in ("none", "ieee")
 
 
-def _only_multiplies(base: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether calling ``base`` is ``x Wᵀ + bias`` with tensors of ``dtype`` that need no gradient, and nothing beside it."""
-    kind, own = type(base), base.__dict__
+def only_multiplies(linear: nn.Module) -> bool:
+    """Whether calling ``linear``, a plain Linear or Conv1D, does nothing but multiply by the tensors that it holds.
+
+    Not so where an engine or a user has wrapped, hooked or patched it, or where its tensors are a library's own.
+    """
+    kind, own = type(linear), linear.__dict__
     if kind not in _FORWARDS or kind.forward is not _FORWARDS[kind] or "forward" in own:
         return False
     hooked = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
@@ -107,11 +122,19 @@ def _only_multiplies(base: nn.Module, dtype: torch.dtype) -> bool:
     if hooked or forward or forward_pre or backward or backward_pre:
         return False
     parameters = own["_parameters"]
+    return type(parameters) is dict and type(parameters.get("weight")) in _TENSORS
+
+
+def _is_frozen_layer(base: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether calling ``base`` is ``x Wᵀ + bias`` with tensors of ``dtype`` that need no gradient, and nothing beside it."""
+    if not only_multiplies(base):
+        return False
+    parameters = base.__dict__["_parameters"]
     bias = parameters.get("bias")
-    return _is_frozen(parameters.get("weight"), dtype) and (bias is None or _is_frozen(bias, dtype))
+    return _has_no_gradient(parameters["weight"], dtype) and (bias is None or _has_no_gradient(bias, dtype))
 
 
-def _is_frozen(parameter: Tensor | None, dtype: torch.dtype) -> bool:
+def _has_no_gradient(parameter: Tensor, dtype: torch.dtype) -> bool:
     return (
         type(parameter) in _TENSORS
         and parameter.dtype == dtype

@@ -10,14 +10,13 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .. import ops
+from .. import kernels, ops, reference
 from .._loader import load
 from ..reference import draw_seed
 from . import frozen
 
 _LINEAR_LAYERS = (nn.Linear, Conv1D)
 _native = load()
-_gralora = torch.ops.gralora_ext.gralora.default
 
 
 class GraloraLinear(Linear):
@@ -71,13 +70,13 @@ class GraloraLinear(Linear):
             in_place = (
                 isinstance(base_layer, _LINEAR_LAYERS)
                 and not base_layer._forward_hooks
+                and (x.is_cpu or kernels.has_kernels(x.device))
                 and _native.may_write_into(result, x)
             )
             active, adapters = self._active_adapter, modules["gralora_A"]
             for name in (active,) if type(active) is str else active:
                 if name in adapters._parameters or name in adapters:  # FSDP puts tensors in the parameters' places
-                    path = self._path(name, x)
-                    result = _native.gralora_into(x, result, *path) if in_place else _gralora(x, result, *path)[0]
+                    result = self._add_adapter(name, x, result, in_place)
         return result if result.dtype == x.dtype else result.to(x.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -118,45 +117,87 @@ class GraloraLinear(Linear):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The weight that :meth:`merge` adds: ``[M, N]`` (``[N, M]`` with fan_in_fan_out), in the adapter's dtype."""
-        A, B, A_general, B_general, scaling = self._operands(adapter)
+        A, B, A_general, B_general = self._weights(adapter)
         return ops.delta_weight(
-            A, B, scaling=scaling, A_general=A_general, B_general=B_general, fan_in_fan_out=self.fan_in_fan_out
+            A,
+            B,
+            scaling=self.scaling[adapter],
+            A_general=A_general,
+            B_general=B_general,
+            fan_in_fan_out=self.fan_in_fan_out,
         )
 
-    def _operands(self, adapter: str) -> tuple[Any, ...]:
-        """A, B, A_general and B_general as they are stored, and the scaling."""
-        modules = self._modules
-        A, B = modules["gralora_A"]._parameters.get(adapter), modules["gralora_B"]._parameters.get(adapter)
-        if A is None or B is None:  # FSDP's
-            A, B = modules["gralora_A"][adapter], modules["gralora_B"][adapter]
-        A_general = B_general = None
-        if self.hybrid_r[adapter] > 0:
-            A_general = modules["gralora_A_general"]._modules[adapter].weight
-            B_general = modules["gralora_B_general"]._modules[adapter].weight
-        return A, B, A_general, B_general, self.scaling[adapter]
+    def _add_adapter(self, name: str, x: Tensor, result: Tensor, in_place: bool) -> Tensor:
+        path = self._path(name, x)
+        A, _, A_general, _, seed, scaling, dropout_p = path
+        if A_general is None and self.hybrid_r[name] > 0:
+            kept = x if seed is None else reference.drop(x, seed, dropout_p)
+            ranks = self.gralora_A_general[name](kept.to(A.dtype))
+            result = result + scaling * self.gralora_B_general[name](ranks).to(result.dtype)
+        return _native.gralora_into(x, result, *path) if in_place else ops.add_path(x, result, *path)
 
     def _path(self, adapter: str, x: Tensor) -> tuple[Any, ...]:
-        """What the dispatcher's ops take of the adapter, for an x on its device: the operands, and between them a seed, and p."""
-        A, B, A_general, B_general, scaling = self._operands(adapter)
+        """What the ops take of the adapter beside ``x``: A, B, A_general, B_general, a dropout seed, the scaling and p.
+
+        The general parts are None where there are none, and where their modules are to be called: an engine has wrapped them and
+        puts their weights in place only then, or somebody listens to them.
+        """
+        A, B = self._blocks(adapter)
         if x.device != A.device:
             _refuse_device("the input", x, adapter, A)
+        A_general = B_general = None
+        if self.hybrid_r[adapter] > 0:
+            modules = self._modules
+            A_module = modules["gralora_A_general"]._modules[adapter]
+            B_module = modules["gralora_B_general"]._modules[adapter]
+            if frozen.only_multiplies(A_module) and frozen.only_multiplies(B_module):
+                A_general, B_general = A_module.weight, B_module.weight
         dropout = self._modules["gralora_dropout"]._modules[adapter]  # nn.Identity where there is none
         if not isinstance(dropout, nn.Dropout) or not dropout.training or dropout.p == 0.0:
-            return A, B, A_general, B_general, None, scaling, 0.0
-        return A, B, A_general, B_general, draw_seed(x.device), scaling, dropout.p
+            return A, B, A_general, B_general, None, self.scaling[adapter], 0.0
+        return A, B, A_general, B_general, draw_seed(x.device), self.scaling[adapter], dropout.p
+
+    def _blocks(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """A and B. An engine that keeps parameters elsewhere puts them in place when their container is asked for them."""
+        A, B = self._modules["gralora_A"], self._modules["gralora_B"]
+        held_A, held_B = A._parameters, B._parameters
+        if type(held_A) is dict and type(held_B) is dict and adapter in held_A and adapter in held_B:
+            return held_A[adapter], held_B[adapter]
+        return A[adapter], B[adapter]
+
+    def _weights(self, adapter: str) -> tuple[Any, ...]:
+        """A, B, A_general and B_general for a merge, the latter two None where there are none."""
+        if self.hybrid_r[adapter] == 0:
+            return *self._blocks(adapter), None, None
+        return *self._blocks(adapter), self.gralora_A_general[adapter].weight, self.gralora_B_general[adapter].weight
 
     def _add_to(self, weight: Tensor, adapter: str, sign: float = 1.0) -> None:
-        A, B, A_general, B_general, scaling = self._operands(adapter)
-        _native.merge_into(weight, A, B, A_general, B_general, sign * scaling, self.fan_in_fan_out)
+        A, B, A_general, B_general = self._weights(adapter)
+        scaling = sign * self.scaling[adapter]
+        if kernels.can_take(weight):
+            _native.merge_into(weight, A, B, A_general, B_general, scaling, self.fan_in_fan_out)
+        else:
+            ops.merge_(
+                weight,
+                A,
+                B,
+                scaling=scaling,
+                A_general=A_general,
+                B_general=B_general,
+                fan_in_fan_out=self.fan_in_fan_out,
+            )
 
     def _mergeable_weight(self, adapter: str) -> Tensor:
         weight = self.get_base_layer().weight
         A = self.gralora_A[adapter]
         if weight.device != A.device:
             _refuse_device("the base weight", weight, adapter, A)
-        if not weight.is_floating_point():
+        # A quantized weight may report a float dtype, as torchao's do; such classes, and DTensor, keep their elements elsewhere.
+        if not weight.is_floating_point() or type(weight.data) is not Tensor:
+            kind = f" of class {type(weight.data).__name__}" if type(weight.data) is not Tensor else ""
             raise TypeError(
-                f"merging needs a floating-point base weight, got {weight.dtype}; dequantize the base model first"
+                f"merging needs a dense floating-point base weight, got {weight.dtype}{kind}: dequantize or gather the base "
+                "model first, or load it in a floating-point dtype"
             )
         return weight
 

@@ -1,0 +1,159 @@
+"""Where the fused ops cannot go plain torch operations take their place: other devices, torch.func, forward mode."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import Case, assert_near, run_python, value_and_gradients
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, jvp, vmap
+from torch.utils import backend_registration
+from tuner_helpers import pair, rows
+
+from gralora_ext import kernels, ops
+
+CASE = Case((5,), 2, 6, 4, 3, 2)
+
+
+@pytest.fixture
+def inputs() -> tuple[dict[str, Tensor], Tensor]:
+    made = CASE.inputs()
+    return made.tensors, made.grad
+
+
+def loss_of(tensors: dict[str, Tensor], weights: Tensor, **changes: Tensor) -> Tensor:
+    return (ops.gralora(**{**tensors, **changes}, scaling=CASE.scaling) * weights).sum()
+
+
+@pytest.mark.parametrize("name", ["x", "base", "A", "B", "A_general", "B_general"])
+def test_grad_of_torch_func_is_autograds(name: str, inputs: tuple[dict[str, Tensor], Tensor]) -> None:
+    tensors, weights = inputs
+    expected = value_and_gradients(ops.gralora, CASE.inputs())[name]
+    assert_near("y", grad(lambda t: loss_of(tensors, weights, **{name: t}))(tensors[name]), expected.double())
+
+
+def test_gradients_of_each_sample_are_those_of_a_loop(inputs: tuple[dict[str, Tensor], Tensor]) -> None:
+    tensors, weights = inputs
+    x, base = tensors.pop("x"), tensors.pop("base")
+
+    def loss(A: Tensor, x: Tensor, base: Tensor, weights: Tensor) -> Tensor:
+        return (ops.gralora(x, base, **{**tensors, "A": A}, scaling=CASE.scaling) * weights).sum()
+
+    each = vmap(grad(loss), in_dims=(None, 0, 0, 0))(tensors["A"], x, base, weights)
+    one_by_one = [grad(loss)(tensors["A"], *row) for row in zip(x, base, weights, strict=True)]
+    assert each.shape == (5, *tensors["A"].shape)
+    torch.testing.assert_close(each, torch.stack(one_by_one))
+
+
+def test_jvp_is_the_linear_part(inputs: tuple[dict[str, Tensor], Tensor]) -> None:
+    """y is linear in A, so its derivative along a direction is what the direction adds."""
+    tensors, _ = inputs
+    A, direction = tensors["A"], torch.randn_like(tensors["A"])
+
+    def y(A: Tensor) -> Tensor:
+        return ops.gralora(**{**tensors, "A": A}, scaling=0.5)
+
+    value, tangent = jvp(y, (A,), (direction,))
+    torch.testing.assert_close(value, y(A))
+    torch.testing.assert_close(tangent, y(A + direction) - y(A))
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(y(forward_ad.make_dual(A, direction)))
+    torch.testing.assert_close(dual.tangent, tangent)
+
+
+def test_an_op_called_by_itself_in_forward_mode_is_refused(inputs: tuple[dict[str, Tensor], Tensor]) -> None:
+    tensors, _ = inputs
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        x = forward_ad.make_dual(tensors["x"], torch.ones_like(tensors["x"]))
+        torch.ops.gralora_ext.gralora(x, tensors["base"], tensors["A"], tensors["B"], None, None, None, 0.5, 0.0)
+
+
+@pytest.mark.parametrize("hybrid_r", [0, 2])
+def test_gradients_of_each_sample_of_a_model_are_pefts(hybrid_r: int) -> None:
+    stock, fused = pair(hybrid_r=hybrid_r)
+    x = rows(3)
+
+    def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+        trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+        kept = {n: p.detach() for n, p in model.named_parameters() if not p.requires_grad}
+
+        def loss(trained: dict[str, Tensor], x: Tensor) -> Tensor:
+            return functional_call(model, {**trained, **kept}, (x[None],)).square().sum()
+
+        return vmap(grad(loss), in_dims=(None, 0))(trained, x)
+
+    expected, got = gradients(stock), gradients(fused)
+    assert got.keys() == expected.keys() and got
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name])
+
+
+@pytest.mark.parametrize(
+    ("arch", "capability", "covered"),
+    [
+        ("8.0", (8, 0), True),
+        ("8.0", (8, 9), True),
+        ("8.6", (8, 0), False),
+        ("8.0", (9, 0), False),
+        ("8.0+PTX", (9, 0), True),
+        ("8.0+PTX", (7, 5), False),
+        ("9.0a", (9, 0), True),
+        ("10.0a", (10, 3), False),
+        ("10.0f", (10, 3), True),
+        ("12.0+PTX", (12, 1), True),
+    ],
+)
+def test_code_runs_on_devices_of_its_version_and_ptx_on_later_ones(arch, capability, covered) -> None:
+    assert kernels._covers(arch, capability) is covered
+
+
+@pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"), reason="this torch fakes no device"
+)
+def test_a_device_without_kernels_gets_the_same_results_and_one_warning() -> None:
+    run_python(
+        """
+import warnings
+import torch
+from fake_card import CardTensor
+from helpers import Case
+from tuner_helpers import adapted, rows
+from gralora_ext import ops
+
+case = Case((2, 5), 2, 6, 4, 3, 2)
+
+def results(device, p):
+    inputs = case.inputs()
+    tensors = {name: t.to(device).requires_grad_() for name, t in inputs.tensors.items()}
+    torch.manual_seed(3)
+    y = ops.gralora(**tensors, scaling=0.5, dropout_p=p)
+    gradients = torch.autograd.grad(y, list(tensors.values()), inputs.grad.to(device))
+    adapter = {name: t.detach() for name, t in tensors.items() if name not in ("x", "base")}
+    weight = ops.merge_(torch.ones(8, 12).to(device), **adapter, scaling=0.5)
+    return [y, *gradients, weight, ops.delta_weight(**adapter, scaling=0.5)]
+
+def near(card, cpu):
+    assert isinstance(card, CardTensor)
+    torch.testing.assert_close(card.detach().held, cpu.detach())
+
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    for p in (0.0, 0.4):
+        for card, cpu in zip(results("card", p), results("cpu", p), strict=True):
+            near(card, cpu)
+    model, x = adapted("fused", hybrid_r=2), rows(3)
+    y = model(x)
+    y.sum().backward()
+    expected = [p.grad for p in model.parameters() if p.requires_grad]
+    model.zero_grad()
+    model.to("card")
+    near(model(x.to("card")), y)
+    model(x.to("card")).sum().backward()
+    for parameter, gradient in zip((p for p in model.parameters() if p.requires_grad), expected, strict=True):
+        near(parameter.grad, gradient)
+    texts = [str(w.message) for w in said if "gralora" in str(w.message)]
+assert len(texts) == 1 and "none for card devices" in texts[0] and "plain torch" in texts[0], texts
+""",
+        timeout=120,
+    )
