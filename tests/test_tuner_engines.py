@@ -23,17 +23,18 @@ def first(model: nn.Module) -> nn.Module:
 class GatheredParameters(dict):
     """As ZeRO-3's: a parameter is whole only for who reads it by its name, and empty between the reads."""
 
-    def __init__(self, parameters: dict[str, nn.Parameter]):
-        super().__init__({name: p for name, p in parameters.items() if p is not None})
-        self.whole = {name: p.data for name, p in self.items()}
+    def __init__(self, parameters: dict[str, nn.Parameter | None]):
+        super().__init__(parameters)
+        self.whole = {name: p.data for name, p in parameters.items() if p is not None}
 
-    def __getitem__(self, name: str) -> nn.Parameter:
+    def __getitem__(self, name: str) -> nn.Parameter | None:
         parameter = super().__getitem__(name)
-        parameter.data = self.whole[name]
+        if parameter is not None:
+            parameter.data = self.whole[name]
         return parameter
 
     def release(self) -> None:
-        for parameter in self.values():
+        for parameter in filter(None.__ne__, self.values()):
             parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
 
 
