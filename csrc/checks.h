@@ -1,7 +1,6 @@
 // Argument checks, one function per op, for all devices. They name the argument, what was expected and what came.
 #pragma once
 
-#include <ATen/MemoryOverlap.h>
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
@@ -9,6 +8,7 @@
 #include <optional>
 
 #include "gralora.h"
+#include "overlap.h"
 #include "params.h"
 
 namespace gralora {
@@ -107,18 +107,41 @@ inline Shape check_forward(const at::Tensor& x, const at::Tensor& base, const at
   return s;
 }
 
-// base, where the result is written into its memory
-inline void check_written(const at::Tensor& base, const at::Tensor& x) {
-  TORCH_CHECK_VALUE(at::has_internal_overlap(base) != at::MemOverlap::Yes,
-                    "gralora_ext: base must not overlap itself where y is written into it, but has strides ",
-                    base.strides());
-  TORCH_CHECK_VALUE(!base.is_alias_of(x), "gralora_ext: base must not share x's memory where y is written into it");
+// A tensor that is written in place, by what is read meanwhile
+inline void check_apart(const at::Tensor& written, const char* name, const at::Tensor& read, const char* read_name) {
+  TORCH_CHECK_VALUE(!share_memory(written, read), "gralora_ext: ", name, " must not share ", read_name,
+                    "'s memory where it is written in place, nor be woven into it: ", name, " has shape ",
+                    written.sizes(), " and strides ", written.strides(), ", ", read_name, " has shape ", read.sizes(),
+                    " and strides ", read.strides());
+}
+inline void check_written(const at::Tensor& written, const char* name, const at::Tensor& A, const at::Tensor& B,
+                          const OptionalTensor& A_general, const OptionalTensor& B_general) {
+  TORCH_CHECK_VALUE(!overlaps_itself(written), "gralora_ext: ", name,
+                    " must not overlap itself where it is written in place: no two elements may share memory, but it "
+                    "has shape ",
+                    written.sizes(), " and strides ", written.strides());
+  check_apart(written, name, A, "A");
+  check_apart(written, name, B, "B");
+  if (!A_general.has_value()) return;
+  check_apart(written, name, *A_general, "A_general");
+  check_apart(written, name, *B_general, "B_general");
 }
 
+// Where y is written into base
+inline Shape check_forward_into(const at::Tensor& x, const at::Tensor& base, const at::Tensor& A, const at::Tensor& B,
+                                const OptionalTensor& A_general, const OptionalTensor& B_general,
+                                const OptionalTensor& seed, double scaling, double dropout_p) {
+  const Shape s = check_forward(x, base, A, B, A_general, B_general, seed, scaling, dropout_p);
+  check_written(base, "base", A, B, A_general, B_general);
+  check_apart(base, "base", x, "x");
+  return s;
+}
+
+// one_product: as for keeps_u
 inline Shape check_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& u, const at::Tensor& kept,
                             const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,
                             const OptionalTensor& B_general, const OptionalTensor& seed, double scaling,
-                            double dropout_p) {
+                            double dropout_p, bool one_product = false) {
   Shape s = check_adapter(A, B, A_general, B_general, scaling);
   check_activation(grad, "grad", s.M, "M", A.device());
   check_activation(x, "x", s.N, "N", A.device());
@@ -126,11 +149,14 @@ inline Shape check_backward(const at::Tensor& grad, const at::Tensor& x, const a
   s.T = leading_size(x);
   TORCH_CHECK_VALUE(leading_size(grad) == s.T, "gralora_ext: grad must have x's leading dimensions, but x has shape ",
                     x.sizes(), " and grad has shape ", grad.sizes());
+  check_given(u, "u"), check_given(kept, "kept");
+  const int64_t ranks = s.k * s.r + s.h;
+  const bool may_be_empty = !keeps_u(x, A, s, one_product);
   TORCH_CHECK_VALUE(
-      u.dim() == 2 && (u.size(0) == s.T || u.size(0) == 0) && u.size(1) == s.k * s.r + s.h && u.is_contiguous(),
-      "gralora_ext: u must be what the forward op returned, contiguous [", s.T, ", ", s.k * s.r + s.h, "] or [0, ",
-      s.k * s.r + s.h, "], but has shape ", u.sizes());
-  TORCH_CHECK_VALUE(kept.dim() == 2 && (kept.size(0) == 0 || (kept.size(0) == s.T && s.N / s.k % 8 == 0)) &&
+      u.dim() == 2 && (u.size(0) == s.T || (u.size(0) == 0 && may_be_empty)) && u.size(1) == ranks && u.is_contiguous(),
+      "gralora_ext: u must be what the forward op returned, contiguous [", s.T, ", ", ranks, "]",
+      may_be_empty ? " or with no rows" : "", ", but has shape ", u.sizes());
+  TORCH_CHECK_VALUE(kept.dim() == 2 && (kept.size(0) == 0 || (kept.size(0) == s.T && mask_fills_bytes(s))) &&
                         kept.size(1) == s.N / 8 && kept.is_contiguous(),
                     "gralora_ext: kept must be what the forward op returned, contiguous [", s.T, ", ", s.N / 8,
                     "] or [0, ", s.N / 8, "], but has shape ", kept.sizes());
@@ -189,9 +215,7 @@ inline Shape check_merge(const at::Tensor& weight, const at::Tensor& A, const at
   TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(0) == rows && weight.size(1) == columns,
                     "gralora_ext: weight must be ", fan_in_fan_out ? "[N, M]" : "[M, N]", " = [", rows, ", ", columns,
                     "] to go with A and B, but has shape ", weight.sizes());
-  TORCH_CHECK_VALUE(at::has_internal_overlap(weight) != at::MemOverlap::Yes,
-                    "gralora_ext: the elements of weight must not share memory, but it has shape ", weight.sizes(),
-                    " and strides ", weight.strides());
+  check_written(weight, "weight", A, B, A_general, B_general);
   return s;
 }
 

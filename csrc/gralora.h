@@ -85,7 +85,8 @@ struct ForwardParams {
   int threads = 1;
 };
 
-// Writes (=) the gradients whose data is not null; reads u as forward wrote it, or makes it again where it is null.
+// Writes (=) the gradients whose data is not null; reads u as forward wrote it, or makes it again where it is null, which it may not
+// be where it is bfloat16.
 struct BackwardParams {
   Shape shape;
   Adapter adapter;

@@ -74,8 +74,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_ba
   const Shape shape = check_linear(x, weight, {}, A, B, A_general, B_general, seed, scaling, dropout_p, own_gemm);
   TORCH_CHECK_TYPE(grad.scalar_type() == x.scalar_type(), "gralora_ext: grad must have x's dtype ", x.scalar_type(),
                    ", but is ", grad.scalar_type());
-  check_backward(grad, x, u, kept, A, B, A_general, B_general, seed, scaling, dropout_p);
   const bool one_product = own_gemm && dropout_p == 0.0;
+  check_backward(grad, x, u, kept, A, B, A_general, B_general, seed, scaling, dropout_p, one_product);
   at::Tensor dx;
   if (needs[0])
     dx = one_product ? multiply(shape, grad, weight, {}, adapter_of(A, B, A_general, B_general), scaling, true)

@@ -12,14 +12,6 @@
 namespace gralora {
 namespace {
 
-// Whether U is kept for backward. A 16-bit x beside wider parameters is chosen to save memory (PEFT's layer keeps a copy of x in
-// their dtype): U must stay small there, and where the ranks are many, backward makes it again from x.
-bool keeps_u(const at::Tensor& x, const at::Tensor& A, const Shape& s) {
-  constexpr int64_t kShare = 16;
-  const int64_t ranks = s.k * s.r + s.h;
-  return x.element_size() > 2 || A.element_size() <= 2 || kShare * ranks <= s.N + ranks;
-}
-
 // The accumulation type. Where all is bfloat16, the CPU's kernels round U as a factor anyway, in PEFT's layer it is bfloat16 too,
 // and with many ranks writing it costs: 2048^2, r = 256, k = 8 has as much of it as of x.
 at::ScalarType dtype_of_u(const at::Tensor& x, const at::Tensor& base, const at::Tensor& A, bool f64) {
@@ -28,7 +20,7 @@ at::ScalarType dtype_of_u(const at::Tensor& x, const at::Tensor& base, const at:
 
 // Whether the mask is kept: to draw it is most of what dropout costs, and its bits are 1/32 of a float32 x.
 bool keeps_mask(const at::Tensor& x, const Shape& s, double dropout_p) {
-  return x.is_cpu() && dropout_p > 0.0 && s.N / s.k % 8 == 0;
+  return x.is_cpu() && dropout_p > 0.0 && mask_fills_bytes(s);
 }
 
 // Writes y, which may be base, and returns it with what backward needs.
@@ -84,8 +76,7 @@ ForwardResult forward_kernel(const at::Tensor& x, const at::Tensor& base, const 
 ForwardResult forward_into_kernel(const at::Tensor& x, const at::Tensor& base, const at::Tensor& A, const at::Tensor& B,
                                   const OptionalTensor& A_general, const OptionalTensor& B_general,
                                   const OptionalTensor& seed, double scaling, double dropout_p) {
-  const Shape shape = check_forward(x, base, A, B, A_general, B_general, seed, scaling, dropout_p);
-  check_written(base, x);
+  const Shape shape = check_forward_into(x, base, A, B, A_general, B_general, seed, scaling, dropout_p);
   return run_forward(shape, x, base, base, A, B, A_general, B_general, seed, scaling, dropout_p);
 }
 

@@ -11,6 +11,7 @@
 #include <mutex>
 
 #ifdef __linux__
+#include <pthread.h>
 #include <sys/mman.h>
 #endif
 
@@ -39,9 +40,14 @@ void advise_huge_pages(void* data, size_t bytes) {
 
 class Pool final : public c10::Allocator {
  public:
-  static Pool& instance() {
-    static Pool* pool = new Pool;  // never destroyed: tensors may outlive static objects
-    return *pool;
+  static Pool& instance();
+
+  // A fork waits for the lock: the child has one thread, and would wait for ever for another one to open it.
+  Pool() {
+#ifdef __linux__
+    const auto unlock = [] { instance().mutex_.unlock(); };
+    pthread_atfork([] { instance().mutex_.lock(); }, unlock, unlock);
+#endif
   }
 
   c10::DataPtr allocate(size_t bytes) override {
@@ -73,23 +79,30 @@ class Pool final : public c10::Allocator {
 
   static void release(void* context) {
     Pool& pool = instance();
-    std::list<Block*> evicted;  // freed without the lock
-    {
+    auto* block = static_cast<Block*>(context);
+    std::list<Block*> evicted;   // freed without the lock
+    if (block->bytes > kIdle) {  // it would take the place of all others
+      evicted.push_back(block);
+    } else {
       const std::lock_guard<std::mutex> lock(pool.mutex_);
-      pool.idle_.push_back(static_cast<Block*>(context));
-      pool.idle_bytes_ += pool.idle_.back()->bytes;
+      pool.idle_.push_back(block);
+      pool.idle_bytes_ += block->bytes;
       while (pool.idle_bytes_ > kIdle) {
         pool.idle_bytes_ -= pool.idle_.front()->bytes;
         evicted.splice(evicted.end(), pool.idle_, pool.idle_.begin());
       }
     }
-    for (Block* block : evicted) delete block;
+    for (Block* old : evicted) delete old;
   }
 
   std::mutex mutex_;
   std::list<Block*> idle_;  // in the order of their release
   size_t idle_bytes_ = 0;
 };
+
+// Made when the library is loaded, before any fork could meet it half made; never destroyed: tensors may outlive static objects.
+Pool* const the_pool = new Pool;
+Pool& Pool::instance() { return *the_pool; }
 
 // Straight from an allocator: on the CPU an op is below all that the dispatcher would ask.
 constexpr c10::DispatchKeySet kCpu(c10::DispatchKey::CPU);

@@ -73,7 +73,7 @@ def _ranks(A: Tensor, A_general: Tensor | None) -> int:
 
 
 def _kept_u(x: Tensor, base: Tensor, A: Tensor, A_general: Tensor | None) -> Tensor:
-    """As keeps_u in csrc/ops.cpp."""
+    """As keeps_u in csrc/params.h."""
     ranks = _ranks(A, A_general)
     keeps = x.element_size() > 2 or A.element_size() <= 2 or 16 * ranks <= x.shape[-1] + ranks
     return x.new_empty((_tokens(x) if keeps else 0, ranks), dtype=_dtype_of_u(x, base, A))

@@ -60,6 +60,61 @@ def test_threads_share_the_pool():
         assert all(pool.map(work, range(8)))
 
 
+def test_a_result_larger_than_the_pool_leaves_the_others_there():
+    printed = run_python("""
+import torch
+from test_result_memory import result
+first = result(1000)
+place = first.data_ptr()
+del first
+large = result(140_000)  # 137 MiB
+del large
+others = [torch.empty(1000, 256) for _ in range(4)]  # would take the place, were it free
+print(result(1000).data_ptr() == place)
+""")
+    assert printed.split() == ["True"]
+
+
+def test_a_child_that_is_forked_while_threads_allocate_has_a_pool_that_works():
+    """Each child makes and frees results; one whose pool was locked when it was forked would wait for ever."""
+    printed = run_python(
+        """
+import os, signal, threading
+import torch
+torch.set_num_threads(1)  # OpenMP's own threads do not survive a fork
+from gralora_ext import ops
+from test_result_memory import result
+stop, running = threading.Event(), threading.Semaphore(0)
+idle = [result(128) for _ in range(1000)]
+del idle  # whoever looks for memory looks at all of these, with the lock
+def allocate():  # without the interpreter's lock: the dx of 100 calls, one after the other
+    x, y = torch.randn(200, 256, requires_grad=True), torch.zeros(200, 4)
+    for _ in range(100):
+        y = ops.gralora(x, y, torch.randn(1, 256, 2), torch.randn(1, 2, 4), scaling=1.0)
+    while not stop.is_set():
+        y.sum().backward(retain_graph=True)
+        running.release()
+threads = [threading.Thread(target=allocate) for _ in range(2)]
+for thread in threads: thread.start()
+for _ in range(4): running.acquire(timeout=60)
+failed = 0
+for _ in range(20):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(15)
+        kept = [result(150, i) for i in range(3)]
+        os._exit(0 if all((t == i).all() for i, t in enumerate(kept)) else 1)
+    failed += os.waitpid(child, 0)[1] != 0
+    if failed: break
+stop.set()
+for thread in threads: thread.join()
+print(failed)
+""",
+        OMP_NUM_THREADS="1",
+    )
+    assert printed.split() == ["0"]
+
+
 def test_the_pool_holds_at_most_128_mib():
     grown = run_python(
         """

@@ -25,6 +25,8 @@ struct Backward : private BackwardPasses<Acc, Product> {
   using typename Passes::FromWide;
   using typename Passes::Segment;
 
+  static constexpr bool kPairs = BackwardRanks<Acc, Product>::kPairs;  // of which U is always kept
+
   explicit Backward(const BackwardParams& params) : Passes(params) {}
 
   // Whether all products are of pairs, whichever gradients are wanted; or by tiles
@@ -93,9 +95,10 @@ struct Backward : private BackwardPasses<Acc, Product> {
           if (to != nullptr) project.finish_chunk(chunk, g.tokens, sums, to + g.row * row);
         }
       };
-      if (remake_U)
-        of_wave.with_remade(
-            [&](auto* u) { for_chunks(from_x, u, [&](int64_t chunk, bool) { project_U(g, chunk, sums, true, b); }); });
+      if constexpr (!kPairs) {
+        if (remake_U)
+          for_chunks(from_x, of_wave.remade, [&](int64_t chunk, bool) { project_U(g, chunk, sums, true, b); });
+      }
       of_wave.with_dH(0, [&](auto* to) {
         for_chunks(from_g, to,
                    [&](int64_t chunk, bool new_block) { pass_g(g, chunk, sums, true, b, new_block, nothing); });
@@ -129,12 +132,13 @@ struct Backward : private BackwardPasses<Acc, Product> {
           project.reduce(partial, wave_tokens, m, of(thread).panels, to + m * row);
         });
     };
-    if (remake_U)
-      of_wave.with_remade([&](auto* u) {
-        project_all(from_x, u, [&](const Segment& g, int64_t chunk, int64_t, Acc* to, bool add, Buffers b, bool) {
-          project_U(g, chunk, to, add, b);
-        });
-      });
+    if constexpr (!kPairs) {
+      if (remake_U)
+        project_all(from_x, of_wave.remade,
+                    [&](const Segment& g, int64_t chunk, int64_t, Acc* to, bool add, Buffers b, bool) {
+                      project_U(g, chunk, to, add, b);
+                    });
+    }
     // While a thread works on an item, what it will read for the next one comes from memory.
     const auto ahead_of_x = [&](int64_t next, int64_t tokens) {
       if (!want_x || next >= from_x.chunks()) return Ahead{};

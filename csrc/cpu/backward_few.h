@@ -94,15 +94,10 @@ struct BackwardFew {
     for (int64_t i = s.T * row; i < kFewTokens * row; i++) u[i] = dH[i] = Acc(0);
   }
 
-  // U as forward would have kept it: rounded or not
   void remake_u() {
     const auto project = project_x<Acc, Singles<Acc>>(p);
     Acc* rest = scratch.take<Acc>(project.segment_scratch(s.T));
-    const auto none = [](int64_t) { return Ahead{}; };
-    if (!p.u_bf16) return project.run_segment(0, s.T, u, rest, none);
-    bf16* rounded = scratch.take<bf16>(s.T * row);
-    project.run_segment(0, s.T, rounded, rest, none);
-    convert_row<Acc>(rounded, 1, s.T * row, u);
+    project.run_segment(0, s.T, u, rest, [](int64_t) { return Ahead{}; });
   }
 
   // Ranks [c, c + R) of block j

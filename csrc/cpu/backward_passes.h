@@ -26,7 +26,6 @@ struct BackwardPasses {
   const int64_t ranks = s.r + s.h, row = s.k * s.r + s.h;  // of u and dH
   const Mask mask = Mask(p.dropout);
   const FromWide from_g = project_g<Acc, Product>(p);
-  // U again, where forward did not keep it
   const FromWide from_x = project_x<Acc, Product>(p);
   const ToWide to_x = expand_x<Acc, Product>(p);
   BackwardRanks<Acc, Product> of_wave{p};
@@ -223,9 +222,10 @@ struct BackwardPasses {
       else if (kTerms == 2)  // whose copies have no room for more rows
         a = from.left_rows(t + m, group.count(), column, length, b.block);
       const int64_t after = m + group.count(), left = ahead ? smaller(Product::kRows, tokens - after) : 0;
+      const Source<Acc> following{direct.data + (left > 0 ? after : 0) * direct.ld, direct.ld};
       const auto each = [=, &others, to = next, fetched = RowsAhead(group, prefetch, 0)](int64_t i, int part) mutable {
         fetched.fetch(part);
-        copy_part<Product::kRows>(Source<Acc>{direct.data + after * direct.ld, direct.ld}, left, part, i, steps, to);
+        copy_part<Product::kRows>(following, left, part, i, steps, to);
         if (part > 0) return;
         others(i);
         if constexpr (kTerms == 2) {

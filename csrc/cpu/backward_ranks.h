@@ -1,4 +1,5 @@
-// The ranks of backward [tokens, k*r + h]: dH of a wave of tokens, and U, which forward kept or which is made again for a wave.
+// The ranks of backward [tokens, k*r + h]: dH of a wave of tokens, and U, which forward kept or which is made again for a wave. U of
+// bf16 is always kept.
 #pragma once
 
 #include "pieces.h"
@@ -23,19 +24,11 @@ struct BackwardRanks {
     if constexpr (!kPairs) f(dH + offset);
   }
 
-  // f(the place of a U that is made again, as forward would have kept it: rounded or not)
-  template <class F>
-  void with_remade(F&& f) const {
-    if (rounded || p.u_bf16) return f(reinterpret_cast<bf16*>(remade));
-    if constexpr (!kPairs) f(remade);
-  }
-
   // f(U of the tokens from t0 on, which are row `first` of the wave)
   template <class F>
   void with_U(int64_t t0, int64_t first, F&& f) const {
-    if (remade != nullptr) return with_remade([&](const auto* u) { f(u + first * row); });
-    if (rounded || p.u_bf16) return f(static_cast<const bf16*>(p.u) + t0 * row);
-    if constexpr (!kPairs) f(static_cast<const Acc*>(p.u) + t0 * row);
+    if (p.u_bf16) return f(static_cast<const bf16*>(p.u) + t0 * row);
+    if constexpr (!kPairs) f(remade != nullptr ? remade + first * row : static_cast<const Acc*>(p.u) + t0 * row);
   }
 
   // Whether dx is made of dH as it lies

@@ -1,6 +1,7 @@
 #include "capability.h"
 
 #include <cstdlib>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -49,6 +50,15 @@ bool runs_tiles() {
 #else
 bool runs_tiles() { return false; }
 #endif
+
+bool runs_bf16_instructions() {
+#ifdef GRALORA_HAVE_AVX512
+  __builtin_cpu_init();
+  return bool(__builtin_cpu_supports("avx512bf16"));
+#else
+  return false;
+#endif
+}
 
 bool tiles_allowed() {
   const char* value = std::getenv("GRALORA_EXT_CPU_AMX");
@@ -105,6 +115,10 @@ Capability choose() {
 }
 
 }  // namespace
+
+const bool kHasBf16Instructions = runs_bf16_instructions();
+const bool kPairsAreQuicker = kHasBf16Instructions && std::strcmp(vendor(), "intel") != 0;
+const bool kFetchesMore = std::strcmp(vendor(), "amd") == 0;
 
 const char* capability_name(Capability capability) {
   switch (capability) {

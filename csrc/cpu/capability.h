@@ -32,6 +32,15 @@ bool has_tiles();
 // Who made the processor: "amd", "intel" or "other".
 const char* vendor();
 
+// What the kernels ask within their loops. Found out when the library is loaded, in capability.cpp, which any processor runs: the
+// kernels' own files must not run anything then.
+#define GRALORA_HIDDEN __attribute__((visibility("hidden")))
+extern const bool kHasBf16Instructions GRALORA_HIDDEN;  // AVX512-BF16
+extern const bool kPairsAreQuicker
+    GRALORA_HIDDEN;  // its products than those of floats: on Intel's they take four times as long
+extern const bool kFetchesMore GRALORA_HIDDEN;  // beside products than the rows they need next: AMD's have lines enough
+#undef GRALORA_HIDDEN
+
 // How many lines of a set its first cache of data holds, or 12 where the system does not tell.
 int l1_ways();
 

@@ -159,7 +159,7 @@ struct Expand {
     if (unit) return store_tile<false, MR, NV, Y>(sum, g, c);
     for_accumulators<MR, NV>([&](int m, int v) {
       const int64_t o = c + v * kWidth<Acc>;
-      store_elements<Y>(sum[m][v], g.from[m], g.to[m], o, smaller(kWidth<Acc>, g.columns - o), g.kept + m * kKept);
+      store_elements<Y>(sum[m][v], g.from[m], g.to[m], o, smaller(kWidth<Acc>, g.columns - o), g.rows(m).kept);
     });
   }
 

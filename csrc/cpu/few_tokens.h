@@ -70,9 +70,9 @@ inline void dot_all_rows(const P* a, int64_t stride, int64_t rows, int64_t lengt
                          int64_t ldto) {
   int64_t m = 0;
   for (; m + R <= rows; m += R) {
-    const char* ahead = reinterpret_cast<const char*>(a + (m + 4 * kWidth<Acc>)*stride);
+    const uintptr_t ahead = address(a, (m + 4 * kWidth<Acc>)*stride);
     for (int64_t byte = 0; R * T == kWidth<Acc> && byte < R * stride * int64_t(sizeof(P)); byte += 64)
-      __builtin_prefetch(ahead + byte);
+      prefetch(ahead + uintptr_t(byte));
     dot_rows<R, T>(a + m * stride, stride, length, h, ldh, to + m, ldto);
   }
   for (; m < rows; m++) dot_rows<1, T>(a + m * stride, stride, length, h, ldh, to + m, ldto);
@@ -100,7 +100,7 @@ __attribute__((noinline)) void sum_rows(const Acc* const (&rows)[T], int64_t tok
 #pragma GCC unroll 8
     for (int v = 0; v < NV; v++) {
       const P* at = b + i * stride + v * kWidth<Acc>;
-      __builtin_prefetch(at + ahead);
+      prefetch(address(at, ahead));
       const Vec<Acc> value = whole.value ? load<Acc>(at) : load_some<Acc>(at, columns);
 #pragma GCC unroll 4
       for (int t = 0; t < T; t++) sum[phase][t][v] += rows[t][i] * value;

@@ -96,7 +96,7 @@ struct Totals {
       P* at = out + m * to.column_stride;
       store_row<Acc, P, NV>(at, row);
       if (NV == 2)
-        __builtin_prefetch(at + 2 * W, 1);  // the line of the ranks that follow: each row is far from the last one
+        prefetch<1>(address(at, 2 * W));  // the line of the ranks that follow: each row is far from the last one
     }
   }
 

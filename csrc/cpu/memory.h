@@ -12,10 +12,10 @@ namespace gralora::cpu::GRALORA_ISA {
 
 // The scratch of one call: uninitialised, aligned to a cache line, taken before parallel regions, where a failure may be
 // thrown. The calling thread keeps the last block for its next call (up to kKept bytes): fresh memory would cost a page
-// fault per 4 KiB, often more than the arithmetic.
+// fault per 4 KiB, often more than the arithmetic. That block has one user at a time: what begins beside it takes fresh memory.
 class Scratch {
  public:
-  Scratch() = default;
+  Scratch() : has_kept_(!kept().in_use) { kept().in_use = true; }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   ~Scratch() {
@@ -24,14 +24,16 @@ class Scratch {
       free(extra_);
       extra_ = next;
     }
+    if (!has_kept_) return;
     if (used_ > kept().bytes && used_ <= kKept) kept().renew(used_);
+    kept().in_use = false;
   }
 
   template <class T>
   T* take(int64_t count) {
     const int64_t bytes = round_up(larger(count, 1) * int64_t(sizeof(T)), 64);
     used_ += bytes;
-    if (used_ <= kept().bytes) return reinterpret_cast<T*>(kept().data + used_ - bytes);
+    if (has_kept_ && used_ <= kept().bytes) return reinterpret_cast<T*>(kept().data + used_ - bytes);
     auto* extra = static_cast<Extra*>(aligned_alloc(64, size_t(bytes + 64)));
     if (extra == nullptr) throw std::bad_alloc();
     extra->next = extra_, extra_ = extra;
@@ -46,6 +48,7 @@ class Scratch {
   struct Kept {
     char* data = nullptr;
     int64_t bytes = 0;
+    bool in_use = false;
     ~Kept() { free(data); }
     void renew(int64_t size) {
       free(data);
@@ -58,6 +61,7 @@ class Scratch {
     return block;
   }
 
+  const bool has_kept_;
   Extra* extra_ = nullptr;
   int64_t used_ = 0;
 };

@@ -105,8 +105,7 @@ struct Merge {
       for (; c + kTile<Acc> <= width; c += kTile<Acc>) {
         const TensorRows<Y, MR> weights(to + c, W.row_stride);
         if (kFetchesMore && sizeof(Y) == sizeof(Acc))  // memory bounds them
-          for_accumulators<MR, NV>(
-              [&](int m, int v) { __builtin_prefetch(weights.row(m) + (NV + v) * kWidth<Acc>, 1); });
+          for_accumulators<MR, NV>([&](int m, int v) { prefetch<1>(address(weights.row(m), (NV + v) * kWidth<Acc>)); });
         Vec<Acc> acc[MR][NV] = {};
         add_products<MR, NV>(left, right, general, c, acc);
         // All weights of the tile are loaded before one is stored: see Expand::store_tile.

@@ -26,10 +26,10 @@ constexpr int64_t kSteps = 16;                          // one cache line of flo
 constexpr int kParts = kVectorRegisters == 32 ? 4 : 1;  // with 6 rows a part is too short for a loop of its own
 constexpr int kPartSteps = int(kSteps) / kParts;
 
-// Hides a pointer's origin from GCC, which would keep an address for every row that follows from it.
+// Hides the origin of a pointer or an address from GCC, which would keep one for every row that follows from it.
 template <class T>
-inline __attribute__((always_inline)) void hide(T*& pointer) {
-  asm("" : "+r"(pointer));
+inline __attribute__((always_inline)) void hide(T& place) {
+  asm("" : "+r"(place));
 }
 
 // How a scalar of `a` meets a vector of `b`: kTerms terms of a sum at a time. Groups have at most kRows
@@ -134,7 +134,7 @@ struct TensorRows {
     }
   }
   inline __attribute__((always_inline)) T* row(int m) const { return third[m / 3] + m % 3 * ld; }
-  inline __attribute__((always_inline)) T at(int m, int p) const { return row(m)[p]; }
+  inline __attribute__((always_inline)) auto at(int m, int p) const { return element(row(m) + p); }
   template <int steps>
   inline __attribute__((always_inline)) void next() {
 #pragma GCC unroll 4

@@ -45,9 +45,6 @@ inline bool has_pairs(const Param& param, int64_t rows) {
 template <class Acc>
 constexpr bool kMultipliesPairs = sizeof(Acc) == sizeof(float);
 
-// On Intel's processors vdpbf16ps takes four times as long as a multiply-add of floats.
-static const bool kPairsAreQuicker = kHasBf16Instructions && strcmp(vendor(), "intel") != 0;
-
 // sum + a0*b0 + a1*b1 in each lane. Subnormal numbers count as zero, as in torch's own products of bf16. The sum is passed by
 // value: an element of an array in an asm statement stays in memory.
 struct Pairs {
@@ -106,7 +103,7 @@ inline __attribute__((always_inline)) void interleave_rows(Source<bf16> from, in
         first &= kept_columns(kept + m * kKept, i);
         if (second != 0) second &= kept_columns(kept + (m + 1) * kKept, i);
       }
-      interleave(row, first, row + from.ld, second, to + m / 2 * kRow<float> + i);
+      interleave(row, first, m + 1 < rows ? row + from.ld : row, second, to + m / 2 * kRow<float> + i);
     }
 }
 
@@ -145,9 +142,9 @@ inline void transpose_pairs(const bf16* from, int64_t ld, int64_t rows, int64_t 
   const __mmask32 some = first_columns(columns);
   const __m512i lanes = interleaving();
   for (int64_t t = 0; t < 16; t++) {
-    const bf16* row = from + 2 * t * ld;
-    const __m512i a = _mm512_maskz_loadu_epi16(2 * t < rows ? some : 0, row);
-    const __m512i b = _mm512_maskz_loadu_epi16(2 * t + 1 < rows ? some : 0, row + ld);
+    const bool one = 2 * t < rows, two = 2 * t + 1 < rows;
+    const __m512i a = _mm512_maskz_loadu_epi16(one ? some : 0, one ? from + 2 * t * ld : from);
+    const __m512i b = _mm512_maskz_loadu_epi16(two ? some : 0, two ? from + (2 * t + 1) * ld : from);
     _mm512_store_si512(pairs[t], _mm512_permutex2var_epi16(a, lanes, b));
   }
   transpose_block<float>(pairs[0], 16, turned[0], 16);
@@ -166,7 +163,7 @@ inline Panel<float> pack_pairs(const Param& param, int64_t offset, int64_t rows,
     if (param.column_stride == 1) {
       for (int64_t i = 0; i < pairs; i++) {
         const bf16* pair = from + 2 * i * param.row_stride + c;
-        __builtin_prefetch(pair + 24 * param.row_stride);
+        prefetch(address(pair, 24 * param.row_stride));
         interleave_two_rows(pair, 2 * i + 1 < rows ? pair + param.row_stride : nullptr, columns - c,
                             at + i * kTile<float>);
       }

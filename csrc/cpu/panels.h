@@ -5,7 +5,6 @@
 // memory, where rows of a wide matrix, a power of two apart, would fall into the same few sets of L1.
 #pragma once
 
-#include "capability.h"
 #include "memory.h"
 #include "rows.h"
 #include "transpose.h"
@@ -29,7 +28,7 @@ struct Panel {
 
 // A part of a parameter that will be packed next, fetched into L2 a few lines at a time while arithmetic goes on.
 struct Ahead {
-  const char* data = kNothing;
+  uintptr_t data = address(kNothing);
   int64_t runs = 0, bytes = 0, stride = 0;  // what is left: runs of `bytes`, from each to the next
   int64_t at = 0, lines = 0;                // in the first of them; those of a fetch()
 
@@ -41,14 +40,14 @@ struct Ahead {
     const bool in_rows = param.column_stride == 1;
     if (!in_rows && param.row_stride != 1) return {};
     const int64_t stride = (in_rows ? param.row_stride : param.column_stride) * size;
-    return of_runs(static_cast<const char*>(param.data) + offset * size, in_rows ? rows : columns,
+    return of_runs(address(static_cast<const char*>(param.data), offset * size), in_rows ? rows : columns,
                    (in_rows ? columns : rows) * size, stride, calls);
   }
   // `columns` of `rows` rows
   static Ahead of_rows(const Prefetch& from, int64_t rows, int64_t columns, int64_t calls) {
     return from.row == 0 ? Ahead{} : of_runs(from.data, rows, columns * from.size, from.row, calls);
   }
-  static Ahead of_runs(const char* data, int64_t runs, int64_t bytes, int64_t stride, int64_t calls) {
+  static Ahead of_runs(uintptr_t data, int64_t runs, int64_t bytes, int64_t stride, int64_t calls) {
     if (stride == bytes) bytes *= runs, runs = 1;
     return {data, runs, bytes, stride, 0, ceil_div(runs * ceil_div(bytes, 64), larger(calls, 1))};
   }
@@ -56,11 +55,11 @@ struct Ahead {
   void fetch() {
     for (int64_t left = lines; left > 0 && runs > 0;) {
       const int64_t count = smaller(left, ceil_div(bytes - at, 64));
-      const char* line = data + at;
+      uintptr_t line = data + uintptr_t(at);
 #pragma GCC unroll 4
-      for (int64_t i = 0; i < count; i++, line += 64) __builtin_prefetch(line, 0, 2);
+      for (int64_t i = 0; i < count; i++, line += 64) prefetch<0, 2>(line);
       left -= count, at += count * 64;
-      if (at >= bytes) at = 0, data += stride, runs--;
+      if (at >= bytes) at = 0, data += uintptr_t(stride), runs--;
     }
   }
 };
@@ -70,9 +69,6 @@ struct Fetching {
   Ahead& ahead;
   void operator()(int64_t) const { ahead.fetch(); }
 };
-
-// Whether more is fetched beside products than the rows they need next: AMD's processors have enough lines under way for it.
-static const bool kFetchesMore = strcmp(vendor(), "amd") == 0;
 
 constexpr int64_t kPanelElements = 1 << 17;  // that L2 holds beside activations: half a MiB in float
 
@@ -86,10 +82,10 @@ void pack_transposed(const P* from, int64_t column_stride, int64_t rows, int64_t
   constexpr int64_t W = kWidth<Acc>, ld = kTile<Acc>;
   for (int64_t i = 0; i < rows; i += W)
     for (int64_t c0 = 0; c0 < ld; c0 += W) {
-      const P* block = from + i + c0 * column_stride;
+      const P* block = from + i + (c0 < columns ? c0 * column_stride : 0);
       Acc* transposed = to + i * ld + c0;
       if (i + W <= rows && c0 + W <= columns) {
-        for (int64_t c = 0; c < W; c++) __builtin_prefetch(block + 2 * W + c * column_stride);
+        for (int64_t c = 0; c < W; c++) prefetch(address(block, 2 * W + c * column_stride));
         transpose_block<Acc>(block, column_stride, transposed, ld);
       } else {
         transpose_some<Acc>(block, column_stride, smaller(W, rows - i), columns - c0, transposed, ld);
@@ -103,14 +99,15 @@ void pack_tile(const P* from, const Param& param, int64_t rows, int64_t columns,
   if (param.row_stride == 1 && param.column_stride != 1)
     return pack_transposed<Acc>(from, param.column_stride, rows, columns, to);
   const bool in_run = param.column_stride == 1, whole = in_run && columns == ld;
-  for (int64_t i = 0; i < rows; i++, from += param.row_stride, to += ld) {
-    __builtin_prefetch(from + 12 * param.row_stride);
+  for (int64_t i = 0; i < rows; i++, to += ld) {
+    const P* row = from + i * param.row_stride;
+    prefetch(address(row, 12 * param.row_stride));
     if (whole)
-      for (int64_t c = 0; c < ld; c += W) store<Acc>(to + c, load<Acc>(from + c));
+      for (int64_t c = 0; c < ld; c += W) store<Acc>(to + c, load<Acc>(row + c));
     else if (in_run)
-      for (int64_t c = 0; c < ld; c += W) store<Acc>(to + c, load_some<Acc>(from + c, columns - c));
+      for (int64_t c = 0; c < ld; c += W) store<Acc>(to + c, load_some<Acc>(row + smaller(c, columns), columns - c));
     else
-      for (int64_t c = 0; c < ld; c++) to[c] = c < columns ? to_acc<Acc>(from[c * param.column_stride]) : Acc(0);
+      for (int64_t c = 0; c < ld; c++) to[c] = c < columns ? to_acc<Acc>(row[c * param.column_stride]) : Acc(0);
   }
 }
 

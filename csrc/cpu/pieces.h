@@ -81,7 +81,8 @@ inline __attribute__((always_inline)) void for_pieces(Vec<float> a, Vec<float> b
 // Columns [i, i + 32) of a row, as far as there are columns, as pairs at to + i/2, with zeros beyond
 template <class T>
 inline void split_columns(const T* from, int64_t i, int64_t columns, int pieces, float* to, int64_t piece) {
-  const Vec<float> a = load_some<float>(from + i, columns - i), b = load_some<float>(from + i + 16, columns - i - 16);
+  const Vec<float> a = load_some<float>(from + i, columns - i);
+  const Vec<float> b = load_some<float>(from + smaller(i + 16, columns), columns - i - 16);
   for_pieces(a, b, halves_in_a_row(), pieces,
              [&](int n, __m512i halves) { _mm512_storeu_si512(to + n * piece + i / 2, halves); });
 }
@@ -103,7 +104,7 @@ inline void turn_ranks(const float* from, int64_t ld, int64_t rows, int64_t colu
                        int64_t piece) {
   alignas(64) float turned[2][16][16];
   transpose_some<float>(from, ld, columns, rows, turned[0][0], 16);
-  transpose_some<float>(from + 16 * ld, ld, columns, rows - 16, turned[1][0], 16);
+  transpose_some<float>(rows > 16 ? from + 16 * ld : from, ld, columns, rows - 16, turned[1][0], 16);
   for (int64_t m = 0; m < columns; m++)
     for_pieces(load<float>(turned[0][m]), load<float>(turned[1][m]), halves_in_a_row(), pieces,
                [&](int n, __m512i halves) { _mm512_storeu_si512(to + (m * pieces + n) * piece, halves); });

@@ -19,13 +19,13 @@ namespace gralora::cpu::GRALORA_ISA {
 constexpr int64_t kSegment = 512;  // tokens that share a chunk of a parameter
 constexpr int64_t kRowsAhead = 8;  // of u, fetched before they are written
 
-// The chunks of a width in k blocks, of nearly equal size.
+// The chunks of a width in k blocks, of nearly equal size: a multiple of `unit` columns, but the last one of a block.
 struct Chunks {
   int64_t block_width, per_block, columns;
-  Chunks(int64_t width, int64_t k, int64_t tile, int64_t most = kChunk)
+  Chunks(int64_t width, int64_t k, int64_t unit)
       : block_width(width / k),
-        per_block(ceil_div(block_width, most)),
-        columns(round_up(ceil_div(block_width, per_block), tile)) {
+        per_block(ceil_div(block_width, kChunk)),
+        columns(round_up(ceil_div(block_width, per_block), unit)) {
     per_block = ceil_div(block_width, columns);
   }
   int64_t block(int64_t chunk) const { return chunk / per_block; }
@@ -44,7 +44,10 @@ struct Project {
   Param P;  // [k, w, r]
   Param G;  // [k, w, h]
   Acc scale;
-  Chunks cut = Chunks(width, k, kTile<Acc>);
+  // A chunk begins at a whole tile of a parameter, and at a whole byte of the mask, which is kept chunk by chunk.
+  static constexpr int64_t kUnit = kTile<Acc> > 8 ? kTile<Acc> : 8;
+  static_assert(kUnit % kTile<Acc> == 0 && kUnit % 8 == 0 && kChunk % kUnit == 0);
+  Chunks cut = Chunks(width, k, kUnit);
 
   int64_t chunks() const { return k * cut.per_block; }
   int64_t general_start() const { return round_up(r, kWidth<Acc>); }
@@ -224,7 +227,7 @@ struct Project {
                             : Prefetch{};
           const int64_t rows = !ahead ? 0 : same_rows ? group.count() : smaller(most, count - row);
           const int64_t next_steps = cut.length(chunk) / kTerms;
-          const Source<X> from = rows_of(t0 + row, chunk);
+          const Source<X> from = rows > 0 ? rows_of(t0 + row, chunk) : Source<X>{};
           const auto copy = [=, to = next.rows](int64_t p) {
             copy_columns(from.data, from.ld, rows, p, next_steps, to);
           };

@@ -55,7 +55,7 @@ inline void convert_row(const T* from, int64_t stride, int64_t count, Acc* to) {
   int64_t i = 0;
   if (stride == 1)
     for (; i + kWidth<Acc> <= count; i += kWidth<Acc>) store<Acc>(to + i, load<Acc>(from + i));
-  for (; i < count; i++) to[i] = to_acc<Acc>(from[i * stride]);
+  for (; i < count; i++) to[i] = to_acc<Acc>(element(from + i * stride));
 }
 
 // The same with dropout: times `scale` where `kept` has a bit, else zeros
@@ -80,7 +80,7 @@ inline void round_run(const Acc* from, int64_t count, bf16* to) {
 alignas(64) static const char kNothing[64] = {};
 
 struct Prefetch {
-  const char* data = kNothing;
+  uintptr_t data = address(kNothing);
   int64_t row = 0, size = 0;  // bytes to the next row, bytes of an element
 
   // x from row t and column i on; t < 0: nothing
@@ -88,17 +88,15 @@ struct Prefetch {
     if (t < 0 || x.data == nullptr || !evenly_spaced(x)) return {};
     const int64_t size = size_of(x.dtype);
     const int64_t row = x.leading_dims == 1 ? x.strides[0] * size : 0;
-    Prefetch prefetch;
-    prefetch.data = static_cast<const char*>(x.data) + t * row + i * size, prefetch.row = row, prefetch.size = size;
-    return prefetch;
+    return {address(static_cast<const char*>(x.data), t * row + i * size), row, size};
   }
 
   // `columns` from `column` on, of `rows` rows from `first` on
   template <int rows, int columns>
   void rows_of(int64_t first, int64_t column) const {
-    const char* at = data + first * row + column * size;
+    const uintptr_t at = data + uintptr_t(first * row + column * size);
     for (int m = 0; m < rows; m++)
-      for (int64_t byte = 0; byte < columns * size; byte += 64) __builtin_prefetch(at + m * row + byte, 0, 2);
+      for (int64_t byte = 0; byte < columns * size; byte += 64) prefetch<0, 2>(at + uintptr_t(m * row + byte));
   }
 };
 
@@ -106,16 +104,16 @@ struct Prefetch {
 template <class Group>
 struct RowsAhead {
   static constexpr int kRows = Group::value, kSome = (kRows + kParts - 1) / kParts, kLastPart = (kRows - 1) / kSome;
-  const char* at;
+  uintptr_t at;
   int64_t row, columns;  // bytes to the next row and to the next columns
 
   RowsAhead(Group, const Prefetch& from, int64_t column)
-      : at(from.data + column * from.size), row(from.row), columns(kSteps * from.size) {}
+      : at(from.data + uintptr_t(column * from.size)), row(from.row), columns(kSteps * from.size) {}
   inline __attribute__((always_inline)) void fetch(int part) {
     if (part > kLastPart) return;
 #pragma GCC unroll 16
-    for (int m = 0; m < kSome; m++) __builtin_prefetch(at + m * row, 0, 2);
-    at += part < kLastPart ? kSome * row : columns - kLastPart * kSome * row;
+    for (int m = 0; m < kSome; m++) prefetch<0, 2>(at + uintptr_t(m * row));
+    at += uintptr_t(part < kLastPart ? kSome * row : columns - kLastPart * kSome * row);
     hide(at);
   }
   inline __attribute__((always_inline)) void fetch_line() {
@@ -125,15 +123,18 @@ struct RowsAhead {
 };
 template <int n, bool all>
 struct RowsAhead<UpTo<n, all>> {
-  const char* at;
+  uintptr_t at;
   int64_t row, columns;
   int count;
   RowsAhead(UpTo<n, all> group, const Prefetch& from, int64_t column)
-      : at(from.data + column * from.size), row(from.row), columns(kSteps * from.size), count(group.count()) {}
+      : at(from.data + uintptr_t(column * from.size)),
+        row(from.row),
+        columns(kSteps * from.size),
+        count(group.count()) {}
   void fetch(int part) {
     if (part > 0) return;
-    for (int m = 0; m < count; m++) __builtin_prefetch(at + m * row, 0, 2);
-    at += columns;
+    for (int m = 0; m < count; m++) prefetch<0, 2>(at + uintptr_t(m * row));
+    at += uintptr_t(columns);
   }
 };
 
@@ -166,7 +167,7 @@ inline __attribute__((always_inline)) void copy_columns(const T* from, int64_t l
   } else if (i < columns) {
     for (int64_t m = 0; m < rows; m++)
       for (int64_t o = i; o < i + kSteps; o++)
-        to[m * kRow<Acc> + o] = o < columns ? to_acc<Acc>(from[m * ld + o]) : Acc(0);
+        to[m * kRow<Acc> + o] = o < columns ? to_acc<Acc>(element(from + m * ld + o)) : Acc(0);
   }
 }
 

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "capability.h"
+
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
@@ -61,6 +63,27 @@ inline To bit_cast(const From& from) {
   To to;
   memcpy(&to, &from, sizeof to);
   return to;
+}
+
+// ---------------------------------------------------------------- memory
+
+// An element as it lies. The memory of a float may also hold a pair of bf16 (pairs.h), which C++ lets nobody read as a float, but by
+// a type that may alias.
+typedef float AnyFloat __attribute__((may_alias));
+inline __attribute__((always_inline)) float element(const float* p) { return *reinterpret_cast<const AnyFloat*>(p); }
+template <class T>
+inline __attribute__((always_inline)) T element(const T* p) {
+  return *p;
+}
+
+// What is fetched ahead may lie beyond an array, where no pointer may lead: such places are numbers.
+template <class T>
+inline __attribute__((always_inline)) uintptr_t address(const T* p, int64_t elements = 0) {
+  return reinterpret_cast<uintptr_t>(p) + uintptr_t(elements) * sizeof(T);
+}
+template <int for_writing = 0, int locality = 3>
+inline __attribute__((always_inline)) void prefetch(uintptr_t address) {
+  __builtin_prefetch(reinterpret_cast<const void*>(address), for_writing, locality);
 }
 
 // ---------------------------------------------------------------- one element
@@ -142,10 +165,6 @@ struct Access {
 #if defined(__AVX512F__)
 // AVX512-BF16 rounds 32 floats in one instruction instead of a dozen, but takes subnormals for zero: where there is one, the
 // dozen. Written as assembly, so that the kernels need no fourth instruction set for its sake.
-static const bool kHasBf16Instructions = [] {
-  __builtin_cpu_init();
-  return bool(__builtin_cpu_supports("avx512bf16"));
-}();
 inline bool any_subnormal(Vec<float> v) { return _mm512_fpclass_ps_mask(__m512(v), 0x20) != 0; }
 #endif
 

@@ -17,14 +17,14 @@ constexpr int64_t kTokens = 128;
 template <class Acc, int MR, int NV, bool kKeeps>
 struct RanksAndRows : PackedRows<Acc, MR> {
   static constexpr int64_t kAhead = 12;
-  const Acc *next_row, *end;
-  int64_t ld;
+  uintptr_t next_row, end;
+  int64_t row_bytes;
   Acc* kept;
   RanksAndRows(const Acc* ranks, const Source<Acc>& x, int64_t steps, Acc* kept)
       : PackedRows<Acc, MR>{ranks},
-        next_row(x.data + smaller(kAhead, steps) * x.ld),
-        end(x.data + steps * x.ld),
-        ld(x.ld),
+        next_row(address(x.data, smaller(kAhead, steps) * x.ld)),
+        end(address(x.data, steps * x.ld)),
+        row_bytes(x.ld * int64_t(sizeof(Acc))),
         kept(kept) {}
   inline __attribute__((always_inline)) void keep(int p, const Vec<Acc> (&row)[NV]) const {
 #pragma GCC unroll 2
@@ -34,9 +34,9 @@ struct RanksAndRows : PackedRows<Acc, MR> {
   inline __attribute__((always_inline)) void next() {
     PackedRows<Acc, MR>::template next<steps>();
     if (kKeeps) kept += steps * kTile<Acc>;
-    for (int p = 0; p < steps && next_row != end; p++, next_row += ld)
+    for (int p = 0; p < steps && next_row != end; p++, next_row += uintptr_t(row_bytes))
       for (int64_t byte = 0; byte < NV * kWidth<Acc> * int64_t(sizeof(Acc)); byte += 64)
-        __builtin_prefetch(reinterpret_cast<const char*>(next_row) + byte);
+        prefetch(next_row + uintptr_t(byte));
   }
 };
 template <class Acc, int MR, int NV>
@@ -143,7 +143,7 @@ struct WeightGradient {
   static void keep_rows(const Source<Acc>& x, int64_t rows, int64_t columns, Acc* kept) {
     for (int64_t t = 0; t < rows; t++)
       for (int64_t c = 0; c < kTile<Acc>; c += kWidth<Acc>)
-        store<Acc>(kept + t * kTile<Acc> + c, load_some<Acc>(x.data + t * x.ld + c, columns - c));
+        store<Acc>(kept + t * kTile<Acc> + c, load_some<Acc>(x.data + t * x.ld + smaller(c, columns), columns - c));
   }
 
   // Functions of their own, as in Expand. Rows of x are ldx apart, or as far as it says.
