@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -45,6 +46,8 @@ def pytest_addoption(parser: Any) -> None:
 
 
 def pytest_configure(config: Any) -> None:
+    # PEFT's tests make transformers' FutureWarnings errors. It uses this name, which is newer than the PEFT release.
+    config.addinivalue_line("filterwarnings", "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
     recorder = Recorder(config.getoption("--gralora-report"))
     config.pluginmanager.register(recorder)
     if config.getoption("--gralora-tuner") == "fused":
@@ -54,6 +57,15 @@ def pytest_configure(config: Any) -> None:
 
         enable()
         register_module_forward_pre_hook(recorder.count_call)
+
+
+def pytest_collection_finish() -> None:
+    """Offline, PEFT's tests take what is in the cache: else they ask the hub the first time that they want a model."""
+    utils = sys.modules.get("tests.testing_utils")
+    if utils is not None and os.environ.get("HF_HUB_OFFLINE") == "1":
+        from peft_models import MODELS
+
+        utils._HUB_MODEL_ACCESSES.update(dict.fromkeys(MODELS, 1))
 
 
 def compare(stock: dict[str, Any], fused: dict[str, Any]) -> list[str]:
