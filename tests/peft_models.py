@@ -85,9 +85,7 @@ def made(model: str, config: str, **fields: Any) -> Callable[[], transformers.Pr
 
 MODELS: dict[str, Callable[[], transformers.PreTrainedModel]] = {
     "peft-internal-testing/tiny-random-OPTForCausalLM": opt,
-    "peft-internal-testing/tiny-random-GPT2LMHeadModel": made(
-        "GPT2LMHeadModel", "GPT2Config", **GPT, **SPECIAL_TOKENS
-    ),
+    "peft-internal-testing/tiny-random-GPT2LMHeadModel": made("GPT2LMHeadModel", "GPT2Config", **GPT, **SPECIAL_TOKENS),
     "peft-internal-testing/tiny-random-GPTJForCausalLM": made(
         "GPTJForCausalLM", "GPTJConfig", **GPT, rotary_dim=HIDDEN // HEADS // 2, **SPECIAL_TOKENS
     ),
@@ -136,7 +134,9 @@ def build(hub: Path) -> None:
     for name, make in MODELS.items():
         torch.manual_seed(0)
         make().save_pretrained(snapshot(hub, name))
-    config = LoraConfig(base_model_name_or_path="peft-internal-testing/tiny-random-OPTForCausalLM", task_type="CAUSAL_LM")
+    config = LoraConfig(
+        base_model_name_or_path="peft-internal-testing/tiny-random-OPTForCausalLM", task_type="CAUSAL_LM"
+    )
     config.save_pretrained(snapshot(hub, ADAPTER, REVISION))
 
 

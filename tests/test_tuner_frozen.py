@@ -275,9 +275,7 @@ def test_output_and_gradients_are_those_of_the_path_beside_the_base_layer(
         if name == "y" and not any(calls):
             assert same_bits(got[1][name], expected)
         # dx of 16 bits is rounded twice, where autograd adds, three times
-        assert_near(
-            name, got[1][name], expected, bound={FP32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
-        )
+        assert_near(name, got[1][name], expected, bound={FP32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype])
 
 
 def test_a_disabled_adapter_is_out_and_an_enabled_one_back(calls: list[bool]) -> None:
