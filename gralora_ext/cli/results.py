@@ -71,4 +71,4 @@ def write_merged(
             f"the merged model's logits differ from adapter + base by {difference:.2e}, where the greatest is {largest:.2e}: "
             "only checkpoints were written; --no-merge writes the adapter without the merged model"
         )
-    return {"max_difference": difference, "max_logit": largest, "relative": difference / largest}
+    return {"max_difference": difference, "max_logit": largest, "relative": difference / largest if largest else 0.0}
