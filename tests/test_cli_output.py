@@ -52,7 +52,8 @@ def test_rerun_keeps_a_users_files_wherever_they_lie(work):
     assert (out / "checkpoints" / "checkpoint-best" / "adapter_model.safetensors").read_text() == "best"
     assert (out / "checkpoints" / "checkpoint-7" / "mine").read_text() == "7"
     assert kept == {"out/adapter/notes/a.txt", "out/merged/b.txt", "out/checkpoints/checkpoint-2/d.txt"} | {
-        "out/checkpoints/checkpoint-7"
+        "out/checkpoints/checkpoint-2",
+        "out/checkpoints/checkpoint-7",
     }
     assert job(work, "--no-merge") >= {"out/merged"}
     assert [p.name for p in (out / "merged").iterdir()] == ["b.txt"]

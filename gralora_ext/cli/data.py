@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .errors import JobError
+from .errors import JobError, first_sentence
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
 
@@ -21,21 +21,22 @@ class Encoder:
     def __init__(self, tokenizer: Any, max_length: int):
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.place = getattr(tokenizer, "name_or_path", "")
         self.chat = bool(getattr(tokenizer, "chat_template", None))
         self.pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
 
     def prompt(self, prompt: str) -> list[int]:
         """The tokens that the model sees before it answers."""
         if self.chat:
-            return self._tokens(self._chat(prompt))
-        tokens = list(self.tokenizer(prompt + "\n")["input_ids"])
+            return self._tokens(self._chat(prompt), add_special_tokens=False)
+        tokens = self._tokens(prompt + "\n")
         if tokens and tokens[-1] == self.tokenizer.eos_token_id:
             tokens.pop()  # some tokenizers close every text
         return tokens
 
     def parts(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
         """The tokens of the prompt, and those of the answer with the end token."""
-        end = self._tokens(self._answer(prompt, answer))
+        end = self._tokens(self._answer(prompt, answer), add_special_tokens=False)
         eos = self.tokenizer.eos_token_id
         if eos is not None and eos not in end:
             end.append(eos)
@@ -46,12 +47,16 @@ class Encoder:
 
         A row whose prompt alone fills the length is left out; that none is left is a JobError.
         """
-        examples, cut = [], 0
+        examples, cut, silent = [], 0, True
         for start, end in (self.parts(*pair) for pair in pairs):
             room = self.max_length - len(start)
             cut += room < len(end)
-            if room > 0:
+            silent = silent and not start and len(end) < 2  # nothing, or the end token alone
+            # The first token of a row is predicted from nothing, so that it does not count.
+            if room > 0 and len(end[:room]) > (not start):
                 examples.append({"input_ids": start + end[:room], "labels": [IGNORED] * len(start) + end[:room]})
+        if silent:
+            raise JobError(f"the tokenizer in {self.place} makes no token of any row: its files are damaged")
         if not examples:
             raise JobError(
                 f"--max-length {self.max_length} leaves no room for an answer in any of the {len(pairs)} {what} rows"
@@ -76,14 +81,26 @@ class Encoder:
             "labels": rows("labels", IGNORED),
         }
 
-    def _tokens(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+    def _tokens(self, text: str, **how: Any) -> list[int]:
+        try:
+            return list(self.tokenizer(text, **how)["input_ids"])
+        except Exception as error:  # tokenizers raises its own
+            raise JobError(
+                f"the tokenizer in {self.place} cannot read a row: {first_sentence(error)}: its files are damaged"
+            ) from error
 
     def _chat(self, prompt: str, answer: str | None = None) -> str:
         messages = [{"role": "user", "content": prompt}]
         if answer is not None:
             messages.append({"role": "assistant", "content": answer})
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
+        except Exception as error:  # a template is a program: it raises what it likes
+            raise JobError(
+                f"the chat template of the tokenizer in {self.place} fails: {first_sentence(error)}: mend it, or remove "
+                "it, and rows are taken as plain text"
+            ) from error
+        return text
 
     def _answer(self, prompt: str, answer: str) -> str:
         if self.chat:

@@ -15,7 +15,7 @@ from .checks import check_backend, check_output, command, device, quiet_librarie
 from .console import Console
 from .errors import Diverged, JobError, Stopped, first_sentence
 from .files import CHECKPOINTS, free_bytes, locked, write_json
-from .options import SETTINGS, decisive, settings
+from .options import LARGEST, SETTINGS, decisive, settings
 from .output import Output
 from .rows import read_rows
 from .signals import stopper
@@ -86,7 +86,7 @@ class Job:
         from transformers import set_seed
 
         from .data import Encoder
-        from .model import add_adapter, load, trainable_parameters
+        from .model import add_adapter, check_vocabulary, load, trainable_parameters
 
         o, say = self.options, self.console.say
         say(f"model: loading {self.source.name} in {o.dtype}")
@@ -99,7 +99,10 @@ class Job:
         self.held_out_examples, remark_held_out = self.encoder.examples(self.held_out, "held-out")
         for text in filter(None, (remark, remark_held_out)):
             say(text)
+        check_vocabulary(self.model, self.source, [*self.train_examples, *self.held_out_examples])
         per_epoch = math.ceil(len(self.train_examples) / (o.batch_size * o.grad_accum))
+        if not o.steps and o.epochs * per_epoch > LARGEST:
+            raise JobError(f"--epochs {o.epochs:g} is more than {LARGEST} steps")
         self.steps = o.steps or max(1, round(o.epochs * per_epoch))
         if self.done > self.steps:
             raise JobError(f"--resume: {self.checkpoint} is beyond the end of a job of --steps {self.steps}")

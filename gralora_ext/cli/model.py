@@ -10,6 +10,7 @@ import torch
 
 from .errors import JobError, first_sentence
 from .gguf import folder_of_gguf
+from .resources import memory_failure
 from .source import Source, parse_targets
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -20,17 +21,46 @@ def load(source: Source, dtype: str, say: Any) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     place = str(folder_of_gguf(Path(source.place), say)) if source.is_gguf else source.place
+    part = "config.json"
     try:
         AutoConfig.from_pretrained(place)  # first, since a hub that does not answer is then asked once
+        part = "tokenizer"
         tokenizer = AutoTokenizer.from_pretrained(place)
+        part = "weights"
         model, info = AutoModelForCausalLM.from_pretrained(place, output_loading_info=True, dtype=DTYPES[dtype])
     except Exception as error:  # the hub, the network, safetensors and tokenizers all raise their own
-        what = "" if Path(place).is_dir() else "it is neither a folder nor a file here, and as a name on the hub: "
-        raise JobError(f"--model {source.name} cannot be loaded: {what}{first_sentence(error)}") from error
+        if memory_failure(error):
+            raise
+        what, cure = "it is neither a folder nor a file here, and as a name on the hub: ", ""
+        if Path(place).is_dir():
+            what, cure = f"its {part}: ", "; where that is damaged or missing, get or convert it again"
+        raise JobError(f"--model {source.name} cannot be loaded: {what}{first_sentence(error)}{cure}") from error
     if info.get("missing_keys"):
         missing = sorted(info["missing_keys"])
         raise JobError(f"--model {source.name} lacks {len(missing)} of its weights, such as {missing[0]}")
+    _check_finite(model, source)
     return model, tokenizer
+
+
+def _check_finite(model: torch.nn.Module, source: Source) -> None:
+    """A weight that is no number makes every loss one that is none."""
+    for name, weight in model.named_parameters():
+        if weight.numel() and not all(extreme.isfinite() for extreme in torch.aminmax(weight)):
+            raise JobError(
+                f"--model {source.name}: its weight {name} holds NaN or infinity in {weight.dtype}: the file is damaged, "
+                "get or convert it again"
+            )
+
+
+def check_vocabulary(model: Any, source: Source, examples: list[dict[str, list[int]]]) -> None:
+    """That the model has an embedding for each token that the tokenizer made of the rows."""
+    largest = max(max(e["input_ids"]) for e in examples)
+    known = model.get_input_embeddings().weight.shape[0]
+    if largest >= known:
+        raise JobError(
+            f"--model {source.name}: its tokenizer makes the token {largest}, and the model knows {known}: "
+            "the tokenizer's files are damaged, or another model's"
+        )
 
 
 def matched_layers(model: torch.nn.Module, targets: str | list[str]) -> list[tuple[str, torch.nn.Module]]:
@@ -52,11 +82,7 @@ def matched_layers(model: torch.nn.Module, targets: str | list[str]) -> list[tup
     if targets == "all-linear":
         return [(n, m) for n, m in linear if m is not head]
     if isinstance(targets, str):
-        try:
-            expression = re.compile(targets)
-        except re.error as error:
-            raise JobError(f"--target-modules: '{targets}' is not a regular expression: {error}") from None
-        return found(targets, expression.fullmatch)
+        return found(targets, re.compile(targets).fullmatch)
     layers = {n: m for t in targets for n, m in found(t, lambda n, t=t: n == t or n.endswith("." + t))}
     return list(layers.items())
 

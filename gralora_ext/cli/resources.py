@@ -10,7 +10,8 @@ from pathlib import Path
 
 from .errors import first_sentence
 
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK = {*_FULL, errno.EIO, errno.EROFS}
 _RUST = re.compile(r"\(os error (\d+)\)")  # safetensors and tokenizers put the system's number into their texts
 # torch's writer and the C++ streams below it do not say why a write failed.
 _WRITER = ("inline_container", "PytorchStreamWriter", "basic_ios::clear", "iostream error", "iostream stream error")
@@ -30,8 +31,14 @@ def disk_failure(error: BaseException, folder: Path | None = None) -> str | None
             number = int(rust[1])
         if number in _DISK:
             return _told(number)
+        for full in _FULL:
+            if os.strerror(full) in str(cause):  # as torch.save says it, with a number nowhere
+                return _told(full)
         if any(mark in str(cause) for mark in _WRITER):
-            return _probe(folder) or f"the disk did not take all of a file ({first_sentence(cause, 120)})"
+            return (
+                _probe(folder)
+                or f"the disk did not take all of a file, as where it is full ({first_sentence(cause, 120)})"
+            )
     return None
 
 

