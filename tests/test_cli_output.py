@@ -45,6 +45,7 @@ def test_rerun_keeps_a_users_files_wherever_they_lie(work):
     (out / "checkpoints" / "checkpoint-best").mkdir()
     (out / "checkpoints" / "checkpoint-best" / "adapter_model.safetensors").write_text("best")
     (out / "checkpoints" / "checkpoint-7").mkdir()
+    (out / "checkpoints" / "checkpoint-9").mkdir()
     (out / "checkpoints" / "checkpoint-7" / "mine").write_text("7")
     before = {p: p.read_text() for p in out.rglob("*.txt")}
     kept = job(work, "--seed", 1)
@@ -54,6 +55,9 @@ def test_rerun_keeps_a_users_files_wherever_they_lie(work):
     assert kept == {"out/adapter/notes/a.txt", "out/merged/b.txt", "out/checkpoints/checkpoint-2/d.txt"} | {
         "out/checkpoints/checkpoint-2",
         "out/checkpoints/checkpoint-7",
+        "out/checkpoints/checkpoint-9",
+        "out/checkpoints/checkpoint-best",
+        "out/checkpoints/c.txt",
     }
     assert job(work, "--no-merge") >= {"out/merged"}
     assert [p.name for p in (out / "merged").iterdir()] == ["b.txt"]

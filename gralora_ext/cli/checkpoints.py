@@ -91,12 +91,14 @@ class Checkpoints(Owner):
         """Keeps the newest ones of this run; those of an earlier run have been superseded."""
         self._ours.add(newest)
         self._ours = {path.name for path in sorted(map(Path, self._ours), key=step_of)[-self.keep :]}
-        for path in self._all():
-            if path.name not in self._ours:
-                if not path.is_symlink():
-                    manifest.remove(path, self._written(path))
-                if path.is_symlink() or path.exists():
-                    self.kept(path)
+        for path in sorted(self.folder.iterdir()):
+            if path.name in self._ours or path.name.startswith("."):  # what is staged, and the like
+                continue
+            written = self._written(path) if _NAME.fullmatch(path.name) and not path.is_symlink() else []
+            if written:
+                manifest.remove(path, written)
+            if not written or path.exists():
+                self.kept(path)
 
     def owns(self, path: Path) -> bool:
         checkpoint = self.folder / path.relative_to(self.folder).parts[0]

@@ -96,7 +96,10 @@ def _explain(arguments: list[str], error: Exception) -> int:
     reason = disk_failure(error) or (isinstance(error, OSError) and error.strerror)
     if not reason:
         return _fail(arguments, f"{type(error).__name__}: {first_sentence(error)}", 1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # it may be what cannot be written
+    try:
+        sys.stdout.flush()
+    except OSError:  # it is what cannot be written, and Python would try once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return _fail(arguments, f"{getattr(error, 'filename', None) or 'standard output or a file'}: {reason}", 2)
 
 

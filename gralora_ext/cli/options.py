@@ -31,10 +31,12 @@ It writes into --output, each beside its place and then renamed:
   loss.png        the losses as a plot
   checkpoints/    what --resume goes on from
   finetune.json   the settings, as a file for --config
+What else lies there, or was changed since, is not the job's: it is kept, and a line says so.
 """
 EPILOG = """\
 Ctrl-C and SIGTERM end the step in hand, save a checkpoint and exit with code 130 or 143; a second one stops at once.
-Exit codes: 0 done, 2 something to mend (one sentence on stderr says what), 1 a failure nobody foresaw.
+Exit codes: 0 done, 2 something to mend (one sentence on stderr says what), 3 the training diverged (its results are
+written all the same, but for merged/), 1 a failure nobody foresaw.
 """
 
 
@@ -229,7 +231,7 @@ def build_parser(prog: str = "gralora-ext finetune") -> Parser:
     files = parser.add_argument_group("files")
     add = files.add_argument
     add("--save-every", type=_whole(1), metavar="N", default=10, help="steps from one checkpoint to the next")
-    add("--resume", action=_switch, default=False, help="go on from the last checkpoint in --output, if there is one")
+    add("--resume", action=_switch, default=False, help="go on from the last whole checkpoint in --output, if any")
     add("--merge", action=_switch, default=True, help="write merged/ too")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser
