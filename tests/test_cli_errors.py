@@ -57,6 +57,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     damage(folder / "tokenizer-empty", "tokenizer.json", lambda text: "{}")
     damage(folder / "tokenizer-silent", "tokenizer.json", without_vocabulary)
     damage(folder / "tokenizer-other", "tokenizer.json", of_a_larger_model)
+    damage(folder / "generation", "generation_config.json", lambda text: text.replace(": 1,", ": [1, 1e308],"))
     for name, template in (
         ("syntax", "{% for %}"),
         ("raises", "{{ raise_exception('no such role') }}"),
@@ -98,6 +99,7 @@ JOB = ("finetune", "--model", "model", "--data", "data.jsonl", "--output", "out"
         (("--model", "tokenizer-empty"), "is damaged or missing, get or convert it again"),
         (("--model", "tokenizer-silent"), "tokenizer-silent makes no token of any row: its files are damaged"),
         (("--model", "tokenizer-other"), "its tokenizer makes the token 5"),
+        (("--model", "generation"), "eos_token_id in its generation_config.json is 1e+308, which is no token"),
         (("--model", "template-syntax"), "template-syntax fails: "),
         (("--model", "template-raises"), "template-raises fails: no such role: mend it, or remove it"),
         (("--model", "template-calls"), "template-calls fails: 'x' is undefined"),
@@ -140,6 +142,10 @@ def test_model_that_the_hub_does_not_give_is_one_sentence(work):
 def test_unknown_command_is_one_sentence(work):
     assert "unknown command 'tune' (did you mean finetune?)" in fails(work, "tune")
     assert "unknown command 'xyzzy'; the commands are finetune and info" in fails(work, "xyzzy")
+
+
+def test_line_breaks_and_control_characters_in_names_keep_the_sentence_on_one_line(work):
+    assert r"there is no folder or file ./a\nb\x1b[31m" in fails(work, *JOB, "--model", "./a\nb\x1b[31m")
 
 
 def test_too_many_epochs_are_one_sentence(work):

@@ -143,6 +143,8 @@ def test_file_that_is_no_configuration_is_refused(tmp_path, name, text, says):
         (["--grad_accum", "4"], "(did you mean --grad-accum?)"),
         (["--no-merg"], "(did you mean --no-merge?)"),
         (["--xyzzy"], "unrecognized arguments: --xyzzy"),
+        (["--data=--"], "argument --data: expected a value, got '--'"),
+        (["--k=--"], "argument --k: expected a value, got '--'"),
         (["--r", "9" * 5000], "argument --r: expected a whole number of at most 2147483647, got '999"),
         (["--seed", str(2**32)], "argument --seed: expected a whole number of at most 4294967295"),
         (["--dtype", "x" * 5000], "argument --dtype: invalid choice: 'xxx"),

@@ -107,5 +107,10 @@ def _fail(arguments: list[str], message: str, code: int) -> int:
     if "--debug" in arguments:
         traceback.print_exc()
     hint = " (--debug shows where)" if code == 1 and "--debug" not in arguments else ""
-    print(f"gralora-ext: error: {message}{hint}", file=sys.stderr)
+    print(f"gralora-ext: error: {_on_one_line(message)}{hint}", file=sys.stderr)
     return code
+
+
+def _on_one_line(text: str) -> str:
+    """``text`` with what is no printable character, as names of files may have it, in Python's notation."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .errors import JobError, first_sentence
+from .errors import JobError, clipped, first_sentence
 from .gguf import folder_of_gguf
 from .resources import memory_failure
 from .source import Source, parse_targets
@@ -39,6 +39,7 @@ def load(source: Source, dtype: str, say: Any) -> tuple[Any, Any]:
         missing = sorted(info["missing_keys"])
         raise JobError(f"--model {source.name} lacks {len(missing)} of its weights, such as {missing[0]}")
     _check_finite(model, source)
+    _check_ends(model, source)
     return model, tokenizer
 
 
@@ -49,6 +50,16 @@ def _check_finite(model: torch.nn.Module, source: Source) -> None:
             raise JobError(
                 f"--model {source.name}: its weight {name} holds NaN or infinity in {weight.dtype}: the file is damaged, "
                 "get or convert it again"
+            )
+
+
+def _check_ends(model: Any, source: Source) -> None:
+    ends = model.generation_config.eos_token_id
+    for end in ends if isinstance(ends, list) else [ends]:
+        if end is not None and (type(end) is not int or not 0 <= end < 2**31):
+            raise JobError(
+                f"--model {source.name}: eos_token_id in its generation_config.json is {clipped(repr(end))}, which is no "
+                "token: get that file again, or remove it"
             )
 
 

@@ -94,6 +94,9 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             first = next((word for word in unknown if word.startswith("-")), unknown[0])
             raise JobError(f"unrecognized arguments: {clipped(' '.join(unknown))}{self.nearest(first)}")
+        for name, value in vars(options).items():
+            if value == []:  # what argparse makes of `--name=--`
+                self.error(f"argument --{name.replace('_', '-')}: expected a value, got '--'")
         return options
 
     def nearest(self, word: str) -> str:
