@@ -1,0 +1,67 @@
+"""Quantized base models: training gives what PEFT's layer gives on the same base; a merge is right, or refused and nothing written."""
+
+from __future__ import annotations
+
+from functools import partial
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from core import Outcome, adapt, base_model, batches, difference, refused, relative, sgd, train, trainable
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, HqqConfig, TorchAoConfig
+
+
+def torchao_config() -> TorchAoConfig:
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
+
+
+CONFIGS = {
+    "bitsandbytes 8 bit": lambda: BitsAndBytesConfig(load_in_8bit=True),
+    "bitsandbytes 4 bit": lambda: BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    ),
+    "torchao int8": torchao_config,
+    "HQQ 4 bit": lambda: HqqConfig(nbits=4, group_size=32),
+}
+
+
+def quantized(kind: str) -> nn.Module:
+    with TemporaryDirectory() as folder:
+        base_model().save_pretrained(folder)
+        return AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=CONFIGS[kind](), device_map="cpu", dtype=torch.float32
+        )
+
+
+def training(tuner: str, *, kind: str, hybrid: bool = False) -> Outcome:
+    runs = []
+    for each in (tuner, "lora" if tuner == "lora" else "peft"):
+        model = adapt(quantized(kind), each, hybrid=hybrid).train()
+        runs.append(train(model, sgd(trainable(model)), batches()))
+    return Outcome(difference(*runs))
+
+
+def merge(tuner: str, *, kind: str) -> Outcome:
+    """How far the logits of the merged model are from those before; after a refusal they must be the same."""
+    (ids, *_) = batches()
+    model: Any = adapt(quantized(kind), tuner).eval()
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        try:
+            model.merge_adapter()
+        except (TypeError, ValueError) as error:
+            outcome = refused(tuner, error, "merg")
+            distance = relative(model(input_ids=ids).logits, before)
+            assert distance == 0.0, "the refused merge has changed the model"
+            return outcome
+        return Outcome(relative(model(input_ids=ids).logits, before))
+
+
+ROWS = {
+    **{f"{kind}, training": partial(training, kind=kind) for kind in CONFIGS},
+    **{f"{kind}, training, hybrid": partial(training, kind=kind, hybrid=True) for kind in CONFIGS},
+    **{f"{kind}, merge": partial(merge, kind=kind) for kind in CONFIGS},
+}
