@@ -46,13 +46,13 @@ class Run:
     gradients: dict[str, Tensor]
 
 
-def base_model(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+def base_model(dtype: torch.dtype = torch.float32, intermediate_size: int = 96) -> LlamaForCausalLM:
     """A Llama of 2 layers and 64 tokens, the same at every call."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,
         hidden_size=64,
-        intermediate_size=96,
+        intermediate_size=intermediate_size,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -77,7 +77,9 @@ class Mlp(nn.Module):
         return self.second(torch.relu(self.first(self.embedding(ids))))
 
 
-def tuner_config(tuner: str, *, hybrid: bool = False, dropout: float = 0.0, **fields: Any) -> LoraConfig | GraloraConfig:
+def tuner_config(
+    tuner: str, *, hybrid: bool = False, dropout: float = 0.0, **fields: Any
+) -> LoraConfig | GraloraConfig:
     """The adapters of a row: at random from the start, so that every parameter has a gradient."""
     fields = {"target_modules": "all-linear", "task_type": "CAUSAL_LM", **fields}
     if tuner == "lora":

@@ -10,9 +10,7 @@ from core import Outcome, adapted, batches, difference, reference, sgd, train, t
 
 def autocast(tuner: str, *, hybrid: bool = False) -> Outcome:
     model = adapted(tuner, hybrid=hybrid).train()
-    run = train(
-        model, sgd(trainable(model)), batches(), around=lambda: torch.autocast("cpu", torch.bfloat16)
-    )
+    run = train(model, sgd(trainable(model)), batches(), around=lambda: torch.autocast("cpu", torch.bfloat16))
     return Outcome(difference(run, reference(tuner, hybrid=hybrid)))
 
 

@@ -30,9 +30,7 @@ from deepspeed.utils import safe_get_full_grad
 PROCESSES = 2
 
 
-def run(
-    tuner: str, *, stage: int, hybrid: bool = False, bf16: bool = False, checkpointing: bool = False
-) -> Outcome:
+def run(tuner: str, *, stage: int, hybrid: bool = False, bf16: bool = False, checkpointing: bool = False) -> Outcome:
     expected = reference(tuner, hybrid=hybrid)
     model = adapted(tuner, hybrid=hybrid).train()
     if checkpointing:

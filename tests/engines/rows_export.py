@@ -21,20 +21,21 @@ _LOADERS = {
 
 
 class Logits(nn.Module):
-    """Token numbers to logits."""
+    """Token numbers to a tensor; a PeftModel itself takes any arguments, for which sizes are hard to name."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.model(input_ids=ids).logits
+        result = self.model(ids)
+        return result if isinstance(result, Tensor) else result.logits
 
 
 def model_of(tuner: str, kind: str, hybrid: bool) -> nn.Module:
     if kind == "Llama":
         return Logits(adapted(tuner, hybrid=hybrid)).eval()
-    return adapt(Mlp(), tuner, hybrid=hybrid, target_modules=["first", "second"], task_type=None).eval()
+    return Logits(adapt(Mlp(), tuner, hybrid=hybrid, target_modules=["first", "second"], task_type=None)).eval()
 
 
 def run(tuner: str, *, strict: bool, kind: str = "MLP", form: str = "program", hybrid: bool = False) -> Outcome:

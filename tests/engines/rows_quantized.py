@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from core import Outcome, adapt, base_model, batches, difference, refused, relative, sgd, train, trainable
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, HqqConfig, TorchAoConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 
 def torchao_config() -> TorchAoConfig:
@@ -24,13 +24,30 @@ CONFIGS = {
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
     ),
     "torchao int8": torchao_config,
-    "HQQ 4 bit": lambda: HqqConfig(nbits=4, group_size=32),
 }
+KINDS = (*CONFIGS, "HQQ 4 bit")
+_TARGETS = ["q_proj", "v_proj", "up_proj", "down_proj"]
+_BLOCK = 64  # by which widths must divide
+
+
+def hqq_model() -> nn.Module:
+    """Made by the library itself: transformers has left it out in some releases."""
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    model, config = base_model(intermediate_size=2 * _BLOCK), BaseQuantizeConfig(nbits=4, group_size=_BLOCK)
+    for layer in model.model.layers:
+        for parent in (layer.self_attn, layer.mlp):
+            for name, linear in list(parent.named_children()):
+                if isinstance(linear, nn.Linear):
+                    setattr(parent, name, HQQLinear(linear, config, compute_dtype=torch.float32, device="cpu"))
+    return model
 
 
 def quantized(kind: str) -> nn.Module:
+    if kind not in CONFIGS:
+        return hqq_model()
     with TemporaryDirectory() as folder:
-        base_model().save_pretrained(folder)
+        base_model(intermediate_size=2 * _BLOCK).save_pretrained(folder)
         return AutoModelForCausalLM.from_pretrained(
             folder, quantization_config=CONFIGS[kind](), device_map="cpu", dtype=torch.float32
         )
@@ -39,7 +56,7 @@ def quantized(kind: str) -> nn.Module:
 def training(tuner: str, *, kind: str, hybrid: bool = False) -> Outcome:
     runs = []
     for each in (tuner, "lora" if tuner == "lora" else "peft"):
-        model = adapt(quantized(kind), each, hybrid=hybrid).train()
+        model = adapt(quantized(kind), each, hybrid=hybrid, target_modules=_TARGETS).train()
         runs.append(train(model, sgd(trainable(model)), batches()))
     return Outcome(difference(*runs))
 
@@ -47,7 +64,7 @@ def training(tuner: str, *, kind: str, hybrid: bool = False) -> Outcome:
 def merge(tuner: str, *, kind: str) -> Outcome:
     """How far the logits of the merged model are from those before; after a refusal they must be the same."""
     (ids, *_) = batches()
-    model: Any = adapt(quantized(kind), tuner).eval()
+    model: Any = adapt(quantized(kind), tuner, target_modules=_TARGETS).eval()
     with torch.no_grad():
         before = model(input_ids=ids).logits
         try:
@@ -61,7 +78,7 @@ def merge(tuner: str, *, kind: str) -> Outcome:
 
 
 ROWS = {
-    **{f"{kind}, training": partial(training, kind=kind) for kind in CONFIGS},
-    **{f"{kind}, training, hybrid": partial(training, kind=kind, hybrid=True) for kind in CONFIGS},
-    **{f"{kind}, merge": partial(merge, kind=kind) for kind in CONFIGS},
+    **{f"{kind}, training": partial(training, kind=kind) for kind in KINDS},
+    **{f"{kind}, training, hybrid": partial(training, kind=kind, hybrid=True) for kind in KINDS},
+    **{f"{kind}, merge": partial(merge, kind=kind) for kind in KINDS},
 }

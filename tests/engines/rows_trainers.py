@@ -90,7 +90,9 @@ def with_recorder(trainer: Any) -> Recorder:
     return recorder
 
 
-def transformers_trainer(tuner: str, *, checkpointing: bool = False, bf16: bool = False, hybrid: bool = False) -> Outcome:
+def transformers_trainer(
+    tuner: str, *, checkpointing: bool = False, bf16: bool = False, hybrid: bool = False
+) -> Outcome:
     from transformers import Trainer, TrainingArguments
 
     with TemporaryDirectory() as folder:

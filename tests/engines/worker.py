@@ -1,8 +1,9 @@
 """Runs rows of one engine in this process, or in all processes that torchrun has started, and writes what came of each.
 
-usage: [torchrun ...] worker.py ENGINE RESULTS.json CELL ...     CELL: a row's name, a colon, a tuner
+usage: worker.py ENGINE RESULTS.json ROWS TUNERS     ROWS: a regular expression; TUNERS: names, with commas between
 
-After an error the worker ends, since an engine may be in any state then: its starter goes on with a new one.
+What the results hold already is left out. After an error the worker ends with 1, since an engine may be in any state then, and is
+to be started again; it ends with 0 when all is done.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import dataclasses
 import importlib
 import json
 import os
+import re
 import sys
 import traceback
 from pathlib import Path
@@ -27,25 +29,36 @@ def outcome(row: Any, tuner: str) -> dict[str, Any]:
         return {"ok": False, "error": f"{type(error).__name__}: {error}"}
 
 
-def main() -> None:
-    engine, results, *cells = sys.argv[1:]
-    module = importlib.import_module(f"rows_{engine}")
+def main() -> int:
+    engine, file, pattern, tuners = sys.argv[1:5]
     several = "WORLD_SIZE" in os.environ
     if several:
         torch.distributed.init_process_group("gloo")
-    for cell in cells:
-        name, tuner = cell.rsplit(":", 1)
-        torch.manual_seed(0)
-        result = outcome(module.ROWS[name], tuner)
-        if not several or torch.distributed.get_rank() == 0:
-            path = Path(results)
-            path.write_text(json.dumps({**json.loads(path.read_text()), cell: result}))
-        if not result["ok"]:
-            break
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # engines' threads and the other process, which may wait for this one, keep nothing alive
+    writes = not several or torch.distributed.get_rank() == 0
+    path = Path(file)
+    results = json.loads(path.read_text())
+    rows = importlib.import_module(f"rows_{engine}").ROWS
+    if several:
+        torch.distributed.barrier()  # all have read before one writes
+    for name, row in rows.items():
+        for tuner in tuners.split(","):
+            without = tuner == "lora" and "hybrid" in name  # LoRA has no hybrid part
+            if not re.search(pattern, name) or without or tuner in results.get(name, {}):
+                continue
+            results.setdefault(name, {})[tuner] = {"ok": False, "error": "the process died, or took too long"}
+            if writes:
+                path.write_text(json.dumps(results))
+            torch.manual_seed(0)
+            results[name][tuner] = outcome(row, tuner)
+            if writes:
+                path.write_text(json.dumps(results))
+            if not results[name][tuner]["ok"]:
+                return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # nothing that an engine has started, and no process that waits for another, keeps this one alive
