@@ -156,7 +156,9 @@ def test_too_many_epochs_are_one_sentence(work):
 def test_one_of_several_processes_says_that_only_one_is_supported(work, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    assert "this is one of 2 processes, and finetune runs in one only: start it without torchrun" in fails(work, *JOB)
+    assert "this is one of 2 processes (WORLD_SIZE), and finetune runs in one only: start it without" in fails(
+        work, *JOB
+    )
     monkeypatch.setenv("RANK", "1")
     other = call(*JOB, cwd=work)
     assert (other.returncode, other.stdout, other.stderr) == (2, "", "")

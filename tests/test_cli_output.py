@@ -27,7 +27,9 @@ def job(work: Path, *more: object) -> set[str]:
     """Runs the job again; returns what it says that it kept."""
     result = call(*JOB, *more, cwd=work)
     assert result.returncode == 0, result.stderr
-    marks = [line.split("kept, since no job wrote it as it is: ")[1:] for line in result.stdout.splitlines()]
+    marks = [
+        line.split("kept, since no job wrote it, or it was changed since: ")[1:] for line in result.stdout.splitlines()
+    ]
     return {mark[0] for mark in marks if mark}
 
 

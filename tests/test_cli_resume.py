@@ -186,7 +186,7 @@ def test_what_a_user_puts_into_a_checkpoint_is_neither_read_nor_deleted(job, tmp
     same_end(job.output, job.work / "unbroken")
     assert (job.new / "model.safetensors").is_file()
     assert [p.name for p in job.old.iterdir()] == ["notes.txt"]
-    assert f"kept, since no job wrote it as it is: {job.old}" in result.stdout
+    assert f"kept, since no job wrote it, or it was changed since: {job.old}" in result.stdout
 
 
 def test_checkpoint_whose_manifest_was_lost_is_kept_beside_its_successor(job):

@@ -39,7 +39,7 @@ class Owner:
     def kept(self, path: Path) -> None:
         if path not in self._told:
             self._told.add(path)
-            self.say(f"kept, since no job wrote it as it is: {path}")
+            self.say(f"kept, since no job wrote it, or it was changed since: {path}")
 
 
 @contextmanager

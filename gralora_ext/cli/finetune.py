@@ -208,7 +208,7 @@ class Job:
         lr = f"try a lower --lr than {self.options.lr:g}"
         cure = lr if self.history.losses else "the model is not fit for training as it is, or not in this --dtype"
         names = ", ".join(self.written)
-        return f"{names} in {self.output.folder} are of what it had become, and no merged model was written; {cure}"
+        return f"{names} in {self.output.folder} show how it ended, and no merged model was written; {cure}"
 
     def _again(self) -> str:
         return f"{command()} finetune --config {shlex.quote(str(self.output.folder / SETTINGS))} --resume"

@@ -17,15 +17,15 @@ _VARIABLES = (
 
 
 def is_one_of_several() -> bool:
-    return _processes()[0] > 1
+    return _processes()[1] > 1
 
 
 def refuse_several() -> int:
     """The first process says what is the matter; the exit code of each is 2."""
-    size, rank = _processes()
+    variable, size, rank = _processes()
     if rank == 0:
         print(
-            f"gralora-ext: error: this is one of {size} processes, and finetune runs in one only: "
+            f"gralora-ext: error: this is one of {size} processes ({variable}), and finetune runs in one only: "
             "start it without torchrun, accelerate launch or mpirun, or with one process",
             file=sys.stderr,
             flush=True,
@@ -37,9 +37,10 @@ def refuse_several() -> int:
     return 2
 
 
-def _processes() -> tuple[int, int]:
+def _processes() -> tuple[str, int, int]:
+    """The variable that tells, how many processes there are, and which one this is."""
     for size, rank in _VARIABLES:
         if os.environ.get(size, "").isdecimal():
             own = os.environ.get(rank, "")
-            return int(os.environ[size][:9]), int(own[:9]) if own.isdecimal() else 0
-    return 1, 0
+            return size, int(os.environ[size][:9]), int(own[:9]) if own.isdecimal() else 0
+    return "", 1, 0

@@ -44,7 +44,7 @@ def in_words(values: dict[str, Any]) -> str:
     """The held-out loss before and after, the speed and the memory, in one line."""
 
     def loss(value: float | None) -> str:
-        return "not finite" if value is None else f"{value:.4f}"
+        return "none" if value is None else f"{value:.4f}"
 
     speed = "" if values["tokens_per_second"] is None else f"{values['tokens_per_second']:,.0f} tokens/s, "
     return (
