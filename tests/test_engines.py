@@ -1,6 +1,7 @@
 """The rows of the engine matrix (``scripts/engines.sh``) that take seconds, as our layer must pass them.
 
-The rows of an engine share one start of it, in processes of their own; the first test of an engine waits for all its rows.
+The rows of an engine share one start of it, in processes of their own; the first test of an engine
+waits for all its rows.
 """
 
 from __future__ import annotations

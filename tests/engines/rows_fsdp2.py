@@ -1,4 +1,4 @@
-"""fully_shard, FSDP's second version: each linear layer a unit of its own, or each layer with its adapter, or each decoder layer."""
+"""fully_shard (FSDP2): the units are linear layers, or layers with their adapters, or decoder layers."""
 
 from __future__ import annotations
 
