@@ -23,7 +23,7 @@ ROWS = {
     "fsdp1": ["plain", "hybrid", "hybrid checkpointing"],
     "fsdp2": ["per adapted layer hybrid", "per Linear hybrid", "per decoder layer"],
     "deepspeed": ["ZeRO-3 plain", "ZeRO-3 hybrid", "ZeRO-3 checkpointing", "ZeRO-3 bf16"],
-    "export": ["strict, MLP, hybrid", "not strict, Llama", "AOTInductor package, MLP"],
+    "export": ["strict, MLP, hybrid", "strict, MLP, one length", "not strict, Llama", "AOTInductor package, MLP"],
     "compile": ["training, hybrid", "graph breaks, hybrid, dropout, autocast", "graphs over nine shapes, training"],
     "trainers": ["SFTTrainer, hybrid"],
     "checkpointing": ["reentrant", "selective, products saved", "selective, products saved, hybrid"],
