@@ -1,6 +1,7 @@
 """The rows of the engine matrix (``scripts/engines.sh``) that take seconds, as our layer must pass them.
 
-The rows of an engine share one start of it, in processes of their own; the first test of an engine waits for all its rows.
+The rows of an engine share one start of it, in processes of their own; the first test of an engine
+waits for all its rows.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ ROWS = {
     "fsdp1": ["plain", "hybrid", "hybrid checkpointing"],
     "fsdp2": ["per adapted layer hybrid", "per Linear hybrid", "per decoder layer"],
     "deepspeed": ["ZeRO-3 plain", "ZeRO-3 hybrid", "ZeRO-3 checkpointing", "ZeRO-3 bf16"],
-    "export": ["strict, MLP, hybrid", "not strict, Llama", "AOTInductor package, MLP"],
+    "export": ["strict, MLP, hybrid", "strict, MLP, one length", "not strict, Llama", "AOTInductor package, MLP"],
     "compile": ["training, hybrid", "graph breaks, hybrid, dropout, autocast", "graphs over nine shapes, training"],
     "trainers": ["SFTTrainer, hybrid"],
     "checkpointing": ["reentrant", "selective, products saved", "selective, products saved, hybrid"],

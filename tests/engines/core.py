@@ -1,11 +1,13 @@
 """What all rows share: a tiny model with adapters, its data, one run without an engine, and how far two runs are apart.
 
-A run is some steps of gradient descent on a Llama of two layers: the loss of each step, and the adapters' gradients in the last. Rows
-with several processes give each its share of the batch, so that the mean over processes is what one process computes.
+A run is some steps of gradient descent on a Llama of two layers: the loss of each step, and the
+adapters' gradients in the last. Rows with several processes give each its share of the batch, so
+that the mean over processes is what one process computes.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
@@ -31,7 +33,10 @@ _WRAPPERS = re.compile(
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a row has shown: how far it is from the run without an engine, and perhaps a number that may not exceed PEFT's."""
+    """What a row has shown: how far it is from the run without an engine.
+
+    ``count``, where there is one, may not exceed that of PEFT's layer; ``note`` says what it counts.
+    """
 
     difference: float
     count: int | None = None
@@ -196,11 +201,14 @@ def difference(run: Run, expected: Run) -> float:
     of_losses = [abs(a - b) / abs(b) for a, b in zip(run.losses, expected.losses, strict=True)]
     of_gradients = [relative(run.gradients[name], g) for name, g in expected.gradients.items()]
     worst = of_losses + of_gradients
-    return float("inf") if any(d != d for d in worst) else max(worst)
+    return float("inf") if any(math.isnan(d) for d in worst) else max(worst)
 
 
 def refused(tuner: str, error: Exception, word: str) -> Outcome:
-    """What a row gives where our layer says in a sentence, with ``word`` in it, that it can't do this; other errors are raised."""
+    """What a row gives where our layer says in a sentence with ``word`` in it that it can't do this.
+
+    Other errors, and those of other tuners, are raised.
+    """
     if tuner != "ours" or word not in str(error):
         raise error
     return Outcome(0.0, note=f"refused: {error}")

@@ -1,10 +1,11 @@
 """The engine matrix: every engine with PEFT's LoRA, PEFT's GraLoRA and ours, as a table.
 
-usage: python tests/engines/matrix.py [--engines NAME ...] [--rows REGEX] [--table FILE.md]     exits with 1 where a row is not right
+usage: python tests/engines/matrix.py [--engines NAME ...] [--rows REGEX] [--table FILE.md]
 
-A row is right where our layer is at least as good as PEFT's own GraLoRA layer: within 1e-5 of one process without the engine in
-float32, or in bfloat16 within twice the error of PEFT's layer; with no more graphs, graph breaks or warnings; and with an error only
-where PEFT's layer has one too.
+A row is right where our layer is at least as good as PEFT's own GraLoRA layer: in float32 within
+1e-5 of one process without the engine, in bfloat16 within twice the error of PEFT's layer; with no
+more graphs, graph breaks or warnings; and with an error only where PEFT's layer has one too. The
+exit code is 1 where a row is not right.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ Results = dict[str, dict[str, dict[str, Any]]]  # by row, then by tuner
 
 
 class Engine(NamedTuple):
-    """An engine as the table calls it, how many processes it has, and the packages that it needs beside those of the tests."""
+    """An engine as the table calls it, its processes, and the packages that it needs beside those of the tests."""
 
     title: str
     processes: int = 1
@@ -85,7 +86,10 @@ def run(engine: str, rows: str = "", tuners: tuple[str, ...] = tuple(TUNERS), lo
 
 
 def _run(command: list[str], environment: dict[str, str]) -> tuple[bool, str]:
-    """Whether a worker has run all rows, and what it has printed; it is killed with all it has started where it takes too long."""
+    """Whether a worker has run all rows, and what it has printed.
+
+    It is killed with all it has started where it takes too long.
+    """
     worker = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -132,10 +136,10 @@ def table(matrix: dict[str, Results]) -> str:
     lines = [
         "# Engines",
         "",
-        "Written by `scripts/engines.sh`. A number is the largest relative difference of losses and adapter gradients, over three",
-        "steps of a small Llama, from one process without the engine in float32 (GraLoRA: with PEFT's own layer). Bold is an error.",
-        "A row is ok where our layer is at least as good as PEFT's: float32 to 1e-5, bf16 below twice the error of PEFT's layer, no",
-        "more graphs or warnings, an error only where PEFT's has one.",
+        "Written by `scripts/engines.sh`. A number is the largest relative difference of losses and adapter gradients,",
+        "over three steps of a small Llama, from one process without the engine in float32 (GraLoRA: with PEFT's own",
+        "layer). Bold is an error. A row is ok where our layer is at least as good as PEFT's: float32 to 1e-5, bf16 below",
+        "twice the error of PEFT's layer, no more graphs or warnings, an error only where PEFT's has one.",
         "",
         f"Two gloo processes on the CPU where an engine has several. {versions}.",
     ]

@@ -1,4 +1,4 @@
-"""torch.autocast in bfloat16, and models in bfloat16 with adapters in float32 or bfloat16: errors against a run in float32."""
+"""torch.autocast in bfloat16, and models in bfloat16, with errors against a run in float32."""
 
 from __future__ import annotations
 

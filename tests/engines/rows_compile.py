@@ -34,7 +34,7 @@ def autocast(tuner: str) -> Outcome:
 
 
 def dropout(tuner: str) -> Outcome:
-    """Against the tuner's own eager run: masks are the tuner's. PEFT's come from torch's generator by fallback_random."""
+    """Against the tuner's own eager run, whose masks it has: fallback_random is torch's option for that."""
     runs = []
     for compiled in (False, True):
         model = adapted(tuner, dropout=0.3).train()
@@ -57,7 +57,7 @@ def graph_breaks(tuner: str, *, hybrid: bool = False, dropout: float = 0.0, bf16
 
 
 def graphs_over_shapes(tuner: str, *, trains: bool, **options: Any) -> Outcome:
-    """Nine batches of other sizes and lengths: how often the model is compiled. Also, that it gives what eager mode gives."""
+    """How often the model is compiled over nine sizes of batches, and how far it is from eager mode."""
     model = adapted(tuner).train(trains)
     counter, worst = CompileCounter(), 0.0
     compiled = torch.compile(model, backend=counter, **options)

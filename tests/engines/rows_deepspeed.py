@@ -9,7 +9,6 @@ from typing import Any
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 import deepspeed
-import torch
 import torch.distributed as dist
 from core import (
     SEQUENCES,

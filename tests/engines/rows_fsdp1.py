@@ -1,4 +1,4 @@
-"""FullyShardedDataParallel, the first one, with PEFT's own wrapping policy: linear layers of an adapter are units of their own."""
+"""FullyShardedDataParallel (FSDP1) with PEFT's own wrapping policy: an adapter's linear layers are units of their own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Quantized base models: training gives what PEFT's layer gives on the same base; a merge is right, or refused and nothing written."""
+"""Quantized base models.
+
+Training gives what PEFT's layer gives on the same base; a merge is right, or refused with nothing written.
+"""
 
 from __future__ import annotations
 

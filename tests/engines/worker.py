@@ -2,8 +2,8 @@
 
 usage: worker.py ENGINE RESULTS.json ROWS TUNERS     ROWS: a regular expression; TUNERS: names, with commas between
 
-What the results hold already is left out. After an error the worker ends with 1, since an engine may be in any state then, and is
-to be started again; it ends with 0 when all is done.
+What the results hold already is left out. After an error the worker ends with 1, since an engine
+may be in any state then, and is to be started again; it ends with 0 when all is done.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 def outcome(row: Any, tuner: str) -> dict[str, Any]:
     try:
         return {"ok": True, **dataclasses.asdict(row(tuner))}
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  whatever an engine raises is the row's result
         traceback.print_exc()
         return {"ok": False, "error": f"{type(error).__name__}: {error}"}
 
