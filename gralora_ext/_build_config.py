@@ -60,6 +60,7 @@ INSTALL_COMMAND = "pip install --no-build-isolation ."
 def _sibling(name: str) -> ModuleType:
     """A module of this folder by its file: the package itself would want the extension that is about to be built."""
     spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None and spec.loader is not None  # it ends in .py
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -215,10 +216,11 @@ def compile_kernels(build_dir: Path, build: CudaBuild | None = None, root: Path 
             objects.append(build_dir / f"{Path(source).stem}.{capability}.o")
             rules += [f"build {objects[-1].name}: compile {_in_ninja(root / source)}"]
             rules += ["  flags = " + shlex.join(flags).replace("$", "$$")]
-    for source in cuda.SOURCES if build is not None else []:
-        objects.append(build_dir / f"{Path(source).stem}.cuda.o")
-        rules += [f"build {objects[-1].name}: compile_cuda {_in_ninja(root / source)}"]
-        rules += ["  nvcc = " + shlex.join(cuda_command(source, build, root)).replace("$", "$$")]
+    if build is not None:
+        for source in cuda.SOURCES:
+            objects.append(build_dir / f"{Path(source).stem}.cuda.o")
+            rules += [f"build {objects[-1].name}: compile_cuda {_in_ninja(root / source)}"]
+            rules += ["  nvcc = " + shlex.join(cuda_command(source, build, root)).replace("$", "$$")]
     ninja_file = build_dir / "build.ninja"
     text = "\n".join(rules) + "\n"
     if not ninja_file.exists() or ninja_file.read_text() != text:

@@ -78,7 +78,9 @@ def _covers(arch: str, capability: tuple[int, int]) -> bool:
     Machine code runs on devices of its major version, from its minor version on; with an ``a`` on its own version alone. PTX is
     compiled by the driver for every later device.
     """
-    major, minor, kind, ptx = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", arch).groups()
+    parts = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", arch)
+    assert parts is not None  # the build has written it
+    major, minor, kind, ptx = parts.groups()
     version = int(major), int(minor)
     if kind == "a":
         return version == capability

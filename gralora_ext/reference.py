@@ -149,8 +149,7 @@ def merge_(
 ) -> Tensor:
     """Adds :func:`delta_weight` to ``weight [M, N]`` (``[N, M]`` with ``fan_in_fan_out``) in place, rounding once."""
     dtype = _compute_dtype(weight, A, B, A_general, B_general)
-    wide = [None if t is None else t.to(dtype) for t in (A, B, A_general, B_general)]
-    dW = delta_weight(
-        wide[0], wide[1], scaling=scaling, A_general=wide[2], B_general=wide[3], fan_in_fan_out=fan_in_fan_out
-    )
+    general = {"A_general": A_general, "B_general": B_general}
+    wide = {name: t.to(dtype) for name, t in general.items() if t is not None}
+    dW = delta_weight(A.to(dtype), B.to(dtype), scaling=scaling, fan_in_fan_out=fan_in_fan_out, **wide)
     return weight.copy_((weight.to(dtype) + dW).to(weight.dtype))

@@ -32,8 +32,8 @@ class History:
 
     def __init__(self, values: dict[str, Any] | None = None):
         values = values or {}
-        self.losses: list[dict[str, float]] = values.get("losses", [])
-        self.eval_losses: list[dict[str, float]] = values.get("eval_losses", [])
+        self.losses: list[dict[str, float | None]] = values.get("losses", [])
+        self.eval_losses: list[dict[str, float | None]] = values.get("eval_losses", [])
         self.samples: list[dict[str, str]] = values.get("samples", [])
         self.tokens: int = values.get("tokens", 0)
         self.seconds: float = values.get("seconds", 0.0)

@@ -93,7 +93,7 @@ def _explain(arguments: list[str], error: Exception) -> int:
     if reason := memory_failure(error):
         cure = "try a smaller --batch-size or --max-length, or --dtype bf16, or free some"
         return _fail(arguments, f"{reason}: {cure}", 2)
-    reason = disk_failure(error) or (isinstance(error, OSError) and error.strerror)
+    reason = disk_failure(error) or (error.strerror if isinstance(error, OSError) else None)
     if not reason:
         return _fail(arguments, f"{type(error).__name__}: {first_sentence(error)}", 1)
     try:

@@ -74,7 +74,7 @@ def check_vocabulary(model: Any, source: Source, examples: list[dict[str, list[i
         )
 
 
-def matched_layers(model: torch.nn.Module, targets: str | list[str]) -> list[tuple[str, torch.nn.Module]]:
+def matched_layers(model: Any, targets: str | list[str]) -> list[tuple[str, Any]]:
     """The layers that PEFT is going to wrap, with JobError where a target names none."""
     from transformers.pytorch_utils import Conv1D
 
@@ -161,7 +161,7 @@ def load_adapter(model: Any, folder: Path) -> None:
     set_peft_model_state_dict(model, saved)
 
 
-def _check_widths(layers: list[tuple[str, torch.nn.Module]], k: int) -> None:
+def _check_widths(layers: list[tuple[str, Any]], k: int) -> None:
     for name, module in layers:
         for width in module.weight.shape:
             if width % k:

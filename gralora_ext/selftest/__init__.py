@@ -44,7 +44,7 @@ def devices() -> list[torch.device]:
 
 def run(device: torch.device, say: Callable[[str], None] = lambda line: None) -> Result:
     """Tries all on ``device``; ``say`` gets a line before each step."""
-    name, instructions, wrong = "the CPU", 0, []
+    name, instructions, wrong = "the CPU", 0, list[str]()
     if device.type == "cuda":
         name = f"{torch.cuda.get_device_name(device)} (cuda:{device.index})"
         if torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY:

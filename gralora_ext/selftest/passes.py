@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +64,7 @@ def check(case: Case, device: torch.device) -> Iterator[tuple[str, float]]:
     dtypes = (case.activations, case.adapter)
     x, base = values(case.T, case.N, dtype=case.activations), values(case.T, case.M, dtype=case.activations)
     grad = values(case.T, case.M, dtype=case.activations)
-    adapter = {
+    adapter: dict[str, Any] = {
         "A": values(case.k, n, case.r, dtype=case.adapter, scale=n**-0.5),
         "B": values(case.k, case.r, m, dtype=case.adapter, scale=case.r**-0.5),
     }
@@ -72,12 +73,12 @@ def check(case: Case, device: torch.device) -> Iterator[tuple[str, float]]:
         adapter["B_general"] = values(case.M, case.h, dtype=case.adapter, scale=case.h**-0.5)
 
     with torch.enable_grad():
-        leaves = {name: t.requires_grad_() for name, t in {"x": x, "base": base, **adapter}.items()}
+        leaves: dict[str, Any] = {name: t.requires_grad_() for name, t in {"x": x, "base": base, **adapter}.items()}
         torch.manual_seed(1)
         y = ops.gralora(**leaves, scaling=0.75, dropout_p=P_DROPOUT if case.dropout else 0.0)
         gradients = torch.autograd.grad(y, list(leaves.values()), grad)
         torch.manual_seed(1)
-        wide = {name: t.detach().double().requires_grad_() for name, t in leaves.items()}
+        wide: dict[str, Any] = {name: t.detach().double().requires_grad_() for name, t in leaves.items()}
         expected = reference.gralora(
             **wide, scaling=0.75, dropout_p=P_DROPOUT if case.dropout else 0.0, seed=reference.draw_seed(device)
         )
@@ -95,22 +96,22 @@ def check(case: Case, device: torch.device) -> Iterator[tuple[str, float]]:
     with torch.no_grad():
         weight = values(case.M, case.N, dtype=case.activations)
         merged = ops.merge_(weight.clone(), **adapter, scaling=0.75)
-        wide_adapter = {name: t.double() for name, t in adapter.items()}
+        wide_adapter: dict[str, Any] = {name: t.double() for name, t in adapter.items()}
         yield f"merge {case}", _share(merged, reference.merge_(weight.double(), **wide_adapter, scaling=0.75))
 
 
 def _check_layer(
-    case: Case, own_gemm: bool, dropout_p: float, x: Tensor, grad: Tensor, weight: Tensor, adapter: dict[str, Tensor]
+    case: Case, own_gemm: bool, dropout_p: float, x: Tensor, grad: Tensor, weight: Tensor, adapter: dict[str, Any]
 ) -> Iterator[tuple[str, float]]:
     """The frozen layer with its adapter: one product, or with dropout and by torch's GEMM its own and the path."""
     dtypes = (case.activations, case.adapter)
     with torch.enable_grad():
-        leaves = {name: t.detach().requires_grad_() for name, t in {"x": x, **adapter}.items()}
+        leaves: dict[str, Any] = {name: t.detach().requires_grad_() for name, t in {"x": x, **adapter}.items()}
         torch.manual_seed(1)
         y = ops.linear(weight=weight, bias=None, **leaves, scaling=0.75, dropout_p=dropout_p, own_gemm=own_gemm)
         gradients = torch.autograd.grad(y, list(leaves.values()), grad)
         torch.manual_seed(1)
-        wide = {name: t.detach().double().requires_grad_() for name, t in leaves.items()}
+        wide: dict[str, Any] = {name: t.detach().double().requires_grad_() for name, t in leaves.items()}
         base = torch.nn.functional.linear(wide["x"], weight.double())
         expected = reference.gralora(base=base, **wide, scaling=0.75, dropout_p=dropout_p)
         wanted = torch.autograd.grad(expected, list(wide.values()), grad.double())

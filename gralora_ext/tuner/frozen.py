@@ -98,7 +98,7 @@ def _pays(layer: GraloraLinear, name: str, tokens: int) -> bool:
 
 def weight_of(base: nn.Module) -> Tensor:
     """The weight of an eligible base layer as ``[M, N]``."""
-    weight = base._parameters["weight"]
+    weight: Tensor = base._parameters["weight"]  # type: ignore[assignment]  # an eligible layer has one
     return weight.t() if type(base) is Conv1D else weight
 
 

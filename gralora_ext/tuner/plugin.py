@@ -103,11 +103,11 @@ def restore(model: nn.Module) -> Report:
 
 
 def _convert(
-    model: nn.Module, source: type, target: type, source_tuner: type[nn.Module], target_tuner: type[nn.Module]
+    model: nn.Module, source: type[Linear], target: type[Linear], source_tuner: type, target_tuner: type
 ) -> Report:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    converted, skipped = 0, []
+    converted, skipped = 0, list[tuple[str, str]]()
     for name, module in model.named_modules():
         if type(module) is source_tuner:
             module.__class__ = target_tuner
@@ -121,7 +121,7 @@ def _convert(
     return Report(converted, skipped)
 
 
-def _obstacle(module: nn.Module, source: type) -> str | None:
+def _obstacle(module: Linear, source: type[Linear]) -> str | None:
     """Why the class of ``module`` may not be changed from ``source``, or None where it may."""
     if type(module) is not source:
         return f"its class {type(module).__qualname__} is not {source.__module__}.{source.__qualname__} itself"
@@ -135,7 +135,7 @@ def _obstacle(module: nn.Module, source: type) -> str | None:
     return None
 
 
-def _instance_forwards(module: nn.Module, source: type) -> list[str]:
+def _instance_forwards(module: Linear, source: type[Linear]) -> list[str]:
     """The attributes of the instance that hold ``source``'s forward, bound to it.
 
     Accelerate's hooks put it into ``_old_forward`` and their own function into ``forward``; their removal leaves it in
@@ -145,7 +145,7 @@ def _instance_forwards(module: nn.Module, source: type) -> list[str]:
     return [name for name, value in attributes if getattr(value, "__func__", None) is source.forward]
 
 
-def _change_class(module: nn.Module, source: type, target: type) -> None:
+def _change_class(module: Linear, source: type[Linear], target: type[Linear]) -> None:
     for name in _instance_forwards(module, source):
         setattr(module, name, MethodType(target.forward, module))
     module.__class__ = target
