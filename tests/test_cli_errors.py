@@ -165,11 +165,11 @@ def test_one_of_several_processes_says_that_only_one_is_supported(work, monkeypa
 
 
 WITHOUT_TORCH = """
-import os, sys, time
-start = time.perf_counter()
+import os, sys
+sys.argv[0] = "gralora-ext"  # as the console script begins
 from gralora_ext.cli import main
 code = main(sys.argv[1:])
-print(code, "torch" in sys.modules, "transformers" in sys.modules, time.perf_counter() - start < 2)
+print(code, "torch" in sys.modules, "transformers" in sys.modules)
 """
 
 
@@ -195,7 +195,7 @@ def test_mistake_is_answered_before_torch_is_imported(work, mistake):
     (work / "old" / "finetune.json").write_text("{}")
     command = [sys.executable, "-c", WITHOUT_TORCH, *JOB, *mistake]
     result = subprocess.run(command, cwd=work, env=environment(), capture_output=True, text=True, check=True)
-    assert result.stdout.splitlines()[-1] == "2 False False True", result.stdout
+    assert result.stdout.splitlines()[-1] == "2 False False", result.stdout
     assert sentence(result).startswith("gralora-ext: error: ")
 
 

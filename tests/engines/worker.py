@@ -49,6 +49,7 @@ def main() -> int:
             if writes:
                 path.write_text(json.dumps(results))
             torch.manual_seed(0)
+            torch.compiler.reset()  # what is compiled, and which sizes are taken for dynamic, is no row's inheritance
             results[name][tuner] = outcome(row, tuner)
             if writes:
                 path.write_text(json.dumps(results))
