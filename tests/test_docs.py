@@ -56,3 +56,18 @@ def test_relative_links_lead_to_files(page):
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
         if "://" not in target:
             assert (path.parent / target).exists(), f"{page}: {target}"
+
+
+def test_what_the_page_on_the_cpu_names_is_in_the_sources():
+    sources = [
+        p for folder in ("csrc", "gralora_ext") for p in (ROOT / folder).rglob("*") if p.suffix in (".cpp", ".h", ".py")
+    ]
+    names = {p.relative_to(ROOT).as_posix() for p in sources}
+    words = set(re.findall(r"\w+", "\n".join(p.read_text(encoding="utf-8") for p in sources)))
+    spans = re.findall(r"`([^`\n]+)`", (DOCS / "how" / "cpu.md").read_text(encoding="utf-8"))
+    assert len(spans) > 40
+    for span in spans:
+        if re.fullmatch(r"[\w/]+\.(cpp|h|py)", span):
+            assert any(name.endswith(f"/{span}") or name == span for name in names), span
+        else:
+            assert set(re.findall(r"[A-Za-z_]\w+", span)) <= words, span
