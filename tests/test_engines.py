@@ -24,14 +24,18 @@ ROWS = {
     "fsdp2": ["per adapted layer hybrid", "per Linear hybrid", "per decoder layer"],
     "deepspeed": ["ZeRO-3 plain", "ZeRO-3 hybrid", "ZeRO-3 checkpointing", "ZeRO-3 bf16"],
     "export": ["strict, MLP, hybrid", "strict, MLP, one length", "not strict, Llama", "AOTInductor package, MLP"],
-    "compile": ["training, hybrid", "graph breaks, hybrid, dropout, autocast", "graphs over nine shapes, training"],
+    "compile": [
+        "training, hybrid",
+        "graph breaks, hybrid, dropout, autocast",
+        "graphs over nine shapes, training, MLP",
+    ],
     "trainers": ["SFTTrainer, hybrid"],
     "checkpointing": ["reentrant", "selective, products saved", "selective, products saved, hybrid"],
     "func": ["functional_call", "grad", "grad, hybrid", "jvp", "vmap", "vmap over grad"],
     "inspection": ["FLOPs", "FLOPs, hybrid", "jit.trace", "deepcopy"],
 }
 # Where a number of PEFT's layer is the limit, so that it runs too: its graphs, its error in bfloat16
-BESIDE_PEFTS = {"ZeRO-3 bf16", "graphs over nine shapes, training", "graph breaks, hybrid, dropout, autocast"}
+BESIDE_PEFTS = {"ZeRO-3 bf16", "graphs over nine shapes, training, MLP", "graph breaks, hybrid, dropout, autocast"}
 PACKAGES = {"deepspeed": "deepspeed", "trainers": "trl"}
 
 

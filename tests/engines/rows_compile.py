@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from core import Outcome, adapted, batches, difference, reference, relative, sgd, train, trainable
+from core import Mlp, Outcome, adapt, adapted, batches, difference, reference, relative, sgd, train, trainable
 from torch._dynamo.testing import CompileCounter
 
 _BF16 = partial(torch.autocast, "cpu", torch.bfloat16)
@@ -56,15 +56,19 @@ def graph_breaks(tuner: str, *, hybrid: bool = False, dropout: float = 0.0, bf16
     return Outcome(0.0, breaks, f"{breaks} graph breaks")
 
 
-def graphs_over_shapes(tuner: str, *, trains: bool, **options: Any) -> Outcome:
+def graphs_over_shapes(tuner: str, *, trains: bool, mlp: bool = False, **options: Any) -> Outcome:
     """How often the model is compiled over nine sizes of batches, and how far it is from eager mode."""
-    model = adapted(tuner).train(trains)
+    model = adapted(tuner)
+    if mlp:
+        model = adapt(Mlp(), tuner, target_modules=["first", "second"], task_type=None)
+    model.train(trains)
     counter, worst = CompileCounter(), 0.0
     compiled = torch.compile(model, backend=counter, **options)
     with torch.set_grad_enabled(trains):
         for batch, length in ((1, 5), (2, 5), (2, 9), (3, 16), (1, 33), (4, 16), (8, 32), (2, 64), (5, 7)):
             ids = torch.randint(3, 64, (batch, length), generator=torch.Generator().manual_seed(batch))
-            worst = max(worst, relative(compiled(input_ids=ids).logits, model(input_ids=ids).logits))
+            actual, expected = (f(ids) if mlp else f(ids).logits for f in (compiled, model))
+            worst = max(worst, relative(actual, expected))
     return Outcome(worst, counter.frame_count, f"{counter.frame_count} graphs")
 
 
@@ -79,5 +83,6 @@ ROWS = {
     "graph breaks, hybrid, dropout, autocast": partial(graph_breaks, hybrid=True, dropout=0.3, bf16=True),
     "graphs over nine shapes, inference": partial(graphs_over_shapes, trains=False),
     "graphs over nine shapes, training": partial(graphs_over_shapes, trains=True),
+    "graphs over nine shapes, training, MLP": partial(graphs_over_shapes, trains=True, mlp=True),
     "graphs over nine shapes, dynamic": partial(graphs_over_shapes, trains=True, dynamic=True),
 }
