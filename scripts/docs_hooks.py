@@ -1,4 +1,4 @@
-"""For mkdocs: docstrings name other objects as ``:func:`~package.name```; a page shows the name alone."""
+"""For mkdocs: what docstrings name as ``:func:`~package.name```, a page shows as the name alone."""
 
 import re
 from typing import Any

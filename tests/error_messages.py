@@ -13,14 +13,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 _CPP_CALL = re.compile(r"\b(TORCH_CHECK\w*|TORCH_WARN\w*)\s*\(|\bthrow\s+std::\w+\s*\(")
-# Python: the making of an exception, our warnings, and the functions that raise what they are told.
+# The making of an exception, our warnings, and the functions that raise what they are told.
 _RAISED = re.compile(r"Error$|^SystemExit$|^warn$|^_refuse_device$|^_refuse$|^_fail$")
 _CPP_STRING = re.compile(r'"((?:[^"\\]|\\.)*)"')
 
 
 @dataclass(frozen=True)
 class Message:
-    """One place that raises: ``texts`` are the literal parts of what it says, none where it says what it was given."""
+    """One place that raises, and the literal parts of what it says; none where it passes words on."""
 
     file: str
     line: int

@@ -7,6 +7,8 @@ import re
 import pytest
 from error_messages import ROOT, messages
 
+import gralora_ext
+
 DOCS = ROOT / "docs"
 # Here an error repeats what another program or another part of this one has said.
 PASS_ON = {
@@ -71,3 +73,8 @@ def test_what_the_page_on_the_cpu_names_is_in_the_sources():
             assert any(name.endswith(f"/{span}") or name == span for name in names), span
         else:
             assert set(re.findall(r"[A-Za-z_]\w+", span)) <= words, span
+
+
+def test_the_api_page_has_every_public_name():
+    page = (DOCS / "api.md").read_text(encoding="utf-8")
+    assert [name for name in gralora_ext.__all__ if name not in page and name != "__version__"] == []

@@ -1,4 +1,4 @@
-"""README is short, its code runs as it is pasted, and its figures are left to the program that writes them."""
+"""README is short, its code runs as it is pasted, and a program writes its figures."""
 
 from __future__ import annotations
 
