@@ -20,7 +20,7 @@ from torch import Tensor
 
 import gralora_ext
 from gralora_ext import reference
-from gralora_ext.tolerances import GRADIENT_FACTOR, TOLERANCES
+from gralora_ext.tolerances import TOLERANCES, tolerance
 
 # Share of the weights that a 16-bit merge may round to the neighbour of the correctly rounded value: a float32 sum is
 # about 2^-13 of a bfloat16 ulp off (2^-10 of a float16 ulp), and only sums that near to a tie can go the other way.
@@ -220,15 +220,15 @@ def expected_results(
 
 
 def assert_near(
-    name: str, actual: Tensor, expected: Tensor, size: Tensor | None = None, tolerance: float | None = None
+    name: str, actual: Tensor, expected: Tensor, size: Tensor | None = None, bound: float | None = None
 ) -> None:
-    """``‖actual - expected‖ ≤ tolerance·size``, by default the table's tolerance for the dtype and ``‖expected‖``."""
+    """``‖actual - expected‖ ≤ bound·size``, by default the table's for an output of the dtype and ``‖expected‖``."""
     assert actual.shape == expected.shape, f"{name}: shape {list(actual.shape)}, expected {list(expected.shape)}"
-    if tolerance is None:
-        tolerance = TOLERANCES[actual.dtype].output
+    if bound is None:
+        bound = TOLERANCES[actual.dtype].of(actual, gradient=False)
     error = (actual.detach().cpu().double() - expected.double()).norm()
-    bound = tolerance * (expected.double().norm() if size is None else size)
-    assert error <= bound, f"{name} ({NAMES[actual.dtype]}): error {error:.3e} exceeds {bound:.3e}"
+    most = bound * (expected.double().norm() if size is None else size)
+    assert error <= most, f"{name} ({NAMES[actual.dtype]}): error {error:.3e} exceeds {most:.3e}"
 
 
 def assert_results_near(
@@ -246,8 +246,8 @@ def assert_results_near(
     for name, result in actual.items():
         owner = inputs.tensors[like_y if name == "y" else name]
         assert result.dtype == owner.dtype, f"{name}: dtype {result.dtype}, expected {owner.dtype}"
-        tolerance = TOLERANCES[result.dtype].output * (1 if name == "y" else GRADIENT_FACTOR)
-        assert_near(name, result, expected[name], sizes[name], tolerance)
+        bound = tolerance(result, (t.dtype for t in inputs.tensors.values()), gradient=name != "y")
+        assert_near(name, result, expected[name], sizes[name], bound)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

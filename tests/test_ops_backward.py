@@ -213,7 +213,7 @@ def test_gradients_equal_those_of_pefts_layer(k: int, h: int, device: torch.devi
     theirs = torch.autograd.grad(layer(x), wrt, grad)
     y = ops.gralora(x, layer.base_layer(x), **adapter, scaling=layer.scaling["default"])
     for name, ours, their in zip(["x", *adapter], torch.autograd.grad(y, wrt, grad), theirs, strict=True):
-        assert_near(name, ours, their, tolerance=1e-5)
+        assert_near(name, ours, their, bound=1e-5)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25], ids=["", "dropout"])

@@ -67,11 +67,11 @@ def test_one_operation_has_the_output_and_the_gradients_of_pefts_layers(
         (y * rows(5, 20, width=12, seed=2, dtype=FP32)).sum().backward()
     assert calls == [own_gemm] * 2
     assert_near("y", outputs[1], outputs[0])
-    assert_near("x", inputs[1].grad, inputs[0].grad, tolerance=1e-6)
+    assert_near("x", inputs[1].grad, inputs[0].grad, bound=1e-6)
     expected = gradients(stock)
     assert expected.keys() == gradients(fused).keys() and expected
     for name, gradient in gradients(fused).items():
-        assert_near(name, gradient, expected[name], tolerance=1e-6)
+        assert_near(name, gradient, expected[name], bound=1e-6)
 
 
 @contextmanager
@@ -275,9 +275,7 @@ def test_output_and_gradients_are_those_of_the_path_beside_the_base_layer(
         if name == "y" and not any(calls):
             assert same_bits(got[1][name], expected)
         # dx of 16 bits is rounded twice, where autograd adds, three times
-        assert_near(
-            name, got[1][name], expected, tolerance={FP32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
-        )
+        assert_near(name, got[1][name], expected, bound={FP32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype])
 
 
 def test_a_disabled_adapter_is_out_and_an_enabled_one_back(calls: list[bool]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import ops, reference
-from ..tolerances import GRADIENT_FACTOR, TOLERANCES
+from ..tolerances import tolerance
 
 P_DROPOUT = 0.25
 
@@ -60,6 +60,7 @@ def check(case: Case, device: torch.device) -> Iterator[tuple[str, float]]:
         return (scale * torch.randn(*shape, generator=generator)).to(device, dtype)
 
     n, m = case.N // case.k, case.M // case.k
+    dtypes = (case.activations, case.adapter)
     x, base = values(case.T, case.N, dtype=case.activations), values(case.T, case.M, dtype=case.activations)
     grad = values(case.T, case.M, dtype=case.activations)
     adapter = {
@@ -81,9 +82,9 @@ def check(case: Case, device: torch.device) -> Iterator[tuple[str, float]]:
             **wide, scaling=0.75, dropout_p=P_DROPOUT if case.dropout else 0.0, seed=reference.draw_seed(device)
         )
         wanted = torch.autograd.grad(expected, list(wide.values()), grad.double())
-    yield f"forward {case}", _share(y, expected, 1)
+    yield f"forward {case}", _share(y, expected, dtypes)
     for name, actual, right in zip(leaves, gradients, wanted, strict=True):
-        yield f"gradient of {name}, {case}", _share(actual, right, GRADIENT_FACTOR)
+        yield f"gradient of {name}, {case}", _share(actual, right, dtypes, gradient=True)
 
     if device.type == "cpu":
         weight = values(case.M, case.N, dtype=case.activations, scale=case.N**-0.5)
@@ -95,13 +96,14 @@ def check(case: Case, device: torch.device) -> Iterator[tuple[str, float]]:
         weight = values(case.M, case.N, dtype=case.activations)
         merged = ops.merge_(weight.clone(), **adapter, scaling=0.75)
         wide_adapter = {name: t.double() for name, t in adapter.items()}
-        yield f"merge {case}", _share(merged, reference.merge_(weight.double(), **wide_adapter, scaling=0.75), 1)
+        yield f"merge {case}", _share(merged, reference.merge_(weight.double(), **wide_adapter, scaling=0.75))
 
 
 def _check_layer(
     case: Case, own_gemm: bool, dropout_p: float, x: Tensor, grad: Tensor, weight: Tensor, adapter: dict[str, Tensor]
 ) -> Iterator[tuple[str, float]]:
     """The frozen layer with its adapter: one product, or with dropout and by torch's GEMM its own and the path."""
+    dtypes = (case.activations, case.adapter)
     with torch.enable_grad():
         leaves = {name: t.detach().requires_grad_() for name, t in {"x": x, **adapter}.items()}
         torch.manual_seed(1)
@@ -113,12 +115,12 @@ def _check_layer(
         expected = reference.gralora(base=base, **wide, scaling=0.75, dropout_p=dropout_p)
         wanted = torch.autograd.grad(expected, list(wide.values()), grad.double())
     layer = "frozen layer by torch's GEMM" if not own_gemm else "frozen layer" if dropout_p else "one product"
-    yield f"{layer} {case}", _share(y, expected, 1)
+    yield f"{layer} {case}", _share(y, expected, dtypes)
     for name, actual, right in zip(leaves, gradients, wanted, strict=True):
-        yield f"gradient of {name} of {layer}, {case}", _share(actual, right, GRADIENT_FACTOR)
+        yield f"gradient of {name} of {layer}, {case}", _share(actual, right, dtypes, gradient=True)
 
 
-def _share(actual: Tensor, expected: Tensor, factor: int) -> float:
+def _share(actual: Tensor, expected: Tensor, inputs: tuple[torch.dtype, ...] = (), gradient: bool = False) -> float:
     error = (actual.detach().double() - expected).norm() / expected.norm()
-    share = error.item() / (factor * TOLERANCES[actual.dtype].output)
+    share = error.item() / tolerance(actual, inputs, gradient)
     return math.inf if math.isnan(share) else share
