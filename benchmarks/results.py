@@ -25,7 +25,7 @@ class Record:
 
     ``errors``: the relative error of each contender against float64, where there is one. ``work`` is the least work of
     the case and ``least`` its least seconds on this machine; divided by the median that is the share of the roofline.
-    ``pace``: :meth:`Floor.pace` meanwhile, less than 1 where other users took some of the machine.
+    ``facts``: what else is said of a contender, a number a name. ``pace``: :meth:`Floor.pace` meanwhile, less than 1 where other users took some of the machine.
     """
 
     bench: str
@@ -37,6 +37,7 @@ class Record:
     work: Work | None = None
     least: float | None = None
     pace: float | None = None
+    facts: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """The record as it stands in the JSON file: quartiles for samples, and ours/peer for every peer."""
@@ -65,6 +66,7 @@ class Record:
             "rounds": len(values),
             "error": self.errors.get(name),
             "roofline": self.least / median if self.least and median > 0 else None,
+            **self.facts.get(name, {}),
         }
 
 
