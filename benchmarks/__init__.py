@@ -1,6 +1,7 @@
-"""The benchmark suite: ``python -m benchmarks`` measures, ``compare A B`` compares two runs, ``report`` writes the documents' tables.
+"""The benchmark suite: ``python -m benchmarks`` measures, ``compare`` and ``report`` read what was measured.
 
-Read top-down, each level calls only the next: ``__main__`` (arguments) → ``run`` (plan, measure, write) → ``path``, ``layer``, ``merge``,
-``memory``, ``model`` (the benches) → ``contenders``, ``plain_torch`` → ``bench``, ``results`` → ``machine``, ``timing``, ``shapes``. From a
-run's file ``tables``, ``plots`` and ``report`` make what people read.
+Read top-down, each level calls only the next: ``__main__`` (arguments) → ``run`` (plan, measure,
+write) → ``path``, ``layer``, ``merge``, ``memory``, ``model`` (the benches) → ``contenders``,
+``plain_torch`` → ``bench``, ``results`` → ``machine``, ``timing``, ``shapes``. From a run's file
+``tables``, ``plots`` and ``report`` make what people read.
 """

@@ -37,7 +37,8 @@ class Parser(argparse.ArgumentParser):
 def main(argv: list[str]) -> int:
     """Runs ``argv`` and returns the exit code.
 
-    0; 1 where a case failed or (if asked) regressed, or a document's tables are not those of the results; 2 for what the user can mend; 130 where the run was stopped.
+    0; 1 where a case failed or (if asked) regressed, or a document's tables are not those of the
+    results; 2 for what the user can mend; 130 where the run was stopped.
     """
     try:
         command = {"compare": _compare, "report": _report}.get(argv[0] if argv else "")

@@ -1,4 +1,4 @@
-"""What the benches have in common: how much is measured, a list of tasks with their expected time, what a task may use."""
+"""What the benches have in common: levels, tasks with their expected time, and what a task may use."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class Context:
 class Task:
     """``run`` measures one case.
 
-    ``seconds`` and ``memory`` (bytes) are what that is expected to take: for the estimate and the progress bar, and to
-    leave out what the machine cannot hold.
+    ``seconds`` and ``memory`` (bytes) are what that is expected to take: for the estimate and the
+    progress bar, and to leave out what the machine cannot hold.
     """
 
     key: str

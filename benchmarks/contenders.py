@@ -1,6 +1,7 @@
 """The contenders, the tensors that they all get, and their error against :mod:`gralora_ext.reference` in float64.
 
-The same adapter path by our layer, our operation, PEFT's GraLoRA and LoRA, and plain torch; and whole layers, to be merged.
+The same adapter path by our layer, our operation, PEFT's GraLoRA and LoRA, and plain torch; and
+whole layers, to be merged.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ Call = Callable[[Tensor, Tensor], Tensor]
 class Data:
     """``x``, ``base``, ``grad`` (the gradient of y) and the adapter, with the adapter's share of y as large as base's.
 
-    All contenders add into the one ``base``, as into the output of a base layer. Its values grow from call to call,
-    which changes no time; errors are taken on copies.
+    All contenders add into the one ``base``, as into the output of a base layer. Its values grow
+    from call to call, which changes no time; errors are taken on copies.
     """
 
     def __init__(self, shape: Shape, device: torch.device):
@@ -64,8 +65,8 @@ class Data:
 class GivenOutput(nn.Linear):
     """A base layer that costs nothing: its output is the tensor in ``given``, and it has no weight to speak of.
 
-    With it a layer's own work can be timed alone. The tensor is held in a list, since assigning a module's attribute
-    costs as much as a small kernel.
+    With it a layer's own work can be timed alone. The tensor is held in a list, since assigning a
+    module's attribute costs as much as a small kernel.
     """
 
     def __init__(self, shape: Shape, device: torch.device):
@@ -83,8 +84,9 @@ class GivenOutput(nn.Linear):
 class Path:
     """One implementation of the adapter path.
 
-    ``call(x, base)`` returns y and may write into base. ``operands(*parameters)`` are the arguments A, B, A_general and
-    B_general with which :mod:`gralora_ext.reference` computes the same. ``our_dropout``: our generator draws the mask.
+    ``call(x, base)`` returns y and may write into base. ``operands(*parameters)`` are the arguments
+    A, B, A_general and B_general with which :mod:`gralora_ext.reference` computes the same.
+    ``our_dropout``: our generator draws the mask.
     """
 
     call: Call
@@ -194,8 +196,8 @@ def _adapted(base: nn.Linear, config: Any) -> nn.Module:
 def path_error(path: Path, data: Data, *, gradients: bool) -> float | None:
     """The greatest ``‖actual − expected‖ / ‖expected‖`` of y and, with ``gradients``, of dx and the adapter's gradients.
 
-    The contender runs on all tokens, the reference on the first ``TOKENS``. None where the contender draws a dropout
-    mask that the reference does not know.
+    The contender runs on all tokens, the reference on the first ``TOKENS``. None where the
+    contender draws a dropout mask that the reference does not know.
     """
     s = data.shape
     if s.dropout and not path.our_dropout:
@@ -229,7 +231,8 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 def layers(data: Data, *names: str) -> dict[str, nn.Module]:
     """The layers of these names, on one weight ``[M, N]`` in the activations' dtype.
 
-    ``base`` is frozen and has no adapter; ``ours-path`` is ours that calls its base layer and adds the path.
+    ``base`` is frozen and has no adapter; ``ours-path`` is ours that calls its base layer and adds
+    the path.
     """
     s = data.shape
     weight = data.normal(s.M, s.N, dtype=s.x_dtype, scale=s.N**-0.5)

@@ -1,9 +1,10 @@
-"""A whole layer, the frozen base layer and its adapter: in training, with one token, and what a call costs by itself.
+"""A whole layer, frozen base layer and adapter: in training, with one token, and what a call costs.
 
-In training ours is one operation here, on AMD's processors one product with W + ΔW, an idea of RunLoRA (arXiv 2312.03415), which
-chooses X(W + AB) by its FLOPs. ``ours-path`` is our layer with that switched off: the base layer is called, and the path is added
-to its output. The base layer's backward is dx alone. The overhead of a contender is its time minus that of the base layer,
-round by round; with one token, as in generation, it is mostly fixed cost.
+In training ours is one operation here, on AMD's processors one product with W + ΔW, an idea of
+RunLoRA (arXiv 2312.03415), which chooses X(W + AB) by its FLOPs. ``ours-path`` is our layer with
+that switched off: the base layer is called, and the path is added to its output. The base layer's
+backward is dx alone. The overhead of a contender is its time minus that of the base layer, round by
+round; with one token, as in generation, it is mostly fixed cost.
 """
 
 from __future__ import annotations
@@ -131,9 +132,10 @@ def measure_inference(shape: Shape, context: Context) -> Iterator[Record]:
     yield overhead("inference", shape.key, samples, case, work, context.floor.least_seconds(work))
 
 
-# What a call costs beside its arithmetic. Twice: again and again, and after a training step of a large layer (PEFT's), which leaves
-# nothing of the interpreter's, torch's and our own data and code in the caches; so it is in a model, where products lie between the
-# calls. ``autograd`` is ``torch.neg`` and its gradient: what torch takes for the least that can be differentiated.
+# What a call costs beside its arithmetic. Twice: again and again, and after a training step of a
+# large layer (PEFT's), which leaves nothing of the interpreter's, torch's and our own data and code
+# in the caches; so it is in a model, where products lie between the calls. ``autograd`` is
+# ``torch.neg`` and its gradient: what torch takes for the least that can be differentiated.
 
 TINY = Shape(16, 16, T=1, r=4)
 SHARE = 0.5  # of a case's time: calls are short, so there are many rounds all the same

@@ -96,7 +96,8 @@ def _first(pattern: str, path: str) -> str | None:
 class Bandwidth:
     """Bytes/s, read + written: of a copy into memory that was written before, and of an update in place.
 
-    A copy brings the lines of its destination into the cache only to overwrite them; an update does not.
+    A copy brings the lines of its destination into the cache only to overwrite them; an update does
+    not.
     """
 
     copy: float

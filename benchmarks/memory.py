@@ -51,7 +51,8 @@ def saved_bytes(call: Callable[[], Any], known: Iterable[Tensor]) -> int:
 def peak_bytes(contender: Contender, device: torch.device) -> int:
     """How far one call raises the memory held: resident memory of this process, or the allocator's on a GPU.
 
-    It should be the first call of its size in the process: memory that a library keeps for its next call then counts.
+    It should be the first call of its size in the process: memory that a library keeps for its next
+    call then counts.
 
     Raises:
         Skip: the system does not let a process reset its peak.
@@ -84,9 +85,10 @@ def _status(field: str) -> int:
     return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
-# The peak of each contender, in a process of its own: what ran before in another does not blur it. The environment makes malloc
-# return every freed tensor to the system at once, so that resident memory is what is in use. A tiny call of each contender comes
-# first: what libraries load and set up once is not counted.
+# The peak of each contender, in a process of its own: what ran before in another does not blur it.
+# The environment makes malloc return every freed tensor to the system at once, so that resident
+# memory is what is in use. A tiny call of each contender comes first: what libraries load and set
+# up once is not counted.
 
 MERGED = ("ours", "peft", "lora")
 SECONDS = 10.0  # for the estimate: starting Python with torch and PEFT, twice
@@ -96,7 +98,8 @@ TINY = Shape(24, 36, T=3, r=4)
 def peaks(what: str, shape: Shape, device: torch.device, threads: int) -> dict[str, int]:
     """Bytes by which a ``"training"`` call or a ``"merge"`` raises the peak, by contender.
 
-    Two children: the operation would find the memory that our layer has kept, which it needs as well.
+    Two children: the operation would find the memory that our layer has kept, which it needs as
+    well.
 
     Raises:
         Skip: a child cannot measure here.

@@ -30,7 +30,8 @@ WIDTHS = {
 
 
 def tasks(level: Level, threads: int, device: torch.device) -> list[Task]:
-    # T = 1, since a merge sees no tokens; the adapter stays in float32 beside a 16-bit weight, as PEFT keeps it.
+    # T = 1, since a merge sees no tokens; the adapter stays in float32 beside a 16-bit weight, as
+    # PEFT keeps it.
     shapes = [
         Shape(n, m, T=1, r=4 if level.name == "tiny" else 32, activation=dtype)
         for n, m in WIDTHS[level.name]

@@ -1,9 +1,10 @@
 """SmolLM2-135M with all seven projections adapted: a training step, and its adapted layers one after another.
 
-The overhead of an adapter is the time of its forward + backward minus that of the frozen model, round by round. The
-frozen model's backward runs to the embeddings' output, which requires a gradient in every model here
-(``enable_input_require_grads``): so all run the same chain of dx, and what remains is the adapters' own work.
-All models share the frozen weights; they differ in their modules and adapters alone.
+The overhead of an adapter is the time of its forward + backward minus that of the frozen model,
+round by round. The frozen model's backward runs to the embeddings' output, which requires a
+gradient in every model here (``enable_input_require_grads``): so all run the same chain of dx, and
+what remains is the adapters' own work. All models share the frozen weights; they differ in their
+modules and adapters alone.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ ADAPTED = ("ours", "ours-path", "peft", "lora")
 ERROR_TOKENS = 32
 STEP_SECONDS = 4.5  # for the estimate: a step of 768 tokens on one core of today's servers
 
-# The levels' (sequences, tokens of each), (r, k) of the adapters, and rounds; LoRA is measured at the same r.
+# The levels' (sequences, tokens of each), (r, k) of the adapters, and rounds; LoRA is measured at
+# the same r.
 STEP_SETTINGS = {
     "tiny": ((1, 4), ((4, 2),), 2),
     "quick": ((1, 192), ((16, 2),), 3),
@@ -204,10 +206,11 @@ def overhead_of_adapters(
     return overhead(bench, key, samples, case, work, sum(floor.least_seconds(work) for work in works))
 
 
-# All layers, one after another: what an adapter adds to them on a machine that others use too. A step takes seconds, and what other
-# guests of a host do in that time is more than what an adapter costs. Here contenders take turns after every layer, some milliseconds.
-# Each is at another place of the model, so that it finds nothing in a cache that the others left there: x, the gradient of y and the
-# weights come from memory, as in a step. Norms, attention and loss are left out.
+# All layers, one after another: what an adapter adds to them on a machine that others use too. A
+# step takes seconds, and what other guests of a host do in that time is more than what an adapter
+# costs. Here contenders take turns after every layer, some milliseconds. Each is at another place
+# of the model, so that it finds nothing in a cache that the others left there: x, the gradient of y
+# and the weights come from memory, as in a step. Norms, attention and loss are left out.
 
 ROUND_SECONDS = 3.5  # for the estimate: all layers with 768 tokens on one core of today's servers
 

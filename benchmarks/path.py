@@ -1,4 +1,4 @@
-"""The adapter path alone, by every contender: forward, forward + backward, over the number of threads, and as a size grows."""
+"""The adapter path alone: forward, forward + backward, over the number of threads, as a size grows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from .results import Record
 from .shapes import SQUARE, Shape, compiled_shapes, forward_work, shapes, training_work
 from .timing import Contender
 
-# For the estimate only: seconds per element of x and y and per parameter that one call of a typical contender takes.
+# For the estimate only: seconds per element of x and y and per parameter that one call of a typical
+# contender takes.
 CALL_SECONDS = 2e-9
 CASE_SECONDS = 0.1  # building the layers, and the reference in float64
 COMPILE_SECONDS = 5.0
@@ -31,7 +32,8 @@ def task(
 ) -> Task:
     """The task of timing ``shape``; ``compile_peft`` adds PEFT's layer under torch.compile.
 
-    ``label`` begins the key where a bench meets a shape more than once; ``extra`` joins the record's case.
+    ``label`` begins the key where a bench meets a shape more than once; ``extra`` joins the
+    record's case.
     """
     key = label + shape.key
     elements = shape.T * (shape.N + shape.M)

@@ -1,8 +1,9 @@
 """``python -m benchmarks report``: the tables of the documents, made from the committed results and never typed.
 
-A document says ``<!-- figures: NAME -->`` on a line of its own, and ``<!-- end of figures -->`` on another; what stands between them is
-written by :data:`TABLES`. A run's folder is named by its processor, such as ``zen-5``, or ``zen-5+kept`` for a second run beside it.
-A contender that a run did not measure is "not measured" there, and has no column where no run measured it.
+A document says ``<!-- figures: NAME -->`` on a line of its own, and ``<!-- end of figures -->`` on
+another; what stands between them is written by :data:`TABLES`. A run's folder is named by its
+processor, such as ``zen-5``, or ``zen-5+kept`` for a second run beside it. A contender that a run
+did not measure is "not measured" there, and has no column where no run measured it.
 """
 
 from __future__ import annotations
@@ -20,19 +21,11 @@ from gralora_ext.cli.errors import JobError
 from gralora_ext.cli.files import staged
 
 from . import results
+from .results import LABELS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 JOB = "finetune-default"
-LABELS = {
-    "base": "frozen",
-    "ours": "ours",
-    "ours-path": "ours, base layers called",
-    "peft": "PEFT's GraLoRA",
-    "peft-compiled": "PEFT's GraLoRA, torch.compile",
-    "lora": "PEFT's LoRA",
-    "torch": "GraLoRA in plain torch",
-}
 PASSES = {"forward": "forward", "forward + backward": "training"}  # of the path, and their benches
 PEERS = ("peft", "peft-compiled", "lora", "torch")
 NOT_MEASURED = "not measured"

@@ -52,9 +52,8 @@ def run(options: argparse.Namespace) -> int:
         f"{cases} cases, {threads} threads, {device}: about {_duration(FLOOR_SECONDS + expected_seconds(plan))}"
     )
 
-    kept = (
-        keep_freed_memory()
-    )  # for all contenders alike: by default each pays page faults for what the one before gave back
+    # For all contenders alike: by default each pays page faults for what the one before gave back.
+    kept = keep_freed_memory()
     content = _header(options, device, threads, kept)
     folder = options.out or OUT / f"{time.strftime('%Y-%m-%dT%H%M')}-{machine.slug(content['machine'])}"
     with staged(folder):

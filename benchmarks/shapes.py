@@ -1,7 +1,7 @@
 """The sizes of what is measured, the least work of each pass, and which sizes the path's benches take at each level.
 
-Letters: T tokens, N in_features, M out_features, k the grid, r the rank, h the rank of the plain LoRA beside it; b bytes
-of an activation, p bytes of an adapter's element.
+Letters: T tokens, N in_features, M out_features, k the grid, r the rank, h the rank of the plain
+LoRA beside it; b bytes of an activation, p bytes of an adapter's element.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ class Work:
 def forward_work(s: Shape) -> Work:
     """Adding the path to base: 2(r+h)(N+M) FLOPs and b(N+2M) bytes per token.
 
-    Beside the design's bytes per token stand the parameters, p(r+h)(N+M), read once: at T = 1 they are nearly all.
+    Beside the design's bytes per token stand the parameters, p(r+h)(N+M), read once: at T = 1 they
+    are nearly all.
     """
     b, p = s.x_dtype.itemsize, s.adapter_dtype.itemsize
     return Work(
@@ -73,7 +74,8 @@ def forward_work(s: Shape) -> Work:
 def training_work(s: Shape) -> Work:
     """Forward, dx, and dA with dB: 2(r+h)(N+M) FLOPs each; b(N+2M), b(M+2N) and bN bytes per token.
 
-    The parameters are read in forward and in backward, and their gradients written: 3p(r+h)(N+M) bytes.
+    The parameters are read in forward and in backward, and their gradients written: 3p(r+h)(N+M)
+    bytes.
     """
     b, p = s.x_dtype.itemsize, s.adapter_dtype.itemsize
     return Work(
@@ -86,8 +88,9 @@ def training_work(s: Shape) -> Work:
 def layer_work(s: Shape) -> Work:
     """A frozen layer in training as one product (``ops.linear``): y and dx with W + ΔW made for each, and dA with dB.
 
-    4NMT + 2(2NMr/k + 2NMh) FLOPs for y and dx; U and dU anew, dA and dB: 4(r+h)(N+M) per token. With dropout 4NMT, and the
-    path's 6(r+h)(N+M). The weight and the parameters are read twice, x and g once, y, dx and the gradients written.
+    4NMT + 2(2NMr/k + 2NMh) FLOPs for y and dx; U and dU anew, dA and dB: 4(r+h)(N+M) per token.
+    With dropout 4NMT, and the path's 6(r+h)(N+M). The weight and the parameters are read twice, x
+    and g once, y, dx and the gradients written.
     """
     b, p = s.x_dtype.itemsize, s.adapter_dtype.itemsize
     products = 4 * s.N * s.M * s.T
@@ -109,9 +112,11 @@ def merge_work(s: Shape) -> Work:
     )
 
 
-# (N, M) as they occur: SmolLM2-135M's attention and MLP, a square of a 1B model, Llama-3-8B's attention and MLP.
+# (N, M) as they occur: SmolLM2-135M's attention and MLP, a square of a 1B model, Llama-3-8B's
+# attention and MLP.
 WIDTHS = ((576, 576), (576, 1536), (1536, 576), (2048, 2048), (4096, 4096), (4096, 14336), (14336, 4096))
-# (activations, adapter): a float32 model; PEFT's default beside a 16-bit base; everything in 16 bits.
+# (activations, adapter): a float32 model; PEFT's default beside a 16-bit base; everything in 16
+# bits.
 DTYPE_PAIRS = (("bf16", "fp32"), ("bf16", "bf16"), ("fp16", "fp32"))
 SQUARE, SMALL = Shape(2048, 2048), Shape(576, 1536)
 WITH_DROPOUT = replace(SQUARE, dropout=0.1)

@@ -101,8 +101,9 @@ def test_the_ratio_is_turned_into_times_as_fast(copied, tmp_path):
     page = document(tmp_path, "path", "one-token")
     main(["report", str(page), "--results", str(copied)])
     rows = [line for line in page.read_text().splitlines() if "| forward |" in line]
-    assert ["4.00 (2.00 to 8.00)" in row for row in rows] == [True] * 3 + [False] * 3
-    assert ["10.00 (10.00 to 10.00)" in row for row in rows] == [False] * 3 + [True] * 3
+    many, one = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+    assert len(many) >= 3 and all("| 4.00 (2.00 to 8.00) |" in row for row in many)
+    assert all("| 10.00 (10.00 to 10.00) |" in row for row in one)
 
 
 def test_what_was_not_measured_is_not_invented(copied, tmp_path):
