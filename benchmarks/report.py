@@ -61,9 +61,10 @@ class Run:
     @property
     def settings(self) -> str:
         settings, versions = self.content["settings"], self.content["versions"]
+        malloc = f"malloc {settings['malloc']}" if "malloc" in settings else "malloc's settings not recorded"
         return (
-            f"{settings['threads']} threads (more were not measured), torch {versions['torch']}, PEFT {versions['peft']}, "
-            f"malloc's settings: {settings.get('malloc', 'not recorded')}"
+            f"{settings['threads']} threads (more were not measured), torch {versions['torch']}, "
+            f"PEFT {versions['peft']}, {malloc}"
         )
 
     def records(self, *benches: str, what: str | None = None) -> list[Record]:
@@ -125,11 +126,11 @@ class Tables:
 
     def step(self) -> str:
         """A training step, and in one sentence what it costs beside the others."""
-        return self._seconds("step", "A training step of SmolLM2-135M with our layers")
+        return self._seconds("step", "A training step of SmolLM2-135M")
 
     def layers(self) -> str:
         """The adapted layers of the model alone, which a machine's other users disturb less."""
-        return self._seconds("layers", "Training all adapted layers of SmolLM2-135M, one after another, with ours")
+        return self._seconds("layers", "Training all adapted layers of SmolLM2-135M, one after another")
 
     def _seconds(self, bench: str, subject: str) -> str:
         cases = {run: run.records(bench, what=bench) for run in self._with(bench)}
@@ -148,9 +149,9 @@ class Tables:
         )
         spread = max((c["q3"] - c["q1"]) / c["median"] for r in records for c in r["contenders"].values())
         sentence = (
-            f"{subject} takes, as shares of the time of the frozen model, of PEFT's GraLoRA and of PEFT's LoRA: {beside}. "
-            f"In ms{' (loss; gradient norm)' if facts else ''}: forward + backward in float32, "
-            f"{records[0]['case']['tokens']} tokens, all seven projections; interquartile ranges are up to {spread:.0%}."
+            f"{subject}, {records[0]['case']['tokens']} tokens, forward + backward. Ours takes, of the frozen model's time, "
+            f"PEFT's GraLoRA's and PEFT's LoRA's: {beside}. Medians in ms{' (loss; gradient norm)' if facts else ''}, "
+            f"interquartile ranges up to {spread:.0%}:"
         )
         return self._page(sentence, rows, list(cases))
 
@@ -254,8 +255,8 @@ TABLES: dict[str, Callable[[Tables], str]] = {
 
 def markdown(rows: Rows) -> str:
     """A Markdown table; the first row is its head."""
-    head, *rest = (f"| {' | '.join(row)} |" for row in rows)
-    return "\n".join([head, "| --- " * len(rows[0]) + "|", *rest])
+    head, *rest = (f"|{'|'.join(row)}|" for row in rows)
+    return "\n".join([head, "|---" * len(rows[0]) + "|", *rest])
 
 
 def _path(bench: str, one_token: bool, run: Run) -> list[Record]:

@@ -55,7 +55,7 @@ def test_every_table_is_written_and_passes_the_check(tmp_path, capsys):
     text = page.read_text()
     assert main(["report", str(page), "--check"]) == 0
     assert main(["report", str(page)]) == 0 and page.read_text() == text
-    assert text.count("| --- ") >= len(TABLES) and text.count("Measured with ") >= len(TABLES)
+    assert text.count("|---|") >= len(TABLES) and text.count("Measured with ") >= len(TABLES)
     assert text.count("Before.") == text.count("After.") == len(TABLES)
 
 
@@ -67,7 +67,7 @@ def test_each_table_names_processor_commit_and_date_of_its_run(tmp_path):
         if any(record["bench"] == "merge" for record in run["records"]):
             assert f"commit {run['git']['commit'][:7]}, {run['date'][:10]}" in page.read_text()
     for processor in ("AMD EPYC (Zen 5)", "AMD EPYC (Zen 4)", "Intel Xeon"):
-        assert f"| {processor} | merge |" in page.read_text()
+        assert f"|{processor}|merge|" in page.read_text()
 
 
 def test_a_changed_result_changes_the_table_and_fails_the_check(copied, tmp_path, capsys):
@@ -80,7 +80,7 @@ def test_a_changed_result_changes_the_table_and_fails_the_check(copied, tmp_path
     out = capsys.readouterr().out
     assert f"{page}: table step is not what the results say" in out and "table merge" not in out
     assert "12,345" not in page.read_text()
-    assert main(["report", str(page), *where]) == 0 and "| 12,345 |" in page.read_text()
+    assert main(["report", str(page), *where]) == 0 and "|12,345|" in page.read_text()
 
 
 def test_a_figure_typed_by_hand_fails_the_check(tmp_path):
@@ -100,19 +100,19 @@ def test_the_ratio_is_turned_into_times_as_fast(copied, tmp_path):
         file.write_text(json.dumps(content))
     page = document(tmp_path, "path", "one-token")
     main(["report", str(page), "--results", str(copied)])
-    rows = [line for line in page.read_text().splitlines() if "| forward |" in line]
+    rows = [line for line in page.read_text().splitlines() if "|forward|" in line]
     many, one = rows[: len(rows) // 2], rows[len(rows) // 2 :]
-    assert len(many) >= 3 and all("| 4.00 (2.00 to 8.00) |" in row for row in many)
-    assert all("| 10.00 (10.00 to 10.00) |" in row for row in one)
+    assert len(many) >= 3 and all("|4.00 (2.00 to 8.00)|" in row for row in many)
+    assert all("|10.00 (10.00 to 10.00)|" in row for row in one)
 
 
 def test_what_was_not_measured_is_not_invented(copied, tmp_path):
     page = document(tmp_path, "path")
     main(["report", str(page), "--results", str(copied)])
-    assert "torch.compile |" in page.read_text() and "| not measured |" in page.read_text()
+    assert "torch.compile|" in page.read_text() and "|not measured|" in page.read_text()
     drop(copied, "peft-compiled")
     main(["report", str(page), "--results", str(copied)])
-    assert "torch.compile" not in page.read_text() and "not measured |" not in page.read_text()
+    assert "torch.compile" not in page.read_text() and "not measured|" not in page.read_text()
 
 
 def test_loss_and_gradient_norm_stand_in_the_step_where_results_hold_them(copied, tmp_path):
@@ -121,7 +121,7 @@ def test_loss_and_gradient_norm_stand_in_the_step_where_results_hold_them(copied
     assert "gradient norm" not in page.read_text()
     change(copied, "step", "ours", loss=10.825, gradient_norm=0.123456)
     main(["report", str(page), "--results", str(copied)])
-    assert "(loss; gradient norm)" in page.read_text() and "(10.82; 0.1235) |" in page.read_text()
+    assert "(loss; gradient norm)" in page.read_text() and "(10.82; 0.1235)|" in page.read_text()
 
 
 @pytest.mark.parametrize(
