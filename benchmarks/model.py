@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 import gralora_ext
 from gralora_ext.cli import model as cli_model
+from gralora_ext.cli.source import find_model
 from gralora_ext.cli.wheels import MODEL_WHEEL
 
 from .bench import Bench, Context, Level, Skip, Task
@@ -132,7 +133,7 @@ def frozen_model() -> nn.Module:
     ):
         if importlib.util.find_spec(package) is None:
             raise Skip(f"the training step of SmolLM2-135M needs `pip install {install}`")
-    return cli_model.load(cli_model.find_model(None), "fp32", say=tqdm.write)[0]
+    return cli_model.load(find_model(None), "fp32", say=tqdm.write)[0]
 
 
 def shared_copy(model: nn.Module) -> nn.Module:

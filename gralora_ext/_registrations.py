@@ -47,6 +47,9 @@ def _(*arguments: Any) -> Tensor:
 
 def _check_devices(**tensors: Tensor | None) -> None:
     """A fake kernel is also what torch picks where one of several tensors is on meta: then nothing would be computed."""
+    for name, t in tensors.items():
+        if t is None and name not in ("bias", "A_general", "B_general", "seed"):
+            raise TypeError(f"gralora_ext: {name} must be a tensor, but is None")
     devices = {name: t.device for name, t in tensors.items() if t is not None}
     expected = devices["A"]
     for name, device in devices.items():

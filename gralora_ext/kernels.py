@@ -22,8 +22,11 @@ _native = load()
 
 
 def can_take(x: Tensor) -> bool:
-    """Whether the ops have a kernel and a derivative for a call with ``x``, as differentiation stands now."""
-    return not _native.needs_plain_torch() and (x.is_cpu or has_kernels(x.device))
+    """Whether the ops have a kernel and a derivative for a call with ``x``, as differentiation stands now.
+
+    What is no tensor goes to them too, which refuse it.
+    """
+    return not isinstance(x, Tensor) or (not _native.needs_plain_torch() and (x.is_cpu or has_kernels(x.device)))
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:

@@ -107,13 +107,13 @@ def gralora_(
 
     Args:
         x, A, B, scaling, A_general, B_general, dropout_p, training: as in :func:`gralora`.
-        base: ``[..., M]``, changed; any strides without overlap.
+        base: ``[..., M]``, changed; any strides, without overlap in itself or with what is read.
 
     Returns:
         y ``[..., M]``, a tensor on ``base``'s memory; use it in place of ``base``.
 
     Raises:
-        ValueError, TypeError: as :func:`gralora`; ``base`` overlaps itself or shares x's memory.
+        ValueError, TypeError: as :func:`gralora`; ``base`` overlaps itself, or shares memory with x or the adapter.
         RuntimeError: ``base`` is a leaf that requires grad; in backward, another operation has saved ``base``.
     """
     p = dropout_p if training else 0.0
@@ -123,8 +123,8 @@ def gralora_(
 
 
 def _seed(x: Tensor, dropout_p: float) -> Tensor | None:
-    """The seed of a mask for ``x``, drawn with torch's generator; None where nothing is dropped."""
-    return draw_seed(x.device) if dropout_p != 0.0 else None
+    """The seed of a mask for ``x``, drawn with torch's generator; None where nothing is dropped, or ``x`` is no tensor."""
+    return draw_seed(x.device) if dropout_p != 0.0 and isinstance(x, Tensor) else None
 
 
 def linear(
@@ -188,7 +188,7 @@ def merge_(
     ``W[j·M/k+o, n·N/k+i] += s Σ_q A[n,i,j·rb+q] B[j,n·rb+q,o] (+ s Bg Ag)``; not differentiable.
 
     Args:
-        weight: ``[M, N]`` (``[N, M]`` with ``fan_in_fan_out``), any strides, any of the four dtypes.
+        weight: ``[M, N]`` (``[N, M]`` with ``fan_in_fan_out``), any strides without overlap, any of the four dtypes.
         A, B, scaling, A_general, B_general: as in :func:`gralora`. A negative ``scaling`` unmerges.
         fan_in_fan_out: the weight is stored transposed, as in transformers' ``Conv1D``.
 
@@ -196,7 +196,7 @@ def merge_(
         ``weight``, the same tensor.
 
     Raises:
-        ValueError, TypeError: as :func:`gralora`.
+        ValueError, TypeError: as :func:`gralora`; ``weight`` overlaps itself, or shares memory with the adapter.
     """
     with torch.no_grad():
         if kernels.can_take(weight):

@@ -1,7 +1,7 @@
 """How far a result may be from the reference: one table for the tests and the self-test.
 
-Each bound is at most twice the greatest error of a right result that was measured, over the cases of the tests and 20,000 random
-ones, with the kernels of every instruction set. Errors are relative and in norm, ``‖actual - expected‖ / ‖expected‖``.
+Each bound is at most about twice the greatest error of a right result that was measured, over the cases of the tests and some
+thousand random ones, with the kernels of every instruction set. Errors are relative and in norm, ``‖actual - expected‖ / ‖expected‖``.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ TENSOR_CORES = Tolerance(
     3e-5,
     3e-5,
     3e-5,
-    "a tensor core cuts its sum toward zero after every 16 terms, 2^-24 of it on average, and a product of floats takes six "
-    "such steps: of up to 1,300 terms in one sum, as in the self-test's longest, 490 steps or 2.9e-5",
+    "a tensor core cuts its sum toward zero after every 16 terms, and a product of floats takes six such steps: 1.4e-5 by a "
+    "model of it, of 2,048 terms in one sum, which are the most in the self-test",
 )
 
 

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 class Least(NamedTuple):
     """What a file of tests must show: so many tests pass with PEFT's tuner, and our layer is called so often with ours.
 
-    About four fifths of what PEFT 0.21 gives, so that another release with some tests more or less is no failure, but a run
-    whose models are missing, or whose layers are PEFT's, is.
+    Of the tests about four fifths of what PEFT 0.21 has, so that another release with some tests more or less is no failure,
+    but a run without its models is; of the calls enough to show that the layers were ours.
     """
 
     passed: int
@@ -29,13 +29,13 @@ class Least(NamedTuple):
 
 
 LEAST = {
-    "test_custom_models.py": Least(1, 1),
-    "test_initialization.py": Least(1, 0),
-    "test_config.py": Least(1, 0),
-    "test_decoder_models.py": Least(1, 1),
-    "test_encoder_decoder_models.py": Least(1, 1),
-    "test_seq_classifier.py": Least(1, 1),
-    "test_feature_extraction_models.py": Least(1, 1),
+    "test_custom_models.py": Least(365, 200),
+    "test_initialization.py": Least(4, 0),
+    "test_config.py": Least(20, 0),
+    "test_decoder_models.py": Least(275, 1000),
+    "test_encoder_decoder_models.py": Least(40, 100),
+    "test_seq_classifier.py": Least(28, 10),
+    "test_feature_extraction_models.py": Least(48, 100),
 }
 
 

@@ -99,7 +99,7 @@ def test_what_a_run_times_was_right(content):
             assert all(0 < error < 1e-6 for error in errors.values()), record["key"]
             assert record["pace"] > 0 and "pace" not in record["contenders"], record["key"]
         if record["key"].startswith("merge"):
-            assert all(0 < error < (1e-6 if "fp32" in record["key"] else 1e-2) for error in errors.values())
+            assert all(0 < error < (1e-6 if "fp32" in record["key"] else 4e-3) for error in errors.values())
         if record["key"].startswith("forward+backward"):  # of the training step
             assert all(errors[name] < 1e-5 for name in ("ours", "ours-path", "peft", "lora"))
 

@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+import json
+import re
 import resource
 import shutil
-import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from cli_helpers import make_data, make_model, run, sentence
+from cli_helpers import call, environment, make_data, make_model, run, sentence
+from safetensors.torch import load_file, save_file
 
-from gralora_ext.cli import main
+
+def damage(folder: Path, file: str, change: Callable[[str], str]) -> None:
+    """Copies the model into ``folder`` with one of its text files changed."""
+    shutil.copytree(folder.parent / "model", folder)
+    text = (folder / file).read_text(encoding="utf-8") if (folder / file).exists() else ""
+    (folder / file).write_text(change(text), encoding="utf-8")
+
+
+def without_vocabulary(text: str) -> str:
+    values = json.loads(text)
+    values["model"]["vocab"] = {"<pad>": 0, "<eos>": 1}
+    return json.dumps(values)
+
+
+def of_a_larger_model(text: str) -> str:
+    values = json.loads(text)
+    values["model"]["vocab"] = {token: i + 5000 * (i > 20) for token, i in values["model"]["vocab"].items()}
+    return json.dumps(values)
 
 
 @pytest.fixture(scope="module")
@@ -21,28 +43,40 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_data(folder / "data.jsonl")
     broken = shutil.copytree(folder / "model", folder / "broken") / "model.safetensors"
     broken.write_bytes(broken.read_bytes()[:-100])
+    for name, value in (("nan", float("nan")), ("inf", float("-inf"))):
+        weights = shutil.copytree(folder / "model", folder / name) / "model.safetensors"
+        tensors = load_file(weights)
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+        save_file(tensors, weights, metadata={"format": "pt"})
+    damage(folder / "config-cut", "config.json", lambda text: text[:100])
+    damage(
+        folder / "config-digits", "config.json", lambda text: text.replace('"eos_token_id": 1', f'"x": {"1" * 5000}')
+    )
+    damage(folder / "config-deep", "config.json", lambda text: "[" * 100_000)
+    damage(folder / "tokenizer-cut", "tokenizer.json", lambda text: text[:900])
+    damage(folder / "tokenizer-empty", "tokenizer.json", lambda text: "{}")
+    damage(folder / "tokenizer-silent", "tokenizer.json", without_vocabulary)
+    damage(folder / "tokenizer-other", "tokenizer.json", of_a_larger_model)
+    damage(folder / "generation", "generation_config.json", lambda text: text.replace(": 1,", ": [1, 1e308],"))
+    for name, template in (
+        ("syntax", "{% for %}"),
+        ("raises", "{{ raise_exception('no such role') }}"),
+        ("calls", "{{ x() }}"),
+    ):
+        damage(folder / f"template-{name}", "chat_template.jinja", lambda text, template=template: template)
     (folder / "empty").mkdir()
     (folder / "text.txt").write_text("x")
+    (folder / "digits.jsonl").write_text('{"question": "q", "answer": "a", "n": %s}\n' % ("9" * 5000))
     return folder
 
 
-@pytest.fixture(autouse=True)
-def _own_signals():
-    """The program takes over the signals of the process that it runs in."""
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for signum, handler in before.items():
-        signal.signal(signum, handler)
-
-
-def fails(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, work: Path, *arguments: str) -> str:
+def fails(work: Path, *arguments: object) -> str:
     """Runs the program in this process, in ``work``; returns the one line on stderr."""
-    monkeypatch.chdir(work)
     before = sorted(work.rglob("*"))
-    assert main(list(arguments)) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
+    result = call(*arguments, cwd=work)
+    assert result.returncode == 2, result.stderr
     assert sorted(work.rglob("*")) == before, "something was left behind"
-    return line
+    return sentence(result)
 
 
 JOB = ("finetune", "--model", "model", "--data", "data.jsonl", "--output", "out", "--steps", "2", "--max-length", "64")
@@ -55,8 +89,22 @@ JOB = ("finetune", "--model", "model", "--data", "data.jsonl", "--output", "out"
         (("--model", "nowhere.gguf"), "--model: there is no folder or file nowhere.gguf"),
         (("--model", "empty"), "the folder empty holds no config.json"),
         (("--model", "text.txt"), "text.txt is a file, but not a .gguf one"),
-        (("--model", "broken"), "--model broken cannot be loaded: "),
+        (("--model", "broken"), "--model broken cannot be loaded: its weights: "),
+        (("--model", "nan"), "--model nan: its weight model.layers.1.mlp.up_proj.weight holds NaN or infinity"),
+        (("--model", "inf", "--dtype", "bf16"), "its weight model.layers.1.mlp.up_proj.weight holds NaN or infinity"),
+        (("--model", "config-cut"), "--model config-cut cannot be loaded: its config.json: "),
+        (("--model", "config-digits"), "--model config-digits cannot be loaded: its config.json: "),
+        (("--model", "config-deep"), "--model config-deep cannot be loaded: its config.json: "),
+        (("--model", "tokenizer-cut"), "--model tokenizer-cut cannot be loaded: its tokenizer: "),
+        (("--model", "tokenizer-empty"), "is damaged or missing, get or convert it again"),
+        (("--model", "tokenizer-silent"), "tokenizer-silent makes no token of any row: its files are damaged"),
+        (("--model", "tokenizer-other"), "its tokenizer makes the token 5"),
+        (("--model", "generation"), "eos_token_id in its generation_config.json is 1e+308, which is no token"),
+        (("--model", "template-syntax"), "template-syntax fails: "),
+        (("--model", "template-raises"), "template-raises fails: no such role: mend it, or remove it"),
+        (("--model", "template-calls"), "template-calls fails: 'x' is undefined"),
         (("--data", "nowhere.jsonl"), "--data: there is no file nowhere.jsonl"),
+        (("--data", "digits.jsonl"), "digits.jsonl:1: not a JSON object: Exceeds the limit (4300 digits)"),
         (("--data", "text.txt"), "text.txt:1: not a JSON object"),
         (("--answer-field", "reply"), "data.jsonl:1: the field 'reply' (--answer-field) is missing"),
         (("--held-out", "48"), "48 rows, and 48 of them are held out"),
@@ -81,8 +129,8 @@ JOB = ("finetune", "--model", "model", "--data", "data.jsonl", "--output", "out"
         (("--config", "nowhere.yaml"), "nowhere.yaml cannot be read"),
     ],
 )
-def test_mistake_is_one_sentence(capsys, monkeypatch, work, arguments, says):
-    line = fails(capsys, monkeypatch, work, *JOB, *arguments)
+def test_mistake_is_one_sentence(work, arguments, says):
+    line = fails(work, *JOB, *arguments)
     assert says in line and line.startswith("gralora-ext: error: ")
 
 
@@ -91,20 +139,87 @@ def test_model_that_the_hub_does_not_give_is_one_sentence(work):
     assert "--model nowhere/model cannot be loaded: it is neither a folder nor a file here" in sentence(result)
 
 
-def test_unknown_command_is_one_sentence(capsys, monkeypatch, work):
-    assert "unknown command 'tune'" in fails(capsys, monkeypatch, work, "tune")
+def test_unknown_command_is_one_sentence(work):
+    assert "unknown command 'tune' (did you mean finetune?)" in fails(work, "tune")
+    assert "unknown command 'xyzzy'; the commands are finetune and info" in fails(work, "xyzzy")
 
 
-def test_debug_shows_where_an_error_comes_from(capsys, monkeypatch, work):
-    monkeypatch.chdir(work)
-    assert main([*JOB, "--max-length", "4", "--debug"]) == 2
-    assert "Traceback" in capsys.readouterr().err
+def test_line_breaks_and_control_characters_in_names_keep_the_sentence_on_one_line(work):
+    assert r"there is no folder or file ./a\nb\x1b[31m" in fails(work, *JOB, "--model", "./a\nb\x1b[31m")
 
 
-def test_loss_that_is_no_number_ends_the_job(work):
-    result = run(*JOB, "--steps", 30, "--lr", 1e30, "--output", "nan", cwd=work, code=2)
-    assert "the loss became " in sentence(result) and "try a lower --lr" in sentence(result)
-    assert not (work / "nan" / "metrics.json").exists()
+def test_too_many_epochs_are_one_sentence(work):
+    arguments = [word for word in JOB if word not in ("--steps", "2")]
+    assert "--epochs 1e+300 is more than 2147483647 steps" in fails(work, *arguments, "--epochs", "1e300")
+
+
+def test_one_of_several_processes_says_that_only_one_is_supported(work, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert "this is one of 2 processes (WORLD_SIZE), and finetune runs in one only: start it without" in fails(
+        work, *JOB
+    )
+    monkeypatch.setenv("RANK", "1")
+    other = call(*JOB, cwd=work)
+    assert (other.returncode, other.stdout, other.stderr) == (2, "", "")
+
+
+WITHOUT_TORCH = """
+import os, sys
+sys.argv[0] = "gralora-ext"  # as the console script begins
+from gralora_ext.cli import main
+code = main(sys.argv[1:])
+print(code, "torch" in sys.modules, "transformers" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        ("--lrr", "1"),
+        ("--seed", "-1"),
+        ("--target-modules", "(q_proj"),
+        ("--config", "nowhere.yaml"),
+        ("--model", "nowhere.gguf"),
+        ("--model", "empty"),
+        ("--data", "nowhere.jsonl"),
+        ("--data", "digits.jsonl"),
+        ("--held-out", "48"),
+        ("--output", "model"),
+        ("--output", "text.txt/out"),
+        ("--output", "old", "--resume"),
+    ],
+)
+def test_mistake_is_answered_before_torch_is_imported(work, mistake):
+    (work / "old" / "checkpoints" / "checkpoint-9").mkdir(parents=True, exist_ok=True)
+    (work / "old" / "finetune.json").write_text("{}")
+    command = [sys.executable, "-c", WITHOUT_TORCH, *JOB, *mistake]
+    result = subprocess.run(command, cwd=work, env=environment(), capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "2 False False", result.stdout
+    assert sentence(result).startswith("gralora-ext: error: ")
+
+
+LITTLE_MEMORY = """
+import resource, sys
+import peft, transformers, gralora_ext.ops, gralora_ext.cli.trainer
+from gralora_ext.cli import main
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 31), used + (1 << 31)))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+def test_little_memory_is_one_sentence(work):
+    command = [sys.executable, "-c", LITTLE_MEMORY, *JOB, "--r", "2000000000"]
+    result = subprocess.run(command, cwd=work, env=environment(), capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert re.search(r"error: out of memory: [\d,]+ MiB more were asked for at once: try a smaller", sentence(result))
+
+
+def test_debug_shows_where_an_error_comes_from(work):
+    result = call(*JOB, "--max-length", "4", "--debug", cwd=work)
+    assert result.returncode == 2 and "Traceback" in result.stderr
 
 
 # Files over these sizes cannot be written. One checkpoint's optimizer state has about 130 kB, the merged model 110 kB.
@@ -119,8 +234,8 @@ def test_full_disk_leaves_no_half_of_anything(work, output, limit, more):
         code=2,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )
-    assert "cannot be written: " in sentence(result) and "MiB are free" in sentence(result)
+    assert "cannot be written: File too large (" in sentence(result) and "MiB are free" in sentence(result)
     left = {str(p.relative_to(work / output)) for p in (work / output).rglob("*")}
     checkpoint = {p for p in left if p.startswith("checkpoints/")}
-    assert left - checkpoint == {"finetune.json", ".lock", "checkpoints"}
+    assert left - checkpoint == {"finetune.json", ".lock", ".written.json", "checkpoints"}
     assert bool(checkpoint) == (output == "full2")

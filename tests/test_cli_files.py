@@ -15,6 +15,7 @@ from cli_helpers import environment
 
 from gralora_ext.cli.errors import JobError
 from gralora_ext.cli.files import locked, staged
+from gralora_ext.cli.resources import disk_failure, memory_failure
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -48,20 +49,83 @@ def write_full_device(kind: str) -> None:
     if kind == "python":
         with open("/dev/full", "w") as file:
             file.write("x" * 100_000)
-    elif kind == "torch":
+    elif kind == "torch":  # inline_container
         torch.save(torch.zeros(100_000), "/dev/full")
+    elif kind == "torch, small":  # basic_ios::clear: it fails only where the file is closed
+        torch.save(torch.zeros(10), "/dev/full")
+    elif kind == "torch, into a file":
+        with open("/dev/full", "wb", buffering=0) as file:
+            torch.save(torch.zeros(100_000), file)
+    elif kind == "torch, without zip":
+        torch.save(torch.zeros(100_000), "/dev/full", _use_new_zipfile_serialization=False)
     else:
         from tokenizers import Tokenizer, models
 
         Tokenizer(models.BPE({f"t{i}": i for i in range(9999)}, [])).save("/dev/full")
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-@pytest.mark.parametrize("kind", ["python", "torch", "tokenizers"])
-def test_full_disk_is_one_sentence_whoever_writes(tmp_path, kind):
-    with pytest.raises(JobError, match="cannot be written: .* MiB are free") as error, staged(tmp_path):
+KINDS = ["python", "torch", "torch, small", "torch, into a file", "torch, without zip", "tokenizers"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs /dev/full")
+@pytest.mark.parametrize("kind", KINDS)
+def test_full_disk_is_called_that_whoever_writes(tmp_path, kind):
+    with pytest.raises(JobError, match="cannot be written: .*full.* MiB are free") as error, staged(tmp_path):
         write_full_device(kind)
     assert str(tmp_path) in str(error.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs /dev/full")
+def test_full_disk_below_the_standard_output_is_one_sentence(tmp_path):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "gralora_ext", "--version"]
+        result = subprocess.run(command, env=environment(), stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert "standard output or a file: the disk is full (No space left on device)" in result.stderr
+
+
+def caused(error: Exception, by: Exception) -> Exception:
+    error.__cause__ = by
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(errno.ENOSPC, "x"), "the disk is full (No space left on device)"),
+        (OSError(errno.EDQUOT, "x"), "Disk quota exceeded"),
+        (OSError(errno.EFBIG, "x"), "File too large"),
+        (RuntimeError("write(): fd 3 failed with No space left on device"), "the disk is full"),
+        (ValueError("I/O error: Disk quota exceeded (os error 122)"), "Disk quota exceeded"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"), "as where it is full"),
+        (RuntimeError("basic_ios::clear: iostream error"), "as where it is full"),
+        (caused(ValueError("not saved"), by=OSError(errno.ENOSPC, "x")), "the disk is full"),
+    ],
+)
+def test_failure_of_the_disk_is_told_from_its_error(tmp_path, error, says):
+    assert says in disk_failure(error, tmp_path)
+    assert disk_failure(ValueError("x"), tmp_path) is None and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (MemoryError(), "out of memory"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "out of memory"),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "out of memory"),
+        (RuntimeError("std::bad_alloc"), "out of memory"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"), "2.00 GiB more were asked for"),
+    ],
+)
+def test_failure_of_the_memory_is_told_from_its_error(error, says):
+    assert says in memory_failure(error)
+    assert memory_failure(ValueError("x")) is None
+
+
+def test_torchs_own_failure_of_memory_tells_how_much_was_asked_for():
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert memory_failure(error.value) == "out of memory: 1,099,511,627,776 MiB more were asked for at once"
 
 
 def test_unwritable_place_is_one_sentence(tmp_path):

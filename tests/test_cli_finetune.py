@@ -9,10 +9,9 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from cli_helpers import environment, make_data, make_model, run, sentence, stop_at
+from cli_helpers import environment, make_data, make_model, metrics, run, same_end, sentence, stop_at
 
 STEPS = 40
 # Dropout, two passes in a step, several epochs and a short last step in each: whatever a resumed job could continue wrongly takes part.
@@ -83,14 +82,19 @@ def stopped(work: Path) -> tuple[Path, subprocess.CompletedProcess[str]]:
     return work / "stopped", stop_at("step 1/", signal.SIGTERM, *arguments("stopped"), cwd=work)
 
 
-def metrics(output: Path) -> dict[str, Any]:
-    return json.loads((output / "metrics.json").read_text(encoding="utf-8"))
-
-
 def test_job_writes_what_it_promises_and_nothing_else(unbroken):
     output, _ = unbroken
     names = {path.name for path in output.iterdir()}
-    assert names == {"adapter", "merged", "metrics.json", "loss.png", "finetune.json", "checkpoints", ".lock"}
+    assert names == {
+        "adapter",
+        "merged",
+        "metrics.json",
+        "loss.png",
+        "finetune.json",
+        "checkpoints",
+        ".lock",
+        ".written.json",
+    }
     assert sorted(p.name for p in (output / "checkpoints").iterdir()) == ["checkpoint-35", "checkpoint-40"]
 
 
@@ -159,17 +163,6 @@ def test_sigterm_saves_a_checkpoint_and_tells_how_to_go_on(stopped):
     assert not (output / "metrics.json").exists() and not list(output.rglob(".partial-*"))
 
 
-def same_end(ours: Path, theirs: Path) -> None:
-    """The same losses and the same adapter, to the last bit."""
-    values = metrics(ours), metrics(theirs)
-    for name in ("losses", "eval_losses"):
-        first, second = ([(e["step"], e["loss"]) for e in v[name]] for v in values)
-        assert first == second
-    assert values[0]["samples"] == values[1]["samples"]
-    weights = [folder / "adapter" / "adapter_model.safetensors" for folder in (ours, theirs)]
-    assert weights[0].read_bytes() == weights[1].read_bytes()
-
-
 def test_resumed_job_ends_like_the_unbroken_one(work, unbroken, stopped):
     resumed = work / "resumed"
     shutil.copytree(stopped[0], resumed)
@@ -179,6 +172,7 @@ def test_resumed_job_ends_like_the_unbroken_one(work, unbroken, stopped):
     # What the stopped job told the user to type, but for the copied folder: the settings come from the file in there.
     assert "finetune --config stopped/finetune.json --resume`" in stopped[1].stderr
     result = run("finetune", "--config", "resumed/finetune.json", "--output", "resumed", "--resume", cwd=work)
+    assert "resumed/checkpoints/checkpoint-39 is damaged and left aside: manifest.json is missing" in result.stdout
     assert "resuming from resumed/checkpoints/checkpoint-" in result.stdout
     same_end(resumed, unbroken[0])
     assert not list(resumed.rglob(".partial-*"))
@@ -222,7 +216,7 @@ def test_ctrl_c_before_the_first_step_leaves_nothing(work):
 
 
 def test_resume_without_a_checkpoint_starts_from_the_first_step(work, unbroken):
-    (work / "fresh" / "checkpoints" / "checkpoint-9").mkdir(parents=True)  # torn: it does not count
+    (work / "fresh" / "checkpoints").mkdir(parents=True)
     (work / "fresh" / "finetune.json").write_text("{}")
     result = run(*arguments("fresh", "--resume", "--steps", 2, "--backend", "lora"), cwd=work)
     assert "no checkpoint" in result.stdout

@@ -39,7 +39,8 @@ def test_info_without_the_extension_tells_how_to_build_it(tmp_path):
 
 def test_version_and_help_need_no_heavy_import(tmp_path):
     code = (
-        "import sys; from gralora_ext.cli import main; code = main(sys.argv[1:]); print(code, 'torch' in sys.modules)"
+        "import sys; sys.argv[0] = 'gralora-ext'; from gralora_ext.cli import main; "
+        "code = main(sys.argv[1:]); print(code, 'torch' in sys.modules)"
     )
     for arguments, text in (("--version", gralora_ext.__version__), ("--help", "finetune")):
         command = [sys.executable, "-c", code, arguments]

@@ -237,3 +237,12 @@ def test_sparse_input_is_refused() -> None:
     tensors = GOOD.inputs().tensors
     with pytest.raises((TypeError, NotImplementedError), match="gralora"):
         ops.gralora(**{**tensors, "x": tensors["x"].to_sparse()}, scaling=0.5)
+
+
+@pytest.mark.parametrize("name", ["A", "B"])
+def test_none_beside_a_tensor_on_meta_is_refused(name: str) -> None:
+    """There torch asks the fake implementation, which has no other checks than those of devices."""
+    other = {"A": "B", "B": "A"}[name]
+    adapter = {**GOOD.inputs().adapter(), name: None, other: torch.zeros(2, 4, 6, device="meta")}
+    with pytest.raises(TypeError, match=f"{name} must be a tensor, but is None"):
+        ops.delta_weight(**adapter, scaling=0.5)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gralora_ext import ops, reference
-from gralora_ext.tolerances import GRADIENT_FACTOR, TOLERANCES
+from gralora_ext.tolerances import tolerance
 
 LAYOUTS = st.sampled_from(["contiguous", "offset", "row_slice", "column_stride", "transposed"])
 DTYPE = st.sampled_from(DTYPES)
@@ -87,7 +87,8 @@ def part_of(other: Tensor, t: Tensor, draw: Callable) -> tuple[Tensor, Tensor]:
 def mutate(
     arguments: dict[str, object], draw: Callable, kinds: tuple[str, ...] = ("number", "shared", *MUTATIONS)
 ) -> None:
-    names = [name for name, t in arguments.items() if isinstance(t, Tensor) and is_plain(t)]
+    tensors = {name: t for name, t in arguments.items() if isinstance(t, Tensor)}
+    names = [name for name, t in tensors.items() if is_plain(t) and name != "seed"]
     kind = draw(st.sampled_from(kinds))
     if kind == "number":
         name = draw(st.sampled_from([name for name in ("scaling", "dropout_p") if name in arguments]))
@@ -124,7 +125,7 @@ def call(op: Callable[..., object], arguments: dict[str, object], written: str |
     except (ValueError, TypeError, RuntimeError):
         result = None
     except AttributeError:  # of the wrapper in Python, which asks x for its device
-        assert not isinstance(arguments["x"], Tensor)
+        assert "x" in arguments and not isinstance(arguments["x"], Tensor)
         result = None
     if result is not None and written is not None:
         assert result is arguments[written] or result.data_ptr() == arguments[written].data_ptr()
@@ -144,7 +145,7 @@ def assert_as_expected(op: str, specification: Callable[..., Tensor], written: s
     for _ in range(draw(st.integers(0, 2))):
         mutate(case, draw)
     result = call(getattr(ops, op), case, written)
-    if result is None:
+    if result is None or result.is_meta:
         return
     torch.manual_seed(SEED)
     expected = specification(**wide(case))
@@ -153,7 +154,8 @@ def assert_as_expected(op: str, specification: Callable[..., Tensor], written: s
     terms = specification(**{**squares, "scaling": case["scaling"] ** 2}).sum().sqrt()
     factor = (1.0 - case.get("dropout_p", 0.0)) ** -0.5  # of an element that is kept, whose square has it once alone
     size = torch.maximum(expected.norm(), factor * terms)
-    assert_near(op, result, expected, size, TOLERANCES[result.dtype].output)
+    dtypes = {t.dtype for t in case.values() if isinstance(t, Tensor)}
+    assert_near(op, result, expected, size, tolerance(result, dtypes))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, *, own_gemm: bool, **rest) -> Tensor:
@@ -213,7 +215,7 @@ def test_backward(case: Case, dropout_p: float, data: st.DataObject) -> None:
     for _ in range(data.draw(st.integers(0, 1))):
         mutate(forward, data.draw)
     kept_for_backward = call(torch.ops.gralora_ext.gralora, forward)
-    if kept_for_backward is None:
+    if kept_for_backward is None or kept_for_backward[0].is_meta:
         return
     y, u, kept = kept_for_backward
     del forward["base"]
@@ -221,7 +223,7 @@ def test_backward(case: Case, dropout_p: float, data: st.DataObject) -> None:
     for _ in range(data.draw(st.integers(0, 2))):
         mutate(arguments, data.draw, PLAIN)
     result = call(torch.ops.gralora_ext.gralora_backward, {**arguments, "needs": [True] * 5})
-    if result is None:
+    if result is None or result[0].is_meta:
         return
     names = ("x", "A", "B", "A_general", "B_general")
     tensors = {name: arguments[name] for name in names if arguments[name] is not None}
@@ -231,5 +233,5 @@ def test_backward(case: Case, dropout_p: float, data: st.DataObject) -> None:
     expected, sizes = expected_results(now, reference_path, dropout_p=arguments["dropout_p"])
     for name, gradient in zip(names, result, strict=True):
         if name in tensors:
-            tolerance = TOLERANCES[gradient.dtype].output * GRADIENT_FACTOR
-            assert_near(name, gradient, expected[name], sizes[name], tolerance)
+            dtypes = {grad.dtype, *(arguments[n].dtype for n in names if arguments[n] is not None)}
+            assert_near(name, gradient, expected[name], sizes[name], tolerance(gradient, dtypes, gradient=True))

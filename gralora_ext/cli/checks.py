@@ -15,6 +15,7 @@ from pathlib import Path
 from .errors import JobError, first_sentence
 from .files import LOCK, PARTIAL
 from .options import SETTINGS
+from .output import RECORD
 
 NEEDED = ("torch", "transformers", "peft", "accelerate", "safetensors", "matplotlib", "tqdm")
 
@@ -30,7 +31,9 @@ def check_output(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise JobError(f"--output: {folder} is not a folder")
     if folder.is_dir() and not (folder / SETTINGS).is_file():
-        others = [p.name for p in sorted(folder.iterdir()) if p.name != LOCK and not p.name.startswith(PARTIAL)]
+        others = [
+            p.name for p in sorted(folder.iterdir()) if p.name not in (LOCK, RECORD) and not p.name.startswith(PARTIAL)
+        ]
         if others:
             raise JobError(f"--output: {folder} holds other files ({others[0]}), and is not of an earlier finetune job")
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())

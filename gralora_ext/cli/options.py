@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
+import errno
+import os
 import re
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .errors import JobError, first_sentence
+from .config_file import with_file
+from .errors import JobError, clipped, did_you_mean
+from .source import check_targets
 
 BACKENDS = ("fused", "peft", "lora")
 SCHEDULES = ("linear", "cosine", "constant")
@@ -27,10 +31,12 @@ It writes into --output, each beside its place and then renamed:
   loss.png        the losses as a plot
   checkpoints/    what --resume goes on from
   finetune.json   the settings, as a file for --config
+What else lies there, or was changed since, is not the job's: it is kept, and a line says so.
 """
 EPILOG = """\
 Ctrl-C and SIGTERM end the step in hand, save a checkpoint and exit with code 130 or 143; a second one stops at once.
-Exit codes: 0 done, 2 something to mend (one sentence on stderr says what), 1 a failure nobody foresaw.
+Exit codes: 0 done, 2 something to mend (one sentence on stderr says what), 3 the training diverged (its results are
+written all the same, but for merged/), 1 a failure nobody foresaw.
 """
 
 
@@ -52,9 +58,52 @@ def decisive(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in _FREE}
 
 
-class _Parser(argparse.ArgumentParser):
+# How other programs call what this one calls otherwise.
+_ELSEWHERE = {
+    "rank": "r",
+    "lora-r": "r",
+    "gralora-k": "k",
+    "lora-alpha": "alpha",
+    "lora-dropout": "dropout",
+    "learning-rate": "lr",
+    "lr-scheduler-type": "lr-schedule",
+    "max-steps": "steps",
+    "num-train-epochs": "epochs",
+    "per-device-train-batch-size": "batch-size",
+    "gradient-accumulation-steps": "grad-accum",
+    "max-seq-length": "max-length",
+    "save-steps": "save-every",
+    "eval-steps": "eval-every",
+    "model-name-or-path": "model",
+    "dataset": "data",
+    "output-dir": "output",
+    "resume-from-checkpoint": "resume",
+}
+LARGEST = 2**31 - 1  # what the libraries below take as a count
+_NUMPYS_LARGEST_SEED = 2**32 - 1
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are JobError, short whatever was typed, and name the option that a wrong one is nearest to."""
+
     def error(self, message: str) -> NoReturn:
-        raise JobError(message)
+        raise JobError(re.sub(r"\S{80,}", lambda word: clipped(word[0]), message))
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        options, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            first = next((word for word in unknown if word.startswith("-")), unknown[0])
+            raise JobError(f"unrecognized arguments: {clipped(' '.join(unknown))}{self.nearest(first)}")
+        for name, value in vars(options).items():
+            if value == []:  # what argparse makes of `--name=--`
+                self.error(f"argument --{name.replace('_', '-')}: expected a value, got '--'")
+        return options
+
+    def nearest(self, word: str) -> str:
+        """A hint at the option that ``word`` may have meant, or nothing."""
+        name = word.lstrip("-").split("=")[0].lower().replace("_", "-")
+        known = [option.removeprefix("--") for option in self._option_string_actions if option.startswith("--")]
+        return did_you_mean(_ELSEWHERE.get(name, name), known, prefix="--")
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -70,14 +119,15 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         return text if stated else f"{text} (default: {action.default})"
 
 
-def _whole(least: int) -> Any:
+def _whole(least: int, most: int = LARGEST) -> Any:
     def whole(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
-            value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got '{text}'")
+            value = most + 1 if text.isdecimal() else least - 1  # Python reads no number of thousands of digits
+        if not least <= value <= most:
+            bound = f"most {most}" if value > most else f"least {least}"
+            raise argparse.ArgumentTypeError(f"expected a whole number of at {bound}, got '{text}'")
         return value
 
     return whole
@@ -101,8 +151,8 @@ _probability = _real(lambda v: 0 <= v < 1, "a number of at least 0 and below 1")
 _switch = argparse.BooleanOptionalAction
 
 
-def build_parser(prog: str = "gralora-ext finetune") -> argparse.ArgumentParser:
-    parser = _Parser(prog, description=DESCRIPTION, epilog=EPILOG, formatter_class=_Help, allow_abbrev=False)
+def build_parser(prog: str = "gralora-ext finetune") -> Parser:
+    parser = Parser(prog, description=DESCRIPTION, epilog=EPILOG, formatter_class=_Help, allow_abbrev=False)
 
     what = parser.add_argument_group("what to train, and on what")
     add = what.add_argument
@@ -153,7 +203,7 @@ def build_parser(prog: str = "gralora-ext finetune") -> argparse.ArgumentParser:
     add("--max-length", type=_whole(2), metavar="N", default=384, help="tokens of a row; longer ones are cut")
     add(
         "--seed",
-        type=_whole(0),
+        type=_whole(0, _NUMPYS_LARGEST_SEED),
         metavar="N",
         default=0,
         help="of the adapter's start, the order of rows and the dropout",
@@ -184,7 +234,7 @@ def build_parser(prog: str = "gralora-ext finetune") -> argparse.ArgumentParser:
     files = parser.add_argument_group("files")
     add = files.add_argument
     add("--save-every", type=_whole(1), metavar="N", default=10, help="steps from one checkpoint to the next")
-    add("--resume", action=_switch, default=False, help="go on from the last checkpoint in --output, if there is one")
+    add("--resume", action=_switch, default=False, help="go on from the last whole checkpoint in --output, if any")
     add("--merge", action=_switch, default=True, help="write merged/ too")
     add("--debug", action="store_true", help="show the traceback of an error")
     return parser
@@ -195,11 +245,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = build_parser()
     options = parser.parse_args(argv)
     if options.config is not None:
-        options = _with_file(parser, argv, Path(options.config))
+        _check_path("config", options.config)
+        options = with_file(parser, argv, Path(options.config))
     if options.steps is not None and options.epochs is not None:
         raise JobError("--steps and --epochs exclude each other")
     if options.backend != "lora" and options.r % options.k:
         raise JobError(f"--k {options.k} does not divide --r {options.r}")
+    check_targets(options.target_modules)
     if options.steps is None and options.epochs is None:
         options.steps = 30
     if options.alpha is None:
@@ -209,87 +261,27 @@ def parse(argv: list[str]) -> argparse.Namespace:
         names = [Path(options.model or "smollm2").name, Path(options.data or "gsm8k").name]
         names = [re.sub(r"\.(gguf|jsonl?)$", "", name) for name in names]
         options.output = str(Path("runs") / re.sub(r"[^\w.-]+", "-", "-".join(names)))
+    for name in ("model", "data", "output"):
+        if getattr(options, name) is not None:
+            _check_path(name, getattr(options, name))
     return options
 
 
-def _with_file(parser: argparse.ArgumentParser, argv: list[str], file: Path) -> argparse.Namespace:
-    """Puts the file's options before those of the command line, so that argparse checks both in one way."""
-    words = _words(parser, file)
+# The longest that is written below --output.
+_DEEPEST = f"checkpoints/.partial-12345678/checkpoint-{LARGEST}/adapter_model.safetensors"
+
+
+def _check_path(option: str, text: str) -> None:
+    """That the system can take ``text`` for a path; whether there is anything is for others to say."""
+    if not text.strip():
+        raise JobError(f"--{option}: expected a path, got an empty text")
     try:
-        chosen = parser.parse_args(words)
-    except JobError as error:
-        raise JobError(f"{_place(file, str(error))}: {error}") from None
-    options = parser.parse_args(words + argv)
-    # The other length of the job, given in the file, yields to the one on the command line.
-    given = parser.parse_args(argv)
-    if given.steps is not None and chosen.epochs is not None:
-        options.epochs = given.epochs
-    elif given.epochs is not None and chosen.steps is not None:
-        options.steps = given.steps
-    return options
-
-
-def _words(parser: argparse.ArgumentParser, file: Path) -> list[str]:
-    values = _read(file)
-    known = {name for name in vars(parser.parse_args([])) if name not in ("config", "debug")}
-    words: list[str] = []
-    for key, value in values.items():
-        name = str(key).replace("-", "_")
-        if name not in known:
-            raise JobError(
-                f"{_place(file, str(key))}: unknown option '{key}'; the options are {', '.join(sorted(known))}"
-            )
-        option = "--" + name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(option if value else option.replace("--", "--no-", 1))
-        elif isinstance(value, list):
-            words += [option, *map(str, value)]
-        elif isinstance(value, dict):
-            raise JobError(f"{_place(file, str(key))}: the option '{key}' is a single value, not a group")
-        elif value is not None:
-            words.append(f"{option}={value}")
-    return words
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        text = file.read_text(encoding="utf-8-sig")
+        path = Path(text).expanduser()
+        if any(len(os.fsencode(part)) > 255 for part in path.parts):  # the system only looks where the folder is there
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        os.stat(path / _DEEPEST if option == "output" else path)
+    except (ValueError, RuntimeError) as error:  # a NUL, half of a surrogate pair, a user who has no home
+        raise JobError(f"--{option}: {clipped(repr(text))} cannot be a path: {error}") from None
     except OSError as error:
-        raise JobError(f"--config: {file} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise JobError(f"--config: {file} is not UTF-8 text") from None
-    if file.suffix.lower() == ".json":
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise JobError(f"{file}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from None
-    elif file.suffix.lower() in (".yaml", ".yml"):
-        values = _yaml(file, text)
-    else:
-        raise JobError(f"--config: {file} must end in .yaml, .yml or .json")
-    if not isinstance(values, dict):
-        raise JobError(f"{file}: expected names and values, got {type(values).__name__}")
-    return values
-
-
-def _yaml(file: Path, text: str) -> Any:
-    try:
-        import yaml
-    except ImportError:
-        raise JobError("a YAML --config needs `pip install pyyaml`; JSON works without") from None
-    try:
-        return yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{file}:{mark.line + 1}" if mark else str(file)
-        raise JobError(f"{place}: not YAML: {getattr(error, 'problem', None) or first_sentence(error)}") from None
-
-
-def _place(file: Path, message: str) -> str:
-    """``file:line`` of the first key that ``message`` names, else ``file``."""
-    lines = file.read_text(encoding="utf-8-sig").splitlines()
-    for number, line in enumerate(lines, 1):
-        key = re.match(r"""[\s{,]*["']?([\w-]+)["']?\s*:""", line)
-        if key and re.search(rf"(?<![\w-])(--)?{re.escape(key[1]).replace('_', '[-_]')}(?![\w-])", message):
-            return f"{file}:{number}"
-    return str(file)
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise JobError(f"--{option}: {clipped(text)} cannot be a path: {error.strerror}") from None

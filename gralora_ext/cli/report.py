@@ -54,7 +54,8 @@ def draw(metrics: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    losses, held_out = metrics["losses"], metrics["eval_losses"]
+    # A loss that is not finite has no place in the plot.
+    losses, held_out = ([e for e in metrics[n] if e["loss"] is not None] for n in ("losses", "eval_losses"))
     axes.plot(
         [e["step"] for e in losses],
         [e["loss"] for e in losses],
@@ -87,7 +88,7 @@ def draw(metrics: dict[str, Any], path: Path) -> None:
     axes.set_title(
         f"{' on '.join(Path(metrics[what]).name.split(' (')[0] for what in ('model', 'data'))}\n"
         f"backend {config['backend']}, r = {config['r']}{grid}{hybrid}, lr = {config['lr']:g}, "
-        f"{metrics['tokens_per_second']:,.0f} tokens/s",
+        f"{metrics['tokens_per_second'] or 0:,.0f} tokens/s",
         fontsize=10,
     )
     axes.set_xlabel("optimizer step")

@@ -3,70 +3,19 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from .checkpoints import STATE, Checkpoints, History
 from .console import Bar, Console
 from .data import IGNORED, Encoder
-from .errors import JobError
+from .errors import Diverged
 from .files import staged, write_json
 from .signals import stopper
-
-STATE = "gralora_ext.json"  # the job's own part of a checkpoint: settings, data, history
-
-
-class History:
-    """What has happened so far; it lives in the checkpoint, so that a resumed job tells the whole story."""
-
-    def __init__(self, values: dict[str, Any] | None = None):
-        values = values or {}
-        self.losses: list[dict[str, float]] = values.get("losses", [])
-        self.eval_losses: list[dict[str, float]] = values.get("eval_losses", [])
-        self.samples: list[dict[str, str]] = values.get("samples", [])
-        self.tokens: int = values.get("tokens", 0)
-        self.seconds: float = values.get("seconds", 0.0)
-
-    def eval_loss(self, step: int) -> float | None:
-        return next((e["loss"] for e in self.eval_losses if e["step"] == step), None)
-
-
-class Checkpoints:
-    """The folder ``checkpoints`` of an output folder. A checkpoint is renamed into it whole, so what is there counts."""
-
-    def __init__(self, folder: Path, keep: int = 2):
-        self.folder = folder
-        self.keep = keep
-        self._ours: set[str] = set()
-
-    def last(self) -> Path | None:
-        whole = [p for p in self.folder.glob("checkpoint-*") if (p / STATE).is_file()]
-        return max(whole, key=_step, default=None)
-
-    def last_of_run(self) -> Path | None:
-        """The newest checkpoint that this run wrote or went on from."""
-        return max((self.folder / name for name in self._ours), key=_step, default=None)
-
-    def adopt(self, checkpoint: Path) -> None:
-        """The job goes on from this one: it belongs to the run, and is not cleared as an earlier run's."""
-        self._ours.add(checkpoint.name)
-
-    def clear(self, newest: str) -> None:
-        """Keeps the newest ones of this run; those of an earlier run have been superseded."""
-        self._ours.add(newest)
-        self._ours = set(sorted(self._ours, key=lambda name: _step(Path(name)))[-self.keep :])
-        for path in self.folder.glob("checkpoint-*"):
-            if path.name not in self._ours:
-                shutil.rmtree(path, ignore_errors=True)
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rsplit("-", 1)[1])
 
 
 def arguments(options: Any, steps: int, use_cpu: bool) -> TrainingArguments:
@@ -138,13 +87,12 @@ class FinetuneTrainer(Trainer):
         if "loss" not in logs:
             return
         step, seconds = self.state.global_step, time.perf_counter() - self.step_started
-        self.history.losses.append({"step": step, "loss": logs["loss"], "tokens": self.step_tokens, "seconds": seconds})
+        loss = logs["loss"] if math.isfinite(logs["loss"]) else None
+        self.history.losses.append({"step": step, "loss": loss, "tokens": self.step_tokens, "seconds": seconds})
         self.history.tokens += self.step_tokens
         self.history.seconds += seconds
-        if not math.isfinite(logs["loss"]):
-            raise JobError(
-                f"the loss became {logs['loss']} at step {step}: try a lower --lr than {self.args.learning_rate:g}"
-            )
+        if loss is None:
+            raise Diverged(f"the loss is {logs['loss']} at step {step}")
         if self.bar:
             self.bar.update(step, f"loss {logs['loss']:.4f}, {self.step_tokens / seconds:,.0f} tokens/s")
 
@@ -152,7 +100,7 @@ class FinetuneTrainer(Trainer):
         """The mean loss per answer token over the held-out rows; a signal ends it early, without a result."""
         self.control.should_evaluate = False
         size, step = self.args.per_device_train_batch_size, self.state.global_step
-        total, count = 0.0, 0
+        total, count, all_zero = 0.0, 0, True
         self.model.eval()
         with torch.no_grad(), self.console.bar("held-out loss: row", len(self.held_out)) as bar:
             for start in range(0, len(self.held_out), size):
@@ -164,15 +112,23 @@ class FinetuneTrainer(Trainer):
                 labels = batch.pop("labels")[:, 1:]
                 logits = self.model(**batch, use_cache=False).logits[:, :-1]
                 answer = labels != IGNORED
+                all_zero = all_zero and not logits[answer].any().item()
                 total += cross_entropy(logits[answer].float(), labels[answer], reduction="sum").item()
                 count += int(answer.sum())
                 bar.update(start + len(examples))
         loss = total / count
-        self.history.eval_losses.append({"step": step, "loss": loss})
+        self.history.eval_losses.append({"step": step, "loss": loss if math.isfinite(loss) else None})
+        if not math.isfinite(loss):
+            raise Diverged(f"the held-out loss is {loss} after {step} steps")
+        if all_zero and step:  # weights so large that the norms behind them make zeros; the loss is finite then
+            raise Diverged(f"all logits of the held-out rows are zero after {step} steps")
         self.console.say(
             f"held-out loss {loss:.4f} after {step} steps ({len(self.held_out)} rows, {count:,} answer tokens)"
         )
         return {"eval_loss": loss}
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the job has loaded the adapter and checked it, and stock code takes what else lies there too."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Only the adapter: the base does not change, and stock code would look it up on the hub."""
@@ -181,13 +137,14 @@ class FinetuneTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
         name = f"checkpoint-{self.state.global_step}"
         output_dir = self.args.output_dir
-        with staged(self.checkpoints.folder) as stage:
+        with staged(self.checkpoints.folder, self.checkpoints) as stage:
             self.args.output_dir = str(stage)
             try:
                 super()._save_checkpoint(model, trial, *args, **kwargs)
             finally:
                 self.args.output_dir = output_dir
             write_json(stage / name / STATE, {**self.job_state, "history": vars(self.history)})
+            self.checkpoints.seal(stage / name)
         self.checkpoints.clear(name)
 
 

@@ -99,7 +99,10 @@ class GraloraLinear(Linear):
                 merged = weight.detach().clone()
                 self._add_to(merged, name)
                 if not torch.isfinite(merged).all():
-                    raise ValueError(f"adapter {name!r} would give NaN or infinite weights, and was not merged")
+                    raise ValueError(
+                        f"NaNs detected in the merged weights. The adapter {name} seems to be broken: its weights would be "
+                        "NaN or infinite, and it was not merged"
+                    )
                 self.get_base_layer().weight.data = merged
             else:
                 self._add_to(weight, name)

@@ -1,0 +1,213 @@
+"""A resumed job ends like the unbroken one, whatever has happened to its checkpoints, or it does not go on at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from cli_helpers import call, make_data, make_model, same_end, sentence
+from safetensors.torch import load_file, save_file
+
+# The rate rises over ten steps, and a row is dropped out: scheduler, optimizer and random numbers all decide the losses.
+JOB = ("finetune", "--model", "model", "--data", "data.jsonl", "--batch-size", 2, "--dropout", 0.1, "--hybrid-r", 2)
+JOB += ("--r", 4, "--lr", 0.02, "--lr-schedule", "constant", "--warmup-steps", 10, "--max-length", 64)
+JOB += ("--eval-every", 4, "--save-every", 4, "--sample-tokens", 4, "--no-merge")
+FILES = (
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "gralora_ext.json",
+    "manifest.json",
+    "optimizer.pt",
+    "rng_state.pth",
+    "scheduler.pt",
+    "trainer_state.json",
+)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A job of 12 steps that ran to its end, and the same one as it was after 8: with checkpoints of steps 4 and 8."""
+    folder = tmp_path_factory.mktemp("resume")
+    make_model(folder / "model")
+    make_data(folder / "data.jsonl")
+    for name, steps in (("unbroken", 12), ("half", 8)):
+        assert call(*JOB, "--steps", steps, "--output", name, cwd=folder).returncode == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes half of the time of such a job."""
+    monkeypatch.setattr("gralora_ext.cli.report.draw", lambda metrics, path: path.write_bytes(b"plot"))
+
+
+class Broken(NamedTuple):
+    """A copy of the job at its half, to be broken and resumed; ``new`` and ``old`` are its two checkpoints."""
+
+    work: Path
+    output: Path
+    new: Path
+    old: Path
+
+    def resume(self) -> object:
+        return call(*JOB, "--steps", 12, "--output", self.output, "--resume", cwd=self.work)
+
+    def ends_like_the_unbroken_one(self, *told: str) -> None:
+        result = self.resume()
+        assert result.returncode == 0, result.stderr
+        assert all(text in result.stdout for text in told), result.stdout
+        same_end(self.output, self.work / "unbroken")
+        names = {p.name for p in self.old.parent.iterdir()} - {"checkpoint-8.kept"}  # where its manifest did not tell
+        assert names == {"checkpoint-12", "checkpoint-8"}
+
+
+@pytest.fixture
+def job(work: Path, tmp_path: Path) -> Broken:
+    output = shutil.copytree(work / "half", tmp_path / "out")
+    folder = output / "checkpoints"
+    return Broken(work, output, folder / "checkpoint-8", folder / "checkpoint-4")
+
+
+def cut(file: Path, other: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+def empty(file: Path, other: Path) -> None:
+    file.write_bytes(b"")
+
+
+def flip(file: Path, other: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) * 2 // 3] ^= 4
+    file.write_bytes(content)
+
+
+def exchange(file: Path, other: Path) -> None:
+    shutil.copy(other, file)
+
+
+def delete(file: Path, other: Path) -> None:
+    file.unlink()
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", [delete, cut, empty, flip, exchange])
+def test_damaged_checkpoint_is_named_and_the_one_before_it_taken(job, damage, file):
+    same = damage is exchange and file in ("README.md", "adapter_config.json")  # they do not change from step to step
+    damage(job.new / file, job.old / file)
+    damaged = f"checkpoint-8 is damaged and left aside: {file} "
+    job.ends_like_the_unbroken_one(f"checkpoint-{8 if same else 4}, ", *([] if same else [damaged]))
+
+
+def change_tensors(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
+    def changed(checkpoint: Path) -> None:
+        tensors = load_file(checkpoint / "adapter_model.safetensors")
+        change(tensors)
+        save_file(tensors, checkpoint / "adapter_model.safetensors")
+
+    return changed
+
+
+def change_optimizer(change: Callable[[dict], None]) -> Callable[[Path], None]:
+    def changed(checkpoint: Path) -> None:
+        values = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+        change(values)
+        torch.save(values, checkpoint / "optimizer.pt")
+
+    return changed
+
+
+def change_manifest(change: Callable[[dict], None]) -> Callable[[Path], None]:
+    def changed(checkpoint: Path) -> None:
+        values = json.loads((checkpoint / "manifest.json").read_text())
+        change(values)
+        (checkpoint / "manifest.json").write_text(json.dumps(values))
+
+    return changed
+
+
+def first(tensors: dict[str, torch.Tensor]) -> str:
+    return min(tensors)
+
+
+BY_CONTENT = {
+    "a tensor less": change_tensors(lambda t: t.pop(first(t))),
+    "a tensor more": change_tensors(lambda t: t.update(more=torch.zeros(3))),
+    "a renamed tensor": change_tensors(lambda t: t.update({first(t) + "x": t.pop(first(t))})),
+    "a tensor of zeros": change_tensors(lambda t: t[first(t)].zero_()),
+    "a tensor in half precision": change_tensors(lambda t: t.update({first(t): t[first(t)].half()})),
+    "a tensor of another shape": change_tensors(lambda t: t.update({first(t): t[first(t)][:1].clone()})),
+    "no moments": change_optimizer(lambda o: o.update(state={})),
+    "moments of fewer tensors": change_optimizer(lambda o: o["state"].pop(0)),
+    "another step of the optimizer": change_optimizer(lambda o: o["state"][0]["step"].add_(1)),
+    "another rate": change_optimizer(lambda o: o["param_groups"][0].update(lr=1.0)),
+    "a manifest without the optimizer": change_manifest(lambda m: m["files"].pop("optimizer.pt")),
+    "a manifest with another size": change_manifest(lambda m: m["files"]["scheduler.pt"].update(bytes=1)),
+    "a manifest that leads out": change_manifest(lambda m: m["files"].update({"../../x": {"bytes": 0, "sha256": ""}})),
+    "a manifest of other types": change_manifest(lambda m: m.update(files=[1])),
+    "a manifest nested too deep": lambda c: (c / "manifest.json").write_text("[" * 100_000),
+    "the whole of another step": lambda c: (shutil.rmtree(c), shutil.copytree(c.parent / "checkpoint-4", c)),
+    "a file of zeros": lambda c: (c / "optimizer.pt").write_bytes(bytes((c / "optimizer.pt").stat().st_size)),
+    "a longer file": lambda c: (c / "rng_state.pth").open("ab").write(b"\n"),
+    "a folder in place of a file": lambda c: ((c / "scheduler.pt").unlink(), (c / "scheduler.pt").mkdir()),
+    "nothing": lambda c: (shutil.rmtree(c), c.mkdir()),
+}
+
+
+@pytest.mark.parametrize("name", BY_CONTENT)
+def test_checkpoint_of_other_content_is_left_aside(job, name):
+    BY_CONTENT[name](job.new)
+    job.ends_like_the_unbroken_one("checkpoint-8 is damaged and left aside: ", "checkpoint-4, 4 of 12 steps done")
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_where_no_checkpoint_is_whole_nothing_is_trained_and_nothing_lost(job, file):
+    (job.new / file).unlink()
+    (job.old / file).write_bytes(b"")
+    before = {p: p.read_bytes() for p in job.output.rglob("*") if p.is_file()}
+    result = job.resume()
+    assert result.returncode == 2
+    assert f"no checkpoint in {job.new.parent} is whole (checkpoint-8: {file} is missing" in sentence(result)
+    assert "leave out --resume to start anew from the first step" in sentence(result)
+    assert {p: p.read_bytes() for p in job.output.rglob("*") if p.is_file()} == before
+
+
+def test_what_a_user_puts_into_a_checkpoint_is_neither_read_nor_deleted(job, tmp_path):
+    save_file({"x": torch.zeros(1)}, job.new / "model.safetensors")  # stock code would load it in place of the adapter
+    (job.old / "notes.txt").write_text("mine")
+    result = job.resume()
+    assert result.returncode == 0, result.stderr
+    same_end(job.output, job.work / "unbroken")
+    assert (job.new / "model.safetensors").is_file()
+    assert [p.name for p in job.old.iterdir()] == ["notes.txt"]
+    assert f"kept, since no job wrote it, or it was changed since: {job.old}" in result.stdout
+
+
+def test_checkpoint_whose_manifest_was_lost_is_kept_beside_its_successor(job):
+    (job.new / "manifest.json").unlink()
+    result = job.resume()
+    assert result.returncode == 0, result.stderr
+    same_end(job.output, job.work / "unbroken")
+    assert (job.new.with_name("checkpoint-8.kept") / "optimizer.pt").is_file()
+    assert "checkpoint-8.kept" in result.stdout and "older versions of gralora_ext wrote none" in result.stdout
+
+
+def test_adapter_of_other_tensors_is_an_error(job):
+    """As where another version of PEFT names them otherwise: the file is whole, and does not fit."""
+    from gralora_ext.cli.checkpoints import MANIFEST, NEEDED, Checkpoints
+
+    for checkpoint in (job.new, job.old):
+        BY_CONTENT["a renamed tensor"](checkpoint)
+        (checkpoint / MANIFEST).unlink()
+        Checkpoints(checkpoint.parent, print).seal(checkpoint)
+        assert (checkpoint / MANIFEST).is_file() and (checkpoint / NEEDED[0]).is_file()
+    result = job.resume()
+    assert result.returncode == 2
+    assert "checkpoint-8 is not a checkpoint of this adapter: " in sentence(result)
+    assert "is missing" in sentence(result)
