@@ -1,6 +1,7 @@
-"""The benchmark suite: ``python -m benchmarks`` measures, ``python -m benchmarks compare A B`` compares two runs.
+"""The benchmark suite: ``python -m benchmarks`` measures, ``compare`` and ``report`` read what was measured.
 
-Read top-down, each level calls only the next: ``cli`` (arguments) → ``run`` (plan, measure, write) → ``bench_*`` (what
-is measured) → ``layer_path``, ``peers``, ``accuracy`` (the contenders and their error) → ``timing``, ``floor``,
-``shapes``.
+Read top-down, each level calls only the next: ``__main__`` (arguments) → ``run`` (plan, measure,
+write) → ``path``, ``layer``, ``merge``, ``memory``, ``model`` (the benches) → ``contenders``,
+``plain_torch`` → ``bench``, ``results`` → ``machine``, ``timing``, ``shapes``. From a run's file
+``tables``, ``plots`` and ``report`` make what people read.
 """

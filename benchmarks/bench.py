@@ -1,4 +1,4 @@
-"""What the benches have in common: a list of tasks, each with its expected time, and what a task may use."""
+"""What the benches have in common: levels, tasks with their expected time, and what a task may use."""
 
 from __future__ import annotations
 
@@ -8,10 +8,30 @@ from typing import Any
 
 import torch
 
-from .floor import Floor
-from .levels import Level
+from .machine import Floor
 from .results import Record
 from .timing import Contender, Samples, interleave
+
+
+class Skip(Exception):
+    """The reason, in one sentence; the run goes on without the case."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """The time that one case may take for its samples, and the least number of rounds whatever it takes."""
+
+    name: str
+    seconds: float
+    rounds: int
+
+
+LEVELS = {
+    "tiny": Level("tiny", 0.01, 2),
+    "quick": Level("quick", 1.0, 5),
+    "default": Level("default", 1.8, 7),
+    "full": Level("full", 5.0, 9),
+}
 
 
 @dataclass
@@ -32,8 +52,8 @@ class Context:
 class Task:
     """``run`` measures one case.
 
-    ``seconds`` and ``memory`` (bytes) are what that is expected to take: for the estimate and the progress bar, and to
-    leave out what the machine cannot hold.
+    ``seconds`` and ``memory`` (bytes) are what that is expected to take: for the estimate and the
+    progress bar, and to leave out what the machine cannot hold.
     """
 
     key: str

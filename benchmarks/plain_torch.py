@@ -1,7 +1,8 @@
 """GraLoRA as well as plain torch can: batched GEMMs on strided views, written by hand for autograd.
 
-Nothing of T × N or T × M size is copied or allocated but the outputs, where all dtypes agree; only the exchange copies
-(T × k·r). Where the activations' dtype is not the adapter's, the input is cast, since a GEMM of torch takes one dtype.
+Nothing of T × N or T × M size is copied or allocated but the outputs, where all dtypes agree; only
+the exchange copies (T × k·r). Where the activations' dtype is not the adapter's, the input is cast,
+since a GEMM of torch takes one dtype.
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from gralora_ext.cli.files import staged
 
+from .results import LABELS
+
 COLORS = {
     "ours": "tab:blue",
     "ours-op": "tab:cyan",
@@ -22,16 +24,6 @@ COLORS = {
     "lora": "tab:orange",
     "torch": "tab:green",
     "base": "0.6",
-}
-LABELS = {
-    "ours": "ours (layer)",
-    "ours-op": "ours (operation)",
-    "ours-path": "ours, base layers called",
-    "peft": "PEFT GraLoRA",
-    "peft-compiled": "PEFT GraLoRA, torch.compile",
-    "lora": "PEFT LoRA",
-    "torch": "GraLoRA in plain torch",
-    "base": "frozen model",
 }
 BENCHES = {"forward": "forward", "training": "forward + backward"}
 

@@ -17,15 +17,27 @@ FILE = "results.json"
 FORMAT = 1
 OURS = "ours"
 UNITS = ("s", "bytes")
+LABELS = {  # the contenders as plots and tables name them
+    "base": "frozen",
+    "ours": "ours",
+    "ours-op": "ours, the operation alone",
+    "ours-path": "ours, base layers called",
+    "peft": "PEFT's GraLoRA",
+    "peft-compiled": "PEFT's GraLoRA, torch.compile",
+    "lora": "PEFT's LoRA",
+    "torch": "GraLoRA in plain torch",
+}
 
 
 @dataclass(frozen=True)
 class Record:
     """One case of a bench: ``samples`` of each contender in ``unit`` ("s" or "bytes"), smaller is better.
 
-    ``errors``: the relative error of each contender against float64, where there is one. ``work`` is the least work of
-    the case and ``least`` its least seconds on this machine; divided by the median that is the share of the roofline.
-    ``pace``: :meth:`Floor.pace` meanwhile, less than 1 where other users took some of the machine.
+    ``errors``: the relative error of each contender against float64, where there is one. ``work``
+    is the least work of the case and ``least`` its least seconds on this machine; divided by the
+    median that is the share of the roofline. ``facts``: what else is said of a contender, a number
+    a name. ``pace``: :meth:`Floor.pace` meanwhile, less than 1 where other users took some of the
+    machine.
     """
 
     bench: str
@@ -37,6 +49,7 @@ class Record:
     work: Work | None = None
     least: float | None = None
     pace: float | None = None
+    facts: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """The record as it stands in the JSON file: quartiles for samples, and ours/peer for every peer."""
@@ -65,6 +78,7 @@ class Record:
             "rounds": len(values),
             "error": self.errors.get(name),
             "roofline": self.least / median if self.least and median > 0 else None,
+            **self.facts.get(name, {}),
         }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import signal
 import sys
@@ -20,16 +19,17 @@ from gralora_ext.cli.checks import quiet_libraries
 from gralora_ext.cli.console import Console
 from gralora_ext.cli.errors import JobError, first_sentence
 from gralora_ext.cli.files import staged
+from gralora_ext.cli.memory import keep_freed_memory
 
-from . import machine, plots, results
-from .bench import Bench, Context, Task
-from .errors import Skip
-from .floor import measure_floor
-from .levels import LEVELS, Level
-from .table import number, table
+from . import layer, machine, memory, merge, model, path, plots, results
+from .bench import LEVELS, Bench, Context, Level, Skip, Task
+from .machine import measure_floor
+from .tables import number, table
 
 FLOOR_SECONDS = 2.0
 OUT = Path("runs/benchmarks")
+
+BENCHES = {bench.name: bench for bench in (*path.BENCHES, *layer.BENCHES, merge.BENCH, memory.BENCH, *model.BENCHES)}
 
 Plan = list[tuple[Bench, list[Task]]]
 
@@ -52,7 +52,9 @@ def run(options: argparse.Namespace) -> int:
         f"{cases} cases, {threads} threads, {device}: about {_duration(FLOOR_SECONDS + expected_seconds(plan))}"
     )
 
-    content = _header(options, device, threads)
+    # For all contenders alike: by default each pays page faults for what the one before gave back.
+    kept = keep_freed_memory()
+    content = _header(options, device, threads, kept)
     folder = options.out or OUT / f"{time.strftime('%Y-%m-%dT%H%M')}-{machine.slug(content['machine'])}"
     with staged(folder):
         pass  # whether it can be written shows now, and not after an hour
@@ -75,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
     return _finish(content, console, folder)
 
 
-def _header(options: argparse.Namespace, device: torch.device, threads: int) -> dict[str, Any]:
+def _header(options: argparse.Namespace, device: torch.device, threads: int, kept: bool) -> dict[str, Any]:
     """The content of the JSON file before anything is measured."""
     return {
         "format": results.FORMAT,
@@ -89,6 +91,7 @@ def _header(options: argparse.Namespace, device: torch.device, threads: int) -> 
             "level": options.level,
             "device": device.type,
             "threads": threads,
+            "malloc": "keeps freed memory" if kept else "as the system has it",
             "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY"),
         },
         "floor": {},
@@ -124,8 +127,7 @@ def _device(name: str) -> torch.device:
 
 def make_plan(names: Iterable[str], level: Level, threads: int, device: torch.device) -> Plan:
     """The benches of these names with their tasks."""
-    benches = [importlib.import_module(f"{__package__}.bench_{name}").BENCH for name in names]
-    return [(bench, bench.tasks(level, threads, device)) for bench in benches]
+    return [(BENCHES[name], BENCHES[name].tasks(level, threads, device)) for name in names]
 
 
 def expected_seconds(plan: Plan) -> float:

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 import torch
 
-# A sample of a shorter call is the mean of as many calls as fill this time: the clock and the loop then do not count.
+# A sample of a shorter call is the mean of as many calls as fill this time: the clock and the loop
+# then do not count.
 SAMPLE_SECONDS = 5e-4
 FLUSH_BYTES = 256 << 20  # beyond the L2 of any GPU
 
@@ -66,7 +67,8 @@ class CudaClock:
 def interleave(contenders: dict[Any, Contender], seconds: float, rounds: int, device: torch.device) -> Samples:
     """Seconds per call of each contender, one sample a round; the order is drawn anew each round.
 
-    Unmeasured calls come first. Rounds go on until ``seconds`` are over, and there are at least ``rounds``.
+    Unmeasured calls come first. Rounds go on until ``seconds`` are over, and there are at least
+    ``rounds``.
     """
     clock: Clock = CudaClock() if device.type == "cuda" else CpuClock()
     order = list(contenders)

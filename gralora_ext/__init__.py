@@ -54,7 +54,7 @@ def _is_console_script() -> bool:
 
     A typing error there should be answered at once; importing torch takes seconds.
     """
-    program = sys.argv[0] if sys.argv else ""
+    program = next(iter(getattr(sys, "argv", [])), "")  # an embedded interpreter may have none
     if program == "-m":
         return sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] == [__name__]
     return os.path.basename(program) == "gralora-ext"

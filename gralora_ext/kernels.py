@@ -44,16 +44,20 @@ def has_kernels(device: torch.device) -> bool:
     return device.type in ("cpu", "meta") or _has_kernels(device.type, device.index)
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
+@torch.compiler.assume_constant_result  # nothing to trace: a device has kernels or not
 def _has_kernels(kind: str, index: int | None) -> bool:
+    return _reason_that_was_told(kind, index) is None
+
+
+@functools.cache  # one warning for a device
+def _reason_that_was_told(kind: str, index: int | None) -> str | None:
     reason = _why_not(kind, index)
     if reason is not None:
         warnings.warn(
             f"{reason}: GraLoRA layers run there on plain torch operations, with the same results but slower",
             stacklevel=2,
         )
-    return reason is None
+    return reason
 
 
 def _why_not(kind: str, index: int | None) -> str | None:

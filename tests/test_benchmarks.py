@@ -10,14 +10,13 @@ import pytest
 import torch
 from helpers import run_python
 
-from benchmarks.accuracy import path_error
-from benchmarks.data import Data
-from benchmarks.floor import CACHED_BYTES, LARGE_BYTES, Bandwidth, Floor
-from benchmarks.memory import saved_bytes
-from benchmarks.merging import layers, merge_error
-from benchmarks.peers import Path, compiled, paths
+from benchmarks.contenders import Data, Path, compiled, layers, path_error, paths
+from benchmarks.machine import CACHED_BYTES, LARGE_BYTES, Bandwidth, Floor
+from benchmarks.memory import kept_bytes, saved_bytes
+from benchmarks.merge import merge_error
 from benchmarks.results import Record
-from benchmarks.shapes import Shape, Work, forward_work, layer_work, merge_work, training_work
+from benchmarks.shapes import Shape, Work, compiled_shapes, forward_work, layer_work, merge_work, shapes, training_work
+from benchmarks.tables import table
 from benchmarks.timing import Contender, differences, interleave, quartiles, ratio
 
 CPU = torch.device("cpu")
@@ -63,6 +62,19 @@ def test_a_record_holds_quartiles_ratios_and_the_share_of_the_roofline():
         "roofline": 0.25,
     }
     assert found["ratios"] == {"peft": 0.5}, "the median of the rounds' ratios, not the ratio of the medians"
+
+
+def test_loss_and_gradient_norm_stand_beside_the_times():
+    facts = {"ours": {"loss": 2.5, "gradient_norm": 0.25}, "base": {"loss": 2.5}}
+    found = Record("step", "case", "s", {"ours": [1.0], "base": [2.0]}, facts=facts).as_dict()["contenders"]
+    assert found["ours"]["loss"] == 2.5 and found["ours"]["gradient_norm"] == 0.25
+    assert found["base"]["loss"] == 2.5 and "gradient_norm" not in found["base"]
+
+
+def test_one_token_has_a_table_of_its_own():
+    records = [Record("forward", f"T={T}", "s", {"ours": [1.0], "peft": [2.0]}, {"T": T}).as_dict() for T in (1, 256)]
+    many, one = table(records).split("\n\n")
+    assert "T=256" in many and "T=1" not in many.replace("T=256", "") and "T=1" in one
 
 
 def test_the_pace_is_that_of_the_short_gemm_beside_the_floors():
@@ -139,6 +151,11 @@ def test_the_error_shows_a_wrong_output_and_a_wrong_gradient():
     assert path_error(halved, data, gradients=True) > 0.1
 
 
+@pytest.mark.parametrize("level", ["quick", "default", "full"])
+def test_torch_compile_takes_part_by_default(level):
+    assert compiled_shapes(level) and compiled_shapes(level) <= set(shapes(level))
+
+
 def test_every_shape_is_compiled(monkeypatch):
     """torch compiles a function for eight shapes at most, and runs it as it is for any further."""
     graphs = []
@@ -153,7 +170,7 @@ def test_every_shape_is_compiled(monkeypatch):
 @pytest.mark.parametrize("shape", [replace(SMALL, T=1), replace(SMALL, T=1, h=2)], ids=lambda shape: shape.key)
 def test_a_merge_is_compared_with_the_reference(shape):
     data = Data(shape, CPU)
-    adapted = layers(data)
+    adapted = layers(data, "ours", "peft", "lora")
     weight = adapted["ours"].get_base_layer().weight
     before = weight.clone()
     for name, layer in adapted.items():
@@ -176,6 +193,16 @@ def test_saved_bytes_counts_each_storage_once_and_not_what_was_there_before():
 
     assert saved_bytes(call, (x, w)) == 200
     assert saved_bytes(call, (x,)) == 400
+
+
+def test_a_layer_keeps_x_and_u_alive_where_a_frozen_one_keeps_nothing():
+    """bfloat16 beside float32 adapters: ours keeps x and U, PEFT's layers a float32 copy of x, whose x is then free."""
+    s = Shape(256, 128, T=100, r=4, k=2, activation="bf16")  # so wide that U is small beside x, and kept
+    x, u = 2 * s.T * s.N, 4 * s.T * s.k * s.r
+    found = kept_bytes(Data(s, CPU))
+    assert found["base"] == 0
+    assert found["ours"] == found["ours-path"] == x + u
+    assert found["peft"] >= 2 * x + u and found["lora"] >= 2 * x
 
 
 def test_peak_bytes_is_what_a_call_needs_beside_what_was_there():

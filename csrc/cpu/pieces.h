@@ -7,7 +7,7 @@
 // sums of floats. y and dx are rounded to bf16: for them two pieces of each factor do, within 2^-16. An infinity has no second piece
 // and comes out as NaN.
 //
-// Float activations would need six products, and were slower so: benchmarks/README.md.
+// Float activations would need six products, and were slower so: benchmarks/results/NOTES.md.
 #pragma once
 
 #include "pairs.h"
