@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Builds ``gralora_ext._C``; sources, flags and every decision are in ``gralora_ext/_build_config.py``."""
 
 import importlib.util

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmark suite: ``python -m benchmarks`` measures, ``compare`` and ``report`` read what was measured.
 
 Read top-down, each level calls only the next: ``__main__`` (arguments) → ``run`` (plan, measure,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``python -m benchmarks``: the command line of the suite. Arguments are checked before anything heavy is imported."""
 
 from __future__ import annotations

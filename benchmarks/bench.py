@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the benches have in common: levels, tasks with their expected time, and what a task may use."""
 
 from __future__ import annotations

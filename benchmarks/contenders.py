@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The contenders, the tensors that they all get, and their error against :mod:`gralora_ext.reference` in float64.
 
 The same adapter path by our layer, our operation, PEFT's GraLoRA and LoRA, and plain torch; and

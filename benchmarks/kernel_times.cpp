@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The kernels alone, without torch around them: medians of forward, backward, the layer as one product (float32) and merge on one
 // shape, all tensors in one dtype, and the share of a floor that is given. For profilers, and to tell what torch's side adds; built
 // with the C++ tests.

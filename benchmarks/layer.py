@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A whole layer, frozen base layer and adapter: in training, with one token, and what a call costs.
 
 In training ours is one operation here, on AMD's processors one product with W + ΔW, an idea of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a result was measured on and with: machine, versions, commit, and the floor, which no kernel can beat."""
 
 from __future__ import annotations

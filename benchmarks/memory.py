@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Memory in training: what a layer keeps alive for backward, and how far a call raises the peak of a process."""
 
 from __future__ import annotations

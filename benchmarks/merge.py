@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Merging an adapter into its layer's weight, and unmerging it: time, error, and the peak of extra memory."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SmolLM2-135M with all seven projections adapted: a training step, and its adapted layers one after another.
 
 The overhead of an adapter is the time of its forward + backward minus that of the frozen model,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The adapter path alone: forward, forward + backward, over the number of threads, as a size grows."""
 
 from __future__ import annotations

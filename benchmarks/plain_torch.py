@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GraLoRA as well as plain torch can: batched GEMMs on strided views, written by hand for autograd.
 
 Nothing of T × N or T × M size is copied or allocated but the outputs, where all dtypes agree; only

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pictures of a run, drawn from the content of its JSON file."""
 
 from __future__ import annotations

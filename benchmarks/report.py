@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``python -m benchmarks report``: the tables of the documents, made from the committed results and never typed.
 
 A document says ``<!-- figures: NAME -->`` on a line of its own, and ``<!-- end of figures -->`` on

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is kept of a measurement, and the JSON file that holds a run."""
 
 from __future__ import annotations

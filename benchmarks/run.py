@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run of the suite: plan, estimate, floor, one task after the other, and what is left of it in a folder."""
 
 from __future__ import annotations

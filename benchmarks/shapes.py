@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The sizes of what is measured, the least work of each pass, and which sizes the path's benches take at each level.
 
 Letters: T tokens, N in_features, M out_features, k the grid, r the rank, h the rank of the plain

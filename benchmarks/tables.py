@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Results as text: the tables of a run, and what became faster, slower, larger or smaller between two."""
 
 from __future__ import annotations

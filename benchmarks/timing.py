@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Interleaved timing: every round takes one sample of each contender, so that a busy machine slows all alike."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Autograd of the forward ops. Saved: x itself where dA is wanted, U where dB is, the mask of dropout, the parameters, the seed;
 // nothing else.
 // Backward is an op of its own without a derivative, so differentiating twice raises torch's usual error.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The Python module gralora_ext._C: what was built and what is in use, and shorter ways to the ops for eager mode (eager_bindings.cpp).
 // The operations themselves are reached through torch.ops.gralora_ext (registration.cpp, in this same library), so that torch.compile
 // and autograd see them.

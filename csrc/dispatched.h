@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The ops as the dispatcher calls them: by the kernels that it has for their tensors, autograd's first.
 #pragma once
 

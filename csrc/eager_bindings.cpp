@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What a layer calls at each forward in eager mode: the dispatcher's ops, as torch.ops calls them, and when that is right.
 //
 // torch.ops finds the overload by its schema, boxes each argument and wraps each result, pybind11 looks for a signature that fits: of

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The vocabulary that ops, CPU kernels and CUDA kernels share: plain structs, no torch, no CUDA headers.
 //
 //   T  tokens: all leading dimensions of x flattened        k  the grid is k x k blocks

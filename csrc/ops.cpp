@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Per op: check -> allocate -> fill Params -> launch.
 #include "ops.h"
 

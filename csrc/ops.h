@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The ops, each: check, allocate, fill Params, launch. Shapes as in gralora.h.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Which memory tensors take, by their addresses, sizes and strides: what may be written without harm.
 #pragma once
 

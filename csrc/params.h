@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // From tensors to the structs of gralora.h.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A pass on the device of its tensors: the one place that knows which devices there are.
 #pragma once
 

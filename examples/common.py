@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the examples share: a model with its tokenizer, and text to learn, without a model hub."""
 
 import argparse

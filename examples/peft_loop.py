@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PEFT with a training loop of your own: one line makes the layers fast."""
 
 import torch

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TRL's SFTTrainer, which builds the PEFT model itself. Needs `pip install trl`."""
 
 from common import model_and_tokenizer, parse, texts

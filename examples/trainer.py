@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """transformers' Trainer on a GraLoRA model with fused layers."""
 
 from common import model_and_tokenizer, parse, texts

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GraLoRA, fast: fused C++ kernels and layer classes that plug into PEFT's tuner API.
 
 ``gralora_ext.enable()`` makes PEFT's GRALORA type build fused layers; ``gralora_ext.accelerate(model)`` converts the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``python -m gralora_ext`` is the console script ``gralora-ext``."""
 
 import sys

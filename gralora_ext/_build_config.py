@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The sources and flags of the native extension, written once and used by all three builds.
 
 ``setup.py`` and ``_loader.py`` (JIT) load this file; ``CMakeLists.txt`` runs it (``--cmake``). It stands alone: only the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The CUDA half of the build: whether it is built, with which toolkit, for which devices, and nvcc's command lines.
 
 Loaded by ``_build_config.py``, by its file; only the standard library is needed. No GPU and no CUDA build of torch is needed

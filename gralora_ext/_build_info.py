@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is built, installed and in use, for bug reports and ``gralora-ext info``."""
 
 from __future__ import annotations

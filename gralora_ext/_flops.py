@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the operations cost, for ``torch.utils.flop_counter.FlopCounterMode``: two FLOPs per multiply-add of a product.
 
 With T tokens, forward is the two products of the path, ``x A`` and ``U B``: 2T(r + h)(N + M). Backward is as much for dx and as

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The development build: ``torch.utils.cpp_extension.load`` from the source tree, again whenever a source changed."""
 
 from __future__ import annotations

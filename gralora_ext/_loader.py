@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Loads the native extension once per process: prebuilt, or compiled from the source tree where GRALORA_EXT_JIT=1."""
 
 from __future__ import annotations

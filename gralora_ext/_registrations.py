@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Loads the extension and tells torch what it cannot see: shapes, FLOPs, and what is for eager mode only.
 
 The autograd of the forward op is in C++ (``csrc/autograd.cpp``): a Python one would cost more than a decode step.

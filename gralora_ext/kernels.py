@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the kernels can go. Elsewhere :mod:`gralora_ext.reference`, the same maths in plain torch, takes their place.
 
 The kernels run on the CPU and on the CUDA devices that the extension was built for, and autograd is the only differentiation

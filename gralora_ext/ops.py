@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The contract of the operations; shapes, dtypes and devices are checked by the C++ ops (``csrc/checks.h``).
 
 Where these have no kernel or no derivative (:mod:`gralora_ext.kernels`), plain torch operations do the same.

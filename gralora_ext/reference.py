@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GraLoRA in plain torch: the specification that every kernel is compared with.
 
 Letters: T tokens, N in_features, M out_features, k the grid, r the rank, rb = r/k, h the rank of the plain LoRA beside

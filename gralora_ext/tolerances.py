@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How far a result may be from the reference: one table for the tests and the self-test.
 
 Each bound is at most about twice the greatest error of a right result that was measured, over the cases of the tests and some

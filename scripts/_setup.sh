@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # Sourced by finetune.sh and test.sh: chooses the Python environment and installs this checkout into it.
 # It is the active virtual environment, else .venv in the repository, which is made where there is none. Safe to repeat.
 set -euo pipefail

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """For mkdocs: what docstrings name as ``:func:`~package.name```, a page shows as the name alone."""
 
 import re

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # All that only a GPU can show, by one command: builds the extension for the cards that are here, tries their instructions and
 # all passes (self-test), runs the tests of operations and layers on CUDA, compute-sanitizer's four tools, and the benchmarks.
 # Leaves one folder to commit. Goes on after a step that failed; the exit code is then 1.

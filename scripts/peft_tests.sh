@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Runs PEFT's own tests on GraLoRA twice, with PEFT's tuner and with ours, and fails if a test that passes with PEFT's
 # tuner does not pass with ours, or if our layer was hardly called. About three minutes.
 #

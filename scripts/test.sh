@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Sets up all and runs the tests.
 #
 # usage: scripts/test.sh [arguments of pytest, such as -k cli]

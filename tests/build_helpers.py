@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the build tests share: a source tree like an unpacked sdist, environments, and one probe run against every build."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the tests of the command line share: a tiny model and its data, and the program as a process of its own."""
 
 from __future__ import annotations

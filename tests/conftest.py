@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fixtures shared by all tests, and hypothesis' profiles.
 
 ``deterministic`` (the default) draws the same cases in every run; ``--hypothesis-profile explore`` draws new ones.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The messages of the errors that this project raises, read from its sources without running them.
 
 A message is told by its texts: the literal parts between the values that are put into it.

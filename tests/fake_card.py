@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A device without kernels of ours, ``card``: its tensors hold one on the CPU, which torch's operations are computed with.
 
 Importing this module registers it in place of torch's PrivateUse1, for the rest of the process.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What all tests of the operations share: the tolerance policy, random cases and the comparison with the reference.
 
 Every case names its own seed, so that any test can be repeated alone; no test depends on the order of the others.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the tests of ``ops.linear`` share: a frozen layer with its adapter, and what it must give."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Builds the tiny models that PEFT's tests ask a hub for into a Hugging Face cache; see ``scripts/peft_tests.sh``.
 
 ``python peft_models.py HUB`` writes each model of :data:`MODELS`, with random weights of a fixed seed, to where

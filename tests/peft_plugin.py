@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A pytest plugin for running PEFT's own tests with PEFT's tuner or with ours; see ``scripts/peft_tests.sh``.
 
 ``pytest -p peft_plugin --gralora-tuner=fused --gralora-report=FILE`` writes the outcome of every test and, for each file of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the benchmark suite measures with: formulas against numbers worked out by hand, timing, contenders, memory."""
 
 from __future__ import annotations

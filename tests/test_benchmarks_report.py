@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The documents' tables: made from the committed results, and the check that they still are."""
 
 from __future__ import annotations

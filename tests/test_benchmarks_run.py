@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmark suite as a program: what a run writes, how two runs compare, and what it refuses."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The one list of sources and flags, and the decisions that need no compiler."""
 
 from __future__ import annotations

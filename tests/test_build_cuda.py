@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is compiled for CUDA, and for which devices: decisions that need no GPU, and no toolkit but a stand-in for nvcc."""
 
 from __future__ import annotations

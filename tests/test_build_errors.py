@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a user reads when something is missing: one sentence with the command that mends it, and no traceback."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kernels under the sanitizers: no undefined behaviour, no access beyond an array, on the shapes of the C++ unit tests.
 
 Not optimized, which takes a third of the time to compile.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The wheel, the JIT build and the CMake build, all from one unpacked sdist, are the same extension."""
 
 from __future__ import annotations

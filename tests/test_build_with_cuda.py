@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The extension with its CUDA kernels, built on a machine with nvcc: neither a GPU nor a CUDA build of torch is needed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The progress that a person sees: a bar on a terminal, lines where the output goes elsewhere."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows and their tokens: what is read, what is held out, and that the loss is on the answers alone."""
 
 from __future__ import annotations

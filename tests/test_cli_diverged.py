@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A job whose numbers are finite no more ends with its results written, a sentence and an exit code of its own."""
 
 from __future__ import annotations

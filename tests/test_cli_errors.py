@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a user can do wrong: one sentence on stderr, exit code 2, and nothing left behind."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Nothing half-written: staging, a failing disk, two jobs in one folder; and the order in which signals are obeyed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``gralora-ext finetune`` from end to end, on a tiny random model: each run is a process of its own."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GGUF files: converted once into a cache, whose folders are checked before they are used."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The finetuning job and the benchmark of a training step keep freed memory for the next allocation."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The options: the command line over a configuration file over the defaults, each checked before anything is read."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Only what the job wrote is replaced or deleted: what a user put there, or changed, stays, and a line says so."""
 
 from __future__ import annotations

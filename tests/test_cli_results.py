@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The merged model is proved equal to adapter + base: a merge that went wrong is told, in either dtype."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A resumed job ends like the unbroken one, whatever has happened to its checkpoints, or it does not go on at all."""
 
 from __future__ import annotations

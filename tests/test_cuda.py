@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What CUDA adds to the operations: streams, devices, graphs, no waiting; and that both devices compute the same.
 
 Runs with ``--device cuda`` on a machine with a GPU; ``scripts/gpu_check.sh`` runs all that needs one.

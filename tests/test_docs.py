@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The documentation tells of every error, and what it points at is there."""
 
 from __future__ import annotations

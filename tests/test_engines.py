@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rows of the engine matrix (``scripts/engines.sh``) that take seconds, as our layer must pass them.
 
 The rows of an engine share one start of it, in processes of their own; the first test of an engine

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each example runs to its end, on a tiny model, and trains fused layers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What FlopCounterMode counts: two FLOPs per multiply-add of the path's products."""
 
 from __future__ import annotations

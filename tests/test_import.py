@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What importing the package does, and leaves to later."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the fused ops cannot go plain torch operations take their place: other devices, torch.func, forward mode."""
 
 from __future__ import annotations

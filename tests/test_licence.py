@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each source file of ours names its licence, and the licence names us."""
 
 from __future__ import annotations

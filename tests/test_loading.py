@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Loading the extension runs nothing that this processor might lack."""
 
 from __future__ import annotations

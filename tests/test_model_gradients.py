@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The gradients of whole models with fused layers, against central differences of their losses in float64."""
 
 from __future__ import annotations

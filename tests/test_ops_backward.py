@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``ops.gralora`` backward: against the reference and PEFT's layer, what is computed, saved and refused."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What torch's own machinery asks of an operation: opcheck, fake tensors, torch.compile, export, the FLOP counter."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The same bits for any number of threads, no growth over many calls, and every CPU capability within tolerance."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Dropout inside the op: the reference's mask to the bit, one mask in forward, backward and both parts, statistics."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One to four tokens, as in generation: kernels of their own that read the parameters as they lie (csrc/cpu/forward_few.h)."""
 
 from __future__ import annotations

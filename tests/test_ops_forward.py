@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``ops.gralora`` forward: against the reference in float64 and against PEFT's own layer."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Random calls, most of them wrong in some way: each has the reference's numbers, or an error that leaves all memory as it was."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Forward and backward of one call are transposes of each other: the path is linear in x, in A and in B.
 
 With ``y`` the path alone (base and weight are zeros), ``<g, y> = <dx, x> = <dA, A> + <dAg, Ag> = <dB, B> + <dBg, Bg>``. No reference is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``gralora_``: the same bits as ``gralora``, in base's memory, with torch's usual protection of what autograd has saved."""
 
 from __future__ import annotations

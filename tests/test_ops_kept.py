@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What forward keeps for backward, by one rule: the ops, the checks of backward and the fake implementations agree on it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``ops.linear``, a frozen layer and its adapter in one operation: against torch's layer and the reference in float64.
 
 ``linear`` is it by either GEMM: our one product, or torch's with the path added in place.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``ops.linear`` with dropout, which falls on x before the adapter alone: the layer's product, and then the path."""
 
 from __future__ import annotations

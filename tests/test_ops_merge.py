@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``ops.merge_`` and ``ops.delta_weight``: against the reference, PEFT's layer and the correctly rounded result."""
 
 from __future__ import annotations

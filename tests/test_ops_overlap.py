@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is written in place must be one element per place, and apart from what is read: checked before anything is written."""
 
 from __future__ import annotations

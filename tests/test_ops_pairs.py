@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``ops.gralora`` where activations and adapters are all bfloat16, multiplied in pairs by AMX or AVX512-BF16 (csrc/cpu/pairs.h)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """README is short, its code runs as it is pasted, and a program writes its figures."""
 
 from __future__ import annotations

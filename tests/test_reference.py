@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The specification itself: against its formulas as loops, PEFT's layer, and Philox's published values."""
 
 from __future__ import annotations

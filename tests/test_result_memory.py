@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where large results live: memory comes back from the pool, never while a tensor uses it, and the pool stays small."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The self-test: it passes here, and it says so where a result or an instruction is wrong."""
 
 from __future__ import annotations

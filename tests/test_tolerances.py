@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The bounds of ``tolerances.py`` let a right result through, and none that a fault of a kernel would give."""
 
 from __future__ import annotations

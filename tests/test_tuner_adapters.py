@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Several adapters on one model: added, switched, combined, disabled and deleted as in PEFT."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A checkpoint written by one tuner is read by the other, without a warning and with the same bytes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What training engines and torch's own programs do to a layer, one mechanism each; the engines themselves: tests/engines."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The fused layer computes what PEFT's layer computes, from the same parameters."""
 
 from __future__ import annotations

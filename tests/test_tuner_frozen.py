@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where a layer is one operation with its frozen base layer, by whose GEMM, and where its base layer is called instead."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Merging adds the adapter to the base weight in place, and unmerging takes it away again."""
 
 from __future__ import annotations

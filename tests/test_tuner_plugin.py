@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """enable/disable choose the tuner for models to come; accelerate/restore change models that exist."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What training and serving code does with a model: checkpointing, autocast, copies, pickles, compilation."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small models with GraLoRA adapters, built by PEFT's tuner and by ours from the same seed."""
 
 from __future__ import annotations

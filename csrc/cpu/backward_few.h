@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // backward for a few tokens, where the parameters and their gradients are nearly all of the traffic: no packing, no transposing.
 // For adapters whose rows lie in one run.
 //

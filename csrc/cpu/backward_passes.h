@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What backward does with one chunk of columns and one segment of tokens: a pass over g for dU and dB, one over x for dA and dx.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Which instruction set the kernels use: the best that this build holds and this processor (with its system) can run,
 // capped by the environment variable GRALORA_EXT_CPU_CAPABILITY.
 #pragma once

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // expand: from the ranks to a wide activation, added to base where there is one.
 //
 //   y[t, j*w + o] = base[t, j*w + o] + f * s * ( sum_c u[t, j*r + c] * Q[j][c, o]  +  sum_c u[t, k*r + c] * G[j][c, o] )

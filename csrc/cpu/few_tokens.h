@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What forward and backward of a few tokens share. There, reading the parameters is nearly all of the work: where sums go along
 // a parameter's rows they are dot products, since to transpose it would take longer than to read it.
 #pragma once

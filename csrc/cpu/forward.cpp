@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // forward: U = exchange(x' A) and x' Ag^T (project), then y = base + s (U B + x' Ag^T Bg^T) (expand).
 //
 // Many tokens: a thread takes a segment through both passes, and nothing but u and y leaves its cache. Few: threads share

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // forward for a few tokens, where reading the parameters is nearly all of the work: no packing, no transposing. For parameters
 // whose rows lie in one run.
 //

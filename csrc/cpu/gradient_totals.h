@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What becomes of the sums of weight gradients: segments of tokens are added in their order, then the gradients are written.
 #pragma once
 

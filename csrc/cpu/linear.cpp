@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // linear: out = in P + bias, where P = W + dW is made panel by panel while it is packed for the microkernel.
 //
 //   out[t, c] = bias[c] + sum_p in[t, p] * P[p, c]

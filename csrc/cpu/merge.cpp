@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // merge: W[a*H + p, b*V + c] (+)= s * ( sum_q L[a][b*rb + q, p] * R[b][a*rb + q, c]  +  sum_g Lg[a][g, p] * Rg[b][g, c] )
 //
 // W is cut into k x k blocks [H, V]. Two orientations give the same sum: rows of W along M (L = B, R = A^T), or along N

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The one register-blocked multiplication that every pass uses, and how loops are cut for it.
 //
 //   acc[m][v] += sum_p a[m][p] * b[p*ldb + v*W .. + W)      p = 0 .. K-1, in this order

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Pairs of bf16: where a processor has AVX512-BF16, two terms of a sum are multiplied in one step, at the rate of one in float,
 // and summed in float. An element of the microkernel's `a` and `b` is then a pair, in the 32 bits of a float.
 //

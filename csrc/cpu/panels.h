@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Blocks of a parameter as the microkernel's `b`: [rows, columns] in the accumulation type, in tiles of kTile columns.
 //
 // A block that already lies like that, or that few tokens read, is used in place. Otherwise it is packed, tile by tile and

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Dropout: element e of x (row-major) is kept where its draw of 16 bits is at least round(p * 2^16). With b the 16 bytes of
 // Philox-4x32-10(counter = e / 16, key = seed) as they lie in memory, and i = e % 16, the draw's high byte is b[i], which
 // decides for all but 1 of 256 elements; its low byte is b[i ^ 8] ^ b[i with its low three bits counted on by one], so that any

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Floats as sums of bf16: where a processor has AMX (tiles.h), parameters and ranks that are no bf16 meet activations that are, as
 // some products of bf16, of which sixteen are made in the time of one of floats.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // project: from a wide activation to the ranks, with the block exchange in the store.
 //
 //   u[t, j*r + n*rb + q] = s * sum_i x'[t, n*w + i] * P[n][i, j*rb + q]      n, j = 0 .. k-1;  w = width/k

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Reading activations into the accumulation type, in blocks that stay in L1 or L2.
 #pragma once
 

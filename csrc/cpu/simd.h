@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Vectors of the accumulation type, one width per instruction set, and the loads and stores that convert.
 //
 // The kernel files are compiled once per instruction set (GRALORA_CPU_CAPABILITY); everything here lives in a namespace of

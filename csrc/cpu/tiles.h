@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Tiles of AMX: 16 rows of pairs of bf16 (pairs.h) meet 16 columns of them in one instruction.
 //
 //   c[m][n] (+)= sum_p a[m][p] . b[p][n]     p = 0 .. steps-1, each a pair; sums in float

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A W x W block transposed in registers: log2(W) rounds, each exchanging the off-diagonal halves of pairs of rows.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // weight_gradient: sums over tokens of rank times wide activation, for one chunk of columns of one block.
 //
 //   sums[c, i] = sum_t v[t, b*r + c] * x'[t, column + i]   c = 0 .. r-1       sums[r + c, i] = sum_t v[t, k*r + c] * x'[...]

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // One kernel per intrinsic, each on one warp: operands in, results out. Hardware and emulator must agree on them; on a
 // GPU they are the first to run (`gralora-ext info --selftest`).
 #include <cstring>

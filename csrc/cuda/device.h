@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What a pass must know of the device that it runs on.
 #pragma once
 

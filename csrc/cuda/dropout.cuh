@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A call's dropout as the kernels take it.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // expand: from the ranks to a wide activation, added to base where there is one.
 //
 //   y[t, j*w + o] = base[t, j*w + o] + sum_c s*U[t, j, c] * Q[j][c, o] + sum_c s*U[t, c] * G[j][c, o]

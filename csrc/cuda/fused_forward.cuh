@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // fused_forward: x, base and the adapter to y in one launch. The ranks stay in shared memory; U is written once for backward.
 //
 // A block owns 128 tokens. It takes them through project's loop for each n and keeps the sums where they belong after the block

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The tiles that all tensor-core kernels share, and the plain structs that they take.
 #pragma once
 

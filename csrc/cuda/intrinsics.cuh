@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // All that a kernel may use beyond plain CUDA C++, with two bodies: inline PTX under nvcc, and emulation under a host
 // compiler, which finds emulation.h by -I. Kernels hold no asm, no __shared__, no <<<>>>: then one source serves both.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Which kernels a call gets: those on tensor cores for the pairs of dtypes and strides that they take, from compute capability
 // 8.0 on, and the plain ones (simt.cuh) for all else.
 #include "launch.h"

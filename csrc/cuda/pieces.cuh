@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Floats as sums of bfloat16 pieces, so that one tensor-core instruction serves every dtype.
 //
 //   x = p_0 + p_1 + p_2 (+ an error)     p_0 = bf16(x), p_1 = bf16(x - p_0), p_2 = bf16(x - p_0 - p_1)

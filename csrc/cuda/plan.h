@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // How a pass is cut for a device, and what memory it works in. Host code without CUDA's headers.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // project: from a wide activation to the ranks, before the block exchange (see Ranks).
 //
 //   ranks[split][t][n][c]     = f * sum_{i in split} x'[t, n*w + i] * P[n][i, c]      c < r

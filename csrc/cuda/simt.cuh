@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // simt: every pass in plain multiply-adds, for what the tensor-core kernels do not take: devices before compute capability 8.0,
 // float64, mixed dtypes, weights of any strides. All passes are batches of one product, and a launch takes several of them.
 //

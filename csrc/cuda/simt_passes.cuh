@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The passes as batches of products (simt.cuh). forward takes 2 launches, backward 3, merge 1.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // weight_gradient: sums over tokens of rank times wide activation.
 //
 //   sums[split][n][c][i] = f * sum_{t in split} v[t, n, c] * x'[t, n*w + i]      c < r + h;  f carries a scaling

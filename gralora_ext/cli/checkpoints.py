@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The folder ``checkpoints`` of a job: which one a resumed job goes on from, and which are deleted."""
 
 from __future__ import annotations

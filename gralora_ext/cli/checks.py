@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What must be in order before a job starts, and the little that depends on how and where the program runs."""
 
 from __future__ import annotations

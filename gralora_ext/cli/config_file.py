@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The file of ``--config``: YAML or JSON with the options' names, made into words of a command line."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the job tells while it runs: lines on stdout, and a progress bar where stderr is a terminal."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows made into tokens and labels, and those into padded batches."""
 
 from __future__ import annotations

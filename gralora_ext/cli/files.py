@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writing so that a crash, a full disk or a signal never leaves half a file: beside, flushed to disk, then renamed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``gralora-ext finetune``: the job from its options to the files it leaves, one stage after the other."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GGUF files as ordinary transformers folders: converted once into a cache, checked on every use.
 
 The cache is ``gralora_ext`` under ``XDG_CACHE_HOME`` (``~/.cache``); a folder there can be loaded with stock

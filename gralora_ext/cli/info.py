@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``gralora-ext info``: what is built, installed and in use, and what to do about what is missing."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Launchers such as torchrun: a job is one process until several are supported, and one of them says so."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The list of a folder's files with their sizes and digests: whether the folder is whole, and what in it is the job's."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How this process's malloc treats freed memory. For programs of our own only: it is the process's choice, not a library's."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The model: found as a folder, a GGUF file or a hub name, loaded in one dtype, and fitted with an adapter."""
 
 from __future__ import annotations

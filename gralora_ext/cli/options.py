@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The options of ``gralora-ext finetune``: the command line over a configuration file over the defaults."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The output folder: what a job wrote into it is on record there, so that nothing else is ever replaced or deleted."""
 
 from __future__ import annotations

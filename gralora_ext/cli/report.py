@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is told of a job at its end: metrics.json, and loss.png drawn from it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the machine ran out of, told from the errors that Python, torch, C++ and Rust raise for it."""
 
 from __future__ import annotations

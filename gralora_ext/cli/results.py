@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a finished job leaves: sample answers, the adapter, the merged model (proved equal), and the report."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where a resumed job goes on: the newest whole checkpoint, if it was made with the same settings from the same rows."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The text to learn: rows with a prompt and an answer, read from JSON lines or a ``datasets`` name. Needs no torch."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ctrl-C, SIGTERM and SIGHUP: the first stops the job in good order, the second at once."""
 
 from __future__ import annotations

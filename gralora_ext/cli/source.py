@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the model and its layers to adapt are, as far as that can be said without loading anything. Needs no torch."""
 
 from __future__ import annotations

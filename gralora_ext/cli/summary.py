@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a job tells at its end: its figures for metrics.json, and the same in words."""
 
 from __future__ import annotations

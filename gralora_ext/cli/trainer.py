@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """transformers' Trainer with what the job needs beside it: a history of losses, exact resuming, whole checkpoints."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The embedded defaults: files that two wheels carry, found without importing them (their dependencies are not wanted)."""
 
 from __future__ import annotations

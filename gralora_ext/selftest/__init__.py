@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """``gralora-ext info --selftest``: whether the kernels compute on the processors of this machine what they should."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What each instruction that the CUDA kernels may use must give, computed from the figures of NVIDIA's PTX ISA.
 
 The kernels are those of ``csrc/cuda/conformance.cu``, each for one warp.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Forward, backward and merge of the operations against the reference in float64, on any device."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GraLoRA for PEFT on fused kernels, in PEFT's own shape: config, layer, model, and the plug-in that puts them in use."""
 
 from .config import GraloraConfig  # first: it tells what is missing where PEFT is too old

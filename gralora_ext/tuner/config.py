@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The configuration of the fused tuner: PEFT's own class, so that a checkpoint means the same on both sides."""
 
 from __future__ import annotations

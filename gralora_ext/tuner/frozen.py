@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """When a frozen base layer and its adapter are one operation, :func:`gralora_ext.ops.linear`, and the base layer is not called.
 
 Many tokens on a CPU, in two cases. In training torch multiplies by W as the base layer would, and both dx meet in one tensor, where

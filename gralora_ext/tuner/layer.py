@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The fused layer: PEFT's GraLoRA layer, its parameters untouched and its arithmetic done by :mod:`gralora_ext.ops`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The fused tuner model: PEFT's GraLoRA tuner, building fused layers."""
 
 from __future__ import annotations

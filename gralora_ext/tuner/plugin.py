@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Putting the fused tuner in and out of use: for the models PEFT is going to build, and for those it has built."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The whole test harness: EXPECT(condition) prints what failed and where, and makes result() non-zero.
 #pragma once
 

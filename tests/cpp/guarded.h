@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Memory that ends where a page begins that may not be touched: what reads or writes beyond an array dies at once.
 #pragma once
 

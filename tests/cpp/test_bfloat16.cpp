@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The kernels on activations in bfloat16, with parameters in bfloat16 or float, beside the same values in float, each array at the edge
 // of its memory.
 #include <cmath>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The run-time choice of the instruction set, under the cap in the environment variable GRALORA_EXT_CPU_CAPABILITY, which
 // holds one of the three names, or "sse9", which must be refused.
 #include <cstdlib>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The kernels against the formulas of gralora.h written as plain loops in double, for a grid of small shapes.
 #include <cmath>
 #include <random>

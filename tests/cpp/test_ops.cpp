@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The ops through torch's dispatcher, from C++: registered, differentiable, and equal to the formula in torch's own ops.
 // usage: test_ops LIBRARY, the library that registers them.
 #include <ATen/ATen.h>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Scratch of one thread: what lives at once lies apart, and the block that a thread keeps serves one user at a time.
 #define GRALORA_CPU_CAPABILITY default
 #include "cpu/memory.h"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What kernels.cu exports: the passes, of tensors whose rows are contiguous, those of the parameters one after another. Those
 // of the general part are not looked at where h = 0. All but test_workspace and test_plan return 0 or an error.
 #pragma once

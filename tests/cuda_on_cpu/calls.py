@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whole passes on the emulator: the arguments of ``calls.h`` from a shape, each array a buffer that is watched."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the tests of the kernels and of planted defects share: how a pass is called, and that its results are right."""
 
 from __future__ import annotations

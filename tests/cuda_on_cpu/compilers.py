@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compiles CUDA sources without a GPU: by g++ on the emulator, by nvcc to PTX. Results are kept and reused."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where all of these tests run, what takes longest to compile is compiled meanwhile, on cores that tests leave idle."""
 
 from __future__ import annotations

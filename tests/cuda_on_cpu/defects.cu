@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Each block rotates its 64 elements: result[i] = x[(i + 1) % 64]. Once by rights, and once for each defect that the
 // emulator must see.
 #include <cstring>

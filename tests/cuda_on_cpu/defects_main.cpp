@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Runs one kernel of defects.cu in a process of its own, as the sanitizers need it. Each buffer is a heap block of its
 // exact size. Arguments: name, order, seed, copies. Exits with 0, 3 (the launch failed) or 4 (the result is wrong).
 #include <cmath>

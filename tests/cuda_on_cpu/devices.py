@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The devices that the committed tables are about, by their data sheets."""
 
 from __future__ import annotations

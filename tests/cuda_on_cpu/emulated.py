@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Calls launchers of an emulated library from Python."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The kernels on tensor cores for two pairs of dtypes alone, where a build serves one short run.
 #pragma once
 

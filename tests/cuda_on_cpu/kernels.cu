@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // See calls.h. All kernels in one source: an emulated library has one emulator.
 #include "calls.h"
 

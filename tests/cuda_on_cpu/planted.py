@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Defects that are planted in copies of the kernels: in which file, what is replaced (once) by what."""
 
 from __future__ import annotations

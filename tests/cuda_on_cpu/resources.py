@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The committed table of what each kernel takes of a multiprocessor, and of how long it would take at the device's limits.
 
 python tests/cuda_on_cpu/resources.py    rewrites tables/resources.md; needs nvcc

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What instructions a cubin's kernels are made of, by NVIDIA's disassembler."""
 
 from __future__ import annotations

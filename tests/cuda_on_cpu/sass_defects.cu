@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Kernels to which test_sass.py must object: without -Xptxas -warn-spills nothing else would.
 
 // An array by an index that is not known has no registers: it lies in local memory.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each intrinsic three ways: on the emulator, as PTX that nvcc made, and computed from the PTX ISA's figures."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The emulator sees what it is there to see, and nothing else: kernels with one defect each, and the same without."""
 
 from __future__ import annotations

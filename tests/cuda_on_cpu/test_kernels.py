@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The CUDA kernels, executed on the CPU from the same source, against ``gralora_ext/reference.py`` in float64."""
 
 from __future__ import annotations

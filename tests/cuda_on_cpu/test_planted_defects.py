@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tests can fail: each defect is planted in a copy of the kernels, and caught by one of the tools."""
 
 from __future__ import annotations

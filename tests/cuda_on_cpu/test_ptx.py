@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The PTX interpreter: single instructions against numpy, and the defects that it must see in what nvcc made."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The PTX that nvcc makes of whole kernels, interpreted launch by launch as the emulator ran them: the same results, bit for bit.
 
 Both add an mma's products in double, which is exact here, and round once. The tensor-core kernels have no sum that nvcc could

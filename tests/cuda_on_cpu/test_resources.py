@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What nvcc gives each kernel of registers and shared memory, and the modelled times, are what the committed table says."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The machine code of each kernel: tensor cores and wide accesses where they belong, no local memory, no atomics."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What nvcc and ptxas say of the kernels for real devices: no warning, no spill, no local memory."""
 
 from __future__ import annotations

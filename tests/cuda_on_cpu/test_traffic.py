@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The bytes that the kernels move: counted on the emulator, by the formula of ``work.py``, and in its committed table."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The committed table of the global bytes that the passes on tensor cores move, as ``work.py`` has them.
 
 python tests/cuda_on_cpu/traffic.py            rewrites tables/traffic.md

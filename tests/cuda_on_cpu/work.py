@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What each launch of a pass on tensor cores moves and multiplies: a formula of the shape, by the tiles of csrc/cuda.
 
 Each access to global memory counts, whichever cache serves it. ``test_traffic.py`` compares with what the emulator counts.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What all rows share: a tiny model with adapters, its data, one run without an engine, and how far two runs are apart.
 
 A run is some steps of gradient descent on a Llama of two layers: the loss of each step, and the

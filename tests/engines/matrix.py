@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The engine matrix: every engine with PEFT's LoRA, PEFT's GraLoRA and ours, as a table.
 
 usage: python tests/engines/matrix.py [--engines NAME ...] [--rows REGEX] [--table FILE.md]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """torch.autocast in bfloat16, and models in bfloat16, with errors against a run in float32."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Activation checkpointing: reentrant and not, and selective, which keeps what matrix products give."""
 
 from __future__ import annotations

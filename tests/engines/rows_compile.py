@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """torch.compile of whole models: the same numbers, no graph break, and no more graphs than with PEFT's layer."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DeepSpeed's ZeRO on the CPU, stages 1 to 3."""
 
 from __future__ import annotations

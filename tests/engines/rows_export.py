@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """torch.export and AOTInductor: a program for any number of tokens, loaded where only gralora_ext is imported."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """FullyShardedDataParallel (FSDP1) with PEFT's own wrapping policy: an adapter's linear layers are units of their own."""
 
 from __future__ import annotations

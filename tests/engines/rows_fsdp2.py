@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """fully_shard (FSDP2): the units are linear layers, or layers with their adapters, or decoder layers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """torch.func: grad, jvp, vmap and vmap over grad, each through functional_call."""
 
 from __future__ import annotations

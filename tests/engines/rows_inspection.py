@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What looks at a model or copies it: FlopCounterMode, jit.trace, deepcopy, pickle, torch.save."""
 
 from __future__ import annotations

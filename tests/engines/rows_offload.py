@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Accelerate's offloading: parameters lie in other memory or on disk, and come where a module's forward is called."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Quantized base models.
 
 Training gives what PEFT's layer gives on the same base; a merge is right, or refused with nothing written.

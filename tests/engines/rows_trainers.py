@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trainers: transformers', TRL's SFTTrainer, Lightning's. All see one batch three times."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs rows of one engine in this process, or in all processes that torchrun has started, and writes what came of each.
 
 usage: worker.py ENGINE RESULTS.json ROWS TUNERS     ROWS: a regular expression; TUNERS: names, with commas between

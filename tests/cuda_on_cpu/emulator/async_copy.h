@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // cp.async: a thread's copies land when it waits for their group, at once, or at either by chance. A kernel that is
 // right with each does not depend on when the hardware does it.
 #pragma once

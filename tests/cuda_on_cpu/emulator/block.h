@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A block's barrier and its shared memory.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What a test calls in a library of emulated kernels, by ctypes. Each library has an emulator of its own.
 // Functions that can fail return 0 or 1; gralora_emulator_error() then tells why, and why a launch failed.
 #pragma once

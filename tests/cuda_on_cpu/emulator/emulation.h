@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The CUDA spellings of a kernel's source for a host compiler, and the emulated bodies of intrinsics.cuh.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A fiber per CUDA thread: its stack, the switch between two fibers, and what the thread carries.
 #pragma once
 

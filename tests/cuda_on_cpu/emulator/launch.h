@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A launch: block after block, each until all its threads have returned.
 #pragma once
 

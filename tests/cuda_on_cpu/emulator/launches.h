@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What was launched, to the byte: so that the same launch can be run elsewhere.
 #pragma once
 

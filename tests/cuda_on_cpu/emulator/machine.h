@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The emulated machine: one block at a time, its threads as fibers on one OS thread, in an order that a seed decides.
 // A launch runs to its end before it returns; there is one machine in the process, and one launch at a time.
 #pragma once

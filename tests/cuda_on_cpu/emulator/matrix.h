@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // ldmatrix and mma: which lane holds which element, as the PTX ISA's figures have it.
 //
 // Sums are formed in double and rounded once; hardware truncates while it adds. Compare with a tolerance.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What the emulator tells the sanitizers.
 //
 // ThreadSanitizer sees each CUDA thread as a fiber, ordered with others by the kernel's barriers and fences alone.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Which global buffer was read and written how often, and what was launched.
 //
 // A test names the buffers that a launch may touch; from then on an access outside of them is an error. Without names

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Warp collectives: lanes meet, exchange operands, and go on.
 #pragma once
 

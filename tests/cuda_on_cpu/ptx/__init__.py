@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs PTX on numpy: what nvcc made of a kernel, inline assembly included, without a GPU."""
 
 # The opcodes register themselves.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the interpreter raises; opcodes that it does not know are a NotImplementedError."""
 
 

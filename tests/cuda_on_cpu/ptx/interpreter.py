@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Launches kernels block by block.
 
 The threads of a block are one numpy vector. Those with the lowest program counter run first, which brings together

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Global buffers and a block's shared memory, with the checks of every access."""
 
 from __future__ import annotations

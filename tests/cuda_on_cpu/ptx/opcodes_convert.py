@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Conversions between types, and of addresses."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ldmatrix and mma, with the fragments' layouts as CUTLASS states them: the emulator takes them from the PTX ISA."""
 
 from __future__ import annotations

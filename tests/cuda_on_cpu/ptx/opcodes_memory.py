@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Loads, stores, atomics, asynchronous copies."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Branches, barriers, and what the lanes of a warp exchange."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PTX text to kernels: parameters, registers, shared arrays and a list of instructions."""
 
 from __future__ import annotations

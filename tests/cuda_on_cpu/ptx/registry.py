@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which function runs which opcode."""
 
 from __future__ import annotations

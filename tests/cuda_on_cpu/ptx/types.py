@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PTX's types as numpy's. bf16 and the packed types have none: they are handled as bits."""
 
 from __future__ import annotations
