@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from gralora_ext.cli.errors import JobError
+from gralora_ext.program.errors import JobError
 
 BENCHES = (
     "forward",

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gralora_ext.cli.errors import JobError
+from gralora_ext.program.errors import JobError
 
 from . import contenders as peers
 from . import path

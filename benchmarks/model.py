@@ -30,7 +30,7 @@ from tqdm import tqdm
 import gralora_ext
 from gralora_ext.cli import model as cli_model
 from gralora_ext.cli.source import find_model
-from gralora_ext.cli.wheels import MODEL_WHEEL
+from gralora_ext.program.wheels import MODEL_WHEEL
 
 from .bench import Bench, Context, Level, Skip, Task
 from .contenders import SEED, relative_error

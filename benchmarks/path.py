@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gralora_ext.cli.errors import first_sentence
+from gralora_ext.program.errors import first_sentence
 
 from .bench import Bench, Context, Level, Task
 from .contenders import Data, Path, compiled, path_error, paths

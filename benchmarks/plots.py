@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from gralora_ext.cli.files import staged
+from gralora_ext.program.files import staged
 
 from .results import LABELS
 

@@ -18,8 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gralora_ext.cli.errors import JobError
-from gralora_ext.cli.files import staged
+from gralora_ext.program.errors import JobError
+from gralora_ext.program.files import staged
 
 from . import results
 from .results import LABELS

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gralora_ext.cli.errors import JobError
-from gralora_ext.cli.files import staged, write_json
+from gralora_ext.program.errors import JobError
+from gralora_ext.program.files import staged, write_json
 
 from .shapes import Work
 from .timing import Samples, differences, quartiles, ratio

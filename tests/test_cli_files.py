@@ -14,9 +14,9 @@ import pytest
 import torch
 from cli_helpers import environment
 
-from gralora_ext.cli.errors import JobError
-from gralora_ext.cli.files import locked, staged
-from gralora_ext.cli.resources import disk_failure, memory_failure
+from gralora_ext.program.errors import JobError
+from gralora_ext.program.files import locked, staged
+from gralora_ext.program.resources import disk_failure, memory_failure
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -142,7 +142,7 @@ def test_second_job_in_a_folder_is_refused_and_leftovers_are_cleared(tmp_path):
     (tmp_path / ".partial-dead").mkdir()
     with locked(tmp_path, wait=False):
         assert not (tmp_path / ".partial-dead").exists()
-        script = "import sys; from pathlib import Path; from gralora_ext.cli.files import locked\n"
+        script = "import sys; from pathlib import Path; from gralora_ext.program.files import locked\n"
         script += "with locked(Path(sys.argv[1]), wait=False): pass"
         result = subprocess.run(
             [sys.executable, "-c", script, str(tmp_path)],
@@ -156,8 +156,8 @@ def test_second_job_in_a_folder_is_refused_and_leftovers_are_cleared(tmp_path):
 
 HELD = """
 import os, signal, sys, time
-from gralora_ext.cli.errors import Stopped
-from gralora_ext.cli.signals import stopper
+from gralora_ext.program.errors import Stopped
+from gralora_ext.program.signals import stopper
 stopper.install()
 try:
     with stopper.held():

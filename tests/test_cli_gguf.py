@@ -12,8 +12,8 @@ import torch
 from cli_helpers import make_data, run
 from torch.utils.cpp_extension import get_default_build_root
 
-from gralora_ext.cli.errors import JobError
 from gralora_ext.cli.gguf import cache_folder, folder_of_gguf
+from gralora_ext.program.errors import JobError
 
 gguf = pytest.importorskip("gguf")
 

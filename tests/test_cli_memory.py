@@ -11,7 +11,7 @@ from helpers import run_python
 
 FAULTS = """
 import resource, torch
-from gralora_ext.cli.memory import keep_freed_memory
+from gralora_ext.program.memory import keep_freed_memory
 if {keep}:
     assert keep_freed_memory()
 torch.set_num_threads(1)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from gralora_ext.cli.errors import JobError
 from gralora_ext.cli.options import build_parser, parse, settings
+from gralora_ext.program.errors import JobError
 
 
 def config(folder: Path, name: str, text: str) -> str:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from cli_helpers import call, make_data, make_model
 
-from gralora_ext.cli.files import locked, staged
 from gralora_ext.cli.output import Output
+from gralora_ext.program.files import locked, staged
 
 JOB = ("finetune", "--model", "model", "--data", "data.jsonl", "--steps", 2, "--save-every", 1, "--eval-rows", 2)
 JOB += ("--max-length", 64, "--sample-tokens", 2, "--output", "out")

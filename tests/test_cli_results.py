@@ -14,9 +14,9 @@ from cli_helpers import make_model
 from peft import GraloraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gralora_ext.cli.errors import JobError
 from gralora_ext.cli.model import DTYPES
 from gralora_ext.cli.results import MERGED_TOLERANCE, write_merged
+from gralora_ext.program.errors import JobError
 from gralora_ext.tuner import GraloraLinear, enable
 
 MISSED = "model.layers.1.self_attn.v_proj"

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..program.errors import JobError
+from ..program.files import Owner
 from . import manifest
-from .errors import JobError
-from .files import Owner
 from .manifest import Damaged
 
 MANIFEST = "manifest.json"  # written last: a checkpoint without it is not whole

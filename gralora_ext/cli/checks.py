@@ -13,8 +13,8 @@ import sys
 import warnings
 from pathlib import Path
 
-from .errors import JobError, first_sentence
-from .files import LOCK, PARTIAL
+from ..program.errors import JobError, first_sentence
+from ..program.files import LOCK, PARTIAL
 from .options import SETTINGS
 from .output import RECORD
 

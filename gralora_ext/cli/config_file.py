@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .errors import JobError, clipped, first_sentence
+from ..program.errors import JobError, clipped, first_sentence
 
 
 def with_file(parser: Any, argv: list[str], file: Path) -> argparse.Namespace:

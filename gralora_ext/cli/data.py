@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .errors import JobError, first_sentence
+from ..program.errors import JobError, first_sentence
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
 

@@ -10,16 +10,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..program.console import Console
+from ..program.errors import Diverged, JobError, Stopped, first_sentence
+from ..program.files import CHECKPOINTS, free_bytes, locked, write_json
+from ..program.signals import stopper
 from . import resume, summary
 from .checkpoints import Checkpoints, History
 from .checks import check_backend, check_output, command, device, quiet_libraries
-from .console import Console
-from .errors import Diverged, JobError, Stopped, first_sentence
-from .files import CHECKPOINTS, free_bytes, locked, write_json
 from .options import LARGEST, SETTINGS, decisive, settings
 from .output import Output
 from .rows import read_rows
-from .signals import stopper
 from .source import find_model
 
 SAMPLES = 2

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from .errors import JobError, first_sentence
-from .files import locked, staged, write_json
+from ..program.errors import JobError, first_sentence
+from ..program.files import locked, staged, write_json
+from ..program.resources import memory_failure
 from .manifest import digest
-from .resources import memory_failure
 
 MANIFEST = "gralora_ext.json"
 

@@ -7,10 +7,10 @@ import importlib.util
 import shutil
 from typing import Any
 
+from ..program.wheels import DATA_WHEEL, MODEL_WHEEL
 from .checks import NEEDED
 from .options import Parser
 from .report import versions
-from .wheels import DATA_WHEEL, MODEL_WHEEL
 
 EPILOG = "Exit code 0 where the extension works, 1 where the self-test found an error, 2 where it cannot be used."
 

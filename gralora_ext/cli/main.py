@@ -7,11 +7,11 @@ import os
 import sys
 import traceback
 
+from ..program.errors import JobError, Stopped, clipped, did_you_mean, first_sentence
+from ..program.resources import disk_failure, memory_failure
+from ..program.signals import stopper
 from .checks import check_packages
-from .errors import JobError, Stopped, clipped, did_you_mean, first_sentence
 from .launcher import is_one_of_several, refuse_several
-from .resources import disk_failure, memory_failure
-from .signals import stopper
 
 USAGE = """\
 usage: gralora-ext COMMAND [options]
@@ -65,8 +65,8 @@ def _dispatch(arguments: list[str]) -> int:
         # Threads that spin while they wait starve each other where cores are shared: small operations then take tens of
         # times as long. The OpenMP runtime reads this when torch loads it.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        from ..program.memory import keep_freed_memory
         from .finetune import run
-        from .memory import keep_freed_memory
 
         keep_freed_memory()
         return run(options)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .files import write_json
+from ..program.files import write_json
 
 
 class Damaged(Exception):

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from .errors import JobError, clipped, first_sentence
+from ..program.errors import JobError, clipped, first_sentence
+from ..program.resources import memory_failure
 from .gguf import folder_of_gguf
-from .resources import memory_failure
 from .source import Source, parse_targets
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ..program.errors import JobError, clipped, did_you_mean
 from .config_file import with_file
-from .errors import JobError, clipped, did_you_mean
 from .source import check_targets
 
 BACKENDS = ("fused", "peft", "lora")

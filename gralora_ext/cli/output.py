@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..program.files import Owner, staged
 from . import manifest
-from .files import Owner, staged
 from .manifest import Damaged
 
 RECORD = ".written.json"

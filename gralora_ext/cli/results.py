@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from ..program.errors import JobError
 from .data import Encoder
-from .errors import JobError
 from .model import DTYPES
 
 # ‖difference‖ / ‖logits‖ between merged and adapter + base. In float32 merging rounds each weight once more, and sums run in

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ..program.errors import JobError
 from .checkpoints import STATE, Checkpoints, History, step_of
-from .errors import JobError
 
 
 def find(checkpoints: Checkpoints, state: dict[str, Any], data: str, how: str) -> tuple[Path, int, History] | None:

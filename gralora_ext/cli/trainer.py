@@ -11,12 +11,12 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from ..program.console import Bar, Console
+from ..program.errors import Diverged
+from ..program.files import staged, write_json
+from ..program.signals import stopper
 from .checkpoints import STATE, Checkpoints, History
-from .console import Bar, Console
 from .data import IGNORED, Encoder
-from .errors import Diverged
-from .files import staged, write_json
-from .signals import stopper
 
 
 def arguments(options: Any, steps: int, use_cpu: bool) -> TrainingArguments:
