@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _flops  # noqa: F401  registers what the ops cost
+from ._checks import check_adapter, check_forward, check_linear, check_merge
 from ._loader import load
 
 _native = load()
@@ -26,19 +27,20 @@ def _(base: Tensor, x: Tensor) -> bool:
     return False  # the compiler chooses the buffers
 
 
+@torch.compiler.assume_constant_result  # the compiler is in the transform while it traces one
+def _in_a_transform() -> bool:
+    return torch._C._functorch.maybe_current_level() is not None
+
+
 @torch.compiler.substitute_in_graph(_native.needs_plain_torch, skip_signature_check=True)
 def _() -> bool:
-    return torch._C._functorch.maybe_current_level() is not None
+    return _in_a_transform()
 
 
 @torch.compiler.substitute_in_graph(_native.may_be_one_operation, skip_signature_check=True)
 def _(x: Tensor, least: int) -> bool:
     """Whatever the number of tokens, so that one graph serves them all; an exported program keeps the base layer."""
-    return x.is_cpu and not (
-        torch.compiler.is_exporting()
-        or torch.is_autocast_enabled("cpu")
-        or torch._C._functorch.maybe_current_level() is not None
-    )
+    return x.is_cpu and not (torch.compiler.is_exporting() or torch.is_autocast_enabled("cpu") or _in_a_transform())
 
 
 @torch.compiler.substitute_in_graph(_native.linear, skip_signature_check=True)
@@ -89,31 +91,6 @@ def _kept_mask(x: Tensor, k: int, dropout_p: float) -> Tensor:
     return x.new_empty((_tokens(x) if keeps else 0, x.shape[-1] // 8), dtype=torch.uint8)
 
 
-def check_forward(
-    x: Tensor,
-    base: Tensor,
-    A: Tensor,
-    B: Tensor,
-    A_general: Tensor | None,
-    B_general: Tensor | None,
-    seed: Tensor | None,
-) -> None:
-    """What ``csrc/checks.h`` says of shapes and devices, where its kernels are not called.
-
-    Raises:
-        ValueError: the tensors are on several devices, or x or base does not fit A and B.
-    """
-    _check_devices(x=x, base=base, A=A, B=B, A_general=A_general, B_general=B_general, seed=seed)
-    N, M = A.shape[0] * A.shape[1], B.shape[0] * B.shape[2]
-    if x.shape[-1] != N:
-        raise ValueError(f"gralora_ext: x must be [..., N] = [..., {N}], but has shape {list(x.shape)}")
-    if base.shape[-1] != M or base.shape[:-1] != x.shape[:-1]:
-        raise ValueError(
-            f"gralora_ext: base must be [..., M] = [..., {M}] with x's leading dimensions, "
-            f"but has shape {list(base.shape)} beside x of shape {list(x.shape)}"
-        )
-
-
 @torch.library.register_fake("gralora_ext::gralora")
 def _fake_forward(
     x: Tensor,
@@ -126,7 +103,7 @@ def _fake_forward(
     scaling: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_forward(x, base, A, B, A_general, B_general, seed)
+    check_forward(x, base, A, B, A_general, B_general, seed, scaling, dropout_p)
     return torch.empty_like(base), _kept_u(x, base, A, A_general), _kept_mask(x, A.shape[0], dropout_p)
 
 
@@ -173,7 +150,7 @@ def _(
     dropout_p: float,
     own_gemm: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_devices(x=x, weight=weight, bias=bias, A=A, B=B, A_general=A_general, B_general=B_general, seed=seed)
+    check_linear(x, weight, bias, A, B, A_general, B_general, seed, scaling, dropout_p, own_gemm)
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
     one_product = own_gemm and dropout_p == 0.0
     u = x.new_empty((0, _ranks(A, A_general))) if one_product else _kept_u(x, y, A, A_general)
@@ -214,7 +191,7 @@ def _(
     scaling: float,
     fan_in_fan_out: bool,
 ) -> None:
-    _check_devices(weight=weight, A=A, B=B, A_general=A_general, B_general=B_general)
+    check_merge(weight, A, B, A_general, B_general, scaling, fan_in_fan_out)
 
 
 @torch.library.register_fake("gralora_ext::delta_weight")
@@ -226,6 +203,5 @@ def _(
     scaling: float,
     fan_in_fan_out: bool,
 ) -> Tensor:
-    _check_devices(A=A, B=B, A_general=A_general, B_general=B_general)
-    n, m = A.shape[0] * A.shape[1], B.shape[0] * B.shape[2]
-    return A.new_empty((n, m) if fan_in_fan_out else (m, n))
+    N, M = check_adapter(A, B, A_general, B_general, scaling)
+    return A.new_empty((N, M) if fan_in_fan_out else (M, N))

@@ -13,11 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from . import (
-    _registrations,
-    kernels,
-    reference,
-)
+from . import _registrations, kernels, reference  # noqa: F401  the first registers what torch must know of the ops
+from ._checks import check_adapter, check_forward, check_linear, check_merge
 from .reference import draw_seed
 
 _gralora = torch.ops.gralora_ext.gralora.default
@@ -83,7 +80,7 @@ def add_path(
     """:func:`gralora` with the seed of its dropout mask given; None where ``dropout_p`` is 0."""
     if kernels.can_take(x):
         return _gralora(x, base, A, B, A_general, B_general, seed, scaling, dropout_p)[0]
-    _registrations.check_forward(x, base, A, B, A_general, B_general, seed)
+    check_forward(x, base, A, B, A_general, B_general, seed, scaling, dropout_p)
     with kernels.without_autocast(x.device):
         return reference.gralora(
             x, base, A, B, scaling=scaling, A_general=A_general, B_general=B_general, dropout_p=dropout_p, seed=seed
@@ -170,8 +167,10 @@ def linear(
     p = dropout_p if training else 0.0
     if kernels.can_take(x):
         return _linear(x, weight, bias, A, B, A_general, B_general, _seed(x, p), scaling, p, own_gemm)[0]
+    seed = _seed(x, p)
+    check_linear(x, weight, bias, A, B, A_general, B_general, seed, scaling, p, own_gemm)
     base = functional.linear(x, weight, bias)
-    return add_path(x, base, A, B, A_general, B_general, _seed(x, p), scaling, p)
+    return add_path(x, base, A, B, A_general, B_general, seed, scaling, p)
 
 
 def merge_(
@@ -203,6 +202,7 @@ def merge_(
         if kernels.can_take(weight):
             _merge_(weight, A, B, A_general, B_general, scaling, fan_in_fan_out)
             return weight
+    check_merge(weight, A, B, A_general, B_general, scaling, fan_in_fan_out)
     return reference.merge_(
         weight, A, B, scaling=scaling, A_general=A_general, B_general=B_general, fan_in_fan_out=fan_in_fan_out
     )
@@ -225,6 +225,7 @@ def delta_weight(
     with torch.no_grad():
         if kernels.can_take(A):
             return _delta_weight(A, B, A_general, B_general, scaling, fan_in_fan_out)
+        check_adapter(A, B, A_general, B_general, scaling)
         return reference.delta_weight(
             A, B, scaling=scaling, A_general=A_general, B_general=B_general, fan_in_fan_out=fan_in_fan_out
         )

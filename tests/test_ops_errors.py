@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
 from helpers import Case, same_bits
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from gralora_ext import ops
 from gralora_ext._loader import load
@@ -90,6 +92,13 @@ MERGE_ERRORS = {
 }
 
 
+@pytest.fixture(params=["kernels", "plain torch"])
+def how(request: pytest.FixtureRequest) -> Iterator[None]:
+    """In forward mode plain torch operations take the kernels' places, and refuse the same."""
+    with forward_ad.dual_level() if request.param == "plain torch" else nullcontext():
+        yield
+
+
 def each(errors: dict) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("change", "error", "parts"), errors.values(), ids=errors.keys())
 
@@ -106,6 +115,7 @@ def assert_refused(call: Callable[..., object], arguments: dict, error: type[Exc
     assert all(same_bits(arguments[name], t) for name, t in kept.items())
 
 
+@pytest.mark.usefixtures("how")
 @each({**ADAPTER_ERRORS, **GRALORA_ERRORS})
 def test_gralora_refuses(change: dict, error: type[Exception], parts: list[str]) -> None:
     arguments = {**GOOD.inputs().tensors, "scaling": 0.5, **change}
@@ -118,6 +128,7 @@ def test_gralora_refuses_where_gradients_are_recorded(change: dict, error: type[
     assert_refused(ops.gralora, {**tensors, "scaling": 0.5, **change}, error, parts)
 
 
+@pytest.mark.usefixtures("how")
 @each({**ADAPTER_ERRORS, **MERGE_ERRORS})
 def test_merge_refuses_and_leaves_the_weight_as_it_was(change: dict, error: type[Exception], parts: list[str]) -> None:
     arguments = {"weight": torch.ones(10, 8), **GOOD.inputs().adapter(), "scaling": 0.5, **change}
@@ -132,6 +143,7 @@ def test_merge_refuses_a_weight_that_is_none() -> None:
     )
 
 
+@pytest.mark.usefixtures("how")
 @each(ADAPTER_ERRORS)
 def test_delta_weight_refuses(change: dict, error: type[Exception], parts: list[str]) -> None:
     assert_refused(ops.delta_weight, {**GOOD.inputs().adapter(), "scaling": 0.5, **change}, error, parts)
@@ -238,6 +250,17 @@ def test_sparse_input_is_refused() -> None:
     tensors = GOOD.inputs().tensors
     with pytest.raises((TypeError, NotImplementedError), match="gralora"):
         ops.gralora(**{**tensors, "x": tensors["x"].to_sparse()}, scaling=0.5)
+
+
+def on_meta(value: object) -> object:
+    return value.to("meta") if isinstance(value, Tensor) else value
+
+
+@each({n: e for n, e in {**ADAPTER_ERRORS, **GRALORA_ERRORS}.items() if "another_device" not in n and "none" not in n})
+def test_gralora_refuses_on_meta(change: dict, error: type[Exception], parts: list[str]) -> None:
+    """Where the fake kernels tell shapes, and nothing is computed."""
+    arguments = {**GOOD.inputs().tensors, "scaling": 0.5, **change}
+    assert_refused(ops.gralora, {name: on_meta(value) for name, value in arguments.items()}, error, parts)
 
 
 @pytest.mark.parametrize("name", ["A", "B"])

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
 from torch.utils import backend_registration
-from tuner_helpers import pair, rows
+from tuner_helpers import adapted, pair, rows
 
 from gralora_ext import kernels, ops
 from gralora_ext._loader import load
@@ -91,6 +91,32 @@ def test_gradients_of_each_sample_of_a_model_are_pefts(hybrid_r: int) -> None:
     assert got.keys() == expected.keys() and got
     for name in expected:
         torch.testing.assert_close(got[name], expected[name])
+
+
+@pytest.mark.parametrize("hybrid_r", [0, 2])
+def test_a_transform_compiles_in_one_graph_and_a_plain_call_beside_it_keeps_the_kernel(hybrid_r: int) -> None:
+    torch.compiler.reset()
+    model, x = adapted("fused", hybrid_r=hybrid_r), rows(3)
+    layer = model.base_model.model.first
+    parameters = {n: p.detach() for n, p in layer.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return functional_call(layer, parameters, (x,)).square().sum()
+
+    graphs: list[torch.fx.GraphModule] = []
+
+    def both(parameters: dict[str, Tensor], x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        return grad(loss)(parameters, x), layer(x)
+
+    compiled = torch.compile(both, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
+    gradients, y = compiled(parameters, x)
+    expected, expected_y = both(parameters, x)
+    torch.testing.assert_close(y, expected_y)
+    for name in expected:
+        torch.testing.assert_close(gradients[name], expected[name])
+    (graph,) = graphs
+    ours = [n for n in graph.graph.nodes if getattr(n.target, "namespace", "") == "gralora_ext"]
+    assert len(ours) == 1
 
 
 @pytest.mark.parametrize(

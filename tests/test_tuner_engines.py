@@ -11,8 +11,9 @@ import pytest
 import torch
 from helpers import run_python
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from tuner_helpers import DEVICE, adapted, assert_same_output, gradients, rows
+from tuner_helpers import DEVICE, adapted, assert_same_output, gradients, pair, rows
 
 FP32 = torch.float32
 
@@ -73,6 +74,36 @@ def test_general_parts_are_called_where_somebody_listens(tokens: int, dropout: f
     assert [type(module) for module in heard] == [nn.Linear, nn.Linear]
     for a, b in zip(*results, strict=True):
         assert_same_output(a, b)
+
+
+class Halves(nn.Module):
+    """A dropout that is not torch's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / 2
+
+
+@pytest.mark.parametrize("hybrid_r", [0, 2])
+@pytest.mark.parametrize("tokens", [5, 70])
+@pytest.mark.parametrize("dropout", [Halves(), nn.Dropout(1.0)], ids=["another module", "all is dropped"])
+def test_a_dropout_that_the_kernels_do_not_draw_is_called(dropout: nn.Module, tokens: int, hybrid_r: int) -> None:
+    results, x = [], rows(tokens).requires_grad_()
+    for model in pair(hybrid_r=hybrid_r):
+        layer = first(model)
+        layer.gralora_dropout["default"] = dropout
+        y = layer(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, layer.gralora_A["default"]])])
+    for ours, pefts in zip(*reversed(results), strict=True):
+        assert_same_output(ours, pefts)
+
+
+def test_an_output_that_a_global_hook_has_kept_stays_as_it_was() -> None:
+    layer, kept = first(adapted("fused")), []
+    handle = register_module_forward_hook(lambda module, args, output: kept.append((output, output.clone())))
+    with torch.no_grad():
+        layer(rows(5))
+    handle.remove()
+    assert kept and all(torch.equal(output, copy) for output, copy in kept)
 
 
 @pytest.mark.parametrize("kept", ["mm", "addmm"])

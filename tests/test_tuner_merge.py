@@ -11,6 +11,7 @@ import torch
 from helpers import MERGE_MISROUNDED, NAMES, same_bits
 from peft import convert_to_lora
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 from transformers.pytorch_utils import Conv1D
 from tuner_helpers import (
@@ -200,6 +201,17 @@ def test_base_weight_that_cannot_take_a_merge_gives_an_error(safe: bool) -> None
     with pytest.raises(TypeError, match="float64 of class TwoTensor: dequantize or gather"):
         layer.merge(safe_merge=safe)
     assert not layer.merged
+
+
+def test_a_fake_weight_takes_a_merge() -> None:
+    layer = adapted("fused").base_model.model.first
+    mode = FakeTensorMode()
+    for module in layer.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(mode.from_tensor(parameter.data), requires_grad=False))
+    with mode:
+        layer.merge()
+    assert layer.merged
 
 
 def test_pefts_conversion_to_lora_keeps_the_delta_weight() -> None:

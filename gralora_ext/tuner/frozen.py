@@ -69,6 +69,8 @@ def how_to_multiply(layer: GraloraLinear, x: Tensor) -> tuple[str, bool] | None:
         (name,) = names
     elif name not in adapters:
         return None
+    if not is_fused_dropout(modules["gralora_dropout"]._modules[name]):
+        return None
     if layer.hybrid_r[name] > 0 and not (
         only_multiplies(modules["gralora_A_general"]._modules[name])
         and only_multiplies(modules["gralora_B_general"]._modules[name])
@@ -95,6 +97,11 @@ def _pays(layer: GraloraLinear, name: str, tokens: int) -> bool:
     r = layer.r[name]
     share = (r + h) * (1 / layer.in_features + 1 / layer.out_features)
     return 2 * (r / layer.gralora_k[name] + h) <= tokens * (1 + share)
+
+
+def is_fused_dropout(dropout: nn.Module) -> bool:
+    """Whether the kernels draw the mask of ``dropout``; another module of a user's, and one that drops all, is called."""
+    return type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and dropout.p < 1.0)
 
 
 def weight_of(base: nn.Module) -> Tensor:

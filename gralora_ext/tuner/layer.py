@@ -9,6 +9,8 @@ import torch
 from peft.tuners.gralora.layer import Linear
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules import module
 from transformers.pytorch_utils import Conv1D
 
 from .. import kernels, ops, reference
@@ -70,7 +72,7 @@ class GraloraLinear(Linear):
             # In place, as PEFT's layer does it, into the output of a linear layer; but a hook may have kept that.
             in_place = (
                 isinstance(base_layer, _LINEAR_LAYERS)
-                and not base_layer._forward_hooks
+                and not (base_layer._forward_hooks or module._global_forward_hooks)
                 and (x.is_cpu or kernels.has_kernels(x.device))
                 and _native.may_write_into(result, x)
             )
@@ -132,6 +134,9 @@ class GraloraLinear(Linear):
         )
 
     def _add_adapter(self, name: str, x: Tensor, result: Tensor, in_place: bool) -> Tensor:
+        dropout = self._modules["gralora_dropout"]._modules[name]
+        if not frozen.is_fused_dropout(dropout):
+            x = dropout(x.to(self.gralora_A[name].dtype))
         path = self._path(name, x)
         A, _, A_general, _, seed, scaling, dropout_p = path
         if A_general is None and self.hybrid_r[name] > 0:
@@ -157,7 +162,7 @@ class GraloraLinear(Linear):
             if frozen.only_multiplies(A_module) and frozen.only_multiplies(B_module):
                 A_general, B_general = A_module.weight, B_module.weight
         dropout = self._modules["gralora_dropout"]._modules[adapter]  # nn.Identity where there is none
-        if not isinstance(dropout, nn.Dropout) or not dropout.training or dropout.p == 0.0:
+        if type(dropout) is not nn.Dropout or not dropout.training or not 0.0 < dropout.p < 1.0:
             return A, B, A_general, B_general, None, self.scaling[adapter], 0.0
         return A, B, A_general, B_general, draw_seed(x.device), self.scaling[adapter], dropout.p
 
@@ -197,8 +202,9 @@ class GraloraLinear(Linear):
         if weight.device != A.device:
             _refuse_device("the base weight", weight, adapter, A)
         # A quantized weight may report a float dtype, as torchao's do; such classes, and DTensor, keep their elements elsewhere.
-        if not weight.is_floating_point() or type(weight.data) is not Tensor:
-            kind = f" of class {type(weight.data).__name__}" if type(weight.data) is not Tensor else ""
+        dense = type(weight.data) in (Tensor, FakeTensor)
+        if not weight.is_floating_point() or not dense:
+            kind = "" if dense else f" of class {type(weight.data).__name__}"
             raise TypeError(
                 f"merging needs a dense floating-point base weight, got {weight.dtype}{kind}: dequantize or gather the base "
                 "model first, or load it in a floating-point dtype"
