@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Autograd of the forward ops. Saved: x itself where dA is wanted, U where dB is, the mask of dropout, the parameters, the seed;
-// nothing else.
-// Backward is an op of its own without a derivative, so differentiating twice raises torch's usual error.
+// Autograd of the forward ops. Saved: x itself where dA is wanted, U where dB is, the mask of
+// dropout, the parameters, the seed; nothing else.
+// Backward is an op of its own without a derivative, so differentiating twice raises torch's usual
+// error.
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 
@@ -33,7 +34,8 @@ OptionalTensor optional(const at::Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : OptionalTensor();
 }
 
-// Backward's op has no derivative: beyond it autograd only has to be told so, where a graph of the gradients is recorded.
+// Backward's op has no derivative: beyond it autograd only has to be told so, where a graph of the
+// gradients is recorded.
 template <class Op, class... Args>
 auto call_backward(const Op& op, const Args&... args) {
   std::optional<at::AutoDispatchBelowADInplaceOrView> guard;
@@ -41,8 +43,9 @@ auto call_backward(const Op& op, const Args&... args) {
   return op.call(args...);
 }
 
-// The node of a function of one output: T::backward, and what its context has saved. It is torch's CppNode<T>, which compiled
-// autograd takes, but each backward there also asks for the demangled name of T and copies the gradients.
+// The node of a function of one output: T::backward, and what its context has saved. It is torch's
+// CppNode<T>, which compiled autograd takes, but each backward there also asks for the demangled
+// name of T and copies the gradients.
 template <class T>
 struct Recorded final : torch::autograd::CppNode<T> {
   std::string name() const override { return T::kName; }
@@ -71,8 +74,9 @@ void check_keepable(const OptionalTensor& tensor, const char* name) {
   if (tensor.has_value()) check_keepable(*tensor, name);
 }
 
-// Calls run(context), which saves what T::backward needs, and makes y the output of a node that has an edge for each input. This is
-// what torch's Function<T>::apply does, without a description of each input and sets of outputs, which took twice as long as the op.
+// Calls run(context), which saves what T::backward needs, and makes y the output of a node that has
+// an edge for each input. This is what torch's Function<T>::apply does, without a description of
+// each input and sets of outputs, which took twice as long as the op.
 template <class T, class Run, class... Inputs>
 ForwardResult record(Run&& run, const Inputs&... inputs) {
   if (const auto& functorch = at::functorch::functorchTLSAccessor()) functorch->checkSupportsCppAutogradFunction();
@@ -146,8 +150,8 @@ ForwardResult forward_recorded_or_not(const at::Tensor& x, const at::Tensor& bas
     ctx.save_for_backward({x, A, B, kept(A_general), kept(B_general), u, kept(seed), mask});
     ctx.saved_data["scaling"] = scaling;
     ctx.saved_data["dropout_p"] = dropout_p;
-    // A tensor of its own on base's memory: were it base itself, a base that is a view would bring CopySlices into the
-    // graph, which copies the whole gradient.
+    // A tensor of its own on base's memory: were it base itself, a base that is a view would bring
+    // CopySlices into the graph, which copies the whole gradient.
     return {into_base ? y.detach() : y, u, mask};
   };
   return record<Path>(run_and_save, x, base, A, B, A_general, B_general);

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The Python module gralora_ext._C: what was built and what is in use, and shorter ways to the ops for eager mode (eager_bindings.cpp).
-// The operations themselves are reached through torch.ops.gralora_ext (registration.cpp, in this same library), so that torch.compile
-// and autograd see them.
+// The Python module gralora_ext._C: what was built and what is in use, and shorter ways to the ops
+// for eager mode (eager_bindings.cpp). The operations themselves are reached through
+// torch.ops.gralora_ext (registration.cpp, in this same library), so that torch.compile and
+// autograd see them.
 #include <ATen/Parallel.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -25,7 +26,8 @@ namespace {
 #define GRALORA_CUDA_ARCHS
 #endif
 
-// _loader.py reads this mark in the file, before it loads a library that was built for another torch.
+// _loader.py reads this mark in the file, before it loads a library that was built for another
+// torch.
 constexpr char kBuiltForTorch[] = "gralora_ext built for torch " GRALORA_TEXT_OF(GRALORA_TORCH_VERSION);
 
 std::string compiler() {

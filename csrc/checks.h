@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Argument checks, one function per op, for all devices. They name the argument, what was expected and what came.
+// Argument checks, one function per op, for all devices. They name the argument, what was expected
+// and what came.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The ops as the dispatcher calls them: by the kernels that it has for their tensors, autograd's first.
+// The ops as the dispatcher calls them: by the kernels that it has for their tensors, autograd's
+// first.
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>

@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a layer calls at each forward in eager mode: the dispatcher's ops, as torch.ops calls them, and when that is right.
+// What a layer calls at each forward in eager mode: the dispatcher's ops, as torch.ops calls them,
+// and when that is right.
 //
-// torch.ops finds the overload by its schema, boxes each argument and wraps each result, pybind11 looks for a signature that fits: of
-// the 9 us of a decode step's call 5, and 25 of 80 in a model, beside whose products all this is in no cache. Here an argument is what
-// its place says. torch.compile, tracing and functorch do not see through these functions, so they are not for them.
+// torch.ops finds the overload by its schema, boxes each argument and wraps each result, pybind11
+// looks for a signature that fits: of the 9 us of a decode step's call 5, and 25 of 80 in a model,
+// beside whose products all this is in no cache. Here an argument is what its place says.
+// torch.compile, tracing and functorch do not see through these functions, so they are not for
+// them.
 #include <ATen/autocast_mode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
@@ -95,16 +98,17 @@ PyObject* merge_into(PyObject*, PyObject* const* all, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// Whether derivatives are taken by other means than autograd's graph: by a transform of torch.func, or in forward mode. The ops
-// have a backward alone, so plain torch operations take their place.
+// Whether derivatives are taken by other means than autograd's graph: by a transform of torch.func,
+// or in forward mode. The ops have a backward alone, so plain torch operations take their place.
 bool differs_otherwise() {
   return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
          torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr;
 }
 
-// Whether nothing but autograd looks at the operations of a call. Dispatch modes do (selective activation checkpointing keeps outputs
-// that it may return again, a profiler counts), and so does tracing: an output written in place, or an operation that stands for
-// several, would not be what they saw.
+// Whether nothing but autograd looks at the operations of a call. Dispatch modes do (selective
+// activation checkpointing keeps outputs that it may return again, a profiler counts), and so does
+// tracing: an output written in place, or an operation that stands for several, would not be what
+// they saw.
 bool is_unobserved() {
   return c10::impl::TorchDispatchModeTLS::stack_len() == 0 && !torch::jit::tracer::isTracing() && !differs_otherwise();
 }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The vocabulary that ops, CPU kernels and CUDA kernels share: plain structs, no torch, no CUDA headers.
+// The vocabulary that ops, CPU kernels and CUDA kernels share: plain structs, no torch, no CUDA
+// headers.
 //
 //   T  tokens: all leading dimensions of x flattened        k  the grid is k x k blocks
 //   N  in_features          M  out_features                 r  rank of the adapter, rb = r/k the rank of one block
@@ -19,7 +20,8 @@ enum class DType : int8_t { f32, bf16, f16, f64 };
 
 constexpr int kMaxLeadingDims = 8;
 
-// An activation [T, width] of any strides: T is `sizes` flattened (row-major), strides are in elements.
+// An activation [T, width] of any strides: T is `sizes` flattened (row-major), strides are in
+// elements.
 struct Rows {
   void* data = nullptr;
   DType dtype = DType::f32;
@@ -38,8 +40,8 @@ struct Param {
   int64_t column_stride = 0;
 };
 
-// A parameter transposed, and the general part's seen as blocks along its wide dimension. Static: the kernels of each instruction
-// set compile copies of their own.
+// A parameter transposed, and the general part's seen as blocks along its wide dimension. Static:
+// the kernels of each instruction set compile copies of their own.
 static inline Param transposed(Param p) {
   const int64_t row_stride = p.row_stride;
   p.row_stride = p.column_stride, p.column_stride = row_stride;
@@ -58,17 +60,20 @@ struct Shape {
   int64_t T = 0, N = 0, M = 0, k = 1, r = 1, h = 0;
 };
 
-// Inverted dropout on x with the mask of Philox-4x32-10 over (seed, row-major element index); p == 0: off.
+// Inverted dropout on x with the mask of Philox-4x32-10 over (seed, row-major element index);
+// p == 0: off.
 struct Dropout {
   double p = 0.0;
   const int64_t* seed = nullptr;  // one element, on the tensors' device
-  // The CPU's kernels only, where a block's width is whole bytes: the mask as bits [T, N/8], which forward writes and backward
-  // reads instead of drawing it again. Element i is kept where bit i % 8 of byte i / 8 of its row is set. Null: none.
+  // The CPU's kernels only, where a block's width is whole bytes: the mask as bits [T, N/8], which
+  // forward writes and backward reads instead of drawing it again. Element i is kept where bit
+  // i % 8 of byte i / 8 of its row is set. Null: none.
   uint8_t* kept = nullptr;
   bool drawn = false;  // kept holds the mask
 };
 
-// Parameters in the layout of PEFT: A [k, N/k, r], B [k, r, M/k], A_general [1, h, N], B_general [1, M, h].
+// Parameters in the layout of PEFT: A [k, N/k, r], B [k, r, M/k], A_general [1, h, N], B_general
+// [1, M, h].
 struct Adapter {
   Param A, B, A_general, B_general;
 };
@@ -86,8 +91,8 @@ struct ForwardParams {
   int threads = 1;
 };
 
-// Writes (=) the gradients whose data is not null; reads u as forward wrote it, or makes it again where it is null, which it may not
-// be where it is bfloat16.
+// Writes (=) the gradients whose data is not null; reads u as forward wrote it, or makes it again
+// where it is null, which it may not be where it is bfloat16.
 struct BackwardParams {
   Shape shape;
   Adapter adapter;
@@ -113,8 +118,8 @@ struct MergeParams {
   int threads = 1;
 };
 
-// out = in (W + dW)^T + bias, with in [T, N] and out [T, M]; or, `transposed`, out = in (W + dW), with in [T, M] and out [T, N].
-// r == 0 and h == 0: there is no dW, and the adapter is not read.
+// out = in (W + dW)^T + bias, with in [T, N] and out [T, M]; or, `transposed`, out = in (W + dW),
+// with in [T, M] and out [T, N]. r == 0 and h == 0: there is no dW, and the adapter is not read.
 struct LinearParams {
   Shape shape;
   Adapter adapter;

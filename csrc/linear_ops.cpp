@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// A frozen layer with its adapter, and its backward. By our GEMM one product, y = x (W + dW)^T + bias. By torch's, and with dropout,
-// which falls on x before A alone, y = x W^T + bias, and then the path of x into it; so dx = g W, and then the path's dx into it.
-// Per op: check -> allocate -> fill Params -> launch.
+// A frozen layer with its adapter, and its backward. By our GEMM one product, y = x
+// (W + dW)^T + bias. By torch's, and with dropout, which falls on x before A alone, y = x
+// W^T + bias, and then the path of x into it; so dx = g W, and then the path's dx into it. Per op:
+// check -> allocate -> fill Params -> launch.
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 

@@ -13,13 +13,15 @@
 namespace gralora {
 namespace {
 
-// The accumulation type. Where all is bfloat16, the CPU's kernels round U as a factor anyway, in PEFT's layer it is bfloat16 too,
-// and with many ranks writing it costs: 2048^2, r = 256, k = 8 has as much of it as of x.
+// The accumulation type. Where all is bfloat16, the CPU's kernels round U as a factor anyway, in
+// PEFT's layer it is bfloat16 too, and with many ranks writing it costs: 2048^2, r = 256, k = 8 has
+// as much of it as of x.
 at::ScalarType dtype_of_u(const at::Tensor& x, const at::Tensor& base, const at::Tensor& A, bool f64) {
   return f64 ? at::kDouble : keeps_bf16_u({&x, &base, &A}) ? at::kBFloat16 : at::kFloat;
 }
 
-// Whether the mask is kept: to draw it is most of what dropout costs, and its bits are 1/32 of a float32 x.
+// Whether the mask is kept: to draw it is most of what dropout costs, and its bits are 1/32 of a
+// float32 x.
 bool keeps_mask(const at::Tensor& x, const Shape& s, double dropout_p) {
   return x.is_cpu() && dropout_p > 0.0 && mask_fills_bytes(s);
 }

@@ -14,8 +14,9 @@ namespace gralora {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// (y, u, kept): y [..., M] in base's dtype and strides; for backward u [T, k*r + h] in dtype_of_u, or [0, k*r + h]: see keeps_u (params.h);
-// and the mask of dropout as bits [T, N/8], or [0, N/8]: see keeps_mask.
+// (y, u, kept): y [..., M] in base's dtype and strides; for backward u [T, k*r + h] in dtype_of_u,
+// or [0, k*r + h]: see keeps_u (params.h); and the mask of dropout as bits [T, N/8], or [0, N/8]:
+// see keeps_mask.
 using ForwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
 ForwardResult forward_kernel(const at::Tensor& x, const at::Tensor& base, const at::Tensor& A, const at::Tensor& B,
@@ -32,7 +33,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& u, const at::Tensor& kept, const at::Tensor& A,
     const at::Tensor& B, const OptionalTensor& A_general, const OptionalTensor& B_general, const OptionalTensor& seed,
     double scaling, double dropout_p, std::array<bool, 5> needs);
-// The same without checks, with dx written, or added, to a tensor that is given; undefined: not wanted
+// The same without checks, with dx written, or added, to a tensor that is given; undefined: not
+// wanted
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> backward_to(
     const at::Tensor& dx, bool add, const Shape& shape, const at::Tensor& grad, const at::Tensor& x,
     const at::Tensor& u, const at::Tensor& kept, const at::Tensor& A, const at::Tensor& B,
@@ -45,9 +47,10 @@ void merge_kernel(at::Tensor weight, const at::Tensor& A, const at::Tensor& B, c
 at::Tensor delta_weight_kernel(const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,
                                const OptionalTensor& B_general, double scaling, bool fan_in_fan_out);
 
-// A layer whose weight is frozen, with its adapter (linear_ops.cpp). own_gemm: y = x (W + dW)^T + bias in one product of ours, with
-// dropout y = x W^T + bias and then the path of x; else so by torch's GEMM, in any dtype, with dropout or without. Results as
-// above, with u [0, k*r + h] where it is one product. CPU only.
+// A layer whose weight is frozen, with its adapter (linear_ops.cpp). own_gemm: y = x
+// (W + dW)^T + bias in one product of ours, with dropout y = x W^T + bias and then the path of x;
+// else so by torch's GEMM, in any dtype, with dropout or without. Results as above, with u
+// [0, k*r + h] where it is one product. CPU only.
 ForwardResult linear_kernel(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                             const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,
                             const OptionalTensor& B_general, const OptionalTensor& seed, double scaling,

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which memory tensors take, by their addresses, sizes and strides: what may be written without harm.
+// Which memory tensors take, by their addresses, sizes and strides: what may be written without
+// harm.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,8 +12,9 @@
 
 namespace gralora {
 
-// Whether two elements of a tensor are one place in memory. Answered by the strides alone wherever each dimension steps over all that
-// the dimensions of smaller strides reach, which is so in practice; else each element is looked up.
+// Whether two elements of a tensor are one place in memory. Answered by the strides alone wherever
+// each dimension steps over all that the dimensions of smaller strides reach, which is so in
+// practice; else each element is looked up.
 inline bool overlaps_itself(const at::Tensor& tensor) {
   if (tensor.is_non_overlapping_and_dense() || tensor.numel() == 0) return false;
   c10::SmallVector<std::pair<int64_t, int64_t>, 8> dims;  // strides and sizes
@@ -45,8 +47,9 @@ inline std::pair<uintptr_t, uintptr_t> memory_range(const at::Tensor& tensor) {
   return {begin, begin + uintptr_t(last + 1) * tensor.element_size()};
 }
 
-// Whether the ranges of two tensors have memory in common. Parts of one storage that follow each other, as engines cut parameters from
-// a flat buffer, are apart; those that are woven into each other, such as columns of one matrix, are not.
+// Whether the ranges of two tensors have memory in common. Parts of one storage that follow each
+// other, as engines cut parameters from a flat buffer, are apart; those that are woven into each
+// other, such as columns of one matrix, are not.
 inline bool share_memory(const at::Tensor& a, const at::Tensor& b) {
   if (a.numel() == 0 || b.numel() == 0) return false;
   const auto [a_begin, a_end] = memory_range(a);

@@ -9,7 +9,8 @@ TORCH_LIBRARY(gralora_ext, m) {
   m.def(
       "gralora(Tensor x, Tensor base, Tensor A, Tensor B, Tensor? A_general, Tensor? B_general, Tensor? seed, "
       "float scaling, float dropout_p) -> (Tensor y, Tensor u, Tensor kept)");
-  // y in base's memory: the same sums, no allocation. Eager mode only; torch.compile makes its own choice of buffers.
+  // y in base's memory: the same sums, no allocation. Eager mode only; torch.compile makes its own
+  // choice of buffers.
   m.def(
       "gralora_(Tensor x, Tensor(a!) base, Tensor A, Tensor B, Tensor? A_general, Tensor? B_general, Tensor? seed, "
       "float scaling, float dropout_p) -> (Tensor(a!) y, Tensor u, Tensor kept)");

@@ -51,8 +51,8 @@ void run(ForwardParams p, [[maybe_unused]] const at::Tensor& like) {
 #ifdef GRALORA_HAVE_CUDA
   if (like.is_cuda()) return run_on_device(p, like);
 #endif
-  // Forward gains from threads later than backward and merge, which write as much as the parameters; to read a parameter
-  // takes as long as some four multiply-adds.
+  // Forward gains from threads later than backward and merge, which write as much as the
+  // parameters; to read a parameter takes as long as some four multiply-adds.
   const int64_t parameters = (p.shape.r + p.shape.h) * (p.shape.N + p.shape.M);
   p.threads = threads_for((p.shape.T + 4) * parameters, 1 << 21);
   if (p.shape.T > 0) cpu::forward(p);

@@ -41,11 +41,12 @@ COMMON_SOURCES = [
 # Compiled once per capability; they include no torch header.
 KERNEL_SOURCES = ["csrc/cpu/forward.cpp", "csrc/cpu/backward.cpp", "csrc/cpu/merge.cpp", "csrc/cpu/linear.cpp"]
 
-# GCC would multiply and add in two steps, rounded twice, where a loop has one sum alone: a token's bits would depend on how many
-# are beside it.
+# GCC would multiply and add in two steps, rounded twice, where a loop has one sum alone: a token's
+# bits would depend on how many are beside it.
 FMA_FLAGS = ["-mfma", "--param=avoid-fma-max-bits=0"]
 
-# In rising order: the linker keeps the first copy of a shared inline function, so the portable one must come first.
+# In rising order: the linker keeps the first copy of a shared inline function, so the portable one
+# must come first.
 X86_CAPABILITY_FLAGS = {
     "default": [],
     "avx2": ["-mavx2", *FMA_FLAGS, "-mf16c"],
@@ -99,7 +100,8 @@ def cxx_flags(optimization: str = "-O3") -> list[str]:
     """
     flags = ["-fopenmp", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
     flags += ["-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra"]
-    # Python's own flags ask for debug sections: a third of the time for files that include torch, and 20 MB.
+    # Python's own flags ask for debug sections: a third of the time for files that include torch,
+    # and 20 MB.
     debug = os.environ.get("DEBUG", "").upper() in ("1", "ON", "YES", "TRUE")
     flags += ["-O0", "-g"] if debug else [optimization, "-g0"]
     if os.environ.get("GRALORA_EXT_WERROR") == "1":
@@ -127,7 +129,8 @@ def kernel_flags(capability: str, machine: str | None = None) -> list[str]:
     Functions begin at a cache line: without that, a change elsewhere in a file moved the loops of forward, and cost it up to 7 %.
     """
     capabilities = capability_flags(machine)
-    # The portable set serves processors from before 2013 where there are others: -O1 saves more than half of its long compilation.
+    # The portable set serves processors from before 2013 where there are others: -O1 saves more
+    # than half of its long compilation.
     optimization = "-O1" if capability == "default" and len(capabilities) > 1 else "-O3"
     flags = [*cxx_flags(optimization), "-falign-functions=64", f"-DGRALORA_CPU_CAPABILITY={capability}"]
     return ["-std=c++17", *flags, *capabilities[capability]]
@@ -179,7 +182,8 @@ def check_tools() -> None:
             f"beside torch's: {wanted}"
         )
     if shutil.which("ninja") is None:
-        # ninja's wheel puts the program beside Python, which is not on PATH when a venv is used without activating it.
+        # ninja's wheel puts the program beside Python, which is not on PATH when a venv is used
+        # without activating it.
         spec = importlib.util.find_spec("ninja")
         if spec is None:
             raise BuildError("gralora_ext needs ninja to compile: run `pip install ninja`.")

@@ -54,7 +54,8 @@ def kind() -> str:
 def _prebuilt() -> ModuleType:
     path = _find(PACKAGE)
     if path is None and (config.ROOT / config.INCLUDE_DIR).is_dir():
-        # In a checkout Python finds the sources before the installed package: take the extension of the latter.
+        # In a checkout Python finds the sources before the installed package: take the extension of
+        # the latter.
         path = next(filter(None, (_find(Path(entry) / PACKAGE.name) for entry in sys.path)), None)
         if path is not None:
             sys.modules[__package__].__path__.append(str(path.parent))

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-# Below so many elements, a few roundings in one direction are an error of their own size; from there on they average out.
+# Below so many elements, a few roundings in one direction are an error of their own size; from
+# there on they average out.
 MANY = 128
 
 
@@ -30,8 +31,8 @@ class Tolerance(NamedTuple):
         return self.few if result.numel() < MANY else self.gradient if gradient else self.output
 
 
-# By the dtype of the result: whatever the inputs' dtypes are, sums are in float64 where one of them is, else in float32, and
-# a result is rounded to its own dtype once.
+# By the dtype of the result: whatever the inputs' dtypes are, sums are in float64 where one of them
+# is, else in float32, and a result is rounded to its own dtype once.
 TOLERANCES = {
     torch.float64: Tolerance(
         2e-15,

@@ -3,12 +3,14 @@
 //   dU_j = s g_j B_j^T and s g Bg, stored as dH (project);   dx = (dH A^T + s g Bg Ag) * dropout factor (expand)
 //   dB_j = s U_j^T g_j, dBg^T = s (x' Ag^T)^T g;   dA_n = x'_n^T dH_n, dAg = (s g Bg)^T x'   (weight_gradient)
 //
-// g is read once for dU and dB, then x once for dA while dx is written: an item is one chunk of columns for one segment of
-// tokens, or those of a block. The chunks' parts of dU meet in `partial` and are added in the order of the chunks: at once where
-// one thread takes the segment or the block, else when all are there. Weight gradients are summed in a fixed tree: kTokens tokens
-// (or pairs of them) in registers, those blocks within a segment, segments in their order. It does not depend on the number of
-// threads; neither does any other sum. Where g, x, A and B are bf16, all products can be of pairs (pairs.h), with U and dH rounded
-// as factors; by tiles, other A and B meet bf16 g and x in pieces (pieces.h).
+// g is read once for dU and dB, then x once for dA while dx is written: an item is one chunk of
+// columns for one segment of tokens, or those of a block. The chunks' parts of dU meet in `partial`
+// and are added in the order of the chunks: at once where one thread takes the segment or the
+// block, else when all are there. Weight gradients are summed in a fixed tree: kTokens tokens (or
+// pairs of them) in registers, those blocks within a segment, segments in their order. It does not
+// depend on the number of threads; neither does any other sum. Where g, x, A and B are bf16, all
+// products can be of pairs (pairs.h), with U and dH rounded as factors; by tiles, other A and B
+// meet bf16 g and x in pieces (pieces.h).
 #include "backward_few.h"
 #include "backward_passes.h"
 
@@ -48,7 +50,8 @@ struct Backward : private BackwardPasses<Acc, Product> {
                            : smaller(segments, ceil_div(4 * p.threads, smaller(from_g.chunks(), from_x.chunks())));
   const int64_t wave_tokens = wave * segment_tokens;
   const PerThread<Acc> buffers{scratch, p.threads, Passes::buffers_size};
-  // A token's ranks have one place, one for each thread that takes whole blocks, or one for each chunk
+  // A token's ranks have one place, one for each thread that takes whole blocks, or one for each
+  // chunk
   const int64_t chunk_places = larger(want_H ? from_g.chunks() : 0, remake_U ? from_x.chunks() : 0);
   const int64_t most_places = always_by_tokens() ? 1 : segments == 1 && takes_blocks(1) ? p.threads : chunk_places;
   Acc* partial = scratch.take<Acc>(smaller(chunk_places, most_places) * wave_tokens * from_g.sums());
@@ -110,8 +113,8 @@ struct Backward : private BackwardPasses<Acc, Product> {
     });
   }
 
-  // Threads share the blocks of all segments, whose sums of ranks are done then, or the chunks, whose sums are added when all are
-  // there.
+  // Threads share the blocks of all segments, whose sums of ranks are done then, or the chunks,
+  // whose sums are added when all are there.
   void run_by_columns(int64_t wave_first, int64_t count) {
     const bool by_block = takes_blocks(count);
     const auto for_chunks = [&](const FromWide& of_chunks, auto&& f) {
@@ -119,7 +122,8 @@ struct Backward : private BackwardPasses<Acc, Product> {
                       [&](int64_t index, auto... rest) { f(segment(wave_first, index), rest...); });
     };
     const int64_t rows = smaller(count * segment_tokens, s.T - wave_first * segment_tokens);
-    // Sums of ranks, to `to`: f(segment, chunk, next, place, add, buffers, begins) leaves or adds those of a chunk.
+    // Sums of ranks, to `to`: f(segment, chunk, next, place, add, buffers, begins) leaves or adds
+    // those of a chunk.
     const auto project_all = [&](const FromWide& project, auto* to, auto&& f) {
       const int64_t sums = project.sums();
       for_chunks(project, [&](const Segment& g, int64_t chunk, int64_t next, int thread, bool begins) {

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// backward for a few tokens, where the parameters and their gradients are nearly all of the traffic: no packing, no transposing.
-// For adapters whose rows lie in one run.
+// backward for a few tokens, where the parameters and their gradients are nearly all of the
+// traffic: no packing, no transposing. For adapters whose rows lie in one run.
 //
 //   an item of pass B, some ranks of a block:     dU_j[t, c] = s sum_o g_j[t, o] B_j[c, o];   dB_j[c, o] = s sum_t U_j[t, c] g_j[t, o]
 //     or some rows of Bg:                         their part of dHg[t, c] = s sum_m g[t, m] Bg[m, c];   dBg[m, c] = s sum_t Ug[t, c] g[t, m]
 //   an item of pass A, some columns of a block:   dx_n[t, i] = sum_c dH_n[t, c] A_n[i, c];    dA_n[i, c] = sum_t x'_n[t, i] dH_n[t, c]
 //     and of Ag:                                  dx[t, i] += sum_c dHg[t, c] Ag[c, i];       dAg[c, i] = sum_t dHg[t, c] x'[t, i]
 //
-// Every parameter is read once, along its rows, and its gradient is written beside it. Each sum belongs to one item, but those of
-// dHg, whose parts are added in their order.
+// Every parameter is read once, along its rows, and its gradient is written beside it. Each sum
+// belongs to one item, but those of dHg, whose parts are added in their order.
 #pragma once
 
 #include "few_tokens.h"
@@ -68,7 +68,8 @@ struct BackwardFew {
   }
 
  private:
-  // Rows of a parameter that are taken together: sums of them and of T tokens fill a vector's lanes.
+  // Rows of a parameter that are taken together: sums of them and of T tokens fill a vector's
+  // lanes.
   static constexpr int together(int T) {
     constexpr int W = kWidth<Acc>;
     return T >= W ? 1 : W / T < 4 ? W / T : 4;

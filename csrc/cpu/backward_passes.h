@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What backward does with one chunk of columns and one segment of tokens: a pass over g for dU and dB, one over x for dA and dx.
+// What backward does with one chunk of columns and one segment of tokens: a pass over g for dU and
+// dB, one over x for dA and dx.
 #pragma once
 
 #include <utility>
@@ -42,14 +43,16 @@ struct BackwardPasses {
   const bool want_x = p.grad_x.data != nullptr, want_H = want_x || dA.wanted();
   const bool remake_U = dB.wanted() && p.u == nullptr;
 
-  // Whether all tokens are one segment, whose columns threads share: few, or not many where the parameters and their gradients, which
-  // each thread would take for its own tokens, are large beside the ranks that threads exchange.
+  // Whether all tokens are one segment, whose columns threads share: few, or not many where the
+  // parameters and their gradients, which each thread would take for its own tokens, are large
+  // beside the ranks that threads exchange.
   bool one_segment() const {
     if (s.T < 192) return true;
     return s.T <= kSegment && s.h == 0 && s.k % 2 == 0 && s.r * (s.N + s.M) >= 128 * s.T * s.k;
   }
 
-  // Segments do not depend on the number of threads. One alone writes its gradients, several add theirs.
+  // Segments do not depend on the number of threads. One alone writes its gradients, several add
+  // theirs.
   const int64_t wanted_segments = one_segment() ? 1 : round_up(ceil_div(s.T, kSegment), 2);
   const int64_t segment_tokens = larger(round_up(ceil_div(s.T, wanted_segments), Product::kRows), Product::kRows);
   const int64_t segments = ceil_div(s.T, segment_tokens);
@@ -98,8 +101,8 @@ struct BackwardPasses {
     });
   }
 
-  // The part of dU and of dB that one chunk of g gives, the former written or added to `to`; new_ranks: b has not those of this
-  // chunk's block yet; others(p) is called beside the products.
+  // The part of dU and of dB that one chunk of g gives, the former written or added to `to`;
+  // new_ranks: b has not those of this chunk's block yet; others(p) is called beside the products.
   template <class Others>
   void pass_g(const Segment& g, int64_t chunk, Acc* to, bool add, Buffers b, bool new_ranks, Others&& others) const {
     [[maybe_unused]] typename Product::Scope scope;
@@ -152,7 +155,8 @@ struct BackwardPasses {
   }
 
  private:
-  // As in Project::add_run, but pairs only where several tiles of ranks read them, and other rows of 16 bits are converted before
+  // As in Project::add_run, but pairs only where several tiles of ranks read them, and other rows
+  // of 16 bits are converted before
   static bool copied_ahead(const FromWide& from) {
     return (kTerms == 2 ? from.r > kTile<Acc> : from.x.dtype == DTypeOf<Acc>::value) && from.copied_ahead();
   }
@@ -192,8 +196,9 @@ struct BackwardPasses {
     return copied ? Source<Acc>{b.block.rows, kRow<Acc>} : in_place<Acc>(from.x, t, from.cut.column(chunk));
   }
 
-  // Writes or adds the part of the ranks of tokens m0.. of a segment's chunk. Rows that are not multiplied as they lie are left in
-  // b.block; and pairs of them, which are interleaved meanwhile, if they are to be kept.
+  // Writes or adds the part of the ranks of tokens m0.. of a segment's chunk. Rows that are not
+  // multiplied as they lie are left in b.block; and pairs of them, which are interleaved meanwhile,
+  // if they are to be kept.
   template <class Others>
   void project_block(const FromWide& from, const typename FromWide::Panels& panels, int64_t chunk, const Segment& g,
                      int64_t m0, int64_t tokens, Acc* to, bool add, bool keep, Buffers b, Others&& others) const {
@@ -250,7 +255,8 @@ struct BackwardPasses {
     gradient.read_ranks(dH, block, tokens, to);
   }
 
-  // dA of a chunk of all tokens of x, if it is written as rows; the next chunk is fetched meanwhile.
+  // dA of a chunk of all tokens of x, if it is written as rows; the next chunk is fetched
+  // meanwhile.
   bool write_dA(int64_t chunk, const Segment& g, const Source<Acc>& x, Buffers b) const {
     if (!dA_in_rows) return false;
     const int64_t columns = from_x.cut.length(chunk);

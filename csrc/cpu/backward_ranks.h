@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The ranks of backward [tokens, k*r + h]: dH of a wave of tokens, and U, which forward kept or which is made again for a wave. U of
-// bf16 is always kept.
+// The ranks of backward [tokens, k*r + h]: dH of a wave of tokens, and U, which forward kept or
+// which is made again for a wave. U of bf16 is always kept.
 #pragma once
 
 #include "pieces.h"

@@ -40,7 +40,8 @@ bool runs_avx512() {
 #ifdef GRALORA_EMULATE_TILES
 bool runs_tiles() { return true; }
 #elif defined(GRALORA_HAVE_TILES) && defined(GRALORA_HAVE_AVX512)
-// Linux saves the tiles of processes that asked for it; the request fails where a thread's signal stack is too small for them.
+// Linux saves the tiles of processes that asked for it; the request fails where a thread's signal
+// stack is too small for them.
 bool runs_tiles() {
   constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
   constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA

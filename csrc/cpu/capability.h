@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which instruction set the kernels use: the best that this build holds and this processor (with its system) can run,
-// capped by the environment variable GRALORA_EXT_CPU_CAPABILITY.
+// Which instruction set the kernels use: the best that this build holds and this processor (with
+// its system) can run, capped by the environment variable GRALORA_EXT_CPU_CAPABILITY.
 #pragma once
 
 #include <vector>
@@ -18,23 +18,25 @@ enum class Capability { Default, Avx2, Avx512 };
 // "default", "avx2" or "avx512".
 const char* capability_name(Capability capability);
 
-// The instruction sets that the kernels were compiled for, in rising order; Default is always there.
+// The instruction sets that the kernels were compiled for, in rising order; Default is always
+// there.
 std::vector<Capability> compiled_capabilities();
 
-// Chosen at the first call and fixed for the life of the process. Throws std::invalid_argument where the environment
-// variable holds another word than the three names.
+// Chosen at the first call and fixed for the life of the process. Throws std::invalid_argument
+// where the environment variable holds another word than the three names.
 Capability capability();
 
-// Whether products of bfloat16 activations are by AMX's tiles: beside AVX-512, where the processor has them and the system lets this
-// process use them, for which the first call asks. Not with GRALORA_EXT_CPU_AMX=0; throws std::invalid_argument where that is set to
-// another word than 0 or auto.
+// Whether products of bfloat16 activations are by AMX's tiles: beside AVX-512, where the processor
+// has them and the system lets this process use them, for which the first call asks. Not with
+// GRALORA_EXT_CPU_AMX=0; throws std::invalid_argument where that is set to another word than 0 or
+// auto.
 bool has_tiles();
 
 // Who made the processor: "amd", "intel" or "other".
 const char* vendor();
 
-// What the kernels ask within their loops. Found out when the library is loaded, in capability.cpp, which any processor runs: the
-// kernels' own files must not run anything then.
+// What the kernels ask within their loops. Found out when the library is loaded, in capability.cpp,
+// which any processor runs: the kernels' own files must not run anything then.
 #define GRALORA_HIDDEN __attribute__((visibility("hidden")))
 extern const bool kHasBf16Instructions GRALORA_HIDDEN;  // AVX512-BF16
 extern const bool kPairsAreQuicker

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The run-time choice of the instruction set: each pass goes to the kernels compiled for the capability in use, float64
-// to the portable ones, which alone hold it.
+// The run-time choice of the instruction set: each pass goes to the kernels compiled for the
+// capability in use, float64 to the portable ones, which alone hold it.
 #include "../gralora.h"
 #include "capability.h"
 

@@ -3,9 +3,10 @@
 //
 //   y[t, j*w + o] = base[t, j*w + o] + f * s * ( sum_c u[t, j*r + c] * Q[j][c, o]  +  sum_c u[t, k*r + c] * G[j][c, o] )
 //
-// w = width/k; f is the dropout factor of the element (1 where dropout is off). Forward: U, B, Bg^T give y. Backward: dH,
-// A^T, Ag give dx. base is read once, y written once (they may be the same memory), in runs along the row; a strip of Q's
-// columns stays in L1 or L2 for all tokens of a segment. Each y is one sum in a fixed order, rounded once.
+// w = width/k; f is the dropout factor of the element (1 where dropout is off). Forward: U, B, Bg^T
+// give y. Backward: dH, A^T, Ag give dx. base is read once, y written once (they may be the same
+// memory), in runs along the row; a strip of Q's columns stays in L1 or L2 for all tokens of a
+// segment. Each y is one sum in a fixed order, rounded once.
 #pragma once
 
 #include "pieces.h"
@@ -41,7 +42,8 @@ struct Expand {
     return panels;
   }
 
-  // Of the panels of columns of block j, while as many tokens meet as many columns; general parts are small.
+  // Of the panels of columns of block j, while as many tokens meet as many columns; general parts
+  // are small.
   Ahead ahead(int64_t j, int64_t first, int64_t columns, int64_t tokens) const {
     const int64_t groups = ceil_div(tokens, Product::kRows), tiles = ceil_div(columns, kTile<Acc>);
     return Ahead::of(Q, j, 0, r, first, columns, groups * tiles * ceil_div(r / kTerms, kSteps));
@@ -50,8 +52,8 @@ struct Expand {
   // Whether products can be of pairs: of ranks that are rounded, for y of bf16
   bool takes_pairs() const { return has_pairs(Q, r) && (h == 0 || has_pairs(G, h)); }
 
-  // Some tokens from t0 on, whose ranks are `ranks`; kept: which of their elements are, where there is a mask. each(p) is called for
-  // every kSteps steps of each tile.
+  // Some tokens from t0 on, whose ranks are `ranks`; kept: which of their elements are, where there
+  // is a mask. each(p) is called for every kSteps steps of each tile.
   template <class Y, class Tokens, class Each>
   void run_rows(Tokens tokens, const Panels& panels, int64_t t0, int64_t j, int64_t first, int64_t columns,
                 const Ranks<Acc>& ranks, const uint8_t* kept, Prefetch prefetch, Each&& each) const {
@@ -120,7 +122,8 @@ struct Expand {
     };
   }
 
-  // A function of its own: inlined among other code, GCC would keep part of the accumulators in memory.
+  // A function of its own: inlined among other code, GCC would keep part of the accumulators in
+  // memory.
   template <class Y, int MR, int NV, class Each>
   __attribute__((noinline)) void tile(Int<MR> tokens, Int<NV>, const RowGroup<MR, Y>& g, int64_t c, Each&& each) const {
     const Panel<Acc>&Q = g.panels.Q, &G = g.panels.G;
@@ -164,8 +167,9 @@ struct Expand {
     });
   }
 
-  // All of base is loaded before y is stored: rows that lie 4096 bytes apart would make each load wait for a store. whole: no column
-  // ends within the tile. A loop for each condition: within one loop GCC would test it for each vector, and keep sums in memory.
+  // All of base is loaded before y is stored: rows that lie 4096 bytes apart would make each load
+  // wait for a store. whole: no column ends within the tile. A loop for each condition: within one
+  // loop GCC would test it for each vector, and keep sums in memory.
   template <bool whole, int MR, int NV, class Y>
   inline __attribute__((always_inline)) void store_tile(Vec<Acc> (&sum)[MR][NV], const Target<Y>& g, int64_t c) const {
     if (mask.on)

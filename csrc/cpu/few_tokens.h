@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What forward and backward of a few tokens share. There, reading the parameters is nearly all of the work: where sums go along
-// a parameter's rows they are dot products, since to transpose it would take longer than to read it.
+// What forward and backward of a few tokens share. There, reading the parameters is nearly all of
+// the work: where sums go along a parameter's rows they are dot products, since to transpose it
+// would take longer than to read it.
 #pragma once
 
 #include "microkernel.h"
@@ -64,8 +65,9 @@ inline void dot_rows(const P* a, int64_t stride, int64_t length, const Acc* h, i
     for (int m = 0; m < R; m++) to[t * ldto + m] = totals[t * R + m];
 }
 
-// The same for any number of rows: R at a time, the last ones one by one. Short rows, of which as many are taken as there are
-// lanes for their sums, are fetched ahead: sums of lanes leave no room for the loads of what comes next.
+// The same for any number of rows: R at a time, the last ones one by one. Short rows, of which as
+// many are taken as there are lanes for their sums, are fetched ahead: sums of lanes leave no room
+// for the loads of what comes next.
 template <int R, int T, class Acc, class P>
 inline void dot_all_rows(const P* a, int64_t stride, int64_t rows, int64_t length, const Acc* h, int64_t ldh, Acc* to,
                          int64_t ldto) {
@@ -89,9 +91,9 @@ inline void rows_of(const Acc* first, int64_t ld, int64_t tokens, const Acc* (&r
 constexpr int kSumsOfRows = kVectorRegisters == 32 ? 4 : 2;
 constexpr int64_t kAhead = 32;  // rows that are fetched ahead, where they are short
 
-// to[t*ld + c] = sum_i rows[t][i] b[i*stride + c], or that much more (add_to), for t < tokens, i < length, and NV vectors of
-// columns or the first `columns` of one; elements are fetched `ahead` of where they are read. Row i goes to one of kSums sums, in
-// turns.
+// to[t*ld + c] = sum_i rows[t][i] b[i*stride + c], or that much more (add_to), for t < tokens,
+// i < length, and NV vectors of columns or the first `columns` of one; elements are fetched `ahead`
+// of where they are read. Row i goes to one of kSums sums, in turns.
 template <int NV, int kSums, int T, class Acc, class P>
 __attribute__((noinline)) void sum_rows(const Acc* const (&rows)[T], int64_t tokens, int64_t length, const P* b,
                                         int64_t stride, int64_t ahead, Acc* to, int64_t ld,

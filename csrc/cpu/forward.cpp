@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// forward: U = exchange(x' A) and x' Ag^T (project), then y = base + s (U B + x' Ag^T Bg^T) (expand).
+// forward: U = exchange(x' A) and x' Ag^T (project), then y = base + s (U B + x' Ag^T Bg^T)
+// (expand).
 //
-// Many tokens: a thread takes a segment through both passes, and nothing but u and y leaves its cache. Few: threads share
-// the columns instead, blocks or chunks of x first, strips of y then. Both give the same bits.
+// Many tokens: a thread takes a segment through both passes, and nothing but u and y leaves its
+// cache. Few: threads share the columns instead, blocks or chunks of x first, strips of y then.
+// Both give the same bits.
 #include "expand.h"
 #include "forward_few.h"
 #include "project.h"
@@ -18,10 +20,11 @@ struct Forward {
   int64_t strip;     // columns of a block of B that are taken together
   int64_t together;  // blocks that are, where they are narrow: rows of y in long runs
 
-  // Where threads share columns, each takes whole blocks of x, whose sums are done then, or some chunks, whose sums are added when
-  // all are there.
+  // Where threads share columns, each takes whole blocks of x, whose sums are done then, or some
+  // chunks, whose sums are added when all are there.
   const bool by_block = p.shape.h == 0 && shared_evenly(p.shape.k, p.threads);
-  // Below, threads share columns; where they would not, each packs all of A and B for its own tokens.
+  // Below, threads share columns; where they would not, each packs all of A and B for its own
+  // tokens.
   const int64_t tokens_per_thread = p.shape.r + p.shape.h < 64 ? 64 : InExpand::kTerms == 2 && by_block ? 128 : 80;
   static constexpr int64_t kTogether = 8;
 
@@ -42,9 +45,10 @@ struct Forward {
 
   int64_t row() const { return p.shape.k * p.shape.r + p.shape.h; }
 
-  // Expand takes ranks as they lie in u, or from a place of place_size() in scratch: where u is rounded and products are of floats,
-  // project writes there what finish_ranks() rounds; for tiles, finish_ranks() splits u into pieces there, or fills up its steps,
-  // which costs less than steps that are not whole, but among few tokens.
+  // Expand takes ranks as they lie in u, or from a place of place_size() in scratch: where u is
+  // rounded and products are of floats, project writes there what finish_ranks() rounds; for tiles,
+  // finish_ranks() splits u into pieces there, or fills up its steps, which costs less than steps
+  // that are not whole, but among few tokens.
   static constexpr bool kTiles = kByTiles<InExpand>, kPairs = InExpand::kTerms == 2 && !kTiles;
   bool in_u() const {
     const bool few = p.shape.T < kTokensToSplit;
@@ -119,7 +123,8 @@ struct Forward {
         larger(project.panels_size(1) + Block<Acc>::size(InProject::kRows), larger(sums, expand_scratch())));
     Acc* partial = scratch.take<Acc>((by_block ? p.threads : chunks) * tokens * sums);
     Acc* place = scratch.take<Acc>(place_size(tokens));
-    // While a thread works on an item, what it will read for the next one, if all take turns, comes from memory.
+    // While a thread works on an item, what it will read for the next one, if all take turns, comes
+    // from memory.
     const int64_t items = p.shape.k * strips;
     const auto first = [&](int64_t item) { return item % strips * strip; };
     const auto last = [&](int64_t item) { return smaller(first(item) + strip, w); };
@@ -164,8 +169,9 @@ struct Forward {
 
   int64_t expand_scratch() const { return together * expand.panels_size(strip); }
 
-  // All columns of `count` tokens, a strip of some blocks after the other. What the next panels are made of comes from memory
-  // meanwhile, where there are several tiles of ranks; with few, tiles are short.
+  // All columns of `count` tokens, a strip of some blocks after the other. What the next panels are
+  // made of comes from memory meanwhile, where there are several tiles of ranks; with few, tiles
+  // are short.
   void expand_segment(int64_t t0, int64_t count, const Ranks<Acc>& ranks, Acc* scratch) const {
     const int64_t k = p.shape.k, w = p.shape.M / k;
     for (int64_t j = 0; j < k; j += together)
@@ -184,7 +190,8 @@ struct Forward {
       }
   }
 
-  // `columns` from `first` on (a strip at most) of the output blocks j .. j+blocks, for `count` tokens with `ranks`
+  // `columns` from `first` on (a strip at most) of the output blocks j .. j+blocks, for `count`
+  // tokens with `ranks`
   template <class Each>
   void expand_blocks(int64_t t0, int64_t count, const Ranks<Acc>& ranks, int64_t j, int64_t blocks, int64_t first,
                      int64_t columns, Acc* scratch, Each&& each) const {

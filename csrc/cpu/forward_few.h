@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// forward for a few tokens, where reading the parameters is nearly all of the work: no packing, no transposing. For parameters
-// whose rows lie in one run.
+// forward for a few tokens, where reading the parameters is nearly all of the work: no packing, no
+// transposing. For parameters whose rows lie in one run.
 //
 //   an item of pass A, a chunk of columns:   its part of H_n[t, c] = sum_i x'_n[t, i] A_n[i, c], and of sum_i x'[t, i] Ag[c, i]
 //   an item of pass B, a strip of columns:   y_j[t, o] = base_j[t, o] + s (sum_c U_j[t, c] B_j[c, o] + sum_c U[t, k*r + c] Bg[o, c])
 //
-// The lanes are columns of A and B; the general part is dot products along its rows. A token's sums depend neither on the other
-// tokens nor on threads.
+// The lanes are columns of A and B; the general part is dot products along its rows. A token's sums
+// depend neither on the other tokens nor on threads.
 #pragma once
 
 #include "few_tokens.h"

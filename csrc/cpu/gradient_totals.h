@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// What becomes of the sums of weight gradients: segments of tokens are added in their order, then the gradients are written.
+// What becomes of the sums of weight gradients: segments of tokens are added in their order, then
+// the gradients are written.
 #pragma once
 
 #include "project.h"
 
 namespace gralora::cpu::GRALORA_ISA {
 
-// The sums of a weight gradient and its general part, chunk by chunk: a total, and a slot for each further segment of a
-// wave. Where there is one segment only, a chunk's sums are written out at once and need no place here.
+// The sums of a weight gradient and its general part, chunk by chunk: a total, and a slot for each
+// further segment of a wave. Where there is one segment only, a chunk's sums are written out at
+// once and need no place here.
 template <class Acc>
 struct Totals {
   const Chunks& cut;
@@ -44,7 +46,8 @@ struct Totals {
   }
 
  private:
-  // One chunk's sums, scaled, as columns [first, first + columns) of block b of the gradient [k, ranks, w]
+  // One chunk's sums, scaled, as columns [first, first + columns) of block b of the gradient
+  // [k, ranks, w]
   void write_block(const Param& to, int64_t b, int64_t first, int64_t ranks, int64_t columns, const Acc* sums) const {
     for_dtype<Acc>(to.dtype, [&](auto* type) {
       using P = std::remove_pointer_t<decltype(type)>;

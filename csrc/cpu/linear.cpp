@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// linear: out = in P + bias, where P = W + dW is made panel by panel while it is packed for the microkernel.
+// linear: out = in P + bias, where P = W + dW is made panel by panel while it is packed for the
+// microkernel.
 //
 //   out[t, c] = bias[c] + sum_p in[t, p] * P[p, c]
 //   P[a*H + i, b*V + c] = W[...] + s * ( sum_q L[a][i, b*rb + q] * R[b][a*rb + q, c]  +  sum_g Lg[a][i, g] * Rg[b][g, c] )
 //
-// H = rows/k, V = columns/k. y: in = x, P = (W + dW)^T, L = A, R = B; dx: in = g, P = W + dW, L = B^T, R = A^T. An adapter costs
-// r/k multiply-adds for each weight and nothing for each token: there are no ranks, and base and y are not read again.
+// H = rows/k, V = columns/k. y: in = x, P = (W + dW)^T, L = A, R = B; dx: in = g, P = W + dW,
+// L = B^T, R = A^T. An adapter costs r/k multiply-adds for each weight and nothing for each token:
+// there are no ranks, and base and y are not read again.
 //
-// An item is a strip of columns for a segment of tokens. Its part of P stays in L2; kTogether tokens walk along `in`, a chunk of
-// P's rows at a time, and share each of its tiles in L1. Every sum is taken chunk by chunk in their order, whatever the items are.
+// An item is a strip of columns for a segment of tokens. Its part of P stays in L2; kTogether
+// tokens walk along `in`, a chunk of P's rows at a time, and share each of its tiles in L1. Every
+// sum is taken chunk by chunk in their order, whatever the items are.
 #include "panels.h"
 #include "project.h"
 
@@ -31,7 +34,8 @@ struct Linear {
   struct Share {
     int64_t strip, tokens;
   };
-  // The one that takes least, where a thread's items follow each other and making a panel takes as long as some tokens.
+  // The one that takes least, where a thread's items follow each other and making a panel takes as
+  // long as some tokens.
   Share share(int threads) const {
     constexpr int64_t kTiles[] = {3, 4, 2}, kPanelTokens = 16, kLeast = 8 * kMaxRows, kMost = 8;
     Share best{3 * kTile<Acc>, round_up(larger(T, 1), kMaxRows)};
@@ -192,7 +196,8 @@ struct Linear {
 
   // ------------------------------------------------------------------ in P
 
-  // The elements of `in` that are read after those of a chunk: the item's tokens from m on, columns from `first` on
+  // The elements of `in` that are read after those of a chunk: the item's tokens from m on, columns
+  // from `first` on
   struct Next {
     int64_t m, first;
   };

@@ -11,9 +11,10 @@
 
 namespace gralora::cpu::GRALORA_ISA {
 
-// The scratch of one call: uninitialised, aligned to a cache line, taken before parallel regions, where a failure may be
-// thrown. The calling thread keeps the last block for its next call (up to kKept bytes): fresh memory would cost a page
-// fault per 4 KiB, often more than the arithmetic. That block has one user at a time: what begins beside it takes fresh memory.
+// The scratch of one call: uninitialised, aligned to a cache line, taken before parallel regions,
+// where a failure may be thrown. The calling thread keeps the last block for its next call (up to
+// kKept bytes): fresh memory would cost a page fault per 4 KiB, often more than the arithmetic.
+// That block has one user at a time: what begins beside it takes fresh memory.
 class Scratch {
  public:
   Scratch() : has_kept_(!kept().in_use) { kept().in_use = true; }
@@ -83,8 +84,9 @@ class PerThread {
 // Whether threads that share as many items have much the same to do
 inline bool shared_evenly(int64_t items, int threads) { return items % threads == 0 || items >= 4 * threads; }
 
-// Calls f(item, thread) for each item, in any order and on any thread: items must write disjoint memory, and what one
-// writes must depend on its number alone; then results do not depend on the number of threads.
+// Calls f(item, thread) for each item, in any order and on any thread: items must write disjoint
+// memory, and what one writes must depend on its number alone; then results do not depend on the
+// number of threads.
 template <class F>
 inline void parallel_items(int64_t items, int threads, F&& f) {
   if (threads <= 1 || items <= 1) {
@@ -99,8 +101,9 @@ inline void parallel_items(int64_t items, int threads, F&& f) {
   }
 }
 
-// The chunks of some groups, shared in items of `size` that follow each other: f(group, chunk, next, thread, begins), the last for
-// the first chunk of an item. next: the thread's next chunk, if all take turns, or `chunks` + its turn among the threads that have none.
+// The chunks of some groups, shared in items of `size` that follow each other: f(group, chunk,
+// next, thread, begins), the last for the first chunk of an item. next: the thread's next chunk, if
+// all take turns, or `chunks` + its turn among the threads that have none.
 template <class F>
 inline void parallel_chunks(int64_t groups, int64_t chunks, int64_t size, int threads, F&& f) {
   const int64_t items = chunks / size;

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // merge: W[a*H + p, b*V + c] (+)= s * ( sum_q L[a][b*rb + q, p] * R[b][a*rb + q, c]  +  sum_g Lg[a][g, p] * Rg[b][g, c] )
 //
-// W is cut into k x k blocks [H, V]. Two orientations give the same sum: rows of W along M (L = B, R = A^T), or along N
-// (L = A, R = B), whichever makes the columns of W unit stride. W is read and written once, in long runs along its rows;
-// beside it there are only a part of R as a panel in L2, and the ranks of a range of rows. Each weight is one sum in a fixed
-// order, rounded once.
+// W is cut into k x k blocks [H, V]. Two orientations give the same sum: rows of W along M (L = B,
+// R = A^T), or along N (L = A, R = B), whichever makes the columns of W unit stride. W is read and
+// written once, in long runs along its rows; beside it there are only a part of R as a panel in L2,
+// and the ranks of a range of rows. Each weight is one sum in a fixed order, rounded once.
 #include "panels.h"
 
 namespace gralora::cpu::GRALORA_ISA {
@@ -31,7 +31,8 @@ struct Merge {
     const int64_t H = rows / k, V = columns / k;
     const int64_t strip = round_up(smaller(V, larger(kPanelElements / (rb + h), 4 * kTile<Acc>)), kTile<Acc>);
     const int64_t strips = ceil_div(V, strip), panel = panel_size<Acc>(rb, strip) + panel_size<Acc>(h, strip);
-    // Where all of R that meets a block of rows fits L2, it stays there for the ranges of this block, which can be smaller then.
+    // Where all of R that meets a block of rows fits L2, it stays there for the ranges of this
+    // block, which can be smaller then.
     const bool stays = k * strips * panel <= kPanelElements;
     int64_t range = smaller(kRange, larger(kMaxRows, ceil_div(rows, (stays ? 8 : 4) * threads)));
     range = round_up(smaller(range, H), kMaxRows);
@@ -71,8 +72,8 @@ struct Merge {
     return panels;
   }
 
-  // The ranks of rows p0 .. p0+count that meet column block b, scaled, then the general ones: group by group, packed
-  // for the microkernel. `panel` is scratch.
+  // The ranks of rows p0 .. p0+count that meet column block b, scaled, then the general ones: group
+  // by group, packed for the microkernel. `panel` is scratch.
   void read_left(int64_t a, int64_t b, int64_t p0, int64_t count, Acc* left, Acc* panel) const {
     const auto read = [&](const Param& param, int64_t rank0, int64_t ranks, int64_t start) {
       const Panel<Acc> from = read_panel<Acc>(param, a, rank0, ranks, p0, count, 0, panel);
@@ -96,7 +97,8 @@ struct Merge {
         store_some<Acc>(to + i * to_ld + c, scale * load_some<Acc>(from + i * from_ld + c, columns - c), columns - c);
   }
 
-  // Some rows of W, from `to` on: a function of its own, since GCC would keep sums in memory among other code
+  // Some rows of W, from `to` on: a function of its own, since GCC would keep sums in memory among
+  // other code
   template <int MR, class Y>
   __attribute__((noinline)) void merge_rows(const Acc* left, const Panel<Acc>& right, const Panel<Acc>& general,
                                             int64_t width, Y* to) const {

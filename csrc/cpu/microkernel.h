@@ -3,11 +3,12 @@
 //
 //   acc[m][v] += sum_p a[m][p] * b[p*ldb + v*W .. + W)      p = 0 .. K-1, in this order
 //
-// One scalar of `a` is broadcast against NV vectors of a row of `b`; MR x NV accumulators stay in registers. The order of the
-// sum does not depend on MR, so a row's result does not depend on how rows are grouped or on the number of threads. `each(p)`
-// is called every kSteps steps, for what can go on beside the arithmetic, or each(p, part) before each of their kParts parts, with
-// a state of its own for each product: many lines fetched at once would hold up the product's loads. `Product` says what an element
-// of a and b stands for: a number here, two of them in pairs.h.
+// One scalar of `a` is broadcast against NV vectors of a row of `b`; MR x NV accumulators stay in
+// registers. The order of the sum does not depend on MR, so a row's result does not depend on how
+// rows are grouped or on the number of threads. `each(p)` is called every kSteps steps, for what
+// can go on beside the arithmetic, or each(p, part) before each of their kParts parts, with a state
+// of its own for each product: many lines fetched at once would hold up the product's loads.
+// `Product` says what an element of a and b stands for: a number here, two of them in pairs.h.
 #pragma once
 
 #include <type_traits>
@@ -19,7 +20,8 @@ namespace gralora::cpu::GRALORA_ISA {
 template <class Acc>
 constexpr int64_t kTile = 2 * kWidth<Acc>;  // columns of a full register tile (NV = 2)
 
-// MR x 2 accumulators, 2 vectors of b and one broadcast must fit in the registers: 12*2 + 3 of 32, or 6*2 + 3 of 16.
+// MR x 2 accumulators, 2 vectors of b and one broadcast must fit in the registers: 12*2 + 3 of 32,
+// or 6*2 + 3 of 16.
 constexpr int kMaxRows = kVectorRegisters == 32 ? 12 : 6;
 static_assert(kMaxRows * 2 + 3 <= kVectorRegisters);
 
@@ -27,14 +29,16 @@ constexpr int64_t kSteps = 16;                          // one cache line of flo
 constexpr int kParts = kVectorRegisters == 32 ? 4 : 1;  // with 6 rows a part is too short for a loop of its own
 constexpr int kPartSteps = int(kSteps) / kParts;
 
-// Hides the origin of a pointer or an address from GCC, which would keep one for every row that follows from it.
+// Hides the origin of a pointer or an address from GCC, which would keep one for every row that
+// follows from it.
 template <class T>
 inline __attribute__((always_inline)) void hide(T& place) {
   asm("" : "+r"(place));
 }
 
-// How a scalar of `a` meets a vector of `b`: kTerms terms of a sum at a time. Groups have at most kRows
-// rows of `a`; packed rows of `b` are a multiple of kDepth, with zeros at the end. A Scope is held while products are made.
+// How a scalar of `a` meets a vector of `b`: kTerms terms of a sum at a time. Groups have at most
+// kRows rows of `a`; packed rows of `b` are a multiple of kDepth, with zeros at the end. A Scope is
+// held while products are made.
 template <class Acc>
 struct Singles {
   static constexpr int kTerms = 1, kRows = kMaxRows, kDepth = 1;
@@ -75,7 +79,8 @@ inline __attribute__((always_inline)) void multiply_block(A& a, const Acc*& b, i
   hide(b);
 }
 
-// Several steps at a time where there is one vector of b: the loop's own instructions would take longer than its products.
+// Several steps at a time where there is one vector of b: the loop's own instructions would take
+// longer than its products.
 template <class Product, class Acc, int MR, int NV, class A>
 inline __attribute__((always_inline)) void multiply_run(int64_t steps, A& a, const Acc*& b, int64_t ldb,
                                                         Vec<Acc> (&acc)[MR][NV]) {
@@ -120,7 +125,8 @@ inline __attribute__((always_inline)) void multiply_steps(int64_t K, A a, const 
   }
 }
 
-// Rows of a tensor as it lies. Twelve addresses would not fit into the registers: each third row has a pointer of its own.
+// Rows of a tensor as it lies. Twelve addresses would not fit into the registers: each third row
+// has a pointer of its own.
 template <class T, int MR>
 struct TensorRows {
   static constexpr int kPointers = (MR + 2) / 3;
@@ -191,8 +197,9 @@ struct UpTo {
   constexpr int count() const { return all ? n : rows; }
 };
 
-// Calls f(Int<MR>, first_row) so that [0, rows) is covered by groups of at most kMaxRows; 16 rows as 8 and 8 where 12 are, since four
-// rows have too few accumulators to hide the latency of their sums.
+// Calls f(Int<MR>, first_row) so that [0, rows) is covered by groups of at most kMaxRows; 16 rows
+// as 8 and 8 where 12 are, since four rows have too few accumulators to hide the latency of their
+// sums.
 template <class F>
 inline __attribute__((always_inline)) void for_row_groups(int64_t rows, F&& f) {
   int64_t m = 0;

@@ -1,17 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// Pairs of bf16: where a processor has AVX512-BF16, two terms of a sum are multiplied in one step, at the rate of one in float,
-// and summed in float. An element of the microkernel's `a` and `b` is then a pair, in the 32 bits of a float.
+// Pairs of bf16: where a processor has AVX512-BF16, two terms of a sum are multiplied in one step,
+// at the rate of one in float, and summed in float. An element of the microkernel's `a` and `b` is
+// then a pair, in the 32 bits of a float.
 //
 //   x, g and the ranks as the left factor      pairs as they lie in a row
 //   a parameter as the right factor            two rows, interleaved; where its columns lie in one run instead, pairs as they
 //                                              lie, transposed like floats
 //   x, g and the ranks in a sum over tokens    two rows, interleaved
 //
-// Dropout leaves elements of x as they are or makes them zeros; their factor 1/(1-p) is that of the sums.
+// Dropout leaves elements of x as they are or makes them zeros; their factor 1/(1-p) is that of the
+// sums.
 //
-// Ranks are sums in float. Where all tensors are bf16, U is kept rounded for backward, and U and dH are rounded as factors; U of y
-// from kTokensToRound tokens on (below, reading the parameters is what costs). PEFT rounds them too, and the path besides. In one
-// more piece, to keep float's accuracy, they would cost as much as in float, but by tiles (pieces.h).
+// Ranks are sums in float. Where all tensors are bf16, U is kept rounded for backward, and U and dH
+// are rounded as factors; U of y from kTokensToRound tokens on (below, reading the parameters is
+// what costs). PEFT rounds them too, and the path besides. In one more piece, to keep float's
+// accuracy, they would cost as much as in float, but by tiles (pieces.h).
 #pragma once
 
 #include "panels.h"
@@ -46,8 +49,8 @@ inline bool has_pairs(const Param& param, int64_t rows) {
 template <class Acc>
 constexpr bool kMultipliesPairs = sizeof(Acc) == sizeof(float);
 
-// sum + a0*b0 + a1*b1 in each lane. Subnormal numbers count as zero, as in torch's own products of bf16. The sum is passed by
-// value: an element of an array in an asm statement stays in memory.
+// sum + a0*b0 + a1*b1 in each lane. Subnormal numbers count as zero, as in torch's own products of
+// bf16. The sum is passed by value: an element of an array in an asm statement stays in memory.
 struct Pairs {
   static constexpr int kTerms = 2, kRows = kMaxRows, kDepth = 1;
   struct Scope {};
@@ -75,8 +78,8 @@ inline __mmask32 kept_columns(const uint8_t* kept, int64_t i) {
   return some;
 }
 
-// Lane i of `to` (two vectors): the pair first[i], second[i], with zeros for those of the 32 columns that are not among `some` of
-// a row
+// Lane i of `to` (two vectors): the pair first[i], second[i], with zeros for those of the 32
+// columns that are not among `some` of a row
 inline __attribute__((always_inline)) void interleave(const bf16* first, __mmask32 some_first, const bf16* second,
                                                       __mmask32 some_second, float* to) {
   const __m512i low = interleaving(), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
@@ -92,8 +95,9 @@ inline void interleave_two_rows(const bf16* first, const bf16* second, int64_t c
   interleave(first, some, second, second == nullptr ? 0 : some, to);
 }
 
-// Columns [begin, end) of `rows` rows, as far as there are columns, two and two as a row of a block of pairs; begin and end are
-// multiples of 32 or the last column. Where rows are odd, the last one is paired with zeros. kept: of the rows' mask, or null
+// Columns [begin, end) of `rows` rows, as far as there are columns, two and two as a row of a block
+// of pairs; begin and end are multiples of 32 or the last column. Where rows are odd, the last one
+// is paired with zeros. kept: of the rows' mask, or null
 inline __attribute__((always_inline)) void interleave_rows(Source<bf16> from, int64_t rows, int64_t begin, int64_t end,
                                                            int64_t columns, const uint8_t* kept, float* to) {
   for (int64_t i = begin; i < smaller(end, columns); i += 32)
@@ -136,8 +140,8 @@ inline __attribute__((always_inline)) void pair_two_rows(const bf16* first, cons
   _mm512_mask_storeu_epi32(to, __mmask16(some), _mm512_permutex2var_epi16(a, interleaving(), b));
 }
 
-// to[m*ldto + t] = the pair from[2t, m], from[2t + 1, m], for m = 0 .. columns-1 (at most 16) and t = 0 .. 15, with zeros from row
-// `rows` on
+// to[m*ldto + t] = the pair from[2t, m], from[2t + 1, m], for m = 0 .. columns-1 (at most 16) and
+// t = 0 .. 15, with zeros from row `rows` on
 inline void transpose_pairs(const bf16* from, int64_t ld, int64_t rows, int64_t columns, float* to, int64_t ldto) {
   alignas(64) float pairs[16][16], turned[16][16];
   const __mmask32 some = first_columns(columns);
@@ -152,7 +156,8 @@ inline void transpose_pairs(const bf16* from, int64_t ld, int64_t rows, int64_t 
   for (int64_t m = 0; m < columns; m++) store<float>(to + m * ldto, load<float>(turned[m]));
 }
 
-// As pack_panel(): pairs of rows, the last one with zeros where rows are odd, and rows of zeros up to a multiple of `depth`
+// As pack_panel(): pairs of rows, the last one with zeros where rows are odd, and rows of zeros up
+// to a multiple of `depth`
 inline Panel<float> pack_pairs(const Param& param, int64_t offset, int64_t rows, int64_t columns, int depth,
                                float* to) {
   const bf16* from = static_cast<const bf16*>(param.data) + offset;

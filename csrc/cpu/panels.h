@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Blocks of a parameter as the microkernel's `b`: [rows, columns] in the accumulation type, in tiles of kTile columns.
+// Blocks of a parameter as the microkernel's `b`: [rows, columns] in the accumulation type, in
+// tiles of kTile columns.
 //
-// A block that already lies like that, or that few tokens read, is used in place. Otherwise it is packed, tile by tile and
-// padded with zeros, into scratch that stays in L1 or L2 while all tokens of a segment pass by: a packed tile is one run of
-// memory, where rows of a wide matrix, a power of two apart, would fall into the same few sets of L1.
+// A block that already lies like that, or that few tokens read, is used in place. Otherwise it is
+// packed, tile by tile and padded with zeros, into scratch that stays in L1 or L2 while all tokens
+// of a segment pass by: a packed tile is one run of memory, where rows of a wide matrix, a power of
+// two apart, would fall into the same few sets of L1.
 #pragma once
 
 #include "memory.h"
@@ -27,7 +29,8 @@ struct Panel {
   }
 };
 
-// A part of a parameter that will be packed next, fetched into L2 a few lines at a time while arithmetic goes on.
+// A part of a parameter that will be packed next, fetched into L2 a few lines at a time while
+// arithmetic goes on.
 struct Ahead {
   uintptr_t data = address(kNothing);
   int64_t runs = 0, bytes = 0, stride = 0;  // what is left: runs of `bytes`, from each to the next
@@ -124,8 +127,8 @@ Panel<Acc> pack_panel(const Param& param, int64_t offset, int64_t rows, int64_t 
   return {to, rows * kTile<Acc>, kTile<Acc>};
 }
 
-// Rows [row0, row0 + rows) and columns [column0, column0 + columns) of block `block`; `uses`: how many tokens will read it.
-// `scratch` holds panel_size elements.
+// Rows [row0, row0 + rows) and columns [column0, column0 + columns) of block `block`; `uses`: how
+// many tokens will read it. `scratch` holds panel_size elements.
 template <class Acc>
 Panel<Acc> read_panel(const Param& param, int64_t block, int64_t row0, int64_t rows, int64_t column0, int64_t columns,
                       int64_t uses, Acc* scratch) {

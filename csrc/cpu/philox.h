@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Dropout: element e of x (row-major) is kept where its draw of 16 bits is at least round(p * 2^16). With b the 16 bytes of
-// Philox-4x32-10(counter = e / 16, key = seed) as they lie in memory, and i = e % 16, the draw's high byte is b[i], which
-// decides for all but 1 of 256 elements; its low byte is b[i ^ 8] ^ b[i with its low three bits counted on by one], so that any
+// Dropout: element e of x (row-major) is kept where its draw of 16 bits is at least
+// round(p * 2^16). With b the 16 bytes of Philox-4x32-10(counter = e / 16, key = seed) as they lie
+// in memory, and i = e % 16, the draw's high byte is b[i], which decides for all but 1 of 256
+// elements; its low byte is b[i ^ 8] ^ b[i with its low three bits counted on by one], so that any
 // two draws of a counter are independent.
 // Philox: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 #pragma once
@@ -37,8 +38,8 @@ inline Lanes xor3(Lanes a, Lanes b, uint64_t key) {
 constexpr int kRounds = 10;
 constexpr int kDraws = 16 * kLanes;  // of one group of kLanes counters
 
-// Bit i of `bits`: whether draw i of half a group, whose counters' bytes lie in `bytes` as in memory, is at least `threshold`
-// (below 2^16)
+// Bit i of `bits`: whether draw i of half a group, whose counters' bytes lie in `bytes` as in
+// memory, is at least `threshold` (below 2^16)
 inline void compare_draws(Lanes bytes, uint32_t threshold, uint8_t* bits) {
 #if defined(__AVX512BW__)
   const __m512i high = __m512i(bytes), least_high = _mm512_set1_epi8(int8_t(threshold >> 8));
@@ -81,8 +82,9 @@ struct Group {
   uint8_t* bits;  // bit i: whether the group's draw i is at least the threshold; 2 * kLanes bytes
 };
 
-// Some groups, interleaved, since one alone waits for its products. Only the low half of a lane counts in c0 .. c3: the high one
-// holds what a product left there, which saves the splitting of words. `keys`: both words of each round's key.
+// Some groups, interleaved, since one alone waits for its products. Only the low half of a lane
+// counts in c0 .. c3: the high one holds what a product left there, which saves the splitting of
+// words. `keys`: both words of each round's key.
 template <int kStreams>
 inline void philox_4x32_10(const uint64_t (&keys)[kRounds][2], const Group* groups, uint32_t threshold) {
   Lanes c0[kStreams], c1[kStreams], c2[kStreams], c3[kStreams];
@@ -135,7 +137,8 @@ struct Mask {
 
   static constexpr int64_t size(int64_t count) { return count / 8 + 32; }  // bytes of a row that rows() may write
 
-  // Bit i of to + m * stride: whether element i0 + i of row t + m, of `width` elements, is kept, for m = 0 .. rows-1
+  // Bit i of to + m * stride: whether element i0 + i of row t + m, of `width` elements, is kept,
+  // for m = 0 .. rows-1
   void rows(int64_t t, int64_t rows, int64_t width, int64_t i0, int64_t count, uint8_t* to, int64_t stride) const {
     if (drawn)
       for (int64_t m = 0; m < rows; m++) copy_bytes(whole + (t + m) * (width / 8) + i0 / 8, count / 8, to + m * stride);
@@ -143,8 +146,8 @@ struct Mask {
       draw(uint64_t(t * width + i0), rows, width, count, to, stride);
   }
 
-  // Leaves for backward what rows() gave for some rows, `stride` bytes apart; after all of them, since bytes that were written just
-  // before cannot be read as whole words at once.
+  // Leaves for backward what rows() gave for some rows, `stride` bytes apart; after all of them,
+  // since bytes that were written just before cannot be read as whole words at once.
   void keep(int64_t t, int64_t rows, int64_t width, int64_t i0, int64_t count, const uint8_t* bits,
             int64_t stride) const {
     if (whole == nullptr || drawn) return;
@@ -159,8 +162,8 @@ struct Mask {
 
   static bool kept(const uint8_t* bits, int64_t i) { return bits[i / 8] >> i % 8 & 1; }
 
-  // v where the element is kept, else 0, whatever v is: a dropped infinity leaves no trace. Of the elements from i on, a multiple of
-  // the width.
+  // v where the element is kept, else 0, whatever v is: a dropped infinity leaves no trace. Of the
+  // elements from i on, a multiple of the width.
   template <class Acc>
   static Vec<Acc> drop(Vec<Acc> v, const uint8_t* bits, int64_t i) {
 #if defined(__AVX512F__)
@@ -211,7 +214,8 @@ struct Mask {
       drop_first(to + m * stride, int((first + uint64_t(m * width)) % 16), ceil_div(count, 8));
   }
 
-  // Moves `bytes` bytes down by some bits: draws of a row's first counter that belong to elements before
+  // Moves `bytes` bytes down by some bits: draws of a row's first counter that belong to elements
+  // before
   static void drop_first(uint8_t* to, int bits, int64_t bytes) {
     const uint8_t* from = to + bits / 8;
     for (int64_t i = 0; i < bytes && bits != 0; i++) to[i] = uint8_t((from[i] | from[i + 1] << 8) >> bits % 8);

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Floats as sums of bf16: where a processor has AMX (tiles.h), parameters and ranks that are no bf16 meet activations that are, as
-// some products of bf16, of which sixteen are made in the time of one of floats.
+// Floats as sums of bf16: where a processor has AMX (tiles.h), parameters and ranks that are no
+// bf16 meet activations that are, as some products of bf16, of which sixteen are made in the time
+// of one of floats.
 //
 //   f = f0 + f1 + f2     f0: the upper 8 bits of f's significand; f1: what is left, rounded to 8 bits; f2: what is left then
 //
-// Three pieces are f (to 2^-133); a float16 is the sum of two. U and the gradients of parameters are made with all of them: as exact as
-// sums of floats. y and dx are rounded to bf16: for them two pieces of each factor do, within 2^-16. An infinity has no second piece
-// and comes out as NaN.
+// Three pieces are f (to 2^-133); a float16 is the sum of two. U and the gradients of parameters
+// are made with all of them: as exact as sums of floats. y and dx are rounded to bf16: for them two
+// pieces of each factor do, within 2^-16. An infinity has no second piece and comes out as NaN.
 //
 // Float activations would need six products, and were slower so: benchmarks/results/NOTES.md.
 #pragma once
@@ -21,14 +22,15 @@ constexpr int64_t kStepTerms = 32;       // of a sum, in a step of tiles
 // From as many tokens on, tiles multiply; all_bf16: nothing is split, but ranks are rounded
 inline int64_t tokens_for_tiles(bool all_bf16) { return all_bf16 ? kTokensToRound : kTokensToSplit; }
 
-// Whether ranks that are rounded can be multiplied as they lie: in whole steps, or only in whole pairs
+// Whether ranks that are rounded can be multiplied as they lie: in whole steps, or only in whole
+// pairs
 inline bool in_whole_steps(const Shape& s) { return s.r % kStepTerms == 0 && s.h % kStepTerms == 0; }
 inline bool in_whole_pairs(const Shape& s) { return even(s.r) && even(s.h); }
 
 inline int pieces_of(DType dtype) { return dtype == DType::bf16 ? 1 : dtype == DType::f16 ? 2 : 3; }
 
-// The ranks of some tokens as the left factor: those of block j begin at rows.data + j*block, the general ones at rows.data + general;
-// with as many steps each
+// The ranks of some tokens as the left factor: those of block j begin at rows.data + j*block, the
+// general ones at rows.data + general; with as many steps each
 template <class Acc>
 struct Ranks {
   Source<Acc> rows;
@@ -59,8 +61,8 @@ inline __m512i halves_by_turns() {
   return _mm512_load_si512(kHalves);
 }
 
-// store(i, halves) for each piece i of a and b; a single one is all of them, in bf16. The first is cut, since rounding could make it
-// infinite.
+// store(i, halves) for each piece i of a and b; a single one is all of them, in bf16. The first is
+// cut, since rounding could make it infinite.
 template <class Store>
 inline __attribute__((always_inline)) void for_pieces(Vec<float> a, Vec<float> b, __m512i halves, int pieces,
                                                       Store&& store) {
@@ -79,7 +81,8 @@ inline __attribute__((always_inline)) void for_pieces(Vec<float> a, Vec<float> b
   store(2, _mm512_permutex2var_epi16(bits(a), halves, bits(b)));
 }
 
-// Columns [i, i + 32) of a row, as far as there are columns, as pairs at to + i/2, with zeros beyond
+// Columns [i, i + 32) of a row, as far as there are columns, as pairs at to + i/2, with zeros
+// beyond
 template <class T>
 inline void split_columns(const T* from, int64_t i, int64_t columns, int pieces, float* to, int64_t piece) {
   const Vec<float> a = load_some<float>(from + i, columns - i);
@@ -95,8 +98,8 @@ inline void split_two_rows(const float* first, const float* second, int pieces, 
                [&](int n, __m512i halves) { _mm512_storeu_si512(to + n * piece + c, halves); });
 }
 
-// to[(m*pieces + n)*piece + t] = piece n of the pair from[2t, m], from[2t + 1, m], for m = 0 .. columns-1 (at most 16) and t = 0 .. 15,
-// with zeros from row `rows` on
+// to[(m*pieces + n)*piece + t] = piece n of the pair from[2t, m], from[2t + 1, m], for
+// m = 0 .. columns-1 (at most 16) and t = 0 .. 15, with zeros from row `rows` on
 inline void turn_ranks(const bf16* from, int64_t ld, int64_t rows, int64_t columns, int /*pieces: 1*/, float* to,
                        int64_t piece) {
   transpose_pairs(from, ld, rows, columns, to, piece);
@@ -111,7 +114,8 @@ inline void turn_ranks(const float* from, int64_t ld, int64_t rows, int64_t colu
                [&](int n, __m512i halves) { _mm512_storeu_si512(to + (m * pieces + n) * piece, halves); });
 }
 
-// As pack_panel(): [rows/2, columns] pairs for each piece, and rows of zeros up to a multiple of Tiles::kDepth
+// As pack_panel(): [rows/2, columns] pairs for each piece, and rows of zeros up to a multiple of
+// Tiles::kDepth
 inline Panel<float> pack_pieces(const Param& param, int64_t offset, int64_t rows, int64_t columns, int pieces,
                                 float* to) {
   constexpr int64_t kSlab = kStepTerms, ld = kTile<float>;
@@ -138,7 +142,8 @@ inline Panel<float> pack_pieces(const Param& param, int64_t offset, int64_t rows
 }
 #endif
 
-// Ranks in pieces: of a token those of `blocks` blocks, then the general ones, each with zeros up to a whole step
+// Ranks in pieces: of a token those of `blocks` blocks, then the general ones, each with zeros up
+// to a whole step
 struct RankPieces {
   int64_t blocks, r, h;
   int pieces;
@@ -168,7 +173,8 @@ struct RankPieces {
   }
 };
 
-// What a product takes: for_dtype() of an activation, groups of its rows, and read_panel() with at most so many pieces
+// What a product takes: for_dtype() of an activation, groups of its rows, and read_panel() with at
+// most so many pieces
 template <class Product, class Acc, class F>
 void for_dtype_of(DType dtype, F&& f) {
   if constexpr (Product::kTerms == 1)

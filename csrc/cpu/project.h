@@ -4,13 +4,15 @@
 //   u[t, j*r + n*rb + q] = s * sum_i x'[t, n*w + i] * P[n][i, j*rb + q]      n, j = 0 .. k-1;  w = width/k
 //   u[t, k*r + c]        = s * sum_i x'[t, i] * G[i, c]                      c = 0 .. h-1
 //
-// x' is x after dropout; where products are of pairs it lacks the factor 1/(1-p), which is the caller's, in s. Forward: x, A,
-// Ag^T give U. Backward: g, B^T, Bg give dH, since the exchange is its own inverse.
+// x' is x after dropout; where products are of pairs it lacks the factor 1/(1-p), which is the
+// caller's, in s. Forward: x, A, Ag^T give U. Backward: g, B^T, Bg give dH, since the exchange is
+// its own inverse.
 //
-// Blocks are cut into chunks of at most kChunk columns. Each chunk is summed by itself, then chunks are added in their
-// order: the result depends neither on the segment nor on the thread, and long sums lose less. P is made ready in runs of
-// chunks, each once for a segment of tokens, and streams from L2; groups of kRows tokens walk along x, which comes from
-// memory in long runs (short ones on many rows would miss the TLB), a chunk at a time in L1.
+// Blocks are cut into chunks of at most kChunk columns. Each chunk is summed by itself, then chunks
+// are added in their order: the result depends neither on the segment nor on the thread, and long
+// sums lose less. P is made ready in runs of chunks, each once for a segment of tokens, and streams
+// from L2; groups of kRows tokens walk along x, which comes from memory in long runs (short ones on
+// many rows would miss the TLB), a chunk at a time in L1.
 #pragma once
 
 #include "pieces.h"
@@ -20,7 +22,8 @@ namespace gralora::cpu::GRALORA_ISA {
 constexpr int64_t kSegment = 512;  // tokens that share a chunk of a parameter
 constexpr int64_t kRowsAhead = 8;  // of u, fetched before they are written
 
-// The chunks of a width in k blocks, of nearly equal size: a multiple of `unit` columns, but the last one of a block.
+// The chunks of a width in k blocks, of nearly equal size: a multiple of `unit` columns, but the
+// last one of a block.
 struct Chunks {
   int64_t block_width, per_block, columns;
   Chunks(int64_t width, int64_t k, int64_t unit)
@@ -45,7 +48,8 @@ struct Project {
   Param P;  // [k, w, r]
   Param G;  // [k, w, h]
   Acc scale;
-  // A chunk begins at a whole tile of a parameter, and at a whole byte of the mask, which is kept chunk by chunk.
+  // A chunk begins at a whole tile of a parameter, and at a whole byte of the mask, which is kept
+  // chunk by chunk.
   static constexpr int64_t kUnit = kTile<Acc> > 8 ? kTile<Acc> : 8;
   static_assert(kUnit % kTile<Acc> == 0 && kUnit % 8 == 0 && kChunk % kUnit == 0);
   Chunks cut = Chunks(width, k, kUnit);
@@ -76,7 +80,8 @@ struct Project {
     return panels;
   }
 
-  // Rows of x as the left factor: their copy in `block` where they are not multiplied as they lie. ld counts elements of Acc.
+  // Rows of x as the left factor: their copy in `block` where they are not multiplied as they lie.
+  // ld counts elements of Acc.
   Source<Acc> left_rows(int64_t t0, int64_t count, int64_t column, int64_t length, const Block<Acc>& block) const {
     if constexpr (kTerms == 2)
       return mask.on ? dropped_pairs(x, t0, count, column, length, width, mask, block) : pairs_in_place(x, t0, column);
@@ -84,8 +89,8 @@ struct Project {
       return rows_to_multiply<Acc>(x, t0, count, column, length, width, mask, block);
   }
 
-  // Whether rows of x are copied while the rows before them are multiplied: those of 16 bits, as floats, and those that L1 cannot
-  // hold side by side
+  // Whether rows of x are copied while the rows before them are multiplied: those of 16 bits, as
+  // floats, and those that L1 cannot hold side by side
   bool copied_ahead() const {
     if (kByTiles<Product> || mask.on || !evenly_spaced(x)) return false;
     if (kTerms == 1 && x.dtype != DTypeOf<Acc>::value) return true;
@@ -99,8 +104,9 @@ struct Project {
     return Ahead::of(P, cut.block(chunk), cut.first(chunk), cut.length(chunk), 0, r, calls);
   }
 
-  // sum[m] (+)= the part of some tokens, whose rows are `a`, of a chunk that lies at `row` of the panels. For every kSteps steps
-  // each(p) is called in the first tile of ranks, others(p) in the others.
+  // sum[m] (+)= the part of some tokens, whose rows are `a`, of a chunk that lies at `row` of the
+  // panels. For every kSteps steps each(p) is called in the first tile of ranks, others(p) in the
+  // others.
   template <class Group, class Each, class Others>
   void add_rows(Group rows, const Panels& panels, int64_t row, int64_t length, const Source<Acc>& a, bool accumulate,
                 Acc* sum, Each&& each, Others&& others) const {
@@ -123,7 +129,8 @@ struct Project {
   }
   bool takes_tiles() const { return has_pairs(x) && even(cut.block_width); }
 
-  // u [count, k*r + h] of the tokens t0 .. t0+count, by one thread; Rank: Acc, or bf16, to which they are rounded
+  // u [count, k*r + h] of the tokens t0 .. t0+count, by one thread; Rank: Acc, or bf16, to which
+  // they are rounded
   int64_t segment_scratch(int64_t count) const {
     return panels_size(run_length()) + 2 * Block<Acc>::size(Product::kRows) + count * sums();
   }
@@ -144,7 +151,8 @@ struct Project {
     }
   }
 
-  // Sums of `count` tokens: before the first chunk, and after each. A block's go to u after its last chunk, and start anew.
+  // Sums of `count` tokens: before the first chunk, and after each. A block's go to u after its
+  // last chunk, and start anew.
   void clear_sums(int64_t count, Acc* sum) const {
     for (int64_t i = 0; i < count * sums(); i++) sum[i] = Acc(0);
   }
@@ -158,7 +166,8 @@ struct Project {
     for (int64_t m = 0; m < count; m++) store_general(sum + m * sums(), u + m * (k * r + h));
   }
 
-  // One row of u, of token m, where several threads summed chunks into partial [chunks][tokens][sums()]
+  // One row of u, of token m, where several threads summed chunks into partial
+  // [chunks][tokens][sums()]
   template <class Rank>
   void reduce(const Acc* partial, int64_t tokens, int64_t m, Acc* sum, Rank* u) const {
     const auto add_chunks = [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
@@ -273,8 +282,9 @@ struct Project {
         store<Acc>(to + m * sums() + v, load<Acc>(to + m * sums() + v) + load<Acc>(sum[m] + v));
   }
 
-  // One row of u; the sums of the block are cleared for the next one. u + ahead is a row that will be written soon: each of its k
-  // parts is a cache line far from the others, and stores alone would wait for one after the other.
+  // One row of u; the sums of the block are cleared for the next one. u + ahead is a row that will
+  // be written soon: each of its k parts is a cache line far from the others, and stores alone
+  // would wait for one after the other.
   template <class Rank>
   void store_block(int64_t n, Acc* sum, Rank* u, int64_t ahead) const {
     constexpr int64_t W = kWidth<Acc>;
@@ -314,7 +324,8 @@ struct Project {
   }
 };
 
-// x to U, from the params of forward or backward. Pairs lack the factor 1/(1-p) of dropout: it is that of the sums.
+// x to U, from the params of forward or backward. Pairs lack the factor 1/(1-p) of dropout: it is
+// that of the sums.
 template <class Acc, class Product, class Params>
 Project<Acc, Product> project_x(const Params& p) {
   const Shape& s = p.shape;

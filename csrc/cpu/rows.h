@@ -25,7 +25,8 @@ struct DTypeOf<bf16> {
   static constexpr DType value = DType::bf16;
 };
 
-// Calls f with a null pointer of the element type. Where a tensor is float64, sums are too: never float64 beside float.
+// Calls f with a null pointer of the element type. Where a tensor is float64, sums are too: never
+// float64 beside float.
 template <class Acc, class F>
 inline void for_dtype(DType dtype, F&& f) {
   switch (dtype) {
@@ -76,8 +77,8 @@ inline void round_run(const Acc* from, int64_t count, bf16* to) {
     store_some<Acc>(to + i, load_some<Acc>(from + i, count - i), count - i);
 }
 
-// The elements that a pass will read next, fetched a line at a time while arithmetic goes on. Where there are none it
-// fetches kNothing: an unmapped address would cost a page walk.
+// The elements that a pass will read next, fetched a line at a time while arithmetic goes on. Where
+// there are none it fetches kNothing: an unmapped address would cost a page walk.
 alignas(64) static const char kNothing[64] = {};
 
 struct Prefetch {
@@ -101,7 +102,8 @@ struct Prefetch {
   }
 };
 
-// The rows of a group from a column on, fetched a line (kSteps columns) after another, each in parts of the rows; by tiles at once
+// The rows of a group from a column on, fetched a line (kSteps columns) after another, each in
+// parts of the rows; by tiles at once
 template <class Group>
 struct RowsAhead {
   static constexpr int kRows = Group::value, kSome = (kRows + kParts - 1) / kParts, kLastPart = (kRows - 1) / kSome;
@@ -140,12 +142,13 @@ struct RowsAhead<UpTo<n, all>> {
 };
 
 constexpr int64_t kChunk = 256;  // columns of an activation that are worked on together, at most
-// From a row of a block to the next. Not a power of two: rows would share the same few sets of L1, as those of x often do.
+// From a row of a block to the next. Not a power of two: rows would share the same few sets of L1,
+// as those of x often do.
 template <class Acc>
 constexpr int kRow = int(kChunk) + kWidth<Acc>;
 
-// A block of an activation: `count` rows of kRow at `rows`, and which elements of token m dropout keeps, as bits at kept + m*kKept
-// (a row can be a pair of tokens).
+// A block of an activation: `count` rows of kRow at `rows`, and which elements of token m dropout
+// keeps, as bits at kept + m*kKept (a row can be a pair of tokens).
 constexpr int64_t kKept = Mask::size(kChunk);
 template <class Acc>
 struct Block {
@@ -156,7 +159,8 @@ struct Block {
   Block(Acc* scratch, int64_t count) : rows(scratch), kept(reinterpret_cast<uint8_t*>(scratch + count * kRow<Acc>)) {}
 };
 
-// The columns [i, i + kSteps) of some rows of `from`, as far as there are columns, into rows of a block, padded with zeros
+// The columns [i, i + kSteps) of some rows of `from`, as far as there are columns, into rows of a
+// block, padded with zeros
 template <class Acc, class T>
 inline __attribute__((always_inline)) void copy_columns(const T* from, int64_t ld, int64_t rows, int64_t i,
                                                         int64_t columns, Acc* to) {
@@ -172,8 +176,8 @@ inline __attribute__((always_inline)) void copy_columns(const T* from, int64_t l
   }
 }
 
-// Rows of a factor: `data` is an element of the first row, `ld` leads to the next row; where a number is a sum of several
-// (pieces.h), `piece` leads to the next of them.
+// Rows of a factor: `data` is an element of the first row, `ld` leads to the next row; where a
+// number is a sum of several (pieces.h), `piece` leads to the next of them.
 constexpr int kMostPieces = 3;
 template <class T>
 struct Source {
@@ -218,8 +222,9 @@ void with_masks(const Mask& mask, int64_t t0, int64_t count, int64_t i0, int64_t
   mask.keep(t0, count, logical_width, i0, width, block.kept, kKept);
 }
 
-// x[t0 .. t0+count, i0 .. i0+width), with dropout, into `block`, padded with zeros to a multiple of kTile columns.
-// `logical_width` is the width of a whole row of x, which numbers its elements for the mask.
+// x[t0 .. t0+count, i0 .. i0+width), with dropout, into `block`, padded with zeros to a multiple of
+// kTile columns. `logical_width` is the width of a whole row of x, which numbers its elements for
+// the mask.
 template <class Acc>
 void read_block(const Rows& x, int64_t t0, int64_t count, int64_t i0, int64_t width, int64_t logical_width,
                 const Mask& mask, const Block<Acc>& block) {

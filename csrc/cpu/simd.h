@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Vectors of the accumulation type, one width per instruction set, and the loads and stores that convert.
+// Vectors of the accumulation type, one width per instruction set, and the loads and stores that
+// convert.
 //
-// The kernel files are compiled once per instruction set (GRALORA_CPU_CAPABILITY); everything here lives in a namespace of
-// that set, and no standard-library template is used, so that the linker can never mix code of two sets.
+// The kernel files are compiled once per instruction set (GRALORA_CPU_CAPABILITY); everything here
+// lives in a namespace of that set, and no standard-library template is used, so that the linker
+// can never mix code of two sets.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +25,8 @@
 
 namespace gralora::cpu::GRALORA_ISA {
 
-// float64 serves gradient checks and is not tuned: only the portable kernels hold it, which halves the build.
+// float64 serves gradient checks and is not tuned: only the portable kernels hold it, which halves
+// the build.
 #if defined(__AVX512F__) || defined(__AVX2__)
 constexpr bool kHasFloat64 = false;
 #else
@@ -68,8 +71,8 @@ inline To bit_cast(const From& from) {
 
 // ---------------------------------------------------------------- memory
 
-// An element as it lies. The memory of a float may also hold a pair of bf16 (pairs.h), which C++ lets nobody read as a float, but by
-// a type that may alias.
+// An element as it lies. The memory of a float may also hold a pair of bf16 (pairs.h), which C++
+// lets nobody read as a float, but by a type that may alias.
 typedef float AnyFloat __attribute__((may_alias));
 inline __attribute__((always_inline)) float element(const float* p) { return *reinterpret_cast<const AnyFloat*>(p); }
 template <class T>
@@ -77,7 +80,8 @@ inline __attribute__((always_inline)) T element(const T* p) {
   return *p;
 }
 
-// What is fetched ahead may lie beyond an array, where no pointer may lead: such places are numbers.
+// What is fetched ahead may lie beyond an array, where no pointer may lead: such places are
+// numbers.
 template <class T>
 inline __attribute__((always_inline)) uintptr_t address(const T* p, int64_t elements = 0) {
   return reinterpret_cast<uintptr_t>(p) + uintptr_t(elements) * sizeof(T);
@@ -92,7 +96,8 @@ inline __attribute__((always_inline)) void prefetch(uintptr_t address) {
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
 inline float to_float(f16 x) {
-  // The exponent is rebiased by a multiplication, which also normalises subnormals; 0x7c00 marks infinity and NaN.
+  // The exponent is rebiased by a multiplication, which also normalises subnormals; 0x7c00 marks
+  // infinity and NaN.
   const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
   uint32_t value = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
   if ((x.bits & 0x7c00) == 0x7c00) value = magnitude | 0x7f800000u;
@@ -164,8 +169,9 @@ struct Access {
 };
 
 #if defined(__AVX512F__)
-// AVX512-BF16 rounds 32 floats in one instruction instead of a dozen, but takes subnormals for zero: where there is one, the
-// dozen. Written as assembly, so that the kernels need no fourth instruction set for its sake.
+// AVX512-BF16 rounds 32 floats in one instruction instead of a dozen, but takes subnormals for
+// zero: where there is one, the dozen. Written as assembly, so that the kernels need no fourth
+// instruction set for its sake.
 inline bool any_subnormal(Vec<float> v) { return _mm512_fpclass_ps_mask(__m512(v), 0x20) != 0; }
 #endif
 
@@ -244,7 +250,8 @@ inline void store(T* p, Vec<Acc> v) {
   Access<Acc, T>::store(p, v);
 }
 
-// a*b + c, rounded once where the processor can. Left to GCC, that depends on where in unrolled code a sum stands.
+// a*b + c, rounded once where the processor can. Left to GCC, that depends on where in unrolled
+// code a sum stands.
 template <class Acc>
 inline Vec<Acc> multiply_add(Vec<Acc> a, Acc b, Vec<Acc> c) {
 #if defined(__AVX512F__)
@@ -255,7 +262,8 @@ inline Vec<Acc> multiply_add(Vec<Acc> a, Acc b, Vec<Acc> c) {
   return a * b + c;
 }
 
-// The first `count` elements (all of a vector's, if there are as many), zeros beyond; nothing beyond is read.
+// The first `count` elements (all of a vector's, if there are as many), zeros beyond; nothing
+// beyond is read.
 template <class Acc, class T>
 inline Vec<Acc> load_some(const T* p, int64_t count) {
   if (count >= kWidth<Acc>) return load<Acc>(p);

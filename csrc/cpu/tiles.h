@@ -3,15 +3,17 @@
 //
 //   c[m][n] (+)= sum_p a[m][p] . b[p][n]     p = 0 .. steps-1, each a pair; sums in float
 //
-// `a` is a row's pairs as they lie, 16 of them (64 bytes) a tile; `b` is as for vectors, 16 of its rows a tile, so its rows are
-// padded with zeros to a multiple of kSteps. Up to 32 rows by 32 columns share four tiles of sums. A tile's 16 terms are added to
-// its sums together, for each row by itself: a row's result does not depend on how rows are grouped.
+// `a` is a row's pairs as they lie, 16 of them (64 bytes) a tile; `b` is as for vectors, 16 of its
+// rows a tile, so its rows are padded with zeros to a multiple of kSteps. Up to 32 rows by 32
+// columns share four tiles of sums. A tile's 16 terms are added to its sums together, for each row
+// by itself: a row's result does not depend on how rows are grouped.
 //
-// A factor that is not bf16 is a sum of pieces that are (pieces.h). Products of pieces i and j are left out where i + j reaches the
-// pieces of the factor that has more: they are below the last piece.
+// A factor that is not bf16 is a sum of pieces that are (pieces.h). Products of pieces i and j are
+// left out where i + j reaches the pieces of the factor that has more: they are below the last
+// piece.
 //
-// The registers' shape is configured by the thread that multiplies (Scope), and belongs to nobody in between: other libraries
-// configure their own.
+// The registers' shape is configured by the thread that multiplies (Scope), and belongs to nobody
+// in between: other libraries configure their own.
 #pragma once
 
 #include "capability.h"

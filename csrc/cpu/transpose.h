@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A W x W block transposed in registers: log2(W) rounds, each exchanging the off-diagonal halves of pairs of rows.
+// A W x W block transposed in registers: log2(W) rounds, each exchanging the off-diagonal halves of
+// pairs of rows.
 #pragma once
 
 #include "simd.h"
@@ -73,7 +74,8 @@ __attribute__((noinline)) void transpose_some(const T* from, int64_t from_stride
     if (i < rows) store<Acc>(to + i * to_stride, row[i]);
 }
 
-// Lane m of the result is the sum over the lanes of row[m]: the same rounds, but pairs are added and need no second row.
+// Lane m of the result is the sum over the lanes of row[m]: the same rounds, but pairs are added
+// and need no second row.
 template <class Acc>
 inline Vec<Acc> lane_sums(Vec<Acc> (&row)[kWidth<Acc>]) {
   constexpr int W = kWidth<Acc>;

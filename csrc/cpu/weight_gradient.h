@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// weight_gradient: sums over tokens of rank times wide activation, for one chunk of columns of one block.
+// weight_gradient: sums over tokens of rank times wide activation, for one chunk of columns of one
+// block.
 //
 //   sums[c, i] = sum_t v[t, b*r + c] * x'[t, column + i]   c = 0 .. r-1       sums[r + c, i] = sum_t v[t, k*r + c] * x'[...]
 //
-// x' is x after dropout. U and g give dB and dBg; dH and x give dA and dAg. Tokens are taken in blocks of kTokens, or
-// of as many pairs, each summed in registers, then added in order, so that long sums lose less; `sums` stays in L2.
+// x' is x after dropout. U and g give dB and dBg; dH and x give dA and dAg. Tokens are taken in
+// blocks of kTokens, or of as many pairs, each summed in registers, then added in order, so that
+// long sums lose less; `sums` stays in L2.
 #pragma once
 
 #include "pieces.h"
@@ -13,8 +15,8 @@ namespace gralora::cpu::GRALORA_ISA {
 
 constexpr int64_t kTokens = 128;
 
-// PackedRows of ranks that meet rows of x, which lie too far apart for L1's own prefetcher: those that follow are fetched. kKeeps:
-// each is left in `kept`, kTile from the last one.
+// PackedRows of ranks that meet rows of x, which lie too far apart for L1's own prefetcher: those
+// that follow are fetched. kKeeps: each is left in `kept`, kTile from the last one.
 template <class Acc, int MR, int NV, bool kKeeps>
 struct RanksAndRows : PackedRows<Acc, MR> {
   static constexpr int64_t kAhead = 12;
@@ -61,17 +63,19 @@ struct WeightGradient {
   int64_t k, r, h;
   int pieces = 1;  // of the ranks, by tiles
 
-  // The ranks of `count` tokens that meet block b, as add() takes them: (r + h) * steps(count) elements, times pieces
+  // The ranks of `count` tokens that meet block b, as add() takes them: (r + h) * steps(count)
+  // elements, times pieces
   template <class Rank>
   void read_ranks(const Rank* v, int64_t b, int64_t count, Acc* to) const {
     read_group(v + b * r, r, count, to);
     read_group(v + k * r, h, count, to + r * pieces * steps(count));
   }
 
-  // sums (+)= the part of tokens first .. first + tokens of the `count` in `ranks`, where first is even; x: their rows, or pairs
-  // of them, with zeros up to a multiple of kDepth; ahead: the rows of as many tokens, which will be read next; kept: kept_size
-  // elements for columns of x's rows, where these end within a vector, or lie in so few sets of L1 (48 KiB, 12 ways) that each
-  // group of ranks would fetch them anew.
+  // sums (+)= the part of tokens first .. first + tokens of the `count` in `ranks`, where first is
+  // even; x: their rows, or pairs of them, with zeros up to a multiple of kDepth; ahead: the rows
+  // of as many tokens, which will be read next; kept: kept_size elements for columns of x's rows,
+  // where these end within a vector, or lie in so few sets of L1 (48 KiB, 12 ways) that each group
+  // of ranks would fetch them anew.
   static constexpr int64_t kept_size = kTerms == 1 ? kTokens * kTile<Acc> : 0;
   void add(const Acc* ranks, int64_t count, int64_t first, int64_t tokens, const Source<Acc>& x, int64_t columns,
            bool accumulate, Acc* sums, Prefetch ahead, Acc* kept) const {
@@ -110,12 +114,13 @@ struct WeightGradient {
     });
   }
 
-  // The gradient itself, from all tokens, where they are one block and the ranks of a column are its rows (dA). Ranks are the vectors
-  // here: nothing is to be transposed.
+  // The gradient itself, from all tokens, where they are one block and the ranks of a column are
+  // its rows (dA). Ranks are the vectors here: nothing is to be transposed.
   //
   //   out[i*ld + c] = scale * sum_t x'[t, column + i] * v[t, b*r + c]
   //
-  // read_rank_rows: the ranks of `count` tokens that meet block b, in tiles of kTile; rank_rows_size(count) elements
+  // read_rank_rows: the ranks of `count` tokens that meet block b, in tiles of kTile;
+  // rank_rows_size(count) elements
   int64_t rank_rows_size(int64_t count) const { return panel_size<Acc>(steps(count), r); }
   template <class Rank>
   void read_rank_rows(const Rank* v, int64_t b, int64_t count, Acc* to) const {
@@ -197,8 +202,8 @@ struct WeightGradient {
     total.store(sums, kChunk);
   }
 
-  // to[c*steps + t*MR + m] = v[t, c + m] for each group of MR ranks; as pairs, t counts pairs of tokens. By tiles each rank is a row:
-  // to[(c*pieces + piece)*steps + t], with zeros at its end.
+  // to[c*steps + t*MR + m] = v[t, c + m] for each group of MR ranks; as pairs, t counts pairs of
+  // tokens. By tiles each rank is a row: to[(c*pieces + piece)*steps + t], with zeros at its end.
   template <class Rank>
   void read_group(const Rank* v, int64_t group, int64_t count, Acc* to) const {
     const int64_t ld = k * r + h;

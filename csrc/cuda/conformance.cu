@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// One kernel per intrinsic, each on one warp: operands in, results out. Hardware and emulator must agree on them; on a
-// GPU they are the first to run (`gralora-ext info --selftest`).
+// One kernel per intrinsic, each on one warp: operands in, results out. Hardware and emulator must
+// agree on them; on a GPU they are the first to run (`gralora-ext info --selftest`).
 #include <cstring>
 #include <utility>
 
@@ -59,7 +59,8 @@ __global__ void ldmatrix_trans(const uint16_t* x, const int* rows, uint32_t* res
   load_matrices(x, rows, result, [](auto& r, const void* row) { gralora::cuda::ldmatrix_x4_trans(r, row); });
 }
 
-// x: [32] of 16 bytes, valid: [32], result: [32] of 16 bytes, read by another lane than the one that copied.
+// x: [32] of 16 bytes, valid: [32], result: [32] of 16 bytes, read by another lane than the one
+// that copied.
 __global__ void cp_async(const uint4* x, const int* valid, uint4* result) {
   GRALORA_SHARED(uint4, tile, [32]);
   const int lane = static_cast<int>(threadIdx.x);
@@ -82,8 +83,8 @@ __global__ void to_tf32(const float* x, uint32_t* result) {
   store_global(result + lane, gralora::cuda::to_tf32(load_global(x + lane)));
 }
 
-// Accesses of 2, 4, 8 and 16 bytes, those of 16 by way of dynamic shared memory; each lane takes its neighbour's
-// element. All arrays: [32].
+// Accesses of 2, 4, 8 and 16 bytes, those of 16 by way of dynamic shared memory; each lane takes
+// its neighbour's element. All arrays: [32].
 __global__ void accesses(const uint16_t* x2, const float* x4, const float2* x8, const float4* x16, uint16_t* result2,
                          float* result4, float2* result8, float4* result16) {
   const int lane = static_cast<int>(threadIdx.x);
@@ -96,7 +97,8 @@ __global__ void accesses(const uint16_t* x2, const float* x4, const float2* x8, 
   store_global(result8 + lane, load_global(x8 + (lane ^ 1)));
 }
 
-// CUDA's own functions that kernels use as they are. x, shifted, votes: [32]; total, float_total: [1], added to.
+// CUDA's own functions that kernels use as they are. x, shifted, votes: [32]; total, float_total:
+// [1], added to.
 __global__ void plain_cuda(const int* x, int* shifted, uint32_t* votes, int* total, float* float_total) {
   const int lane = static_cast<int>(threadIdx.x);
   const int value = load_global(x + lane);

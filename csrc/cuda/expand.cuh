@@ -3,13 +3,14 @@
 //
 //   y[t, j*w + o] = base[t, j*w + o] + sum_c s*U[t, j, c] * Q[j][c, o] + sum_c s*U[t, c] * G[j][c, o]
 //
-// Forward: U = exchange(H), B, Bg^T give y. Backward: dH = exchange(dU), A^T, Ag give dx. Merge: y is W, its rows are the tokens,
-// U is B^T and Bg, Q is A^T and Ag. w = width/k; `Left` says which ranks a row has (Ranks does the exchange).
+// Forward: U = exchange(H), B, Bg^T give y. Backward: dH = exchange(dU), A^T, Ag give dx. Merge: y
+// is W, its rows are the tokens, U is B^T and Bg, Q is A^T and Ag. w = width/k; `Left` says which
+// ranks a row has (Ranks does the exchange).
 //
-// A block owns 128 tokens and `tiles` tiles of 64 columns of one j; a warp owns 16 tokens. base is read once and y written once,
-// in 16-byte pieces through shared memory; Q is converted to bfloat16 pieces once a block and tile; the ranks are read once
-// a block, into shared memory, 64 at a time (again for each tile where there are more). One sum in a fixed order per y,
-// rounded once.
+// A block owns 128 tokens and `tiles` tiles of 64 columns of one j; a warp owns 16 tokens. base is
+// read once and y written once, in 16-byte pieces through shared memory; Q is converted to bfloat16
+// pieces once a block and tile; the ranks are read once a block, into shared memory, 64 at a time
+// (again for each tile where there are more). One sum in a fixed order per y, rounded once.
 #pragma once
 
 #include "fragments.cuh"
@@ -27,8 +28,8 @@ __device__ __forceinline__ int used_ranks(int all_ranks, int rank0, int chunk) {
 template <class Left, class Y, class P, int kRanks_, int kTiles_>
 struct ExpandTile {
   static constexpr int kRanks = kRanks_, kTiles = kTiles_;
-  // A 16-bit y needs no third piece of its summands, 2^-16 of them; of a merged weight, which is rounded once for good, more
-  // would go the other way than is allowed.
+  // A 16-bit y needs no third piece of its summands, 2^-16 of them; of a merged weight, which is
+  // rounded once for good, more would go the other way than is allowed.
   static constexpr int kRankPieces = sizeof(Y) == 4 ? 3 : 2;
   static constexpr int kFactorPieces = Left::kAllPieces || kPieces<P> < kRankPieces ? kPieces<P> : kRankPieces;
   static constexpr int kFactorPitch = kColumns + 8;
@@ -49,12 +50,14 @@ struct ExpandSide {
   Mask mask;
 };
 
-// Ranks as an operand that is read by 8-byte loads: without bank conflicts where a row is 32 bytes longer than a multiple of 128
+// Ranks as an operand that is read by 8-byte loads: without bank conflicts where a row is 32 bytes
+// longer than a multiple of 128
 constexpr int kRankPadding = 8;
 
-// Columns [begin, end) of block j of `rows`, by all threads. `ranks`: in shared memory, scaled, [kTokens][rank_pitch], zeros to
-// the next multiple of 16. Where there are several chunks of them, load_ranks(chunk, column) brings each for its turn.
-// factor_rank0: the first rank of Q that is met.
+// Columns [begin, end) of block j of `rows`, by all threads. `ranks`: in shared memory, scaled,
+// [kTokens][rank_pitch], zeros to the next multiple of 16. Where there are several chunks of them,
+// load_ranks(chunk, column) brings each for its turn. factor_rank0: the first rank of Q that is
+// met.
 template <class Tile, class Y, class P, class LoadRanks>
 __device__ __forceinline__ void expand_tiles(typename Tile::Shared& shared, const ExpandSide<Y, P>& side, RowRange rows,
                                              int j, int begin, int end, const float* ranks, int rank_pitch,

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Fragments of mma.m16n8k16 from shared memory, as bfloat16 pieces. Of lane l, with g = l/4 and q = l%4:
+// Fragments of mma.m16n8k16 from shared memory, as bfloat16 pieces. Of lane l, with g = l/4 and
+// q = l%4:
 //   a word 0: row g, columns 2q and 2q+1;  word 1: row g+8;  words 2 and 3: the same rows, columns 8 further.
 #pragma once
 
@@ -30,7 +31,8 @@ __device__ __forceinline__ void load_rows_transposed(uint32_t (&a)[4], const bf1
   ldmatrix_x4_trans(a, tile + (lane / 16 * 8 + lane % 8) * pitch + lane / 8 % 2 * 8);
 }
 
-// Two neighbouring 16 x 8 tiles of the second operand. Of lane l: word 0 has rows 2q and 2q+1 of column g, word 1 those 8 further.
+// Two neighbouring 16 x 8 tiles of the second operand. Of lane l: word 0 has rows 2q and 2q+1 of
+// column g, word 1 those 8 further.
 __device__ __forceinline__ void load_columns(uint32_t (&left)[1][2], uint32_t (&right)[1][2], const bf16* tile,
                                              int pitch, int lane) {
   uint32_t word[4];

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// fused_forward: x, base and the adapter to y in one launch. The ranks stay in shared memory; U is written once for backward.
+// fused_forward: x, base and the adapter to y in one launch. The ranks stay in shared memory; U is
+// written once for backward.
 //
-// A block owns 128 tokens. It takes them through project's loop for each n and keeps the sums where they belong after the block
-// exchange, H[t, n, j*rb + q] at [t][j][n*rb + q]; then through expand's loop for each j. The two loops share the memory of
-// their buffers. All is added up in the order of the two launches with one split: the same bits.
+// A block owns 128 tokens. It takes them through project's loop for each n and keeps the sums where
+// they belong after the block exchange, H[t, n, j*rb + q] at [t][j][n*rb + q]; then through
+// expand's loop for each j. The two loops share the memory of their buffers. All is added up in the
+// order of the two launches with one split: the same bits.
 #pragma once
 
 #include "expand.cuh"

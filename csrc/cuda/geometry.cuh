@@ -10,8 +10,8 @@ namespace gralora::cuda {
 constexpr int kWarps = kTokens / 16;
 constexpr int kThreads = 32 * kWarps;
 
-// An activation [T, width] whose rows lie `stride` elements apart and are contiguous. vectors: rows and blocks begin
-// at multiples of 16 bytes, and a block is whole vectors of 16 bytes.
+// An activation [T, width] whose rows lie `stride` elements apart and are contiguous. vectors: rows
+// and blocks begin at multiples of 16 bytes, and a block is whole vectors of 16 bytes.
 template <class X>
 struct Activation {
   X* data;
@@ -19,8 +19,8 @@ struct Activation {
   bool vectors;
 };
 
-// A parameter [blocks, rows, columns] of any strides; data == nullptr: absent. vectors: along the dimension of stride 1, each
-// four elements whose index is a multiple of 4 can be loaded together.
+// A parameter [blocks, rows, columns] of any strides; data == nullptr: absent. vectors: along the
+// dimension of stride 1, each four elements whose index is a multiple of 4 can be loaded together.
 template <class P>
 struct Factor {
   const P* data;
@@ -74,7 +74,8 @@ struct Ranks {
     return {first, first + kTokens < T ? first + kTokens : T};
   }
   __device__ int first_rank(int64_t) const { return 0; }
-  // Rank c of those that meet output block j: c < r after the exchange, U[t, j, c] = H[t, c / rb, j*rb + c % rb]; then h.
+  // Rank c of those that meet output block j: c < r after the exchange,
+  // U[t, j, c] = H[t, c / rb, j*rb + c % rb]; then h.
   __device__ float get(int64_t t, int j, int c) const {
     if (splits == 0) return load_global(data + t * (int64_t(k) * r + h) + (c < r ? j : k - 1) * r + c);
     float sum = 0.0f;
@@ -93,7 +94,8 @@ struct Ranks {
   }
 };
 
-// Rows of W as tokens: those of output block j meet, in column block n, the ranks n*rb .. of B_j and j*rb .. of A_n.
+// Rows of W as tokens: those of output block j meet, in column block n, the ranks n*rb .. of B_j
+// and j*rb .. of A_n.
 template <class P>
 struct OutputRanks {
   static constexpr bool kAllPieces = true;

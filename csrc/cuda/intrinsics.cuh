@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// All that a kernel may use beyond plain CUDA C++, with two bodies: inline PTX under nvcc, and emulation under a host
-// compiler, which finds emulation.h by -I. Kernels hold no asm, no __shared__, no <<<>>>: then one source serves both.
+// All that a kernel may use beyond plain CUDA C++, with two bodies: inline PTX under nvcc, and
+// emulation under a host compiler, which finds emulation.h by -I. Kernels hold no asm, no
+// __shared__, no <<<>>>: then one source serves both.
 //
 //   GRALORA_SHARED(T, name, dims);            a shared array, aligned to 128 bytes, such as (float, tile, [32][33])
 //   dynamic_shared<T>()                       the launch's dynamic shared memory, aligned to 1024 bytes

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which kernels a call gets: those on tensor cores for the pairs of dtypes and strides that they take, from compute capability
-// 8.0 on, and the plain ones (simt.cuh) for all else.
+// Which kernels a call gets: those on tensor cores for the pairs of dtypes and strides that they
+// take, from compute capability 8.0 on, and the plain ones (simt.cuh) for all else.
 #include "launch.h"
 
 #include "passes.h"
@@ -60,7 +60,8 @@ BackwardPlan plan_of(const BackwardParams& p, const Device& device) {
                           token_splits(p.shape, device));
 }
 
-// W^T = sum of B_j^T's columns times A_n^T's: the same merge, with the two parameters in each other's place.
+// W^T = sum of B_j^T's columns times A_n^T's: the same merge, with the two parameters in each
+// other's place.
 MergeParams of_transposed_weight(MergeParams p) {
   std::swap(p.shape.N, p.shape.M);
   std::swap(p.adapter.A, p.adapter.B), std::swap(p.adapter.A_general, p.adapter.B_general);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CUDA passes as ops.cpp calls them, on the current device: no header of CUDA or torch. They return 0 or a cudaError_t,
-// and do not wait for the device.
+// The CUDA passes as ops.cpp calls them, on the current device: no header of CUDA or torch. They
+// return 0 or a cudaError_t, and do not wait for the device.
 #pragma once
 
 #include "gralora.h"

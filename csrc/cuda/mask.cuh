@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Dropout: the CPU's mask, bit for bit (cpu/philox.h says how an element's draw of 16 bits comes from Philox). Kept elements are
-// scaled by 1/(1-p), which the kernels leave to the factor of their sums. The seed stays on the device: a captured graph draws anew
-// where its seed is drawn anew.
+// Dropout: the CPU's mask, bit for bit (cpu/philox.h says how an element's draw of 16 bits comes
+// from Philox). Kept elements are scaled by 1/(1-p), which the kernels leave to the factor of their
+// sums. The seed stays on the device: a captured graph draws anew where its seed is drawn anew.
 #pragma once
 
 #include "pieces.cuh"
@@ -44,8 +44,8 @@ struct Mask {
   }
 };
 
-// Zeros the dropped elements of a tile of `rows` x `columns`, a multiple of 16, in shared memory, whose first one is (t0, column0) of x; by all
-// threads of the block.
+// Zeros the dropped elements of a tile of `rows` x `columns`, a multiple of 16, in shared memory,
+// whose first one is (t0, column0) of x; by all threads of the block.
 template <class X>
 __device__ __forceinline__ void drop_tile(const Mask& mask, X* tile, int pitch, int rows, int columns, int64_t t0,
                                           int64_t column0, int thread, int threads) {

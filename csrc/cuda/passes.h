@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The passes on tensor cores for one pair of dtypes, X of x, base and y (or W), P of the adapter. Defined in tensor_cores.cuh,
-// instantiated in float32.cu, bfloat16.cu and float16.cu. Activations have one leading dimension (or none) and columns of
-// stride 1, and so has W.
+// The passes on tensor cores for one pair of dtypes, X of x, base and y (or W), P of the adapter.
+// Defined in tensor_cores.cuh, instantiated in float32.cu, bfloat16.cu and float16.cu. Activations
+// have one leading dimension (or none) and columns of stride 1, and so has W.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -3,9 +3,10 @@
 //
 //   x = p_0 + p_1 + p_2 (+ an error)     p_0 = bf16(x), p_1 = bf16(x - p_0), p_2 = bf16(x - p_0 - p_1)
 //
-// A product of two such sums takes the pairs (i, j) with i + j < level. A bfloat16 is one piece, a half two, a float three:
-// each of them exactly (8 bits a piece), but for parts of a float below bfloat16's least number. With as many pieces as
-// the longer operand has, a product errs by 2^-8*level, which is below the rounding of float sums for level = 3.
+// A product of two such sums takes the pairs (i, j) with i + j < level. A bfloat16 is one piece, a
+// half two, a float three: each of them exactly (8 bits a piece), but for parts of a float below
+// bfloat16's least number. With as many pieces as the longer operand has, a product errs by
+// 2^-8*level, which is below the rounding of float sums for level = 3.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -45,7 +46,8 @@ __device__ __forceinline__ __half from_float<__half>(float x) {
   return __float2half_rn(x);
 }
 
-// The pieces of x. Of an infinity or a NaN the first piece holds it and the others are zero: their difference would be NaN.
+// The pieces of x. Of an infinity or a NaN the first piece holds it and the others are zero: their
+// difference would be NaN.
 template <int count>
 __device__ __forceinline__ void split_float(float x, bf16 (&piece)[count]) {
 #pragma unroll

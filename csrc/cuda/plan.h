@@ -11,8 +11,9 @@ constexpr int kTokens = 128;  // of a tile: a warp owns 16
 
 inline int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }
 
-// Enough blocks to fill every multiprocessor twice, so that the last wave is short; but a split's partial sums are written
-// and read again, so each takes at least so many steps of its pipeline (128 bytes of a row, or 32 tokens).
+// Enough blocks to fill every multiprocessor twice, so that the last wave is short; but a split's
+// partial sums are written and read again, so each takes at least so many steps of its pipeline
+// (128 bytes of a row, or 32 tokens).
 constexpr int kBlocksPerMultiprocessor = 2, kLeastSteps = 4;
 
 inline int splits_to_fill(int64_t blocks, int64_t steps, const Device& device) {
@@ -35,9 +36,9 @@ inline int token_splits(const Shape& s, const Device& device) {
   return splits_to_fill(tiles, ceil_div(s.T, kDepth), device);
 }
 
-// Forward in one launch: where the ranks of a tile of tokens fit into shared memory beside two blocks' buffers, and where each
-// multiprocessor has tiles enough. A block walks all columns of its tile, so none of its work can be shared out: the last
-// round of tiles must be nearly full too.
+// Forward in one launch: where the ranks of a tile of tokens fit into shared memory beside two
+// blocks' buffers, and where each multiprocessor has tiles enough. A block walks all columns of its
+// tile, so none of its work can be shared out: the last round of tiles must be nearly full too.
 constexpr int kFusedBlockRanks = 32, kFusedRanks = 64;  // of a block; of all blocks, each in whole steps of 16
 
 inline bool fits_one_launch(const Shape& s) {
@@ -48,7 +49,8 @@ inline bool fills_one_launch(const Shape& s, const Device& device) {
   return rounds >= kBlocksPerMultiprocessor && tiles * 8 >= rounds * device.multiprocessors * 7;
 }
 
-// A forward pass in one launch, splits == 0, or in two with ranks before the exchange between them, [splits][T][k][r + h] floats
+// A forward pass in one launch, splits == 0, or in two with ranks before the exchange between them,
+// [splits][T][k][r + h] floats
 struct ForwardPlan {
   int splits;
   int64_t ranks;

@@ -4,13 +4,15 @@
 //   ranks[split][t][n][c]     = f * sum_{i in split} x'[t, n*w + i] * P[n][i, c]      c < r
 //   ranks[split][t][n][r + c] = f * sum_{i in split} x'[t, n*w + i] * G[n][i, c]      c < h
 //
-// Forward: x, A, Ag^T. Backward: g, B^T, Bg. w = width/k; f carries the scaling and the 1/(1-p) of dropout.
+// Forward: x, A, Ag^T. Backward: g, B^T, Bg. w = width/k; f carries the scaling and the 1/(1-p) of
+// dropout.
 //
-// A block owns 128 tokens, one n, `columns` ranks and one split of the w columns; a warp owns 16 tokens. x goes through a ring of
-// kStages tiles of kRowBytes a row (cp.async), each read once per group of ranks; P through two buffers of bfloat16 pieces,
-// converted once a block. Both are read by ldmatrix from rows that are 16 bytes longer than a multiple of 64, or a float x by
-// 8-byte loads from rows that are 32 longer: no bank conflicts. Sums are taken in the order of i, in registers: the result
-// depends on nothing but the shape and the number of splits.
+// A block owns 128 tokens, one n, `columns` ranks and one split of the w columns; a warp owns 16
+// tokens. x goes through a ring of kStages tiles of kRowBytes a row (cp.async), each read once per
+// group of ranks; P through two buffers of bfloat16 pieces, converted once a block. Both are read
+// by ldmatrix from rows that are 16 bytes longer than a multiple of 64, or a float x by 8-byte
+// loads from rows that are 32 longer: no bank conflicts. Sums are taken in the order of i, in
+// registers: the result depends on nothing but the shape and the number of splits.
 #pragma once
 
 #include "fragments.cuh"
@@ -36,8 +38,8 @@ struct ProjectTile {
   static_assert(kDepth * columns % (4 * kThreads) == 0 || kDepth * columns < 4 * kThreads);
 };
 
-// One of the products of a launch, all of which have the same numbers of blocks, ranks, tokens and splits: in backward g and,
-// where forward did not keep U, x.
+// One of the products of a launch, all of which have the same numbers of blocks, ranks, tokens and
+// splits: in backward g and, where forward did not keep U, x.
 template <class X, class P>
 struct ProjectSide {
   Activation<const X> x;
@@ -52,9 +54,9 @@ struct ProjectSides {
   ProjectSide<X, P> side[2];
 };
 
-// The sums of 128 tokens from t0 with one n over the chunks [first, last), `Tile::kColumns` ranks from rank0: store(m, c, sum) of
-// token t0 + m and rank rank0 + c, each by one thread, which is the same for each n. Leaves shared memory while others may
-// still read it.
+// The sums of 128 tokens from t0 with one n over the chunks [first, last), `Tile::kColumns` ranks
+// from rank0: store(m, c, sum) of token t0 + m and rank rank0 + c, each by one thread, which is the
+// same for each n. Leaves shared memory while others may still read it.
 template <class Tile, class X, class P, class Store>
 __device__ __forceinline__ void project_tile(typename Tile::Shared& shared, const ProjectSide<X, P>& side, int n,
                                              int64_t t0, int64_t first, int64_t last, int rank0, Store&& store) {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// reduce: the second pass of the weight gradients. gradient[n][c, i] = sum over splits of sums[split][n][c][i], in their order.
+// reduce: the second pass of the weight gradients. gradient[n][c, i] = sum over splits of
+// sums[split][n][c][i], in their order.
 #pragma once
 
 #include "geometry.cuh"

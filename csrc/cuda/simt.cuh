@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// simt: every pass in plain multiply-adds, for what the tensor-core kernels do not take: devices before compute capability 8.0,
-// float64, mixed dtypes, weights of any strides. All passes are batches of one product, and a launch takes several of them.
+// simt: every pass in plain multiply-adds, for what the tensor-core kernels do not take: devices
+// before compute capability 8.0, float64, mixed dtypes, weights of any strides. All passes are
+// batches of one product, and a launch takes several of them.
 //
 //   out[b][m, c] (+)= f * ( sum_d L[b][m, d] R[b][d, c]  +  sum_d L'[b][m, d] R'[b][d, c] )
 //
-// A block of 256 threads owns 64 x 64 of one `out`; a thread 4 x 4. Both operands go through shared memory, 16 of the depth
-// at a time, converted to the accumulation type; the depth is summed in runs of 128, which are added in their order.
+// A block of 256 threads owns 64 x 64 of one `out`; a thread 4 x 4. Both operands go through shared
+// memory, 16 of the depth at a time, converted to the accumulation type; the depth is summed in
+// runs of 128, which are added in their order.
 #pragma once
 
 #include "gralora.h"
@@ -13,8 +15,9 @@
 
 namespace gralora::cuda {
 
-// A tensor [blocks, rows, columns] of any dtype and strides, in elements. Blocks are numbered outer * inner_blocks + inner,
-// columns lie in groups of `group`: those of merge, and of the ranks after the block exchange.
+// A tensor [blocks, rows, columns] of any dtype and strides, in elements. Blocks are numbered
+// outer * inner_blocks + inner, columns lie in groups of `group`: those of merge, and of the ranks
+// after the block exchange.
 struct View {
   void* data = nullptr;
   DType dtype = DType::f32;
@@ -52,8 +55,8 @@ struct Product {
   int64_t depth[2] = {0, 0};
   View base, out;  // base.data == nullptr: out is overwritten
   double scale = 1.0;
-  // Dropout of the left operand (its rows are tokens), of the right one (its depth is), or of the sums: block b begins at
-  // column b * mask_width of x.
+  // Dropout of the left operand (its rows are tokens), of the right one (its depth is), or of the
+  // sums: block b begins at column b * mask_width of x.
   Mask left_mask = {}, right_mask = {}, sum_mask = {};
   int64_t mask_width = 0;
 };

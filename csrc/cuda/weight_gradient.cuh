@@ -3,12 +3,14 @@
 //
 //   sums[split][n][c][i] = f * sum_{t in split} v[t, n, c] * x'[t, n*w + i]      c < r + h;  f carries a scaling
 //
-// U and g give dB and dBg; dH and x give dA and dAg: the two sides of one launch. reduce_kernel then adds the splits in their
-// order and writes the gradients: no atomics, so the result depends on the shape and the number of splits alone.
+// U and g give dB and dBg; dH and x give dA and dAg: the two sides of one launch. reduce_kernel
+// then adds the splits in their order and writes the gradients: no atomics, so the result depends
+// on the shape and the number of splits alone.
 //
-// A block owns 64 columns of x, kRanks ranks (32 where there are no more, or 64) and one split of the tokens; each of its 8
-// warps 16 of the ranks and as many columns as are left to it. x comes 32 tokens at a time through a ring of kStages tiles
-// (cp.async), each element once per kRanks ranks; the ranks through two buffers of bfloat16 pieces.
+// A block owns 64 columns of x, kRanks ranks (32 where there are no more, or 64) and one split of
+// the tokens; each of its 8 warps 16 of the ranks and as many columns as are left to it. x comes 32
+// tokens at a time through a ring of kStages tiles (cp.async), each element once per kRanks ranks;
+// the ranks through two buffers of bfloat16 pieces.
 #pragma once
 
 #include "fragments.cuh"

@@ -15,7 +15,8 @@ from .manifest import Damaged
 
 MANIFEST = "manifest.json"  # written last: a checkpoint without it is not whole
 STATE = "gralora_ext.json"  # the job's own part of a checkpoint: settings, data, history
-# What going on exactly takes; without any one of these transformers goes on all the same, with other losses.
+# What going on exactly takes; without any one of these transformers goes on all the same, with
+# other losses.
 NEEDED = (
     "adapter_config.json",
     "adapter_model.safetensors",

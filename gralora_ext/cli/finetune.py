@@ -235,7 +235,8 @@ class Job:
     def _check_space(self) -> None:
         """The merged model is written last: that it does not fit should not show only then."""
         trained = 4 * self.parameters
-        # Three checkpoints (the third is written before the first goes) of adapter and two moments, the adapter, the rest.
+        # Three checkpoints (the third is written before the first goes) of adapter and two moments,
+        # the adapter, the rest.
         needed = 10 * trained + 2**23
         if self.options.merge:
             needed += sum(p.numel() * p.element_size() for p in self.model.parameters() if not p.requires_grad)

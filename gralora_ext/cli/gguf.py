@@ -64,7 +64,8 @@ def _convert(path: Path, target: Path) -> None:
         if memory_failure(error):
             raise
         raise JobError(f"{path} cannot be read as a GGUF model: {first_sentence(error)}") from error
-    # The weights are plain float32 now; the marks of the quantized file would make save_pretrained and Trainer refuse.
+    # The weights are plain float32 now; the marks of the quantized file would make save_pretrained
+    # and Trainer refuse.
     model.hf_quantizer = None
     model.is_quantized = False
     for holder, mark in ((model, "quantization_method"), (model.config, "quantization_config")):

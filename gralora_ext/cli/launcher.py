@@ -8,7 +8,8 @@ import signal
 import sys
 import time
 
-# Of torchrun and accelerate, MPI, and MVAPICH: how many processes there are, and which of them this one is.
+# Of torchrun and accelerate, MPI, and MVAPICH: how many processes there are, and which of them this
+# one is.
 _VARIABLES = (
     ("WORLD_SIZE", "RANK"),
     ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
@@ -32,7 +33,8 @@ def refuse_several() -> int:
             flush=True,
         )
     else:
-        # A launcher ends all processes as soon as one has ended: the first one shall have spoken by then.
+        # A launcher ends all processes as soon as one has ended: the first one shall have spoken by
+        # then.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         time.sleep(1.0)
     return 2

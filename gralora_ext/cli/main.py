@@ -49,7 +49,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    # Each command is imported where it is called: finetune needs packages that info only reports on.
+    # Each command is imported where it is called: finetune needs packages that info only reports
+    # on.
     name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     if name == "finetune":
         if is_one_of_several():
@@ -62,8 +63,9 @@ def _dispatch(arguments: list[str]) -> int:
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # what fails there, the job tells in one sentence
         if not sys.stderr.isatty():
             os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars; the job's own are lines then
-        # Threads that spin while they wait starve each other where cores are shared: small operations then take tens of
-        # times as long. The OpenMP runtime reads this when torch loads it.
+        # Threads that spin while they wait starve each other where cores are shared: small
+        # operations then take tens of times as long. The OpenMP runtime reads this when torch loads
+        # it.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         from ..program.memory import keep_freed_memory
         from .finetune import run

@@ -41,7 +41,8 @@ written all the same, but for merged/), 1 a failure nobody foresaw.
 """
 
 
-# What a resumed job may do otherwise than the one that it goes on from: all other settings decide its numbers.
+# What a resumed job may do otherwise than the one that it goes on from: all other settings decide
+# its numbers.
 _FREE = {"output", "merge", "steps", "epochs", "save_every", "eval_every", "sample_tokens"}
 
 

@@ -12,13 +12,15 @@ from ..program.errors import JobError
 from .data import Encoder
 from .model import DTYPES
 
-# ‖difference‖ / ‖logits‖ between merged and adapter + base. In float32 merging rounds each weight once more, and sums run in
-# another order: at most 1e-6 was measured, of 14 to 210 adapted layers. In bfloat16 each activation is rounded anew as well, by
-# 1.7e-3 in norm: errors of some hundred roundings add up in squares, to 2.5e-2 at most where it was measured. An adapter may
-# change logits by less than that, so there each layer's merged weight is looked at too.
+# ‖difference‖ / ‖logits‖ between merged and adapter + base. In float32 merging rounds each weight
+# once more, and sums run in another order: at most 1e-6 was measured, of 14 to 210 adapted layers.
+# In bfloat16 each activation is rounded anew as well, by 1.7e-3 in norm: errors of some hundred
+# roundings add up in squares, to 2.5e-2 at most where it was measured. An adapter may change logits
+# by less than that, so there each layer's merged weight is looked at too.
 MERGED_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-2}
-# How far from 1 the share of its adapter may be that a layer's merged weight holds, see `_Weights.share`: 0 without the adapter,
-# 2 with it twice, -1 with the wrong sign. A right merge differs from 1 only by the few weights whose sum lies next to a tie.
+# How far from 1 the share of its adapter may be that a layer's merged weight holds, see
+# `_Weights.share`: 0 without the adapter, 2 with it twice, -1 with the wrong sign. A right merge
+# differs from 1 only by the few weights whose sum lies next to a tie.
 SHARE_TOLERANCE = 0.05
 ROWS = 64  # of a weight, evenly spaced: some of each block, and all columns
 

@@ -68,7 +68,8 @@ class FinetuneTrainer(Trainer):
         self.add_callback(_Schedule(self))
         self.eval_every = eval_every
         self.save_every = save_every
-        # Batches of like length need less padding; the loss is a mean over tokens and does not depend on the order.
+        # Batches of like length need less padding; the loss is a mean over tokens and does not
+        # depend on the order.
         self.held_out = sorted(held_out, key=lambda e: len(e["input_ids"]))
         self.encoder = encoder
         self.history = history
@@ -166,5 +167,6 @@ class _Schedule(TrainerCallback):
         control.should_training_stop = last or stopped
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # A signal that came during the evaluation or the save itself: the step before is saved, so the job can end.
+        # A signal that came during the evaluation or the save itself: the step before is saved, so
+        # the job can end.
         control.should_training_stop = control.should_training_stop or stopper.signum is not None

@@ -49,7 +49,8 @@ class Bar:
         self.last_line = 0.0 if first else self.start
         self.shown: tqdm | None = None
         if sys.stderr.isatty():
-            # Some pseudo-terminals have no size: tqdm would then show nothing, and this says 80 x 24.
+            # Some pseudo-terminals have no size: tqdm would then show nothing, and this says 80 x
+            # 24.
             size = shutil.get_terminal_size()
             self.shown = tqdm(
                 total=total,

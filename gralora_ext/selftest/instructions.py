@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 LANES = np.arange(32)
-# The sums of an mma are in double here and in the emulator, in another order, and rounded once to fp32.
+# The sums of an mma are in double here and in the emulator, in another order, and rounded once to
+# fp32.
 MMA_TOLERANCE = 1e-6
 
 

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 _TOKENS = 64  # from this many on; fewer do not repay W + ΔW
 
 _native = load()
-# On AMD's processors MKL stays on AVX2; ours has reached twice its speed by AVX-512, and 1.1 times by AVX2. On a Xeon one product
-# took 1.0 to 1.1 of the time of base layer and path.
+# On AMD's processors MKL stays on AVX2; ours has reached twice its speed by AVX-512, and 1.1 times
+# by AVX2. On a Xeon one product took 1.0 to 1.1 of the time of base layer and path.
 _IS_QUICKER = (
     _native.cpu_capability() != "default" and _native.cpu_vendor() == "amd" and torch.backends.mkl.is_available()
 )
@@ -76,7 +76,8 @@ def how_to_multiply(layer: GraloraLinear, x: Tensor) -> tuple[str, bool] | None:
         and only_multiplies(modules["gralora_B_general"]._modules[name])
     ):
         return None
-    # A graph serves all numbers of tokens: it is made for the least of which it is true that there are many.
+    # A graph serves all numbers of tokens: it is made for the least of which it is true that there
+    # are many.
     tokens = _TOKENS if compiles else x.numel() // layer.in_features
     if quicker and _multiplies_in_full_precision() and _pays(layer, name, tokens):
         return name, True

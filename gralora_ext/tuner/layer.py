@@ -35,7 +35,8 @@ class GraloraLinear(Linear):
     layer's output in place; where a forward hook may have kept that output, it does not.
     """
 
-    # Read by peft.helpers.disable_input_dtype_casting, which fails on PEFT's own layer; this one never casts its input.
+    # Read by peft.helpers.disable_input_dtype_casting, which fails on PEFT's own layer; this one
+    # never casts its input.
     cast_input_dtype_enabled: bool = True
 
     # False, on the class or on a layer: the base layer is always called. Not stored in checkpoints.
@@ -56,7 +57,8 @@ class GraloraLinear(Linear):
         """
         if adapter_names is not None:
             refuse_adapter_names(adapter_names)
-        # What PEFT's properties and nn.Module's own lookup return: calls, which cost microseconds here (frozen.how_to_multiply).
+        # What PEFT's properties and nn.Module's own lookup return: calls, which cost microseconds
+        # here (frozen.how_to_multiply).
         modules, base_layer = self._modules, self._modules["base_layer"]
         if self._disable_adapters and self.merged_adapters:
             self.unmerge()
@@ -69,7 +71,8 @@ class GraloraLinear(Linear):
                 return _native.linear(x, weight, bias, *self._path(name, x), own_gemm)
         result = base_layer(x, *args, **kwargs)
         if adds:
-            # In place, as PEFT's layer does it, into the output of a linear layer; but a hook may have kept that.
+            # In place, as PEFT's layer does it, into the output of a linear layer; but a hook may
+            # have kept that.
             in_place = (
                 isinstance(base_layer, _LINEAR_LAYERS)
                 and not (base_layer._forward_hooks or module._global_forward_hooks)
@@ -201,7 +204,8 @@ class GraloraLinear(Linear):
         A = self.gralora_A[adapter]
         if weight.device != A.device:
             _refuse_device("the base weight", weight, adapter, A)
-        # A quantized weight may report a float dtype, as torchao's do; such classes, and DTensor, keep their elements elsewhere.
+        # A quantized weight may report a float dtype, as torchao's do; such classes, and DTensor,
+        # keep their elements elsewhere.
         dense = type(weight.data) in (Tensor, FakeTensor)
         if not weight.is_floating_point() or not dense:
             kind = "" if dense else f" of class {type(weight.data).__name__}"
@@ -213,7 +217,8 @@ class GraloraLinear(Linear):
 
 
 def _refuse_device(name: str, tensor: Tensor, adapter: str, A: Tensor) -> NoReturn:
-    # Where one of them is on meta, the dispatcher would pick the fake kernel, which computes nothing.
+    # Where one of them is on meta, the dispatcher would pick the fake kernel, which computes
+    # nothing.
     raise ValueError(
         f"{name} is on {tensor.device}, but adapter {adapter!r} is on {A.device}: move the model to one device, "
         "or load the weights of what is on meta"

@@ -23,7 +23,8 @@ class GraloraModel(stock.GraloraModel):
 
     @staticmethod
     def _create_new_module(*args: Any, **kwargs: Any) -> nn.Module:
-        # PEFT builds and initializes its layer, whatever its signature is in this release; only the class changes.
+        # PEFT builds and initializes its layer, whatever its signature is in this release; only the
+        # class changes.
         module = stock.GraloraModel._create_new_module(*args, **kwargs)
         if type(module) is Linear:
             module.__class__ = GraloraLinear
@@ -31,6 +32,7 @@ class GraloraModel(stock.GraloraModel):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        # PeftModel's forward and generate enter this and then drop adapter_names; without it they are lost in silence.
+        # PeftModel's forward and generate enter this and then drop adapter_names; without it they
+        # are lost in silence.
         refuse_adapter_names(kwargs.get("adapter_names"))
         yield

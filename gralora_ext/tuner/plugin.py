@@ -32,7 +32,8 @@ class Activation:
         self._before_block: list[type[stock.GraloraModel]] = []
 
     def __enter__(self) -> Activation:
-        # `with enable():` has already displaced the earlier tuner in the call; an object used again has not.
+        # `with enable():` has already displaced the earlier tuner in the call; an object used again
+        # has not.
         previous = _install(GraloraModel)
         if previous is GraloraModel and self._before_call is not None:
             previous = self._before_call
