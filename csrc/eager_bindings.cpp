@@ -100,7 +100,7 @@ PyObject* merge_into(PyObject*, PyObject* const* all, Py_ssize_t count) {
 
 // Whether derivatives are taken by other means than autograd's graph: by a transform of torch.func,
 // or in forward mode. The ops have a backward alone, so plain torch operations take their place.
-bool differs_otherwise() {
+bool in_transform_or_forward_mode() {
   return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
          torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr;
 }
@@ -110,10 +110,11 @@ bool differs_otherwise() {
 // tracing: an output written in place, or an operation that stands for several, would not be what
 // they saw.
 bool is_unobserved() {
-  return c10::impl::TorchDispatchModeTLS::stack_len() == 0 && !torch::jit::tracer::isTracing() && !differs_otherwise();
+  return c10::impl::TorchDispatchModeTLS::stack_len() == 0 && !torch::jit::tracer::isTracing() &&
+         !in_transform_or_forward_mode();
 }
 
-PyObject* needs_plain_torch(PyObject*, PyObject*) { return PyBool_FromLong(differs_otherwise()); }
+PyObject* needs_plain_torch(PyObject*, PyObject*) { return PyBool_FromLong(in_transform_or_forward_mode()); }
 
 // (x, least)
 PyObject* may_be_one_operation(PyObject*, PyObject* const* all, Py_ssize_t count) {
@@ -155,12 +156,10 @@ PyMethodDef eager_methods[] = {
      "Whether a transform of torch.func or forward-mode differentiation is on, for which the ops have no rule."},
     {"may_be_one_operation", by_place(&may_be_one_operation), METH_FASTCALL,
      "Whether the first tensor, x, is a tensor proper on the CPU with as many elements at least, and there is no "
-     "autocast, no "
-     "dispatch mode, no tracing, and needs_plain_torch is false."},
+     "autocast, no dispatch mode, no tracing, and needs_plain_torch is false."},
     {"may_write_into", by_place(&may_write_into), METH_FASTCALL,
      "Whether y may take the memory of the first tensor, beside the second, x: tensors proper, contiguous, apart, with "
-     "no "
-     "dispatch mode, no tracing, and needs_plain_torch false."},
+     "no dispatch mode, no tracing, and needs_plain_torch false."},
     {nullptr, nullptr, 0, nullptr},
 };
 
