@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/capability.h"
+#include "cpu/machine.h"
 #include "eager_bindings.h"
 #ifdef GRALORA_HAVE_CUDA
 #include "cuda/launch.h"
@@ -71,7 +71,7 @@ void run_cuda_instruction(const std::string& name, const std::vector<uintptr_t>&
 std::vector<std::string> compiled_capabilities() {
   std::vector<std::string> names;
   for (const gralora::cpu::Capability capability : gralora::cpu::compiled_capabilities()) {
-    names.emplace_back(gralora::cpu::capability_name(capability));
+    names.emplace_back(gralora::cpu::name(capability));
   }
   return names;
 }
@@ -81,10 +81,10 @@ std::vector<std::string> compiled_capabilities() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "What the native half of gralora_ext was built with, and what it uses on this machine.";
   m.def(
-      "cpu_capability", [] { return std::string(gralora::cpu::capability_name(gralora::cpu::capability())); },
+      "cpu_capability", [] { return std::string(gralora::cpu::name(gralora::cpu::machine().capability)); },
       "The instruction set that the kernels use: 'default', 'avx2' or 'avx512'.");
-  m.def("cpu_amx", &gralora::cpu::has_tiles, "Whether products of bfloat16 activations are by AMX's tiles.");
-  m.def("cpu_vendor", &gralora::cpu::vendor, "Who made the processor: 'amd', 'intel' or 'other'.");
+  m.def("cpu_amx", [] { return gralora::cpu::machine().amx; }, "Whether products of bfloat16 activations are by AMX's tiles.");
+  m.def("cpu_vendor", [] { return gralora::cpu::name(gralora::cpu::machine().vendor); }, "Who made the processor: 'amd', 'intel' or 'other'.");
   m.def("compiled_capabilities", &compiled_capabilities,
         "The instruction sets that this build holds, in rising order.");
   m.def("num_threads", [] { return at::get_num_threads(); }, "torch's number of threads, which the kernels use too.");

@@ -22,7 +22,7 @@ constexpr int kMaxLeadingDims = 8;
 
 // An activation [T, width] of any strides: T is `sizes` flattened (row-major), strides are in
 // elements.
-struct Rows {
+struct Activation {
   void* data = nullptr;
   DType dtype = DType::f32;
   int64_t column_stride = 1;
@@ -82,7 +82,7 @@ struct Adapter {
 struct ForwardParams {
   Shape shape;
   Adapter adapter;
-  Rows x, base, y;
+  Activation x, base, y;
   void* u = nullptr;
   bool u_bf16 = false;  // u is bfloat16, not of the accumulation type; the CPU's kernels only
   double scaling = 1.0;
@@ -96,7 +96,7 @@ struct ForwardParams {
 struct BackwardParams {
   Shape shape;
   Adapter adapter;
-  Rows grad_y, x, grad_x;
+  Activation grad_y, x, grad_x;
   bool add_to_grad_x = false;  // += instead; the CPU's kernels only
   const void* u = nullptr;
   bool u_bf16 = false;
@@ -123,7 +123,7 @@ struct MergeParams {
 struct LinearParams {
   Shape shape;
   Adapter adapter;
-  Rows in, out;                // of the accumulation type; out is contiguous
+  Activation in, out;                // of the accumulation type; out is contiguous
   Param weight;                // [M, N] by its strides; block_stride is not used
   const void* bias = nullptr;  // [columns of out], of the accumulation type, or none
   bool transposed = false;

@@ -51,8 +51,8 @@ inline bool mask_fills_bytes(const Shape& s) { return s.N / s.k % 8 == 0; }
 
 // Leading dimensions of one element vanish and those that lie as one are joined; false: too many
 // are left.
-inline bool fill_rows(const at::Tensor& tensor, Rows& rows) {
-  rows = Rows{};
+inline bool fill_rows(const at::Tensor& tensor, Activation& rows) {
+  rows = Activation{};
   rows.data = const_cast<void*>(tensor.const_data_ptr());
   rows.dtype = dtype_of(tensor);
   rows.column_stride = tensor.stride(-1);
@@ -74,14 +74,14 @@ inline bool fill_rows(const at::Tensor& tensor, Rows& rows) {
 // of at most kMaxLeadingDims dimensions, those for CUDA want columns side by side, in rows that are
 // evenly spaced.
 inline at::Tensor as_rows(const at::Tensor& tensor) {
-  Rows rows;
+  Activation rows;
   const bool fits = fill_rows(tensor, rows);
   const bool simple = rows.leading_dims <= 1 && rows.column_stride == 1;
   return fits && (simple || tensor.is_cpu()) ? tensor : tensor.contiguous();
 }
 
-inline Rows rows_of(const at::Tensor& tensor) {
-  Rows rows;
+inline Activation rows_of(const at::Tensor& tensor) {
+  Activation rows;
   TORCH_INTERNAL_ASSERT(fill_rows(tensor, rows));
   return rows;
 }

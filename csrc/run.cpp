@@ -16,12 +16,8 @@
 namespace gralora {
 namespace {
 
-// Below this many multiply-adds, waking the other threads costs more than they save.
-constexpr int64_t kSerialWork = 1 << 18;
-
-int threads_for(int64_t multiply_adds, int64_t serial = kSerialWork) {
-  return multiply_adds < serial || at::in_parallel_region() ? 1 : at::get_num_threads();
-}
+// Those that a pass may use: its plan may want fewer (cpu/plan.cpp).
+int threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
 #ifdef GRALORA_HAVE_CUDA
 void* current_stream(const at::Device& device) {
@@ -51,10 +47,7 @@ void run(ForwardParams p, [[maybe_unused]] const at::Tensor& like) {
 #ifdef GRALORA_HAVE_CUDA
   if (like.is_cuda()) return run_on_device(p, like);
 #endif
-  // Forward gains from threads later than backward and merge, which write as much as the
-  // parameters; to read a parameter takes as long as some four multiply-adds.
-  const int64_t parameters = (p.shape.r + p.shape.h) * (p.shape.N + p.shape.M);
-  p.threads = threads_for((p.shape.T + 4) * parameters, 1 << 21);
+  p.threads = threads();
   if (p.shape.T > 0) cpu::forward(p);
 }
 
@@ -62,7 +55,7 @@ void run(BackwardParams p, [[maybe_unused]] const at::Tensor& like) {
 #ifdef GRALORA_HAVE_CUDA
   if (like.is_cuda()) return run_on_device(p, like);
 #endif
-  p.threads = threads_for(2 * p.shape.T * (p.shape.r + p.shape.h) * (p.shape.N + p.shape.M));
+  p.threads = threads();
   cpu::backward(p);
 }
 
@@ -73,12 +66,12 @@ void run(MergeParams p, [[maybe_unused]] const at::Tensor& like) {
     return check(cuda::merge(p, current_stream(like.device())));
   }
 #endif
-  p.threads = threads_for(p.shape.M * p.shape.N * (p.shape.r / p.shape.k + p.shape.h));
+  p.threads = threads();
   cpu::merge(p);
 }
 
 void run(LinearParams p) {
-  p.threads = threads_for(p.shape.T * p.shape.M * p.shape.N);
+  p.threads = threads();
   if (p.shape.T > 0) cpu::linear(p);
 }
 

@@ -35,7 +35,8 @@ COMMON_SOURCES = [
     "csrc/autograd.cpp",
     "csrc/bindings.cpp",
     "csrc/eager_bindings.cpp",
-    "csrc/cpu/capability.cpp",
+    "csrc/cpu/machine.cpp",
+    "csrc/cpu/plan.cpp",
     "csrc/cpu/dispatch.cpp",
 ]
 # Compiled once per capability; they include no torch header.

@@ -32,7 +32,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "-std=c++17",
         "-fopenmp",
         *FLAGS,
-        "-DGRALORA_EMULATE_TILES",
+        "-DGRALORA_EMULATE_AMX",
         f"-I{helpers.REPOSITORY / 'csrc'}",
         f"-I{tests}",
     ]
@@ -41,7 +41,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, flags in capabilities.items()
         for source in config.KERNEL_SOURCES
     }
-    commands |= {f"{name}.o": [f"csrc/cpu/{name}.cpp", *have] for name in ("capability", "dispatch")}
+    commands |= {f"{name}.o": [f"csrc/cpu/{name}.cpp", *have] for name in ("machine", "plan", "dispatch")}
     commands |= {f"{name}.o": [f"tests/cpp/{name}.cpp"] for name in PROGRAMS}
 
     def compile_(item: tuple[str, list[str]]) -> None:

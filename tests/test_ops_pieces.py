@@ -32,7 +32,7 @@ adapters = pytest.mark.parametrize("adapter", [torch.float32, torch.float16], id
 def amx(device: torch.device) -> None:
     """Without AMX, floats multiply here, which other tests see to; CUDA's kernels make pieces of their own."""
     if device.type == "cpu" and not build_info()["cpu_amx"]:
-        pytest.skip("the kernels do not use AMX here; tests/cpp/test_tiles runs them with its instructions in C++")
+        pytest.skip("the kernels do not use AMX here; tests/cpp/test_amx runs them with its instructions in C++")
 
 
 def beside_bf16(case: Case, adapter: torch.dtype) -> Case:

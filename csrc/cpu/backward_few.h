@@ -19,6 +19,7 @@ namespace gralora::cpu::GRALORA_ISA {
 template <class Acc>
 struct BackwardFew {
   const BackwardParams& p;
+  const BackwardPlan& plan;
   const Shape& s = p.shape;
   const int64_t row = s.k * s.r + s.h, w_in = s.N / s.k, w_out = s.M / s.k;
   const Mask mask = Mask(p.dropout);
@@ -26,32 +27,21 @@ struct BackwardFew {
   Acc* g = scratch.take<Acc>(kFewTokens * s.M);  // rows beyond T are zeros, so are those of u and dH
   Acc* u = scratch.take<Acc>(kFewTokens * row);  // s U
   Acc* dH = scratch.take<Acc>(kFewTokens * row);
-  const int64_t general_row = round_up(s.h, kWidth<Acc>), general_chunks = s.h > 0 ? ceil_div(s.M, kChunk) : 0;
+  const int64_t general_row = round_up(s.h, kWidth<Acc>), general_chunks = s.h > 0 ? ceil_div(s.M, kMostColumns) : 0;
   Acc* partial = scratch.take<Acc>(general_chunks * kFewTokens * general_row);  // of dHg
-  PerThread<Acc> buffers{scratch, p.threads, Block<Acc>::size(kFewTokens) + kFewTokens * kRow<Acc>};
-
-  static bool fits(const BackwardParams& p) {
-    const auto in_rows = [](const Param& parameter, const Param& gradient) {
-      return parameter.column_stride == 1 &&
-             (gradient.data == nullptr || (gradient.column_stride == 1 && gradient.dtype == parameter.dtype));
-    };
-    return p.shape.T > 0 && p.shape.T <= kFewTokens && !p.add_to_grad_x && in_rows(p.adapter.A, p.grad.A) &&
-           in_rows(p.adapter.B, p.grad.B) &&
-           (p.shape.h == 0 ||
-            (in_rows(p.adapter.A_general, p.grad.A_general) && in_rows(p.adapter.B_general, p.grad.B_general)));
-  }
+  PerThread<Acc> buffers{scratch, plan.threads, Block<Acc>::size(kFewTokens) + kFewTokens * kBlockRow<Acc>};
 
   void run() {
     read_tokens();
     const bool want_x = p.grad_x.data != nullptr;
     const bool want_H = want_x || p.grad.A.data != nullptr || p.grad.A_general.data != nullptr;
-    const int64_t chunks = ceil_div(w_in, kChunk);
+    const int64_t chunks = ceil_div(w_in, kMostColumns);
     for_dtype<Acc>(p.adapter.B.dtype, [&](auto* type) {
       using P = std::remove_pointer_t<decltype(type)>;
       for_few_tokens(s.T, [&](auto tokens) {
         constexpr int T = tokens.value, kRanks = together(T);
         const int64_t groups = ceil_div(s.r, kRanks);
-        parallel_items(s.k * groups + general_chunks, p.threads, [&](int64_t item, int) {
+        parallel_items(s.k * groups + general_chunks, plan.threads, [&](int64_t item, int) {
           const int64_t j = item / groups, c = item % groups * kRanks;
           if (j >= s.k) return pass_B_general<T, P>(item - s.k * groups, want_H);
           if (c + kRanks <= s.r) return pass_B<T, kRanks, P>(j, c, want_H);
@@ -59,9 +49,9 @@ struct BackwardFew {
         });
         if (!want_H) return;
         add_general();
-        parallel_items(s.k * chunks, p.threads, [&](int64_t item, int thread) {
-          const int64_t first = item % chunks * kChunk;
-          pass_A<T, P>(item / chunks, first, smaller(kChunk, w_in - first), buffers.of(thread));
+        parallel_items(s.k * chunks, plan.threads, [&](int64_t item, int thread) {
+          const int64_t first = item % chunks * kMostColumns;
+          pass_A<T, P>(item / chunks, first, smaller(kMostColumns, w_in - first), buffers.of(thread));
         });
       });
     });
@@ -84,7 +74,7 @@ struct BackwardFew {
                          g + t * s.M);
     });
     if (p.grad.B.data != nullptr || p.grad.B_general.data != nullptr) {
-      if (p.u == nullptr)
+      if (plan.remakes_U)
         remake_u();
       else if (p.u_bf16)
         convert_row<Acc>(static_cast<const bf16*>(p.u), 1, s.T * row, u);
@@ -97,9 +87,9 @@ struct BackwardFew {
   }
 
   void remake_u() {
-    const auto project = project_x<Acc, Singles<Acc>>(p);
-    Acc* rest = scratch.take<Acc>(project.segment_scratch(s.T));
-    project.run_segment(0, s.T, u, rest, [](int64_t) { return Ahead{}; });
+    const auto project =
+        project_x<Fp32<Acc>>(p, plan.A_for_U, plan.A_general_for_U, plan.x, plan.chunks_of_x);
+    project.run_segment(0, s.T, 1, u, scratch.take<Acc>(project.segment_scratch(s.T, 1)));
   }
 
   // Ranks [c, c + R) of block j
@@ -122,14 +112,14 @@ struct BackwardFew {
       for (int t = 0; t < T; t++)
         g_o[t] = whole.value ? load<Acc>(g_j + t * s.M + o) : load_some<Acc>(g_j + t * s.M + o, left);
       if (want_H)
-        for_accumulators<R, 1>([&](int q, int) {
+        for_sums<R, 1>([&](int q, int) {
           const P* at = b + q * from.row_stride + o;
           const Vec<Acc> b_o = whole.value ? load<Acc>(at) : load_some<Acc>(at, left);
 #pragma GCC unroll 4
           for (int t = 0; t < T; t++) sum[q * T + t] += g_o[t] * b_o;
         });
       if (want_B)
-        for_accumulators<R, 1>([&](int q, int) {
+        for_sums<R, 1>([&](int q, int) {
           Vec<Acc> gradient{};
 #pragma GCC unroll 4
           for (int t = 0; t < T; t++) gradient += ranks[q][t] * g_o[t];
@@ -143,7 +133,7 @@ struct BackwardFew {
     const int64_t rb = s.r / s.k;
     Acc totals[R * T];
     total_lanes<Acc>(sum, totals);
-    for_accumulators<R, T>([&](int q, int t) {
+    for_sums<R, T>([&](int q, int t) {
       if (t < s.T) dH[t * row + (c + q) / rb * s.r + j * rb + (c + q) % rb] = Acc(p.scaling) * totals[q * T + t];
     });
   }
@@ -151,7 +141,7 @@ struct BackwardFew {
   // Rows of Bg, a chunk of columns of g
   template <int T, class P>
   void pass_B_general(int64_t chunk, bool want_H) const {
-    const int64_t first = chunk * kChunk, count = smaller(kChunk, s.M - first);
+    const int64_t first = chunk * kMostColumns, count = smaller(kMostColumns, s.M - first);
     const Param &from = p.adapter.B_general, &to = p.grad.B_general;
     const P* b = static_cast<const P*>(from.data) + first * from.row_stride;
     Acc* sum = partial + chunk * kFewTokens * general_row;
@@ -185,36 +175,36 @@ struct BackwardFew {
     const int64_t column = n * w_in + first;
     const Block<Acc> block(buffer, kFewTokens);
     Acc* dx = buffer + Block<Acc>::size(kFewTokens);
-    if (want_A || want_general || mask.on) read_block<Acc>(p.x, 0, s.T, column, columns, s.N, mask, block);
-    for (int64_t t = s.T; t < T; t++) memset(block.rows + t * kRow<Acc>, 0, sizeof(Acc) * kRow<Acc>);
+    if (want_A || want_general || mask.on) copy_rows<Acc>({p.x, mask, s.N, 0, s.T, column, columns}, block);
+    for (int64_t t = s.T; t < T; t++) memset(block.rows + t * kBlockRow<Acc>, 0, sizeof(Acc) * kBlockRow<Acc>);
     const Acc *h = dH + n * s.r, *general = dH + s.k * s.r;
     const Param &A = p.adapter.A, &dA = p.grad.A, &Ag = p.adapter.A_general, &dAg = p.grad.A_general;
     if (want_x) {
       const P* a = static_cast<const P*>(A.data) + n * A.block_stride + first * A.row_stride;
-      dot_all_rows<kRows, T>(a, A.row_stride, columns, s.r, h, row, dx, kRow<Acc>);
+      dot_all_rows<kRows, T>(a, A.row_stride, columns, s.r, h, row, dx, kBlockRow<Acc>);
       const Acc* rows[T];
       rows_of(general, row, s.T, rows);
       for (int64_t i = 0; s.h > 0 && i < columns; i += W)
-        sum_rows<1, 1>(rows, s.T, s.h, static_cast<const P*>(Ag.data) + column + i, Ag.row_stride, W, dx + i, kRow<Acc>,
+        sum_rows<1, 1>(rows, s.T, s.h, static_cast<const P*>(Ag.data) + column + i, Ag.row_stride, W, dx + i, kBlockRow<Acc>,
                        columns - i, true);
     }
     if (want_A)
-      outer_all_rows<T>(block.rows, kRow<Acc>, columns, h, row, s.r,
+      outer_all_rows<T>(block.rows, kBlockRow<Acc>, columns, h, row, s.r,
                         static_cast<P*>(dA.data) + n * dA.block_stride + first * dA.row_stride, dA.row_stride);
     if (want_general)
-      outer_all_rows<T>(general, row, s.h, block.rows, kRow<Acc>, columns, static_cast<P*>(dAg.data) + column,
+      outer_all_rows<T>(general, row, s.h, block.rows, kBlockRow<Acc>, columns, static_cast<P*>(dAg.data) + column,
                         dAg.row_stride);
-    if (want_x) store_x(column, columns, dx, block.kept);
+    if (want_x) store_x(column, columns, dx, block.mask);
   }
 
-  void store_x(int64_t column, int64_t columns, Acc* dx, const uint8_t* kept) const {
+  void store_x(int64_t column, int64_t columns, Acc* dx, const uint8_t* bits) const {
     for_dtype<Acc>(p.grad_x.dtype, [&](auto* type) {
       using X = std::remove_pointer_t<decltype(type)>;
       for (int64_t t = 0; t < s.T; t++) {
         X* to = static_cast<X*>(p.grad_x.data) + row_offset(p.grad_x, t) + column * p.grad_x.column_stride;
         for (int64_t i = 0; i < columns; i += kWidth<Acc>) {
-          Vec<Acc> value = load<Acc>(dx + t * kRow<Acc> + i);
-          if (mask.on) value = Mask::drop<Acc>(value * Acc(mask.keep_scale), kept + t * kKept, i);
+          Vec<Acc> value = load<Acc>(dx + t * kBlockRow<Acc> + i);
+          if (mask.on) value = Mask::drop<Acc>(value * Acc(mask.keep_scale), bits + t * kMaskRow, i);
           if (p.grad_x.column_stride == 1)
             store_some<Acc>(to + i, value, columns - i);
           else

@@ -1,17 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// The run-time choice of the instruction set: each pass goes to the kernels compiled for the
-// capability in use, float64 to the portable ones, which alone hold it.
+// Each pass gets its plan, and goes to the kernels that were compiled for the instruction set in
+// use; float64 goes to the portable ones, which alone hold it.
 #include "../gralora.h"
-#include "capability.h"
+#include "machine.h"
+#include "plan.h"
 
 namespace gralora::cpu {
 
-#define GRALORA_DECLARE_KERNELS(isa)      \
-  namespace isa {                         \
-  void forward(const ForwardParams& p);   \
-  void backward(const BackwardParams& p); \
-  void merge(const MergeParams& p);       \
-  void linear(const LinearParams& p);     \
+#define GRALORA_DECLARE_KERNELS(isa)                               \
+  namespace isa {                                                  \
+  void forward(const ForwardParams& p, const ForwardPlan& plan);   \
+  void backward(const BackwardParams& p, const BackwardPlan& plan); \
+  void merge(const MergeParams& p, const MergePlan& plan);         \
+  void linear(const LinearParams& p, const LinearPlan& plan);      \
   }
 
 GRALORA_DECLARE_KERNELS(isa_default)
@@ -25,14 +26,14 @@ GRALORA_DECLARE_KERNELS(isa_avx512)
 namespace {
 
 struct Kernels {
-  void (*forward)(const ForwardParams&);
-  void (*backward)(const BackwardParams&);
-  void (*merge)(const MergeParams&);
-  void (*linear)(const LinearParams&);
+  void (*forward)(const ForwardParams&, const ForwardPlan&);
+  void (*backward)(const BackwardParams&, const BackwardPlan&);
+  void (*merge)(const MergeParams&, const MergePlan&);
+  void (*linear)(const LinearParams&, const LinearPlan&);
 };
 
 Kernels kernels(bool accumulate_f64) {
-  switch (accumulate_f64 ? Capability::Default : capability()) {
+  switch (accumulate_f64 ? Capability::Default : machine().capability) {
 #ifdef GRALORA_HAVE_AVX512
     case Capability::Avx512: return {isa_avx512::forward, isa_avx512::backward, isa_avx512::merge, isa_avx512::linear};
 #endif
@@ -45,9 +46,9 @@ Kernels kernels(bool accumulate_f64) {
 
 }  // namespace
 
-void forward(const ForwardParams& p) { kernels(p.accumulate_f64).forward(p); }
-void backward(const BackwardParams& p) { kernels(p.accumulate_f64).backward(p); }
-void merge(const MergeParams& p) { kernels(p.accumulate_f64).merge(p); }
-void linear(const LinearParams& p) { kernels(p.accumulate_f64).linear(p); }
+void forward(const ForwardParams& p) { kernels(p.accumulate_f64).forward(p, plan(p, machine())); }
+void backward(const BackwardParams& p) { kernels(p.accumulate_f64).backward(p, plan(p, machine())); }
+void merge(const MergeParams& p) { kernels(p.accumulate_f64).merge(p, plan(p, machine())); }
+void linear(const LinearParams& p) { kernels(p.accumulate_f64).linear(p, plan(p, machine())); }
 
 }  // namespace gralora::cpu

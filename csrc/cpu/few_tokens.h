@@ -9,9 +9,9 @@
 
 namespace gralora::cpu::GRALORA_ISA {
 
-constexpr int64_t kFewTokens = 4;
+constexpr int64_t kFewTokens = 4;  // at most (plan.cpp)
 
-// Calls f(Int<T>) with the number of tokens that registers are kept for
+// Calls f(Int<T>) with the number of tokens for which there are registers
 template <class F>
 inline void for_few_tokens(int64_t tokens, F&& f) {
   if (tokens == 1) return f(Int<1>{});
@@ -122,7 +122,7 @@ __attribute__((noinline)) void sum_rows(const Acc* const (&rows)[T], int64_t tok
     add_all(Int<1>{});
   else
     add_all(Int<0>{});
-  for_accumulators<T, NV>([&](int t, int v) {
+  for_sums<T, NV>([&](int t, int v) {
     Vec<Acc> total = sum[0][t][v];
 #pragma GCC unroll 4
     for (int phase = 1; phase < kSums; phase++) total += sum[phase][t][v];
@@ -138,11 +138,11 @@ inline void outer_rows(const Acc* left, int64_t ldl, int64_t rows, const Acc* ri
                        P* to, int64_t stride) {
   constexpr int64_t W = kWidth<Acc>;
   Vec<Acc> factor[T][NV];
-  for_accumulators<T, NV>(
+  for_sums<T, NV>(
       [&](int t, int v) { factor[t][v] = load_some<Acc>(right + t * ldr + v * W, columns - v * W); });
   for (int64_t m = 0; m < rows; m++, to += stride) {
     Vec<Acc> sum[NV] = {};
-    for_accumulators<T, NV>([&](int t, int v) { sum[v] += left[t * ldl + m] * factor[t][v]; });
+    for_sums<T, NV>([&](int t, int v) { sum[v] += left[t * ldl + m] * factor[t][v]; });
     if constexpr (NV == 1) {
       store_some<Acc>(to, sum[0], columns);
     } else {
@@ -159,7 +159,7 @@ inline void outer_rows(const Acc* left, int64_t ldl, int64_t rows, const Acc* ri
 template <int T, class Acc, class P>
 inline void outer_all_rows(const Acc* left, int64_t ldl, int64_t rows, const Acc* right, int64_t ldr, int64_t columns,
                            P* to, int64_t stride) {
-  constexpr int kHalf = kVectorRegisters / 2 / T, kWide = kHalf < 8 ? kHalf : 8;  // long runs along the rows of `to`
+  constexpr int kHalf = kVectorRegisters / 2 / T, kWide = kHalf < 8 ? kHalf : 8;  // long stretches of the rows of `to`
   constexpr int64_t wide = kWide * kWidth<Acc>;
   int64_t c = 0;
   for (; c + wide <= columns; c += wide) outer_rows<T, kWide>(left, ldl, rows, right + c, ldr, wide, to + c, stride);

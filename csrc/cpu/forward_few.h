@@ -17,53 +17,47 @@ namespace gralora::cpu::GRALORA_ISA {
 template <class Acc>
 struct ForwardFew {
   const ForwardParams& p;
+  const ForwardPlan& plan;
   const Shape& s = p.shape;
-  const int64_t row = s.k * s.r + s.h, w_out = s.M / s.k;
-  const Project<Acc, Singles<Acc>> project = project_x<Acc, Singles<Acc>>(p);
-
-  static bool fits(const ForwardParams& p) {
-    const auto in_rows = [](const Param& parameter) { return parameter.column_stride == 1; };
-    return p.shape.T <= kFewTokens && in_rows(p.adapter.A) && in_rows(p.adapter.B) &&
-           (p.shape.h == 0 || (in_rows(p.adapter.A_general) && in_rows(p.adapter.B_general))) &&
-           p.base.column_stride == 1 && p.y.column_stride == 1;
-  }
+  const int64_t row = s.k * s.r + s.h, w_out = s.M / s.k, strip = plan.strip;
+  const Project<Fp32<Acc>> project = project_x<Fp32<Acc>>(p, plan.A, plan.A_general, plan.x, plan.chunks);
 
   void run() const {
-    const int64_t chunks = project.chunks(), sums = project.sums();
-    const int64_t most = p.threads == 1 ? kStrip : ceil_div(s.M, 4 * p.threads);
-    const int64_t strip = smaller(kStrip, round_up(smaller(most, w_out), kTile<Acc>)), strips = ceil_div(w_out, strip);
+    const int64_t chunks = plan.chunks.count, sums = project.sums_row(), strips = ceil_div(w_out, strip);
     Scratch scratch;
-    const PerThread<Acc> buffers(scratch, p.threads, larger(Block<Acc>::size(kFewTokens), kFewTokens * kStrip));
+    const PerThread<Acc> buffers(scratch, plan.threads, larger(Block<Acc>::size(kFewTokens), kFewTokens * strip));
     Acc* partial = scratch.take<Acc>(chunks * s.T * sums);
     Acc* sum = scratch.take<Acc>(sums);
     Acc* u = p.u_bf16 ? scratch.take<Acc>(s.T * row) : static_cast<Acc*>(p.u);
     for_dtype<Acc>(p.adapter.A.dtype, [&](auto* type) {
       using P = std::remove_pointer_t<decltype(type)>;
       for_few_tokens(s.T, [&](auto tokens) {
-        parallel_items(chunks, p.threads, [&](int64_t chunk, int thread) {
+        parallel_items(chunks, plan.threads, [&](int64_t chunk, int thread) {
           pass_A<tokens.value, P>(chunk, buffers.of(thread), partial + chunk * s.T * sums);
         });
         for (int64_t t = 0; t < s.T; t++) project.reduce(partial, s.T, t, sum, u + t * row);
-        parallel_items(s.k * strips, p.threads, [&](int64_t item, int thread) {
+        parallel_items(s.k * strips, plan.threads, [&](int64_t item, int thread) {
           const int64_t first = item % strips * strip;
           pass_B<tokens.value, P>(item / strips, first, smaller(strip, w_out - first), u, buffers.of(thread));
         });
       });
     });
-    if (p.u_bf16) round_run<Acc>(u, s.T * row, static_cast<bf16*>(p.u));
+    if (p.u_bf16) round_row<Acc>(u, s.T * row, static_cast<bf16*>(p.u));
   }
 
  private:
-  static constexpr int64_t kStrip = 1024;  // columns of y whose sums stay in L1
+  static constexpr int64_t kMostStrip = 1024;  // plan.strip
+
   template <int T, class P>
   void pass_A(int64_t chunk, Acc* buffer, Acc* to) const {
     constexpr int64_t W = kWidth<Acc>;
     constexpr int kWide = T == 4 ? 1 : 4 / T, kGeneralRows = W < 4 ? W : 4;
-    const int64_t length = project.cut.length(chunk), column = project.cut.column(chunk), sums = project.sums();
-    const Source<Acc> x = rows_to_multiply<Acc>(p.x, 0, s.T, column, length, s.N, project.mask, {buffer, kFewTokens});
+    const Part part = project.part(chunk, 0, s.T);
+    const int64_t length = part.columns, column = part.column, sums = project.sums_row();
+    const Source<Acc> x = read_rows<Acc>(plan.x, part, {buffer, kFewTokens});
     const Param &A = p.adapter.A, &G = p.adapter.A_general;
-    const P* a = static_cast<const P*>(A.data) + project.cut.block(chunk) * A.block_stride +
-                 project.cut.first(chunk) * A.row_stride;
+    const P* a = static_cast<const P*>(A.data) + plan.chunks.block(chunk) * A.block_stride +
+                 plan.chunks.first(chunk) * A.row_stride;
     const Acc* rows[T];
     rows_of(x.data, x.ld, s.T, rows);
     const int64_t stride = A.row_stride, ahead = kAhead * stride;
@@ -90,18 +84,18 @@ struct ForwardFew {
     const int64_t stride = B.row_stride;
     int64_t o = 0;
     for (; o + kWide * W <= columns; o += kWide * W)
-      sum_rows<kWide, 1>(rows, s.T, s.r, b + o, stride, kWide * W, sum + o, kStrip);
-    for (; o < columns; o += W) sum_rows<1, 1>(rows, s.T, s.r, b + o, stride, W, sum + o, kStrip, columns - o);
+      sum_rows<kWide, 1>(rows, s.T, s.r, b + o, stride, kWide * W, sum + o, strip);
+    for (; o < columns; o += W) sum_rows<1, 1>(rows, s.T, s.r, b + o, stride, W, sum + o, strip, columns - o);
     const int64_t column = j * w_out + first;
     for (int64_t t = 0; t < s.T && s.h > 0; t++) {
       const P* g = static_cast<const P*>(G.data) + column * G.row_stride;
-      Acc general[kStrip];
+      Acc general[kMostStrip];
       dot_all_rows<W, 1>(g, G.row_stride, columns, s.h, u + t * row + s.k * s.r, 0, general, 0);
-      for (int64_t i = 0; i < columns; i++) sum[t * kStrip + i] += general[i];
+      for (int64_t i = 0; i < columns; i++) sum[t * strip + i] += general[i];
     }
     for_dtype<Acc>(p.y.dtype, [&](auto* type) {
       using Y = std::remove_pointer_t<decltype(type)>;
-      for (int64_t t = 0; t < s.T; t++) store_y<Y>(t, column, columns, sum + t * kStrip);
+      for (int64_t t = 0; t < s.T; t++) store_y<Y>(t, column, columns, sum + t * strip);
     });
   }
 

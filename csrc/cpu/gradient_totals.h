@@ -3,7 +3,7 @@
 // the gradients are written.
 #pragma once
 
-#include "project.h"
+#include "panels.h"
 
 namespace gralora::cpu::GRALORA_ISA {
 
@@ -12,20 +12,21 @@ namespace gralora::cpu::GRALORA_ISA {
 // once and need no place here.
 template <class Acc>
 struct Totals {
-  const Chunks& cut;
-  int64_t r, h, chunks;
-  Param block, general;  // the gradients; data == nullptr: not wanted
+  const Chunks& chunks;
+  int64_t r, h;
+  Param block, general;  // the gradients [k, r, w] and [k, h, w]; data == nullptr: not wanted
   Acc scale;
   Acc* sums = nullptr;
 
   bool wanted() const { return block.data != nullptr || general.data != nullptr; }
+  int64_t size() const { return (r + h) * kMostColumns; }  // of a chunk's sums
   void reserve(Scratch& scratch, int64_t slots) {
-    if (wanted()) sums = scratch.take<Acc>((slots + 1) * chunks * (r + h) * kChunk);
+    if (wanted()) sums = scratch.take<Acc>((slots + 1) * chunks.count * size());
   }
-  Acc* total(int64_t chunk) const { return sums + chunk * (r + h) * kChunk; }
+  Acc* total(int64_t chunk) const { return sums + chunk * size(); }
   // Where a segment's sums go: the first one of all straight to the total
   Acc* slot(bool first, int64_t segment, int64_t chunk) const {
-    return first && segment == 0 ? total(chunk) : sums + ((segment + 1) * chunks + chunk) * (r + h) * kChunk;
+    return first && segment == 0 ? total(chunk) : sums + ((segment + 1) * chunks.count + chunk) * size();
   }
   // Adds a wave's segments to the total in their order; after the last wave writes the gradients.
   void finish(bool first, bool last, int64_t segments, int64_t chunk) const {
@@ -33,16 +34,16 @@ struct Totals {
     for (int64_t s = first ? 1 : 0; s < segments; s++) {
       const Acc* from = slot(first, s, chunk);
       for (int64_t c = 0; c < r + h; c++)
-        for (int64_t o = 0; o < cut.length(chunk); o++) to[c * kChunk + o] += from[c * kChunk + o];
+        for (int64_t o = 0; o < chunks.length(chunk); o++) to[c * kMostColumns + o] += from[c * kMostColumns + o];
     }
     if (first && segments == 0)  // no tokens
-      for (int64_t o = 0; o < (r + h) * kChunk; o++) to[o] = Acc(0);
+      for (int64_t o = 0; o < size(); o++) to[o] = Acc(0);
     if (last) write(chunk, to);
   }
   void write(int64_t chunk, const Acc* from) const {
-    const int64_t b = cut.block(chunk), i = cut.first(chunk), columns = cut.length(chunk);
+    const int64_t b = chunks.block(chunk), i = chunks.first(chunk), columns = chunks.length(chunk);
     if (block.data != nullptr) write_block(block, b, i, r, columns, from);
-    if (general.data != nullptr) write_block(general, b, i, h, columns, from + r * kChunk);
+    if (general.data != nullptr) write_block(general, b, i, h, columns, from + r * kMostColumns);
   }
 
  private:
@@ -56,9 +57,9 @@ struct Totals {
       for (int64_t c = 0; c < ranks; c++) {
         int64_t i = 0;
         if (to.column_stride == 1) {
-          const auto scaled = [&](int64_t at) { return scale * load<Acc>(sums + c * kChunk + at); };
+          const auto scaled = [&](int64_t at) { return scale * load<Acc>(sums + c * kMostColumns + at); };
           P* row = out + c * to.row_stride;
-          for (; i + kTile<Acc> <= columns; i += kTile<Acc>) {
+          for (; i + kNR<Acc> <= columns; i += kNR<Acc>) {
             const Vec<Acc> both[2] = {scaled(i), scaled(i + kWidth<Acc>)};
             store_row<Acc, P, 2>(row + i, both);
           }
@@ -66,7 +67,7 @@ struct Totals {
           continue;
         }
         for (; i < columns; i++)
-          out[c * to.row_stride + i * to.column_stride] = from_acc<P>(scale * sums[c * kChunk + i]);
+          out[c * to.row_stride + i * to.column_stride] = from_acc<P>(scale * sums[c * kMostColumns + i]);
       }
     });
   }
@@ -80,11 +81,11 @@ struct Totals {
       if (i + W <= columns) {
         if constexpr (sizeof(P) < sizeof(Acc))
           for (; c + 2 * W <= ranks; c += 2 * W)
-            write_blocks<2>(out + i * to.column_stride + c, to, sums + c * kChunk + i);
-        for (; c + W <= ranks; c += W) write_blocks<1>(out + i * to.column_stride + c, to, sums + c * kChunk + i);
+            write_blocks<2>(out + i * to.column_stride + c, to, sums + c * kMostColumns + i);
+        for (; c + W <= ranks; c += W) write_blocks<1>(out + i * to.column_stride + c, to, sums + c * kMostColumns + i);
       }
       for (; c < ranks; c += W)
-        write_edge(out + i * to.column_stride + c, to, smaller(W, columns - i), ranks - c, sums + c * kChunk + i);
+        write_edge(out + i * to.column_stride + c, to, smaller(W, columns - i), ranks - c, sums + c * kMostColumns + i);
     }
   }
 
@@ -93,7 +94,7 @@ struct Totals {
   void write_blocks(P* out, const Param& to, const Acc* sums) const {
     constexpr int64_t W = kWidth<Acc>;
     Acc blocks[NV][W * W];
-    for (int v = 0; v < NV; v++) transpose_block<Acc>(sums + v * W * kChunk, kChunk, blocks[v], W);
+    for (int v = 0; v < NV; v++) transpose_block<Acc>(sums + v * W * kMostColumns, kMostColumns, blocks[v], W);
     for (int64_t m = 0; m < W; m++) {
       Vec<Acc> row[NV];
       for (int v = 0; v < NV; v++) row[v] = scale * load<Acc>(blocks[v] + m * W);
@@ -109,7 +110,7 @@ struct Totals {
   void write_edge(P* out, const Param& to, int64_t columns, int64_t ranks, const Acc* sums) const {
     constexpr int64_t W = kWidth<Acc>;
     Acc block[W * W];
-    transpose_some<Acc>(sums, kChunk, columns, ranks, block, W);
+    transpose_some<Acc>(sums, kMostColumns, columns, ranks, block, W);
     for (int64_t m = 0; m < columns; m++)
       store_some<Acc>(out + m * to.column_stride, scale * load<Acc>(block + m * W), ranks);
   }

@@ -12,72 +12,39 @@
 // An item is a strip of columns for a segment of tokens. Its part of P stays in L2; kTogether
 // tokens walk along `in`, a chunk of P's rows at a time, and share each of its tiles in L1. Every
 // sum is taken chunk by chunk in their order, whatever the items are.
-#include "panels.h"
-#include "project.h"
+#include "product_fp32.h"
 
 namespace gralora::cpu::GRALORA_ISA {
 namespace {
 
 template <class Acc>
 struct Linear {
+  const LinearPlan& plan;
   int64_t T, rows, columns, k, r, h;  // P is [rows, columns]
-  Rows in, out;
+  Activation in, out;
   Param W;
   Param L, Lg;  // [k, H, r], [k, H, h]
   Param R, Rg;  // [k, r, V], [k, h, V]
   const Acc* bias;
   Acc scale;
-  Chunks cut = Chunks(rows, 1, 1);  // a tile of P of 256 rows is two thirds of L1; longer sums lose more
-  static constexpr int64_t kTogether = 8 * kMaxRows;  // tokens that share a tile of P in L1
-
-  // How the product is shared: strips of so many columns, for segments of so many tokens
-  struct Share {
-    int64_t strip, tokens;
-  };
-  // The one that takes least, where a thread's items follow each other and making a panel takes as
-  // long as some tokens.
-  Share share(int threads) const {
-    constexpr int64_t kTiles[] = {3, 4, 2}, kPanelTokens = 16, kLeast = 8 * kMaxRows, kMost = 8;
-    Share best{3 * kTile<Acc>, round_up(larger(T, 1), kMaxRows)};
-    int64_t least = INT64_MAX;
-    for (const int64_t tiles : kTiles) {
-      const int64_t strip = tiles * kTile<Acc>, strips = ceil_div(columns, strip);
-      for (int64_t n = 1; n == 1 || (n <= kMost && T / n >= kLeast); n++) {
-        const int64_t tokens = larger(kMaxRows, round_up(ceil_div(T, n), kMaxRows));
-        const int64_t time = ceil_div(strips * ceil_div(T, tokens), threads) * strip * (tokens + kPanelTokens);
-        if (time < least) least = time, best = {strip, tokens};
-      }
-    }
-    return best;
-  }
-
-  // Chunks whose part of a strip fits in L2: runs of nearly equal length
-  int64_t run_length(int64_t strip) const {
-    const int64_t most = larger(1, kPanelElements / (strip * cut.columns));
-    return ceil_div(cut.per_block, ceil_div(cut.per_block, most));
-  }
-
-  void run(int threads) const {
-    const auto [strip, tokens] = share(threads);
-    const int64_t strips = ceil_div(columns, strip), chunks = run_length(strip);
-    const int64_t panel = chunks * cut.columns * strip;
-    const int64_t ranks = larger(r / k, h) * (strip + cut.columns);
+  void run() const {
+    const int64_t strips = ceil_div(columns, plan.strip), panel = plan.chunks_per_panel * plan.chunks.columns * plan.strip;
+    const int64_t ranks = larger(r / k, h) * (plan.strip + plan.chunks.columns);
     Scratch scratch;
-    const PerThread<Acc> buffers(scratch, threads, panel + ranks + Block<Acc>::size(kTogether));
-    parallel_items(strips * ceil_div(T, tokens), threads,
-                   [&, strip = strip, tokens = tokens](int64_t item, int thread) {
-                     const int64_t c0 = item % strips * strip, t0 = item / strips * tokens;
-                     Acc* own = buffers.of(thread);
-                     const Item it{c0,
-                                   smaller(strip, columns - c0),
-                                   t0,
-                                   smaller(tokens, T - t0),
-                                   own,
-                                   own + panel,
-                                   Block<Acc>(own + panel + ranks, kTogether)};
-                     for (int64_t begin = 0; begin < cut.per_block; begin += chunks)
-                       run_chunks(it, begin, smaller(begin + chunks, cut.per_block));
-                   });
+    const PerThread<Acc> buffers(scratch, plan.threads, panel + ranks + Block<Acc>::size(plan.tokens_together));
+    parallel_items(strips * ceil_div(T, plan.segment), plan.threads, [&](int64_t i, int thread) {
+      const int64_t c0 = i % strips * plan.strip, t0 = i / strips * plan.segment;
+      Acc* own = buffers.of(thread);
+      const Item item{c0,
+                      smaller(plan.strip, columns - c0),
+                      t0,
+                      smaller(plan.segment, T - t0),
+                      own,
+                      own + panel,
+                      Block<Acc>(own + panel + ranks, plan.tokens_together)};
+      for (int64_t begin = 0; begin < plan.chunks.count; begin += plan.chunks_per_panel)
+        run_chunks(item, begin, smaller(begin + plan.chunks_per_panel, plan.chunks.count));
+    });
   }
 
  private:
@@ -89,36 +56,37 @@ struct Linear {
 
   void run_chunks(const Item& item, int64_t begin, int64_t end) const {
     for (int64_t chunk = begin; chunk < end; chunk++) make_panel(item, chunk, panel_of(item, chunk - begin));
-    for (int64_t m = 0; m < item.count; m += kTogether) {
-      const int64_t tokens = smaller(kTogether, item.count - m);
+    const Mask no_mask{Dropout{}};
+    for (int64_t m = 0; m < item.count; m += plan.tokens_together) {
+      const int64_t tokens = smaller(plan.tokens_together, item.count - m);
       for (int64_t chunk = begin; chunk < end; chunk++) {
-        const Source<Acc> a = rows_to_multiply<Acc>(in, item.t0 + m, tokens, cut.first(chunk), cut.length(chunk), rows,
-                                                    Mask(Dropout{}), item.block);
+        const Part part{in, no_mask, rows, item.t0 + m, tokens, plan.chunks.first(chunk), plan.chunks.length(chunk)};
         const bool same_tokens = chunk + 1 < end;
-        multiply_chunk(item, a, chunk, panel_of(item, chunk - begin), m, tokens,
-                       Next{same_tokens ? m : m + kTogether, cut.first(same_tokens ? chunk + 1 : begin)});
+        multiply_chunk(item, read_rows<Acc>(plan.in, part, item.block), chunk, panel_of(item, chunk - begin), m, tokens,
+                       Next{same_tokens ? m : m + plan.tokens_together,
+                            plan.chunks.first(same_tokens ? chunk + 1 : begin)});
       }
     }
   }
 
   Acc* panel_of(const Item& item, int64_t chunk) const {
-    return item.panel + chunk * cut.columns * round_up(item.width, kTile<Acc>);
+    return item.panel + chunk * plan.chunks.columns * round_up(item.width, kNR<Acc>);
   }
 
   // ------------------------------------------------------------------ P
 
   // Rows of a chunk and an item's columns of P: tiles of kTile columns, padded with zeros
   void make_panel(const Item& item, int64_t chunk, Acc* panel) const {
-    const int64_t first = cut.first(chunk), length = cut.length(chunk), H = rows / k, V = columns / k, rb = r / k;
+    const int64_t first = plan.chunks.first(chunk), length = plan.chunks.length(chunk), H = rows / k, V = columns / k, rb = r / k;
     const int64_t c0 = item.c0, width = item.width;
-    pack_panel<Acc>(W, first * W.row_stride + c0 * W.column_stride, length, width, panel);
+    pack_panel<Acc>({W, 0, first, length, c0, width}, panel);
     for (int64_t a = first / H; a * H < first + length; a++) {
       const int64_t row = larger(first, a * H), count = smaller(first + length, (a + 1) * H) - row;
       for (int64_t b = c0 / V; b * V < c0 + width; b++) {
         const int64_t column = larger(c0, b * V), of_block = smaller(c0 + width, (b + 1) * V) - column;
         const auto add = [&](const Param& left, int64_t left0, const Param& right, int64_t right0, int64_t n) {
           Acc* packed = item.ranks;
-          Acc* copied = packed + n * round_up(width, kTile<Acc>);
+          Acc* copied = packed + n * round_up(width, kNR<Acc>);
           read_right(right, b, right0, n, column - b * V, of_block, column - c0, width, packed);
           add_ranks(rank_rows(left, a, row - a * H, count, left0, n, copied), packed, n, row - first, count, length,
                     column - c0, of_block, panel);
@@ -132,19 +100,19 @@ struct Linear {
   // Rows row0.. of R[b] in the tiles of the strip whose columns at.. they are; zeros beside them
   void read_right(const Param& from, int64_t b, int64_t row0, int64_t n, int64_t column0, int64_t count, int64_t at,
                   int64_t width, Acc* to) const {
-    const int64_t offset = b * from.block_stride + row0 * from.row_stride + column0 * from.column_stride;
-    if (at % kTile<Acc> == 0) {
-      pack_panel<Acc>(from, offset, n, count, to + at * n);
+    const BlockOf block{from, b, row0, n, column0, count};
+    if (at % kNR<Acc> == 0) {
+      pack_panel<Acc>(block, to + at * n);
       return;
     }
-    for (int64_t i = 0; i < n * round_up(width, kTile<Acc>); i++) to[i] = Acc(0);
+    for (int64_t i = 0; i < n * round_up(width, kNR<Acc>); i++) to[i] = Acc(0);
     for_dtype<Acc>(from.dtype, [&](auto* type) {
       using P = std::remove_pointer_t<decltype(type)>;
-      const P* data = static_cast<const P*>(from.data) + offset;
+      const P* data = static_cast<const P*>(from.data) + block.offset();
       for (int64_t q = 0; q < n; q++)
         for (int64_t c = 0; c < count; c++) {
           const int64_t column = at + c;
-          to[column / kTile<Acc> * n * kTile<Acc> + q * kTile<Acc> + column % kTile<Acc>] =
+          to[column / kNR<Acc> * n * kNR<Acc> + q * kNR<Acc> + column % kNR<Acc>] =
               to_acc<Acc>(data[q * from.row_stride + c * from.column_stride]);
         }
     });
@@ -176,20 +144,20 @@ struct Linear {
   // panel += s * left right, for `count` rows from `row` on of the `length` in the panel
   void add_ranks(Source<Acc> left, const Acc* right, int64_t n, int64_t row, int64_t count, int64_t length, int64_t at,
                  int64_t width, Acc* panel) const {
-    for (int64_t tile = at / kTile<Acc>; tile * kTile<Acc> < at + width; tile++)
+    for (int64_t tile = at / kNR<Acc>; tile * kNR<Acc> < at + width; tile++)
       for_row_groups(count, [&](auto mr, int64_t m) {
         constexpr int MR = decltype(mr)::value;
-        add_tile<MR>(left.data + m * left.ld, left.ld, right + tile * n * kTile<Acc>, n,
-                     panel + (tile * length + row + m) * kTile<Acc>);
+        add_tile<MR>(left.data + m * left.ld, left.ld, right + tile * n * kNR<Acc>, n,
+                     panel + (tile * length + row + m) * kNR<Acc>);
       });
   }
 
   template <int MR>
   __attribute__((noinline)) void add_tile(const Acc* left, int64_t ld, const Acc* right, int64_t n, Acc* to) const {
     Vec<Acc> acc[MR][2] = {};
-    multiply_rows<Singles<Acc>>(n, left, ld, right, kTile<Acc>, acc, nothing);
-    for_accumulators<MR, 2>([&](int m, int v) {
-      Acc* at = to + m * kTile<Acc> + v * kWidth<Acc>;
+    multiply<Fp32<Acc>>(n, LeftRows<const Acc, MR>(left, ld), right, kNR<Acc>, acc, Nothing{});
+    for_sums<MR, 2>([&](int m, int v) {
+      Acc* at = to + m * kNR<Acc> + v * kWidth<Acc>;
       store<Acc>(at, load<Acc>(at) + scale * acc[m][v]);
     });
   }
@@ -204,42 +172,41 @@ struct Linear {
 
   void multiply_chunk(const Item& item, Source<Acc> a, int64_t chunk, const Acc* panel, int64_t m0, int64_t tokens,
                       Next next) const {
-    const int64_t length = cut.length(chunk);
+    const int64_t length = plan.chunks.length(chunk);
     Acc* to = static_cast<Acc*>(out.data) + (item.t0 + m0) * columns + item.c0;
     const Acc* start = bias == nullptr ? nullptr : bias + item.c0;
-    for_column_tiles<Acc>(round_up(item.width, kWidth<Acc>), [&](auto nv, int64_t c) {
+    for_column_groups<Acc>(round_up(item.width, kWidth<Acc>), [&](auto nv, int64_t c) {
       constexpr int NV = decltype(nv)::value;
       const Acc *b = panel + c * length, *from = start == nullptr ? nullptr : start + c;
       const int64_t count = smaller(NV * kWidth<Acc>, item.width - c);
-      for_row_groups(tokens, [&](auto mr, int64_t m) {
-        constexpr int MR = decltype(mr)::value;
+      for_row_groups(tokens, [&](auto group, int64_t m) {
+        constexpr int MR = decltype(group)::value;
         const Source<Acc> own{a.data + m * a.ld, a.ld};
         Acc* at = to + m * columns + c;
-        if (c > 0) return tile<MR, NV>(length, own, b, chunk > 0, from, count, at, nothing);
+        if (c > 0) return micro_tile<MR, NV>(length, own, b, chunk > 0, from, count, at, Nothing{});
         const bool more = next.m + m + MR <= item.count;
-        const Prefetch prefetch = more ? Prefetch::of(in, item.t0 + next.m + m, next.first) : Prefetch{};
-        tile<MR, NV>(length, own, b, chunk > 0, from, count, at,
-                     [&](int64_t p) { RowsAhead(mr, prefetch, p).fetch_line(); });
+        micro_tile<MR, NV>(length, own, b, chunk > 0, from, count, at,
+                           NextRows(group, in, more ? item.t0 + next.m + m : -1, next.first));
       });
     });
   }
 
-  // A function of its own, as in Expand.
-  template <int MR, int NV, class Each>
-  __attribute__((noinline)) void tile(int64_t length, Source<Acc> a, const Acc* b, bool accumulate, const Acc* start,
-                                      int64_t count, Acc* to, Each&& each) const {
+  // A function of its own: inlined among other code, GCC would keep part of the sums in memory.
+  template <int MR, int NV, class Beside>
+  __attribute__((noinline)) void micro_tile(int64_t length, const Source<Acc>& a, const Acc* b, bool accumulate,
+                                            const Acc* start, int64_t count, Acc* to, const Beside& beside) const {
     Vec<Acc> acc[MR][NV] = {};
-    multiply_rows<Singles<Acc>>(length, a.data, a.ld, b, kTile<Acc>, acc, each);
+    multiply<Fp32<Acc>>(length, LeftRows<const Acc, MR>(a.data, a.ld), b, kNR<Acc>, acc, beside);
     if (count == NV * kWidth<Acc>) {
       if (accumulate) {
-        for_accumulators<MR, NV>([&](int m, int v) { acc[m][v] += load<Acc>(to + m * columns + v * kWidth<Acc>); });
+        for_sums<MR, NV>([&](int m, int v) { acc[m][v] += load<Acc>(to + m * columns + v * kWidth<Acc>); });
       } else if (start != nullptr) {
-        for_accumulators<MR, NV>([&](int m, int v) { acc[m][v] += load<Acc>(start + v * kWidth<Acc>); });
+        for_sums<MR, NV>([&](int m, int v) { acc[m][v] += load<Acc>(start + v * kWidth<Acc>); });
       }
-      for_accumulators<MR, 1>([&](int m, int) { store_row<Acc, Acc, NV>(to + m * columns, acc[m]); });
+      for_sums<MR, 1>([&](int m, int) { store_row<Acc, Acc, NV>(to + m * columns, acc[m]); });
       return;
     }
-    for_accumulators<MR, NV>([&](int m, int v) {  // columns end within a vector
+    for_sums<MR, NV>([&](int m, int v) {  // columns end within a vector
       const int64_t c = v * kWidth<Acc>;
       const Acc* from = accumulate ? to + m * columns : start;
       if (from != nullptr) acc[m][v] += load_some<Acc>(from + c, count - c);
@@ -249,41 +216,28 @@ struct Linear {
 };
 
 template <class Acc>
-void run(const LinearParams& p) {
-  const int64_t N = p.shape.N, M = p.shape.M, k = p.shape.k, r = p.shape.r, h = p.shape.h;
+void run(const LinearParams& p, const LinearPlan& plan) {
+  const int64_t T = p.shape.T, N = p.shape.N, M = p.shape.M, k = p.shape.k, r = p.shape.r, h = p.shape.h;
   const Adapter& a = p.adapter;
   const Acc* bias = static_cast<const Acc*>(p.bias);
-  const Param Agt = blocks_of_rows(transposed(a.A_general), N / k),
-              Bgt = transposed(blocks_of_rows(a.B_general, M / k));
+  const Acc s = Acc(p.scaling);
+  const Param Ag = blocks_of_columns(a.A_general, N / k), Bg = blocks_of_rows(a.B_general, M / k);
+  const Param At = transposed(a.A), Bt = transposed(a.B);
+  const Param Agt = blocks_of_rows(transposed(a.A_general), N / k), Bgt = transposed(Bg);
   const Linear<Acc> linear =
       p.transposed
-          ? Linear<Acc>{p.shape.T,
-                        M,
-                        N,
-                        k,
-                        r,
-                        h,
-                        p.in,
-                        p.out,
-                        p.weight,
-                        transposed(a.B),
-                        blocks_of_rows(a.B_general, M / k),
-                        transposed(a.A),
-                        transposed(Agt),
-                        bias,
-                        Acc(p.scaling)}
-          : Linear<Acc>{p.shape.T,     N, M, k, r, h, p.in, p.out, transposed(p.weight), a.A, Agt, a.B, Bgt, bias,
-                        Acc(p.scaling)};
-  linear.run(p.threads);
+          ? Linear<Acc>{plan, T, M, N, k, r, h, p.in, p.out, p.weight, Bt, Bg, At, Ag, bias, s}
+          : Linear<Acc>{plan, T, N, M, k, r, h, p.in, p.out, transposed(p.weight), a.A, Agt, a.B, Bgt, bias, s};
+  linear.run();
 }
 
 }  // namespace
 
-void linear(const LinearParams& p) {
+void linear(const LinearParams& p, const LinearPlan& plan) {
   if constexpr (kHasFloat64) {
-    if (p.accumulate_f64) return run<double>(p);
+    if (p.accumulate_f64) return run<double>(p, plan);
   }
-  run<float>(p);
+  run<float>(p, plan);
 }
 
 }  // namespace gralora::cpu::GRALORA_ISA

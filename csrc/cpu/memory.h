@@ -12,12 +12,13 @@
 namespace gralora::cpu::GRALORA_ISA {
 
 // The scratch of one call: uninitialised, aligned to a cache line, taken before parallel regions,
-// where a failure may be thrown. The calling thread keeps the last block for its next call (up to
-// kKept bytes): fresh memory would cost a page fault per 4 KiB, often more than the arithmetic.
-// That block has one user at a time: what begins beside it takes fresh memory.
+// and before anything is written, where a failure may be thrown. The calling thread keeps the last
+// block for its next call (up to kMostCached bytes): fresh memory would cost a page fault per 4 KiB,
+// often more than the arithmetic. That block has one user at a time: what begins beside it takes
+// fresh memory.
 class Scratch {
  public:
-  Scratch() : has_kept_(!kept().in_use) { kept().in_use = true; }
+  Scratch() : has_cached_(!cached().in_use) { cached().in_use = true; }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   ~Scratch() {
@@ -26,16 +27,16 @@ class Scratch {
       free(extra_);
       extra_ = next;
     }
-    if (!has_kept_) return;
-    if (used_ > kept().bytes && used_ <= kKept) kept().renew(used_);
-    kept().in_use = false;
+    if (!has_cached_) return;
+    if (used_ > cached().bytes && used_ <= kMostCached) cached().renew(used_);
+    cached().in_use = false;
   }
 
   template <class T>
   T* take(int64_t count) {
     const int64_t bytes = round_up(larger(count, 1) * int64_t(sizeof(T)), 64);
     used_ += bytes;
-    if (has_kept_ && used_ <= kept().bytes) return reinterpret_cast<T*>(kept().data + used_ - bytes);
+    if (has_cached_ && used_ <= cached().bytes) return reinterpret_cast<T*>(cached().data + used_ - bytes);
     auto* extra = static_cast<Extra*>(aligned_alloc(64, size_t(bytes + 64)));
     if (extra == nullptr) throw std::bad_alloc();
     extra->next = extra_, extra_ = extra;
@@ -43,27 +44,27 @@ class Scratch {
   }
 
  private:
-  static constexpr int64_t kKept = 1 << 26;
+  static constexpr int64_t kMostCached = 1 << 26;
   struct Extra {
     Extra* next;
   };
-  struct Kept {
+  struct Cached {
     char* data = nullptr;
     int64_t bytes = 0;
     bool in_use = false;
-    ~Kept() { free(data); }
+    ~Cached() { free(data); }
     void renew(int64_t size) {
       free(data);
       data = static_cast<char*>(aligned_alloc(64, size_t(size)));
       bytes = data == nullptr ? 0 : size;
     }
   };
-  static Kept& kept() {
-    static thread_local Kept block;
+  static Cached& cached() {
+    static thread_local Cached block;
     return block;
   }
 
-  const bool has_kept_;
+  const bool has_cached_;
   Extra* extra_ = nullptr;
   int64_t used_ = 0;
 };
@@ -81,9 +82,6 @@ class PerThread {
   T* all_;
 };
 
-// Whether threads that share as many items have much the same to do
-inline bool shared_evenly(int64_t items, int threads) { return items % threads == 0 || items >= 4 * threads; }
-
 // Calls f(item, thread) for each item, in any order and on any thread: items must write disjoint
 // memory, and what one writes must depend on its number alone; then results do not depend on the
 // number of threads.
@@ -99,20 +97,6 @@ inline void parallel_items(int64_t items, int threads, F&& f) {
 #pragma omp for schedule(dynamic, 1) nowait
     for (int64_t item = 0; item < items; item++) f(item, thread);
   }
-}
-
-// The chunks of some groups, shared in items of `size` that follow each other: f(group, chunk,
-// next, thread, begins), the last for the first chunk of an item. next: the thread's next chunk, if
-// all take turns, or `chunks` + its turn among the threads that have none.
-template <class F>
-inline void parallel_chunks(int64_t groups, int64_t chunks, int64_t size, int threads, F&& f) {
-  const int64_t items = chunks / size;
-  parallel_items(groups * items, threads, [&](int64_t item, int thread) {
-    const int64_t first = item % items * size, end = first + size, turn = item % items + threads;
-    const int64_t next_item = turn < items ? turn * size : chunks + turn - items;
-    for (int64_t chunk = first; chunk < end; chunk++)
-      f(item / items, chunk, chunk + 1 < end ? chunk + 1 : next_item, thread, chunk == first);
-  });
 }
 
 }  // namespace gralora::cpu::GRALORA_ISA

@@ -10,7 +10,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "capability.h"
+#include "machine.h"
 
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>

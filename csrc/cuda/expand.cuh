@@ -44,8 +44,8 @@ struct ExpandTile {
 template <class Y, class P>
 struct ExpandSide {
   Factor<P> factor, general;
-  Activation<const Y> base;
-  Activation<Y> y;
+  ActivationView<const Y> base;
+  ActivationView<Y> y;
   int w, r, h;
   Mask mask;
 };
@@ -65,8 +65,8 @@ __device__ __forceinline__ void expand_tiles(typename Tile::Shared& shared, cons
   constexpr int kRanks = Tile::kRanks, kVector = 16 / sizeof(Y);
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
   const Factor<P>&factor = side.factor, &general = side.general;
-  const Activation<const Y>& base = side.base;
-  const Activation<Y>& y = side.y;
+  const ActivationView<const Y>& base = side.base;
+  const ActivationView<Y>& y = side.y;
   const Mask& mask = side.mask;
   const int64_t t0 = rows.first, block_column = int64_t(j) * side.w;
   const int w = side.w, r = side.r, all_ranks = side.r + side.h;

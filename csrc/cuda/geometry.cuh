@@ -13,7 +13,7 @@ constexpr int kThreads = 32 * kWarps;
 // An activation [T, width] whose rows lie `stride` elements apart and are contiguous. vectors: rows
 // and blocks begin at multiples of 16 bytes, and a block is whole vectors of 16 bytes.
 template <class X>
-struct Activation {
+struct ActivationView {
   X* data;
   int64_t stride;
   bool vectors;

@@ -31,7 +31,7 @@ cudaError_t for_pair(DType x, DType adapter, F&& f) {
   }
 }
 
-bool plain_rows(const Rows& x) { return x.data == nullptr || (x.column_stride == 1 && x.leading_dims <= 1); }
+bool plain_rows(const Activation& x) { return x.data == nullptr || (x.column_stride == 1 && x.leading_dims <= 1); }
 
 // Columns of a block are counted in 32 bits there.
 bool narrow(const Shape& s) {

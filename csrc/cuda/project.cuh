@@ -42,7 +42,7 @@ struct ProjectTile {
 // splits: in backward g and, where forward did not keep U, x.
 template <class X, class P>
 struct ProjectSide {
-  Activation<const X> x;
+  ActivationView<const X> x;
   Factor<P> factor, general;
   Ranks ranks;
   int64_t w;  // of a block
@@ -62,7 +62,7 @@ __device__ __forceinline__ void project_tile(typename Tile::Shared& shared, cons
                                              int64_t t0, int64_t first, int64_t last, int rank0, Store&& store) {
   constexpr int columns = Tile::kColumns, kDepth = Tile::kDepth;
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
-  const Activation<const X>& x = side.x;
+  const ActivationView<const X>& x = side.x;
   const Factor<P>&factor = side.factor, &general = side.general;
   const Ranks& ranks = side.ranks;
   const Mask& mask = side.mask;

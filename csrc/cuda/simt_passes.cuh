@@ -8,7 +8,7 @@
 namespace gralora::cuda::simt {
 
 // An activation as k blocks of columns
-inline View view_of(const Rows& x, int64_t block_width) {
+inline View view_of(const Activation& x, int64_t block_width) {
   const int64_t row = x.leading_dims > 0 ? x.strides[0] : 0;
   return {x.data, x.dtype, block_width * x.column_stride, 0, row, x.column_stride};
 }
@@ -40,7 +40,7 @@ struct Kept {
 };
 
 // ranks = f * exchange(x' P), and f * x' G beside it
-inline void add_project(Products& to, const Shape& s, const Rows& x, int64_t width, const Param& P, const Param& G,
+inline void add_project(Products& to, const Shape& s, const Activation& x, int64_t width, const Param& P, const Param& G,
                         const Kept& ranks, double scale, const Mask& mask) {
   Product p;
   p.blocks = s.k, p.rows = s.T, p.columns = s.r, p.depth[0] = width / s.k;
@@ -53,8 +53,8 @@ inline void add_project(Products& to, const Shape& s, const Rows& x, int64_t wid
 }
 
 // y = base + f * (ranks Q), and ranks G beside it
-inline Product expand(const Shape& s, const Kept& ranks, const Param& Q, const Param& G, const Rows& base,
-                      const Rows& y, int64_t width, double scale, const Mask& mask) {
+inline Product expand(const Shape& s, const Kept& ranks, const Param& Q, const Param& G, const Activation& base,
+                      const Activation& y, int64_t width, double scale, const Mask& mask) {
   Product p;
   p.blocks = s.k, p.rows = s.T, p.columns = width / s.k, p.depth[0] = s.r, p.depth[1] = s.h;
   p.left[0] = ranks.of_output_blocks(), p.left[1] = ranks.of_general();
@@ -66,7 +66,7 @@ inline Product expand(const Shape& s, const Kept& ranks, const Param& Q, const P
 }
 
 // gradient[b] = f * ranks[b]^T x'[b], and that of the general part
-inline void add_gradient(Products& to, const Shape& s, const Kept& ranks, const Rows& x, int64_t width,
+inline void add_gradient(Products& to, const Shape& s, const Kept& ranks, const Activation& x, int64_t width,
                          const Param& block, const Param& general, double scale, const Mask& mask) {
   Product p;
   p.blocks = s.k, p.rows = s.r, p.columns = width / s.k, p.depth[0] = s.T;
@@ -108,7 +108,7 @@ inline cudaError_t pass(const BackwardParams& p, void* workspace, cudaStream_t s
   if (p.u == nullptr)
     add_project(ranks, s, p.x, s.N, p.adapter.A, gralora::transposed(p.adapter.A_general), u, kept, mask);
   if (p.grad_x.data != nullptr)
-    dx.add(expand(s, dH, gralora::transposed(p.adapter.A), p.adapter.A_general, Rows{}, p.grad_x, s.N, kept, mask));
+    dx.add(expand(s, dH, gralora::transposed(p.adapter.A), p.adapter.A_general, Activation{}, p.grad_x, s.N, kept, mask));
   add_gradient(gradients, s, u, p.grad_y, s.M, p.grad.B, gralora::transposed(p.grad.B_general), p.scaling, Mask{});
   add_gradient(gradients, s, dH, p.x, s.N, gralora::transposed(p.grad.A), p.grad.A_general, kept, mask);
   for (const Products* products : {&ranks, &dx, &gradients}) {

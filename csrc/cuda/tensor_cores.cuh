@@ -13,7 +13,7 @@
 namespace gralora::cuda {
 
 template <class T>
-Activation<T> activation(const Rows& rows, int64_t block_width) {
+ActivationView<T> activation(const Activation& rows, int64_t block_width) {
   constexpr int64_t kVector = 16 / sizeof(T);
   const int64_t stride = rows.leading_dims > 0 ? rows.strides[0] : 0;
   return {static_cast<T*>(rows.data), stride,
@@ -37,7 +37,7 @@ inline Ranks kept_ranks(const Shape& s, const void* data) {
 }
 
 template <class X, class P>
-ProjectSide<X, P> project_side(const Rows& x, const Param& P_block, const Param& P_general, const Ranks& ranks,
+ProjectSide<X, P> project_side(const Activation& x, const Param& P_block, const Param& P_general, const Ranks& ranks,
                                int64_t width, double scale, const Mask& mask) {
   const int64_t w = width / ranks.k;
   return {activation<const X>(x, w), factor<P>(P_block), factor<P>(P_general), ranks, w, float(scale), mask};
@@ -63,7 +63,7 @@ cudaError_t project(const ProjectSides<X, P>& sides, int count, cudaStream_t str
 }
 
 template <class Y, class P>
-ExpandSide<Y, P> expand_side(const Param& Q, const Param& G, const Rows& base, const Rows& y, int64_t w, int r, int h,
+ExpandSide<Y, P> expand_side(const Param& Q, const Param& G, const Activation& base, const Activation& y, int64_t w, int r, int h,
                              const Mask& mask) {
   return {factor<P>(Q), factor<P>(G), activation<const Y>(base, w), activation<Y>(y, w), int(w), r, h, mask};
 }
@@ -155,12 +155,12 @@ cudaError_t pass(const BackwardParams& p, const BackwardPlan& plan, float* works
 
   if (p.grad_x.data != nullptr)
     error = expand("expand", partial_dH, ceil_div(s.T, kTokens), k,
-                   expand_side<X, P>(transposed(p.adapter.A), blocks_of_columns(p.adapter.A_general, w_in), Rows{},
+                   expand_side<X, P>(transposed(p.adapter.A), blocks_of_columns(p.adapter.A_general, w_in), Activation{},
                                      p.grad_x, w_in, r, h, mask),
                    kept_scale, stream);
   if (error != cudaSuccess || !plan.need_gradients) return error;
 
-  const auto side = [&](const Rows& x, const Ranks& ranks, int64_t w, float* to, bool wanted, double scale,
+  const auto side = [&](const Activation& x, const Ranks& ranks, int64_t w, float* to, bool wanted, double scale,
                         const Mask& dropped) {
     return GradientSide<X>{activation<const X>(x, w), ranks, w, wanted ? to : nullptr, float(scale), dropped};
   };
@@ -189,11 +189,11 @@ cudaError_t merge(const MergeParams& p, cudaStream_t stream) {
   const int64_t rows = s.M / s.k, w = s.N / s.k;
   const OutputRanks<P> ranks{
       factor<P>(p.adapter.B), factor<P>(p.adapter.B_general), rows, ceil_div(rows, kTokens), int(s.r / s.k), int(s.h)};
-  Rows weight;
+  Activation weight;
   weight.data = p.weight.data, weight.leading_dims = 1, weight.sizes[0] = s.M, weight.strides[0] = p.weight.row_stride;
   const ExpandSide<W, P> side =
       expand_side<W, P>(transposed(p.adapter.A), blocks_of_columns(p.adapter.A_general, w),
-                        p.accumulate ? weight : Rows{}, weight, w, ranks.rb, int(s.h), Mask{});
+                        p.accumulate ? weight : Activation{}, weight, w, ranks.rb, int(s.h), Mask{});
   return expand("merge", ranks, int(s.k) * ranks.tiles_per_block, int(s.k), side, p.scaling, stream);
 }
 

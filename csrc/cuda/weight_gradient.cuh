@@ -33,7 +33,7 @@ struct GradientTile {
 
 template <class X>
 struct GradientSide {
-  Activation<const X> x;
+  ActivationView<const X> x;
   Ranks ranks;
   int64_t w;    // of a block
   float* sums;  // nullptr: not wanted

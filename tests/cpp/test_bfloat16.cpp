@@ -62,8 +62,8 @@ constexpr DType dtype_of(float) { return DType::f32; }
 constexpr DType dtype_of(uint16_t) { return DType::bf16; }
 
 template <class T>
-Rows rows(Array<T>& values, int64_t count, int64_t width) {
-  Rows rows;
+Activation rows(Array<T>& values, int64_t count, int64_t width) {
+  Activation rows;
   rows.data = values.data(), rows.dtype = dtype_of(T());
   rows.leading_dims = 1, rows.sizes[0] = count, rows.strides[0] = width;
   return rows;

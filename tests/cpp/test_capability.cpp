@@ -7,7 +7,7 @@
 #include <string>
 
 #include "check.h"
-#include "cpu/capability.h"
+#include "cpu/machine.h"
 
 using gralora::cpu::Capability;
 
@@ -15,7 +15,7 @@ namespace {
 
 void check_refused() {
   try {
-    gralora::cpu::capability();
+    gralora::cpu::machine().capability;
     EXPECT(!"a wrong word was taken");
   } catch (const std::invalid_argument& error) {
     const std::string message = error.what();
@@ -28,15 +28,15 @@ void check_refused() {
 void check_chosen(const char* cap) {
   const std::vector<Capability> compiled = gralora::cpu::compiled_capabilities();
   EXPECT(!compiled.empty() && compiled.front() == Capability::Default);
-  const Capability chosen = gralora::cpu::capability();
+  const Capability chosen = gralora::cpu::machine().capability;
   bool is_compiled = false, is_capped = false;
   for (const Capability capability : compiled) {
     is_compiled |= capability == chosen;
-    is_capped |= std::strcmp(gralora::cpu::capability_name(capability), cap) == 0 && chosen <= capability;
+    is_capped |= std::strcmp(gralora::cpu::name(capability), cap) == 0 && chosen <= capability;
   }
   EXPECT(is_compiled);
   EXPECT(is_capped);
-  EXPECT(gralora::cpu::capability() == chosen);
+  EXPECT(gralora::cpu::machine().capability == chosen);
 }
 
 }  // namespace

@@ -43,8 +43,8 @@ double relative_error(const Vector& got, const std::vector<double>& want) {
   return std::sqrt(difference / norm);
 }
 
-Rows rows(Vector& values, int64_t T, int64_t width) {
-  Rows rows;
+Activation rows(Vector& values, int64_t T, int64_t width) {
+  Activation rows;
   rows.data = values.data();
   rows.leading_dims = 1;
   rows.sizes[0] = T;

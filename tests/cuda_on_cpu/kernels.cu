@@ -17,8 +17,8 @@ namespace {
 
 constexpr DType kDTypes[] = {DType::f32, DType::bf16, DType::f16, DType::f64};
 
-Rows rows(const void* data, int64_t dtype, int64_t T, int64_t stride) {
-  Rows to;
+Activation rows(const void* data, int64_t dtype, int64_t T, int64_t stride) {
+  Activation to;
   to.data = const_cast<void*>(data), to.dtype = kDTypes[dtype];
   to.leading_dims = 1, to.sizes[0] = T, to.strides[0] = stride;
   return to;

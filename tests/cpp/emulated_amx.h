@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// AMX's instructions in C++, for tests on processors that lack them: what csrc/cpu/tiles.h has as assembly. TileShape is of that file,
+// AMX's instructions in C++, for tests on processors that lack them: what csrc/cpu/amx.h has as assembly. TileShape is of that file,
 // which includes this one.
 #pragma once
 

@@ -1,0 +1,426 @@
+// SPDX-License-Identifier: Apache-2.0
+// The plans, and every threshold with its reason. Where one says "measured", the figures are in
+// benchmarks/results/NOTES.md.
+#include "plan.h"
+
+#include <algorithm>
+
+namespace gralora::cpu {
+namespace {
+
+// ------------------------------------------------------------------ thresholds
+
+// Tokens that have kernels of their own: for them, reading the parameters is nearly all of the work.
+constexpr int64_t kFewTokens = 4;
+
+// Below so many multiply-adds, waking the other threads costs more than they save. Forward gains
+// from threads later than backward and merge, which write as much as the parameters.
+constexpr int64_t kSerialWork = 1 << 18, kSerialForward = 1 << 21;
+// To read a parameter takes as long as so many multiply-adds with it.
+constexpr int64_t kReadingWork = 4;
+
+// KC: a chunk of so many rows of a micro-panel is two thirds of L1; longer sums lose more.
+constexpr int64_t kMostColumns = 256;
+// Elements of a panel, which L2 holds beside activations: half a MiB in float.
+constexpr int64_t kPanelElements = 1 << 17;
+// MC: tokens that share packed parameters. Their latents stay in L2 between the two steps.
+constexpr int64_t kMostTokens = 512;
+// A block of a parameter is packed from so many tokens on, in groups of MR; fewer read it where it
+// lies, if it can be read so.
+constexpr int64_t kGroupsWorthPacking = 3;
+
+// Products of pairs round U. Below, reading the parameters is what costs, and U can stay exact.
+constexpr int64_t kTokensToRound = 5;
+// From so many tokens on, splitting the parameters into pieces pays.
+constexpr int64_t kTokensToSplit = 128;
+
+// Forward goes by columns below so many tokens for each thread, where each would pack all of A and
+// B for its own; few ranks are packed soon, and whole blocks leave no sums to add.
+int64_t tokens_for_a_thread(const Shape& s, bool of_pairs, bool whole_blocks) {
+  if (s.r + s.h < 64) return 64;
+  return of_pairs && whole_blocks ? 128 : 80;
+}
+
+// Backward takes all tokens as one segment, whose columns threads share, where they are few, or not
+// many beside the parameters and their gradients, which each thread would otherwise take for its
+// own tokens (measured).
+bool is_one_segment(const Shape& s) {
+  if (s.T < 192) return true;
+  return s.T <= kMostTokens && s.h == 0 && s.k % 2 == 0 && s.r * (s.N + s.M) >= 128 * s.T * s.k;
+}
+
+// What a wave of backward may take beside the first sums of its gradients, all threads together.
+constexpr int64_t kWaveBytes = 64 << 20;
+
+// Narrow blocks of y that are written together, in longer runs along its rows.
+constexpr int64_t kMostBlocks = 8;
+// Columns of y whose sums stay in L1, for few tokens.
+constexpr int64_t kFewTokensStrip = 1024;
+
+// ------------------------------------------------------------------ the micro-kernel
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// W, MR and NR of microkernel.h, in elements of the accumulation type
+struct MicroKernel {
+  DType accumulated;
+  int64_t W, MR, NR;
+
+  MicroKernel(const Machine& machine, bool f64)
+      : accumulated(f64 ? DType::f64 : DType::f32),
+        W((f64 ? 16 : machine.vector_bytes()) / (f64 ? 8 : 4)),
+        MR(!f64 && machine.capability == Capability::Avx512 ? 12 : 6),
+        NR(2 * W) {}
+};
+
+int64_t rows_of(Product product, const MicroKernel& kernel) {
+  return product == Product::Bf16Amx || product == Product::SplitAmx ? 32 : kernel.MR;
+}
+
+Product plain(bool f64) { return f64 ? Product::Float64 : Product::Float32; }
+
+// A chunk begins at a whole micro-panel of a parameter, and at a whole byte of the dropout mask.
+Chunks chunks(int64_t width, int64_t k, const MicroKernel& kernel) {
+  Chunks cut;
+  cut.block_width = width / k;
+  const int64_t wanted = std::max<int64_t>(1, ceil_div(cut.block_width, kMostColumns));
+  cut.columns = round_up(ceil_div(cut.block_width, wanted), std::max<int64_t>(kernel.NR, 8));
+  cut.per_block = ceil_div(cut.block_width, cut.columns);
+  cut.count = k * cut.per_block;
+  return cut;
+}
+
+int threads_for(int64_t multiply_adds, int64_t serial, int threads) { return multiply_adds < serial ? 1 : threads; }
+
+// ------------------------------------------------------------------ operands
+
+bool even(int64_t n) { return n % 2 == 0; }
+bool in_rows(const Param& param) { return param.column_stride == 1; }
+bool evenly_spaced(const Activation& x) { return x.column_stride == 1 && x.leading_dims <= 1; }
+bool aligned_to_pairs(const void* data) { return reinterpret_cast<uintptr_t>(data) % 4 == 0; }
+
+// Whether pairs of columns of x can be read where they lie
+bool has_pairs(const Activation& x) {
+  return x.dtype == DType::bf16 && evenly_spaced(x) && aligned_to_pairs(x.data) &&
+         (x.leading_dims == 0 || even(x.strides[0]));
+}
+// Whether `rows` rows of each block of a parameter can be packed as pairs
+bool has_pairs(const Param& param, int64_t rows) {
+  return param.dtype == DType::bf16 && even(rows) &&
+         (param.column_stride == 1 || (param.row_stride == 1 && even(param.column_stride) &&
+                                       even(param.block_stride) && aligned_to_pairs(param.data)));
+}
+
+Reading reading(const Activation& x, bool dropped, Product product, const MicroKernel& kernel) {
+  if (dropped) return Reading::Dropped;
+  if (product != plain(kernel.accumulated == DType::f64)) return Reading::InPlace;  // has_pairs()
+  return x.dtype == kernel.accumulated && evenly_spaced(x) ? Reading::InPlace : Reading::Copied;
+}
+// The same of rows that are also the right factor of a gradient, which reads whole vectors of a
+// block's columns.
+Reading reading(const Activation& x, bool dropped, bool for_gradient, int64_t block_width, Product product,
+                const MicroKernel& kernel) {
+  const Reading found = reading(x, dropped, product, kernel);
+  return for_gradient && found == Reading::InPlace && block_width % kernel.W != 0 ? Reading::Copied : found;
+}
+
+// Of blocks of `rows` rows; `columns`: of a block, or of the panel of which there are several;
+// tokens: how many read what is packed.
+Packing packing(const Param& param, int64_t rows, int64_t columns, int64_t tokens, Product product,
+                const MicroKernel& kernel) {
+  if (param.data == nullptr) return Packing::Absent;
+  if (product == Product::Bf16Pairs) return Packing::Paired;
+  if (product == Product::Bf16Amx || product == Product::SplitAmx)
+    return has_pairs(param, rows) ? Packing::Paired : Packing::Split;
+  const bool usable = param.dtype == kernel.accumulated && in_rows(param) && columns % kernel.W == 0;
+  const bool is_micro_panel = columns <= kernel.NR && param.row_stride == columns;
+  const bool few = tokens < kGroupsWorthPacking * kernel.MR;
+  return usable && (few || is_micro_panel) ? Packing::InPlace : Packing::Packed;
+}
+
+// ------------------------------------------------------------------ forward
+
+struct ForwardOperands {
+  Param A, B, Ag, Bg;  // as right factors: [k, w, r], [k, r, w], [k, w, h], [k, h, w]
+};
+ForwardOperands operands(const ForwardParams& p) {
+  const Shape& s = p.shape;
+  return {p.adapter.A, p.adapter.B, blocks_of_rows(transposed(p.adapter.A_general), s.N / s.k),
+          transposed(blocks_of_rows(p.adapter.B_general, s.M / s.k))};
+}
+
+bool takes_few_tokens(const ForwardParams& p) {
+  const Adapter& a = p.adapter;
+  return p.shape.T <= kFewTokens && in_rows(a.A) && in_rows(a.B) &&
+         (p.shape.h == 0 || (in_rows(a.A_general) && in_rows(a.B_general))) && p.base.column_stride == 1 &&
+         p.y.column_stride == 1;
+}
+
+Product product_of(const ForwardParams& p, const ForwardOperands& o, const Machine& machine) {
+  const Shape& s = p.shape;
+  const int64_t w = s.N / s.k;
+  if (p.accumulate_f64 || p.y.dtype != DType::bf16 || !has_pairs(p.x)) return plain(p.accumulate_f64);
+  if (machine.amx && even(w) && s.T >= (p.u_bf16 ? kTokensToRound : kTokensToSplit))
+    return p.u_bf16 ? Product::Bf16Amx : Product::SplitAmx;
+  // Intel's processors take four times as long for pairs as for floats.
+  const bool pairs = machine.bf16_instructions && machine.vendor != Vendor::Intel && p.u_bf16 &&
+                     s.T >= kTokensToRound && has_pairs(o.A, w) && has_pairs(o.B, s.r) &&
+                     (s.h == 0 || (has_pairs(o.Ag, w) && has_pairs(o.Bg, s.h)));
+  return pairs ? Product::Bf16Pairs : Product::Float32;
+}
+
+// Columns of a block of y whose panel of B fits into L2, and how many narrow blocks do together
+void cut_y(ForwardPlan& plan, const Shape& s, const MicroKernel& kernel) {
+  const int64_t w = s.M / s.k, ranks = s.r + s.h;
+  plan.strip = round_up(std::min(std::max(kPanelElements / ranks, 4 * kernel.NR), w), kernel.NR);
+  if (plan.schedule == Schedule::ByColumns) {  // some for each thread
+    const int64_t share = round_up(ceil_div(s.M, 4 * plan.threads), kernel.NR);
+    plan.strip = std::min(plan.strip, std::max(kernel.NR, share));
+  } else if (plan.strip >= w) {
+    plan.blocks_per_strip =
+        std::min({kMostBlocks, s.k, std::max<int64_t>(1, kPanelElements / (ranks * plan.strip))});
+  }
+}
+
+}  // namespace
+
+ForwardPlan plan(const ForwardParams& p, const Machine& machine) {
+  const Shape& s = p.shape;
+  const MicroKernel kernel(machine, p.accumulate_f64);
+  const ForwardOperands o = operands(p);
+  const bool dropped = p.dropout.p > 0.0;
+  ForwardPlan plan;
+  plan.threads = threads_for((s.T + kReadingWork) * (s.r + s.h) * (s.N + s.M), kSerialForward, p.threads);
+  plan.chunks = chunks(s.N, s.k, kernel);
+  if (takes_few_tokens(p)) {
+    plan.product = plain(p.accumulate_f64);
+    plan.x = reading(p.x, dropped, plan.product, kernel);
+    const int64_t share = plan.threads == 1 ? kFewTokensStrip : ceil_div(s.M, 4 * plan.threads);
+    plan.strip = std::min(kFewTokensStrip, round_up(std::min(share, s.M / s.k), kernel.NR));
+    return plan;
+  }
+  plan.product = product_of(p, o, machine);
+  plan.x = reading(p.x, dropped, plan.product, kernel);
+  const int64_t rows = rows_of(plan.product, kernel);
+  const bool whole_blocks = s.h == 0 && shared_evenly(s.k, plan.threads);
+  const int64_t enough = tokens_for_a_thread(s, plan.product != plain(p.accumulate_f64), whole_blocks);
+  if (plan.threads == 1 || s.T >= enough * plan.threads) {
+    plan.schedule = Schedule::ByTokens;
+    const int64_t segments = round_up(ceil_div(s.T, kMostTokens), plan.threads);
+    plan.segment = round_up(ceil_div(s.T, segments), rows);
+  } else {
+    plan.schedule = Schedule::ByColumns;
+    plan.segment = std::min(s.T, kMostTokens);
+    plan.whole_blocks = whole_blocks;
+  }
+  cut_y(plan, s, kernel);
+  const int64_t fitting = kPanelElements / ((s.r + s.h) * plan.chunks.columns);
+  plan.chunks_per_panel = std::max<int64_t>(1, std::min(plan.chunks.per_block, fitting));
+  plan.A = packing(o.A, s.N / s.k, s.r, plan.segment, plan.product, kernel);
+  plan.A_general = packing(o.Ag, s.N / s.k, s.h, plan.segment, plan.product, kernel);
+  plan.B = packing(o.B, s.r, s.M / s.k, plan.segment, plan.product, kernel);
+  plan.B_general = packing(o.Bg, s.h, s.M / s.k, plan.segment, plan.product, kernel);
+  return plan;
+}
+
+// ------------------------------------------------------------------ backward
+
+namespace {
+
+struct BackwardOperands {
+  Param A, B, Ag, Bg;          // for dx and dH: [k, r, w], [k, w, r], [k, h, w], [k, w, h]
+  Param A_for_U, Ag_for_U;     // [k, w, r], [k, w, h]
+};
+BackwardOperands operands(const BackwardParams& p) {
+  const Shape& s = p.shape;
+  const Adapter& a = p.adapter;
+  return {transposed(a.A), transposed(a.B), blocks_of_columns(a.A_general, s.N / s.k),
+          blocks_of_rows(a.B_general, s.M / s.k), a.A, blocks_of_rows(transposed(a.A_general), s.N / s.k)};
+}
+
+bool takes_few_tokens(const BackwardParams& p) {
+  const auto rows = [](const Param& parameter, const Param& gradient) {
+    return in_rows(parameter) &&
+           (gradient.data == nullptr || (in_rows(gradient) && gradient.dtype == parameter.dtype));
+  };
+  const Adapter &a = p.adapter, &grad = p.grad;
+  return p.shape.T > 0 && p.shape.T <= kFewTokens && !p.add_to_grad_x && rows(a.A, grad.A) && rows(a.B, grad.B) &&
+         (p.shape.h == 0 || (rows(a.A_general, grad.A_general) && rows(a.B_general, grad.B_general)));
+}
+
+Product product_of(const BackwardParams& p, const BackwardOperands& o, const Machine& machine) {
+  const Shape& s = p.shape;
+  const int64_t w_in = s.N / s.k, w_out = s.M / s.k;
+  if (p.accumulate_f64 || !has_pairs(p.x) || !has_pairs(p.grad_y)) return plain(p.accumulate_f64);
+  if (machine.amx && even(w_in) && even(w_out) && s.T >= (p.u_bf16 ? kTokensToRound : kTokensToSplit))
+    return p.u_bf16 ? Product::Bf16Amx : Product::SplitAmx;
+  const bool pairs = machine.bf16_instructions && machine.vendor != Vendor::Intel && p.u_bf16 &&
+                     s.T >= kTokensToRound && has_pairs(o.A, s.r) && has_pairs(o.A_for_U, w_in) &&
+                     has_pairs(o.B, w_out) &&
+                     (s.h == 0 || (has_pairs(o.Ag, s.h) && has_pairs(o.Ag_for_U, w_in) && has_pairs(o.Bg, w_out)));
+  return pairs ? Product::Bf16Pairs : Product::Float32;
+}
+
+// Segments do not depend on the number of threads, or gradients would. A wave gives every thread a
+// segment, or where there are fewer, a share of the chunks; its sums have a bounded place.
+void cut_tokens(BackwardPlan& plan, const BackwardParams& p, int64_t rows) {
+  const Shape& s = p.shape;
+  const int64_t wanted = is_one_segment(s) ? 1 : round_up(ceil_div(s.T, kMostTokens), 2);
+  plan.segment = std::max(round_up(ceil_div(s.T, wanted), rows), rows);
+  plan.segments = ceil_div(s.T, plan.segment);
+
+  const int64_t element = p.accumulate_f64 ? 8 : 4, row = s.k * s.r + s.h;
+  const int64_t gradients = (s.r + s.h) * (s.N + s.M) * element, latents = 2 * plan.segment * row * element;
+  const int64_t by_tokens = std::max<int64_t>(1, kWaveBytes / (gradients + latents));
+  if (plan.threads <= by_tokens && plan.segments >= plan.threads && shared_evenly(plan.segments, plan.threads)) {
+    plan.schedule = Schedule::ByTokens;
+    plan.wave = plan.threads;
+    return;
+  }
+  const int64_t most = std::max(plan.chunks_of_g.count, plan.chunks_of_x.count);
+  const int64_t least = std::min(plan.chunks_of_g.count, plan.chunks_of_x.count);
+  const int64_t partial = most * plan.segment * (s.r + s.h) * element;
+  const int64_t by_columns = std::max<int64_t>(1, kWaveBytes / (gradients + latents + partial));
+  plan.schedule = plan.segments == 0 ? Schedule::ByTokens : Schedule::ByColumns;
+  plan.wave = std::max<int64_t>(1, std::min({plan.segments, by_columns, ceil_div(4 * plan.threads, least)}));
+  plan.whole_blocks = s.h == 0 && shared_evenly(plan.wave * s.k, plan.threads);
+}
+
+}  // namespace
+
+BackwardPlan plan(const BackwardParams& p, const Machine& machine) {
+  const Shape& s = p.shape;
+  const MicroKernel kernel(machine, p.accumulate_f64);
+  const BackwardOperands o = operands(p);
+  const int64_t w_in = s.N / s.k, w_out = s.M / s.k;
+  const bool want_A = p.grad.A.data != nullptr || p.grad.A_general.data != nullptr;
+  const bool want_B = p.grad.B.data != nullptr || p.grad.B_general.data != nullptr;
+  const bool dropped = p.dropout.p > 0.0, few = takes_few_tokens(p);
+  BackwardPlan plan;
+  plan.threads = threads_for(2 * s.T * (s.r + s.h) * (s.N + s.M), kSerialWork, p.threads);
+  plan.remakes_U = want_B && p.u == nullptr;
+  plan.chunks_of_g = chunks(s.M, s.k, kernel), plan.chunks_of_x = chunks(s.N, s.k, kernel);
+  plan.product = few ? plain(p.accumulate_f64) : product_of(p, o, machine);
+  plan.g = reading(p.grad_y, false, want_B, w_out, plan.product, kernel);
+  plan.x = reading(p.x, dropped, want_A, w_in, plan.product, kernel);
+  if (!few) cut_tokens(plan, p, rows_of(plan.product, kernel));
+  const int64_t tokens = few ? s.T : plan.segment;
+  plan.A = packing(o.A, s.r, w_in, tokens, plan.product, kernel);
+  plan.A_general = packing(o.Ag, s.h, w_in, tokens, plan.product, kernel);
+  plan.B = packing(o.B, w_out, s.r, tokens, plan.product, kernel);
+  plan.B_general = packing(o.Bg, w_out, s.h, tokens, plan.product, kernel);
+  if (plan.remakes_U) {
+    plan.A_for_U = packing(o.A_for_U, w_in, s.r, tokens, plan.product, kernel);
+    plan.A_general_for_U = packing(o.Ag_for_U, w_in, s.h, tokens, plan.product, kernel);
+  }
+  return plan;
+}
+
+// ------------------------------------------------------------------ merge
+
+MergePlan plan(const MergeParams& p, const Machine& machine) {
+  constexpr int64_t kMostGroups = 48;  // of MR rows that share a panel
+  const Shape& s = p.shape;
+  const MicroKernel kernel(machine, p.accumulate_f64);
+  MergePlan plan;
+  plan.threads = threads_for(s.M * s.N * (s.r / s.k + s.h), kSerialWork, p.threads);
+  plan.along_N = p.weight.column_stride != 1 && p.weight.row_stride == 1;
+  const int64_t rows = plan.along_N ? s.N : s.M, columns = plan.along_N ? s.M : s.N;
+  const int64_t H = rows / s.k, V = columns / s.k, ranks = s.r / s.k + s.h;
+  plan.strip = round_up(std::min(V, std::max(kPanelElements / ranks, 4 * kernel.NR)), kernel.NR);
+  // Panels that stay for all ranges of a block of rows allow smaller ranges, shared more evenly.
+  plan.keeps_panels = s.k * ceil_div(V, plan.strip) * ranks * plan.strip <= kPanelElements;
+  const int64_t share = ceil_div(rows, (plan.keeps_panels ? 8 : 4) * plan.threads);
+  plan.rows = std::min(kMostGroups * kernel.MR, std::max(kernel.MR, share));
+  plan.rows = round_up(std::min(plan.rows, H), kernel.MR);
+  const int64_t uses = std::min(H, plan.keeps_panels ? ceil_div(rows, plan.threads) : plan.rows);
+
+  const Param At = transposed(p.adapter.A), Ag = blocks_of_columns(p.adapter.A_general, s.N / s.k);
+  const Param Bgt = transposed(blocks_of_rows(p.adapter.B_general, s.M / s.k));
+  const Product product = plain(p.accumulate_f64);
+  const auto left = [&](const Param& param) { return packing(param, ranks, H, 0, product, kernel); };
+  const auto right = [&](const Param& param) { return packing(param, ranks, V, uses, product, kernel); };
+  plan.left = left(plan.along_N ? At : p.adapter.B), plan.right = right(plan.along_N ? p.adapter.B : At);
+  plan.left_general = left(plan.along_N ? Ag : Bgt), plan.right_general = right(plan.along_N ? Bgt : Ag);
+  return plan;
+}
+
+// ------------------------------------------------------------------ one product with W + dW
+
+LinearPlan plan(const LinearParams& p, const Machine& machine) {
+  // Strips of so many micro-panels, tried in this order; making a panel takes as long as so many
+  // tokens; segments of at least so many groups of rows, at most so many of them.
+  constexpr int64_t kMicroPanels[] = {3, 4, 2}, kPanelTokens = 16, kGroups = 8, kMostSegments = 8;
+  const int64_t T = p.shape.T, rows = p.transposed ? p.shape.M : p.shape.N;
+  const int64_t columns = p.transposed ? p.shape.N : p.shape.M;
+  const MicroKernel kernel(machine, p.accumulate_f64);
+  LinearPlan plan;
+  plan.threads = threads_for(T * rows * columns, kSerialWork, p.threads);
+  plan.in = reading(p.in, false, plain(p.accumulate_f64), kernel);
+  plan.chunks = chunks(rows, 1, kernel);
+  plan.tokens_together = kGroups * kernel.MR;
+  // The cut that takes least, where a thread's items follow each other.
+  int64_t least = INT64_MAX;
+  for (const int64_t micro_panels : kMicroPanels) {
+    const int64_t strip = micro_panels * kernel.NR, strips = ceil_div(columns, strip);
+    for (int64_t n = 1; n == 1 || (n <= kMostSegments && T / n >= kGroups * kernel.MR); n++) {
+      const int64_t tokens = std::max(kernel.MR, round_up(ceil_div(T, n), kernel.MR));
+      const int64_t items = strips * ceil_div(T, tokens);
+      const int64_t time = ceil_div(items, plan.threads) * strip * (tokens + kPanelTokens);
+      if (time < least) least = time, plan.strip = strip, plan.segment = tokens;
+    }
+  }
+  // Panels of nearly equal length that fit into L2
+  const int64_t most = std::max<int64_t>(1, kPanelElements / (plan.strip * plan.chunks.columns));
+  plan.chunks_per_panel = ceil_div(plan.chunks.per_block, ceil_div(plan.chunks.per_block, most));
+  return plan;
+}
+
+// On AMD's processors MKL stays on AVX2; this product has reached twice its speed by AVX-512, and
+// 1.1 times by AVX2. On a Xeon it took 1.0 to 1.1 of the time of base layer and path. Fewer tokens
+// do not repay the making of W + dW.
+int64_t tokens_for_one_product(const Machine& machine) {
+  return machine.vendor == Vendor::Amd && machine.capability != Capability::Default ? 64 : INT64_MAX;
+}
+
+// ------------------------------------------------------------------ names
+
+const char* name(Product product) {
+  switch (product) {
+    case Product::Float32: return "float32";
+    case Product::Float64: return "float64";
+    case Product::Bf16Pairs: return "bfloat16 pairs";
+    case Product::Bf16Amx: return "bfloat16 by AMX";
+    case Product::SplitAmx: return "split bfloat16 by AMX";
+  }
+  return "unknown";
+}
+const char* name(Schedule schedule) {
+  switch (schedule) {
+    case Schedule::FewTokens: return "few tokens";
+    case Schedule::ByTokens: return "by tokens";
+    case Schedule::ByColumns: return "by columns";
+  }
+  return "unknown";
+}
+const char* name(Reading reading) {
+  switch (reading) {
+    case Reading::InPlace: return "in place";
+    case Reading::Copied: return "copied";
+    case Reading::Dropped: return "copied with dropout";
+  }
+  return "unknown";
+}
+const char* name(Packing packing) {
+  switch (packing) {
+    case Packing::Absent: return "absent";
+    case Packing::InPlace: return "in place";
+    case Packing::Packed: return "packed";
+    case Packing::Paired: return "packed as pairs";
+    case Packing::Split: return "packed in pieces";
+  }
+  return "unknown";
+}
+
+}  // namespace gralora::cpu
