@@ -83,8 +83,12 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cpu_capability", [] { return std::string(gralora::cpu::name(gralora::cpu::machine().capability)); },
       "The instruction set that the kernels use: 'default', 'avx2' or 'avx512'.");
-  m.def("cpu_amx", [] { return gralora::cpu::machine().amx; }, "Whether products of bfloat16 activations are by AMX's tiles.");
-  m.def("cpu_vendor", [] { return gralora::cpu::name(gralora::cpu::machine().vendor); }, "Who made the processor: 'amd', 'intel' or 'other'.");
+  m.def(
+      "cpu_amx", [] { return gralora::cpu::machine().amx; },
+      "Whether products of bfloat16 activations are by AMX's tiles.");
+  m.def(
+      "cpu_vendor", [] { return gralora::cpu::name(gralora::cpu::machine().vendor); },
+      "Who made the processor: 'amd', 'intel' or 'other'.");
   m.def("compiled_capabilities", &compiled_capabilities,
         "The instruction sets that this build holds, in rising order.");
   m.def("num_threads", [] { return at::get_num_threads(); }, "torch's number of threads, which the kernels use too.");

@@ -123,7 +123,7 @@ struct MergeParams {
 struct LinearParams {
   Shape shape;
   Adapter adapter;
-  Activation in, out;                // of the accumulation type; out is contiguous
+  Activation in, out;          // of the accumulation type; out is contiguous
   Param weight;                // [M, N] by its strides; block_stride is not used
   const void* bias = nullptr;  // [columns of out], of the accumulation type, or none
   bool transposed = false;

@@ -91,16 +91,16 @@ class AmxSums {
   AmxSums(const AmxSums&) = delete;
   AmxSums& operator=(const AmxSums&) = delete;
 
-  // beside() is called for every 16 steps. b has zeros beyond its last row.
+  // All parts of beside() are called for every 16 steps. b has zeros beyond its last row.
   template <class Beside>
   void add(int64_t steps, const Source<float>& a, const Source<float>& b, Beside beside) {
     int64_t p = 0;
     for (; p + kSteps <= steps; p += kSteps) {
-      beside();
+      call(beside);
       add_step({a.data + p, a.ld, a.piece, a.pieces}, b, p);
     }
     if (p == steps) return;
-    beside();
+    call(beside);
     alignas(64) float last[kMostPieces][32][kSteps];
     const __mmask16 some = __mmask16((1 << (steps - p)) - 1);
     for (int i = 0; i < a.pieces; i++)
@@ -137,6 +137,11 @@ class AmxSums {
  private:
   static constexpr bool kMoreColumns = NV > 1;
 
+  template <class Beside>
+  static void call(Beside& beside) {
+    for (int part = 0; part < kParts; part++) beside(part);
+  }
+
   void store(float* to, int64_t ld) const {
     tile::store<0>(to, ld);
     if (kMoreColumns) tile::store<1>(to + 16, ld);
@@ -145,8 +150,7 @@ class AmxSums {
   }
 
   // Rows p .. p+15 of b
-  inline __attribute__((always_inline)) void add_step(const Source<float>& a, const Source<float>& b,
-                                                      int64_t p) const {
+  inline __attribute__((always_inline)) void add_step(const Source<float>& a, const Source<float>& b, int64_t p) const {
     const int most = a.pieces > b.pieces ? a.pieces : b.pieces;
     for (int i = 0; i < a.pieces; i++) {
       const float* left = a.data + i * a.piece;

@@ -56,7 +56,11 @@ struct Backward {
     const int64_t in_wave = index * plan.segment, t0 = wave_first * plan.segment + in_wave;
     const Latent* kept = static_cast<const Latent*>(p.u);
     const Latent* own_U = U != nullptr ? U + in_wave * row : kept == nullptr ? nullptr : kept + t0 * row;
-    return {wave_first == 0, index, t0, smaller(plan.segment, s.T - t0), own_U,
+    return {wave_first == 0,
+            index,
+            t0,
+            smaller(plan.segment, s.T - t0),
+            own_U,
             dH == nullptr ? nullptr : dH + in_wave * row};
   }
 

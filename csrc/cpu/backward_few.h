@@ -87,8 +87,7 @@ struct BackwardFew {
   }
 
   void remake_u() {
-    const auto project =
-        project_x<Fp32<Acc>>(p, plan.A_for_U, plan.A_general_for_U, plan.x, plan.chunks_of_x);
+    const auto project = project_x<Fp32<Acc>>(p, plan.A_for_U, plan.A_general_for_U, plan.x, plan.chunks_of_x);
     project.run_segment(0, s.T, 1, u, scratch.take<Acc>(project.segment_scratch(s.T, 1)));
   }
 
@@ -185,8 +184,8 @@ struct BackwardFew {
       const Acc* rows[T];
       rows_of(general, row, s.T, rows);
       for (int64_t i = 0; s.h > 0 && i < columns; i += W)
-        sum_rows<1, 1>(rows, s.T, s.h, static_cast<const P*>(Ag.data) + column + i, Ag.row_stride, W, dx + i, kBlockRow<Acc>,
-                       columns - i, true);
+        sum_rows<1, 1>(rows, s.T, s.h, static_cast<const P*>(Ag.data) + column + i, Ag.row_stride, W, dx + i,
+                       kBlockRow<Acc>, columns - i, true);
     }
     if (want_A)
       outer_all_rows<T>(block.rows, kBlockRow<Acc>, columns, h, row, s.r,

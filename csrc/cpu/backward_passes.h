@@ -15,10 +15,10 @@ namespace {  // one caller: GCC inlines what is called once
 template <class Latent>
 struct Segment {
   bool first_wave;
-  int64_t index;       // in its wave
+  int64_t index;  // in its wave
   int64_t t0, tokens;
   const Latent* U;
-  Latent* dH;          // null: not wanted
+  Latent* dH;  // null: not wanted
 };
 
 // Chunks that one thread takes. Where it sums their latents itself, block by block, `sums` is its
@@ -39,8 +39,7 @@ struct BackwardPasses {
   const BackwardPlan& plan;
   const Shape& s = p.shape;
   const Project<Product> from_g = project_g<Product>(p, plan);
-  const Project<Product> from_x =
-      project_x<Product>(p, plan.A_for_U, plan.A_general_for_U, plan.x, plan.chunks_of_x);
+  const Project<Product> from_x = project_x<Product>(p, plan.A_for_U, plan.A_general_for_U, plan.x, plan.chunks_of_x);
   const Expand<Product> to_x = expand_x<Product>(p, plan);
   const WeightGradient<Product> gradient{s};
   Totals<Acc> dB{plan.chunks_of_g, s.r, s.h, p.grad.B, transposed(blocks_of_rows(p.grad.B_general, s.M / s.k)),
@@ -88,7 +87,7 @@ struct BackwardPasses {
         if (dB.wanted()) right = Product::right_rows(plan.g, part, b.block), left = Product::left_of(right, part);
         if (!dB.wanted()) left = Product::left_rows(plan.g, part, b.block);
         if (want_H) from_g.add_rows(panels, part, left, range.finishes, range.sums + m * from_g.sums_row());
-        if (dB.wanted()) gradient.add(b.packed, g.tokens, m, tokens, right, part.columns, m > 0, sums);
+        if (dB.wanted()) gradient.add(b.packed, {g.tokens, m, part, -1}, right, m > 0, sums);
       });
       if (dB.wanted() && plan.segments == 1) dB.write(chunk, sums);
     });
@@ -109,10 +108,11 @@ struct BackwardPasses {
       }
       Acc* sums = sums_of(dA, g, chunk, b);
       for_blocks(g, [&](int64_t m, int64_t tokens) {
-        Source<Acc> x{};  // dx needs its mask
-        if (dA.wanted() || from_x.mask.on)
-          x = Product::right_rows(plan.x, from_x.part(chunk, g.t0 + m, tokens), b.block);
-        if (dA.wanted()) gradient.add(b.packed, g.tokens, m, tokens, x, columns, m > 0, sums);
+        const Part part = from_x.part(chunk, g.t0 + m, tokens);
+        Source<Acc> x{};
+        if (dA.wanted() || part.mask.on) x = Product::right_rows(plan.x, part, b.block);  // dx needs its mask
+        const int64_t next = m + tokens < g.tokens ? g.t0 + m + tokens : -1;
+        if (dA.wanted()) gradient.add(b.packed, {g.tokens, m, part, next}, x, m > 0, sums);
         if (want_x) expand_rows({panels, block, first, columns}, g, m, tokens, latents, b);
       });
       if (dA.wanted() && plan.segments == 1) dA.write(chunk, sums);

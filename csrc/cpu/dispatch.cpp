@@ -7,12 +7,12 @@
 
 namespace gralora::cpu {
 
-#define GRALORA_DECLARE_KERNELS(isa)                               \
-  namespace isa {                                                  \
-  void forward(const ForwardParams& p, const ForwardPlan& plan);   \
+#define GRALORA_DECLARE_KERNELS(isa)                                \
+  namespace isa {                                                   \
+  void forward(const ForwardParams& p, const ForwardPlan& plan);    \
   void backward(const BackwardParams& p, const BackwardPlan& plan); \
-  void merge(const MergeParams& p, const MergePlan& plan);         \
-  void linear(const LinearParams& p, const LinearPlan& plan);      \
+  void merge(const MergeParams& p, const MergePlan& plan);          \
+  void linear(const LinearParams& p, const LinearPlan& plan);       \
   }
 
 GRALORA_DECLARE_KERNELS(isa_default)

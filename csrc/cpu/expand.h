@@ -63,7 +63,9 @@ struct Expand {
     }
     const Activation& read = base.data != nullptr ? base : y;
     for_column_groups<Acc>(strip.columns, [&](auto nv, int64_t c) {
-      micro_tile(group, nv, strip.panels, latents, target, c, NextRows(group, read, next, start + c));
+      constexpr int NV = decltype(nv)::value;
+      micro_tile(group, nv, strip.panels, latents, target, c,
+                 NextRows(group, read, next, start + c, NV * kWidth<Acc>, Product::steps(s.r)));
     });
   }
 
@@ -84,9 +86,8 @@ struct Expand {
                                             const NextRows<Group>& next) const {
     typename Product::template Sums<Group, NV> sums(group);
     sums.add(Product::steps(s.r), Product::left(group, latents.block), panels.Q.from(0, c), next);
-    if (s.h > 0)
-      sums.add(Product::steps(s.h), Product::left(group, latents.general), panels.G.from(0, c), Nothing{});
-    sums.for_rows([&](auto& sum, int m) { store_rows(sum, target, m, c); });
+    if (s.h > 0) sums.add(Product::steps(s.h), Product::left(group, latents.general), panels.G.from(0, c), Nothing{});
+    sums.for_rows([&](auto& sum, int m) __attribute__((always_inline)) { store_rows(sum, target, m, c); });
   }
 
   // The epilogue: columns c .. of rows m0 .. of the group
@@ -98,8 +99,8 @@ struct Expand {
     if (unit) return store_vectors<false>(sum, target, m0, c);
     for_sums<MR, NV>([&](int m, int v) {
       const int64_t o = c + v * kWidth<Acc>;
-      store_elements<Y>(sum[m][v], target.from[m0 + m], target.to[m0 + m], o,
-                        smaller(kWidth<Acc>, target.columns - o), target.mask_bits + (m0 + m) * kMaskRow);
+      store_elements<Y>(sum[m][v], target.from[m0 + m], target.to[m0 + m], o, smaller(kWidth<Acc>, target.columns - o),
+                        target.mask_bits + (m0 + m) * kMaskRow);
     });
   }
 
@@ -147,7 +148,7 @@ template <class Product>
 Expand<Product> expand_y(const ForwardParams& p, const ForwardPlan& plan) {
   const Shape& s = p.shape;
   const Param G = transposed(blocks_of_rows(p.adapter.B_general, s.M / s.k));
-  return {s, s.M, p.adapter.B, G, plan.B, plan.B_general, typename Product::Acc(p.scaling), Mask(Dropout{}),
+  return {s,      s.M, p.adapter.B, G, plan.B, plan.B_general, typename Product::Acc(p.scaling), Mask(Dropout{}),
           p.base, p.y};
 }
 
@@ -158,8 +159,9 @@ Expand<Product> expand_x(const BackwardParams& p, const BackwardPlan& plan) {
   const Mask mask(p.dropout);
   const Param G = blocks_of_columns(p.adapter.A_general, s.N / s.k);
   const Activation added = p.add_to_grad_x ? p.grad_x : Activation{};
-  return {s,    s.N, transposed(p.adapter.A), G, plan.A, plan.A_general, typename Product::Acc(mask.keep_scale),
-          mask, added, p.grad_x};
+  return {
+      s,     s.N,     transposed(p.adapter.A), G, plan.A, plan.A_general, typename Product::Acc(mask.keep_scale), mask,
+      added, p.grad_x};
 }
 
 }  // namespace gralora::cpu::GRALORA_ISA

@@ -138,8 +138,7 @@ inline void outer_rows(const Acc* left, int64_t ldl, int64_t rows, const Acc* ri
                        P* to, int64_t stride) {
   constexpr int64_t W = kWidth<Acc>;
   Vec<Acc> factor[T][NV];
-  for_sums<T, NV>(
-      [&](int t, int v) { factor[t][v] = load_some<Acc>(right + t * ldr + v * W, columns - v * W); });
+  for_sums<T, NV>([&](int t, int v) { factor[t][v] = load_some<Acc>(right + t * ldr + v * W, columns - v * W); });
   for (int64_t m = 0; m < rows; m++, to += stride) {
     Vec<Acc> sum[NV] = {};
     for_sums<T, NV>([&](int t, int v) { sum[v] += left[t * ldl + m] * factor[t][v]; });

@@ -119,8 +119,7 @@ struct Forward {
   }
 
   void round_u(const Latent* u, int64_t t0, int64_t tokens) const {
-    if constexpr (sizeof(Latent) > sizeof(bf16))
-      round_row<Acc>(u, tokens * row, static_cast<bf16*>(p.u) + t0 * row);
+    if constexpr (sizeof(Latent) > sizeof(bf16)) round_row<Acc>(u, tokens * row, static_cast<bf16*>(p.u) + t0 * row);
   }
 };
 

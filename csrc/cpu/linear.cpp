@@ -28,7 +28,8 @@ struct Linear {
   const Acc* bias;
   Acc scale;
   void run() const {
-    const int64_t strips = ceil_div(columns, plan.strip), panel = plan.chunks_per_panel * plan.chunks.columns * plan.strip;
+    const int64_t strips = ceil_div(columns, plan.strip),
+                  panel = plan.chunks_per_panel * plan.chunks.columns * plan.strip;
     const int64_t ranks = larger(r / k, h) * (plan.strip + plan.chunks.columns);
     Scratch scratch;
     const PerThread<Acc> buffers(scratch, plan.threads, panel + ranks + Block<Acc>::size(plan.tokens_together));
@@ -62,9 +63,9 @@ struct Linear {
       for (int64_t chunk = begin; chunk < end; chunk++) {
         const Part part{in, no_mask, rows, item.t0 + m, tokens, plan.chunks.first(chunk), plan.chunks.length(chunk)};
         const bool same_tokens = chunk + 1 < end;
-        multiply_chunk(item, read_rows<Acc>(plan.in, part, item.block), chunk, panel_of(item, chunk - begin), m, tokens,
-                       Next{same_tokens ? m : m + plan.tokens_together,
-                            plan.chunks.first(same_tokens ? chunk + 1 : begin)});
+        multiply_chunk(
+            item, read_rows<Acc>(plan.in, part, item.block), chunk, panel_of(item, chunk - begin), m, tokens,
+            Next{same_tokens ? m : m + plan.tokens_together, plan.chunks.first(same_tokens ? chunk + 1 : begin)});
       }
     }
   }
@@ -77,7 +78,8 @@ struct Linear {
 
   // Rows of a chunk and an item's columns of P: tiles of kTile columns, padded with zeros
   void make_panel(const Item& item, int64_t chunk, Acc* panel) const {
-    const int64_t first = plan.chunks.first(chunk), length = plan.chunks.length(chunk), H = rows / k, V = columns / k, rb = r / k;
+    const int64_t first = plan.chunks.first(chunk), length = plan.chunks.length(chunk), H = rows / k, V = columns / k,
+                  rb = r / k;
     const int64_t c0 = item.c0, width = item.width;
     pack_panel<Acc>({W, 0, first, length, c0, width}, panel);
     for (int64_t a = first / H; a * H < first + length; a++) {
@@ -186,7 +188,7 @@ struct Linear {
         if (c > 0) return micro_tile<MR, NV>(length, own, b, chunk > 0, from, count, at, Nothing{});
         const bool more = next.m + m + MR <= item.count;
         micro_tile<MR, NV>(length, own, b, chunk > 0, from, count, at,
-                           NextRows(group, in, more ? item.t0 + next.m + m : -1, next.first));
+                           NextRows(group, in, more ? item.t0 + next.m + m : -1, next.first, length, length));
       });
     });
   }

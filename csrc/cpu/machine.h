@@ -33,7 +33,9 @@ struct Machine {
   bool amx = false;                             // AMX's tiles of bfloat16, beside Avx512
   CacheLevel l1, l2;                            // of data, of one core
 
-  int64_t vector_bytes() const { return capability == Capability::Avx512 ? 64 : capability == Capability::Avx2 ? 32 : 16; }
+  int64_t vector_bytes() const {
+    return capability == Capability::Avx512 ? 64 : capability == Capability::Avx2 ? 32 : 16;
+  }
 };
 
 // Throws std::invalid_argument where one of the environment variables holds another word than those

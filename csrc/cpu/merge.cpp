@@ -32,7 +32,7 @@ struct Merge {
   // One thread's scratch
   struct Buffers {
     Acc *panels, *left, *left_panel;
-    Panels* kept;        // where panels are kept: those of row block `kept_for`
+    Panels* kept;  // where panels are kept: those of row block `kept_for`
     int64_t* kept_for;
   };
 

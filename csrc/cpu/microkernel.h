@@ -22,7 +22,11 @@ static_assert(kMR * 2 + 3 <= kVectorRegisters);
 template <class Acc>
 constexpr int64_t kNR = 2 * kWidth<Acc>;  // NV = 2 vectors
 
-constexpr int64_t kSteps = 16;  // between two calls of `beside`: one cache line of floats of each row of a
+constexpr int64_t kSteps = 16;  // one cache line of floats of each row of a
+// What goes on beside so many steps is done in parts: many lines fetched at once would hold up the
+// loads of the products. With 6 rows a part would be too short for a loop of its own.
+constexpr int kParts = kVectorRegisters == 32 ? 4 : 1;
+constexpr int kPartSteps = int(kSteps) / kParts;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -92,7 +96,7 @@ struct LeftPacked {
 
 // For `beside`: nothing is done beside the arithmetic.
 struct Nothing {
-  void operator()() const {}
+  void operator()(int) const {}
 };
 
 template <class Product, int steps, class Acc, int MR, int NV, class Left>
@@ -115,22 +119,33 @@ inline __attribute__((always_inline)) void multiply_steps(Left& a, const Acc*& b
   hide(b);
 }
 
-// The micro-kernel. beside() is called once for every kSteps steps, for what can go on beside the
-// arithmetic; it has a state of its own for each product.
+// Some steps. With one vector of b the loop's own instructions would take longer than its products:
+// there it is unrolled.
+template <class Product, class Acc, int MR, int NV, class Left>
+inline __attribute__((always_inline)) void multiply_run(int64_t steps, Left& a, const Acc*& b, int64_t ldb,
+                                                        Vec<Acc> (&sum)[MR][NV]) {
+  if constexpr (NV == 1 && kVectorRegisters == 32) {
+#pragma GCC unroll 1
+    for (; steps >= 4; steps -= 4) multiply_steps<Product, 4>(a, b, ldb, sum);
+  }
+#pragma GCC unroll 1
+  for (; steps > 0; steps--) multiply_steps<Product, 1>(a, b, ldb, sum);
+}
+
+// The micro-kernel. beside(part) is called before each part of kSteps steps, for what can go on
+// beside the arithmetic; it has a state of its own for each product.
 template <class Product, class Acc, int MR, int NV, class Left, class Beside>
 inline __attribute__((always_inline)) void multiply(int64_t steps, Left a, const Acc* b, int64_t ldb,
                                                     Vec<Acc> (&sum)[MR][NV], Beside beside) {
-  // With one vector of b the loop's own instructions would take longer than its products.
-  constexpr int kUnrolled = NV == 1 && kVectorRegisters == 32 ? 4 : 1;
-  const int64_t most = std::is_same_v<Beside, Nothing> ? steps : kSteps;
-  for (int64_t left = steps; left > 0; left -= most) {
-    beside();
-    int64_t n = smaller(left, most);
-#pragma GCC unroll 1
-    for (; n >= kUnrolled; n -= kUnrolled) multiply_steps<Product, kUnrolled>(a, b, ldb, sum);
-    if (kUnrolled > 1) {
-#pragma GCC unroll 1
-      for (; n > 0; n--) multiply_steps<Product, 1>(a, b, ldb, sum);
+  if constexpr (std::is_same_v<Beside, Nothing>) {
+    multiply_run<Product>(steps, a, b, ldb, sum);
+  } else {
+    for (int64_t left = steps; left > 0;) {
+#pragma GCC unroll 4
+      for (int part = 0; part < kParts; part++, left -= kPartSteps) {
+        beside(part);
+        multiply_run<Product>(smaller(left, kPartSteps), a, b, ldb, sum);
+      }
     }
   }
 }

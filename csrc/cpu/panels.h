@@ -32,9 +32,7 @@ struct Panel {
 struct BlockOf {
   const Param& param;
   int64_t block, row, rows, column, columns;
-  int64_t offset() const {
-    return block * param.block_stride + row * param.row_stride + column * param.column_stride;
-  }
+  int64_t offset() const { return block * param.block_stride + row * param.row_stride + column * param.column_stride; }
 };
 
 template <class Acc>

@@ -108,8 +108,8 @@ bool has_pairs(const Activation& x) {
 // Whether `rows` rows of each block of a parameter can be packed as pairs
 bool has_pairs(const Param& param, int64_t rows) {
   return param.dtype == DType::bf16 && even(rows) &&
-         (param.column_stride == 1 || (param.row_stride == 1 && even(param.column_stride) &&
-                                       even(param.block_stride) && aligned_to_pairs(param.data)));
+         (param.column_stride == 1 || (param.row_stride == 1 && even(param.column_stride) && even(param.block_stride) &&
+                                       aligned_to_pairs(param.data)));
 }
 
 Reading reading(const Activation& x, bool dropped, Product product, const MicroKernel& kernel) {
@@ -178,8 +178,7 @@ void cut_y(ForwardPlan& plan, const Shape& s, const MicroKernel& kernel) {
     const int64_t share = round_up(ceil_div(s.M, 4 * plan.threads), kernel.NR);
     plan.strip = std::min(plan.strip, std::max(kernel.NR, share));
   } else if (plan.strip >= w) {
-    plan.blocks_per_strip =
-        std::min({kMostBlocks, s.k, std::max<int64_t>(1, kPanelElements / (ranks * plan.strip))});
+    plan.blocks_per_strip = std::min({kMostBlocks, s.k, std::max<int64_t>(1, kPanelElements / (ranks * plan.strip))});
   }
 }
 
@@ -229,20 +228,23 @@ ForwardPlan plan(const ForwardParams& p, const Machine& machine) {
 namespace {
 
 struct BackwardOperands {
-  Param A, B, Ag, Bg;          // for dx and dH: [k, r, w], [k, w, r], [k, h, w], [k, w, h]
-  Param A_for_U, Ag_for_U;     // [k, w, r], [k, w, h]
+  Param A, B, Ag, Bg;       // for dx and dH: [k, r, w], [k, w, r], [k, h, w], [k, w, h]
+  Param A_for_U, Ag_for_U;  // [k, w, r], [k, w, h]
 };
 BackwardOperands operands(const BackwardParams& p) {
   const Shape& s = p.shape;
   const Adapter& a = p.adapter;
-  return {transposed(a.A), transposed(a.B), blocks_of_columns(a.A_general, s.N / s.k),
-          blocks_of_rows(a.B_general, s.M / s.k), a.A, blocks_of_rows(transposed(a.A_general), s.N / s.k)};
+  return {transposed(a.A),
+          transposed(a.B),
+          blocks_of_columns(a.A_general, s.N / s.k),
+          blocks_of_rows(a.B_general, s.M / s.k),
+          a.A,
+          blocks_of_rows(transposed(a.A_general), s.N / s.k)};
 }
 
 bool takes_few_tokens(const BackwardParams& p) {
   const auto rows = [](const Param& parameter, const Param& gradient) {
-    return in_rows(parameter) &&
-           (gradient.data == nullptr || (in_rows(gradient) && gradient.dtype == parameter.dtype));
+    return in_rows(parameter) && (gradient.data == nullptr || (in_rows(gradient) && gradient.dtype == parameter.dtype));
   };
   const Adapter &a = p.adapter, &grad = p.grad;
   return p.shape.T > 0 && p.shape.T <= kFewTokens && !p.add_to_grad_x && rows(a.A, grad.A) && rows(a.B, grad.B) &&

@@ -81,8 +81,7 @@ inline void copy_dropped(const bf16* from, int64_t columns, const uint8_t* mask,
 // follow up to `rows` rows.
 inline void interleave_rows(const Part& part, int64_t rows, const Block<float>& block) {
   const Source<bf16> from = in_place<bf16>(part.x, part.t0, part.column);
-  if (part.mask.on)
-    part.mask.rows(part.t0, part.tokens, part.width, part.column, part.columns, block.mask, kMaskRow);
+  if (part.mask.on) part.mask.rows(part.t0, part.tokens, part.width, part.column, part.columns, block.mask, kMaskRow);
   for (int64_t i = 0; i < part.columns; i += 32)
     for (int64_t m = 0; m < part.tokens; m += 2) {
       const bf16* row = from.data + m * from.ld + i;

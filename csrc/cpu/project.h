@@ -58,6 +58,8 @@ struct Project {
     return {x, mask, width, t, tokens, chunks.column(chunk), chunks.length(chunk)};
   }
 
+  static int64_t steps(const Part& p) { return p.columns / Product::kTerms; }
+
   // u of the tokens t0 .. t0+tokens, by one thread. A panel of some chunks stays in L2 while groups
   // of tokens walk along x, which comes from memory in long runs, a chunk at a time in L1.
   int64_t segment_scratch(int64_t tokens, int64_t chunks_per_panel) const {
@@ -79,7 +81,7 @@ struct Project {
           const bool same_tokens = i + 1 < count;
           const int64_t next = same_tokens ? m : m + group.count();
           const NextRows beside(group, x, next < tokens ? t0 + next : -1,
-                                chunks.column(same_tokens ? begin + i + 1 : begin));
+                                chunks.column(same_tokens ? begin + i + 1 : begin), p.columns, steps(p));
           add_group(group, panels, i * chunks.columns, p.columns, left, true, sum + m * sums_row(), beside);
         }
       });
@@ -98,7 +100,7 @@ struct Project {
       const Source<Acc> left = Product::left_rows(reading, p, {scratch + panels_size(1), Product::kRows});
       const int64_t next = m + group.count();
       add_group(group, panels, 0, p.columns, left, accumulate, sum + m * sums_row(),
-                NextRows(group, x, next < tokens ? t0 + next : -1, p.column));
+                NextRows(group, x, next < tokens ? t0 + next : -1, p.column, p.columns, steps(p)));
     });
   }
 
@@ -107,7 +109,7 @@ struct Project {
     Product::for_row_groups(p.tokens, [&](auto group, int64_t m) {
       const int64_t next = m + group.count();
       add_group(group, panels, 0, p.columns, left.from_row(m), accumulate, sum + m * sums_row(),
-                NextRows(group, x, next < p.tokens ? p.t0 + next : -1, p.column));
+                NextRows(group, x, next < p.tokens ? p.t0 + next : -1, p.column, p.columns, steps(p)));
     });
   }
 
@@ -215,8 +217,17 @@ template <class Product>
 Project<Product> project_g(const BackwardParams& p, const BackwardPlan& plan) {
   const Shape& s = p.shape;
   const Param G = blocks_of_rows(p.adapter.B_general, s.M / s.k);
-  return {s,     s.M,    p.grad_y,         Mask(Dropout{}),           plan.g, transposed(p.adapter.B), G,
-          plan.B, plan.B_general, typename Product::Acc(p.scaling), plan.chunks_of_g};
+  return {s,
+          s.M,
+          p.grad_y,
+          Mask(Dropout{}),
+          plan.g,
+          transposed(p.adapter.B),
+          G,
+          plan.B,
+          plan.B_general,
+          typename Product::Acc(p.scaling),
+          plan.chunks_of_g};
 }
 
 }  // namespace gralora::cpu::GRALORA_ISA

@@ -56,30 +56,56 @@ Source<T> in_place(const Activation& x, int64_t t, int64_t i) {
 
 // ---------------------------------------------------------------- software prefetch
 
-// The rows that a pass reads after those that are multiplied, a cache line of each row at a call.
-// Where there are none it fetches kNothing again and again: an unmapped address would cost a page
-// walk.
+// The rows that a pass reads after those that are multiplied: `columns` of them, evenly over the
+// steps of a product, each time in parts of the rows. Where there are none it fetches kNothing again
+// and again: an unmapped address would cost a page walk.
 alignas(64) static const char kNothing[64] = {};
 
 template <class Group>
 struct NextRows {
   uintptr_t at = address(kNothing);
-  int64_t row = 0, line = 0;  // bytes to the next row, and to what the next call fetches
+  int64_t row = 0, bytes = 64;  // bytes to the next row; of each row, that are fetched for kSteps steps
   Group group;
 
   // Row t of x from column i on; t < 0: nothing
-  NextRows(Group group, const Activation& x, int64_t t, int64_t i) : group(group) {
+  NextRows(Group group, const Activation& x, int64_t t, int64_t i, int64_t columns, int64_t steps) : group(group) {
     if (t < 0 || x.data == nullptr || x.column_stride != 1 || x.leading_dims > 1) return;
     const int64_t size = size_of(x.dtype);
     row = x.leading_dims == 1 ? x.strides[0] * size : 0;
-    at = address(static_cast<const char*>(x.data), t * row + i * size), line = kSteps * size;
+    at = address(static_cast<const char*>(x.data), t * row + i * size);
+    bytes = columns * size / ceil_div(steps, kSteps);
   }
-  inline __attribute__((always_inline)) void operator()() {
+  inline __attribute__((always_inline)) void operator()(int part) {
+    constexpr int kRows = (Group::value + kParts - 1) / kParts, kLast = (Group::value - 1) / kRows;
+    if (part > kLast) return;
+    for (int64_t byte = 0; byte < bytes; byte += 64)
 #pragma GCC unroll 16
-    for (int m = 0; m < Group::value; m++)
-      if (m < group.count()) prefetch<0, 2>(at + uintptr_t(m * row));
-    at += uintptr_t(line);
+      for (int m = 0; m < kRows; m++)
+        if (part * kRows + m < group.count()) prefetch<0, 2>(at + uintptr_t(m * row + byte));
+    at += uintptr_t(part < kLast ? kRows * row : bytes - kLast * kRows * row);
     hide(at);
+  }
+};
+
+// The same for a sum over tokens: NR columns of the tokens that are read after these, some tokens
+// at a time.
+template <int columns, int tokens_per_step>
+struct NextTokens {
+  uintptr_t at = address(kNothing);
+  int64_t row = 0;
+  int size = 0;
+
+  // Token t of x from column i on; t < 0: nothing
+  NextTokens(const Activation& x, int64_t t, int64_t i) {
+    if (t < 0 || x.column_stride != 1 || x.leading_dims > 1) return;
+    size = int(size_of(x.dtype)), row = x.leading_dims == 1 ? x.strides[0] * size : 0;
+    at = address(static_cast<const char*>(x.data), t * row + i * size);
+  }
+  inline __attribute__((always_inline)) void operator()(int) {
+    constexpr int kTokens = kPartSteps * tokens_per_step;
+    for (int m = 0; m < kTokens; m++)
+      for (int byte = 0; byte < columns * size; byte += 64) prefetch<0, 2>(at + uintptr_t(m * row + byte));
+    at += uintptr_t(kTokens * row);
   }
 };
 

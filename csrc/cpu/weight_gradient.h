@@ -31,31 +31,44 @@ struct WeightGradient {
     Product::pack_latents(v + s.k * s.r, ld, s.h, count, to + Product::packed_latents_size(s.r, count));
   }
 
-  // sums (+)= the part of tokens first .. first + tokens of the `count` that are packed; x: their
-  // rows as the right factor
-  void add(const Acc* packed, int64_t count, int64_t first, int64_t tokens, const Source<Acc>& x, int64_t columns,
-           bool accumulate, Acc* sums) const {
-    const auto add_ranks = [&](int64_t ranks, const Acc* latents, const Source<Acc>& right, auto nv, Acc* to) {
-      Product::for_row_groups(ranks, [&](auto group, int64_t c) {
-        micro_tile(group, nv, Product::steps(tokens), Product::packed(group, latents, count, c, first), right,
-                   accumulate, to + c * kMostColumns);
+  // Tokens of a segment: `count` of them are packed, those from `first` on are in turn. The right
+  // factor is their part of x; `next` is the token that is read after them, or -1.
+  struct Tokens {
+    int64_t count, first;
+    const Part& part;
+    int64_t next;
+  };
+
+  // sums (+)= the part of some tokens, whose rows as the right factor are x
+  void add(const Acc* packed, const Tokens& t, const Source<Acc>& x, bool accumulate, Acc* sums) const {
+    const Acc* general = packed + Product::packed_latents_size(s.r, t.count);
+    const int64_t steps = Product::steps(t.part.tokens);
+    for_column_groups<Acc>(t.part.columns, [&](auto nv, int64_t i) {
+      constexpr int kColumns = decltype(nv)::value * kWidth<Acc>;
+      const NextTokens<kColumns, Product::kTerms> next(t.part.x, t.next, t.part.column + i);
+      const auto add_group = [&](auto group, const Acc* latents, int64_t c, Acc* to, const auto& beside) {
+        micro_tile(group, nv, steps, Product::packed(group, latents, t.count, c, t.first), x.data + i, x.ld, accumulate,
+                   to + c * kMostColumns + i, beside);
+      };
+      Product::for_row_groups(s.r, [&](auto group, int64_t c) {
+        if (c == 0)
+          add_group(group, packed, c, sums, next);
+        else
+          add_group(group, packed, c, sums, Nothing{});
       });
-    };
-    for_column_groups<Acc>(columns, [&](auto nv, int64_t i) {
-      const Source<Acc> right{x.data + i, x.ld, x.piece, x.pieces};
-      add_ranks(s.r, packed, right, nv, sums + i);
-      if (s.h > 0)
-        add_ranks(s.h, packed + Product::packed_latents_size(s.r, count), right, nv, sums + s.r * kMostColumns + i);
+      Product::for_row_groups(
+          s.h, [&](auto group, int64_t c) { add_group(group, general, c, sums + s.r * kMostColumns, Nothing{}); });
     });
   }
 
  private:
   // A function of its own: inlined among other code, GCC would keep part of the sums in memory.
-  template <class Group, int NV, class Left>
+  template <class Group, int NV, class Left, class Beside>
   __attribute__((noinline)) static void micro_tile(Group group, Int<NV>, int64_t steps, const Left& latents,
-                                                   const Source<Acc>& x, bool accumulate, Acc* to) {
+                                                   const Acc* x, int64_t ld, bool accumulate, Acc* to,
+                                                   const Beside& beside) {
     typename Product::template Sums<Group, NV> sums(group);
-    sums.add(steps, latents, x, Nothing{});
+    sums.add(steps, latents, Source<Acc>{x, ld}, beside);
     sums.store_to(to, kMostColumns, accumulate);
   }
 };
