@@ -62,8 +62,8 @@ struct Values {
   DType dtype;
 };
 
-Rows rows(const Values& values, int64_t T, int64_t width) {
-  Rows rows;
+Activation rows(const Values& values, int64_t T, int64_t width) {
+  Activation rows;
   rows.data = values.data.get(), rows.dtype = values.dtype;
   rows.leading_dims = 1, rows.sizes[0] = T, rows.strides[0] = width;
   return rows;
@@ -136,7 +136,7 @@ int main(int count, char** words) {
   LinearParams linear_dx = linear;
   linear_dx.in = backward.grad_y, linear_dx.out = backward.grad_x, linear_dx.transposed = true;
   BackwardParams rest = backward;  // what is left of backward then, with U made again
-  rest.grad_x = Rows{}, rest.u = nullptr;
+  rest.grad_x = Activation{}, rest.u = nullptr;
 
   // The least work of each pass: see benchmarks/shapes.py.
   const double pass = 2.0 * double(r * (N + M) * T), dense = 2.0 * double(N * M * (r / k));
