@@ -13,7 +13,9 @@
 #include <vector>
 
 #include "cpu/machine.h"
+#include "cpu/plan.h"
 #include "eager_bindings.h"
+#include "explain.h"
 #ifdef GRALORA_HAVE_CUDA
 #include "cuda/launch.h"
 #endif
@@ -86,9 +88,13 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cpu_amx", [] { return gralora::cpu::machine().amx; },
       "Whether products of bfloat16 activations are by AMX's tiles.");
+  m.def("tokens_for_one_operation", &gralora::cpu::tokens_for_one_operation,
+        "From how many tokens on a frozen layer and its adapter are one operation.");
   m.def(
-      "cpu_vendor", [] { return gralora::cpu::name(gralora::cpu::machine().vendor); },
-      "Who made the processor: 'amd', 'intel' or 'other'.");
+      "one_product_is_quicker", [] { return gralora::cpu::one_product_is_quicker(gralora::cpu::machine()); },
+      "Whether that operation, in float32, is quicker as one product with W + dW.");
+  m.def("explain", &gralora::explain, pybind11::arg("case"), pybind11::arg("machine") = pybind11::dict(),
+        "The plans of a layer's passes on this machine, or one that differs from it as `machine` says.");
   m.def("compiled_capabilities", &compiled_capabilities,
         "The instruction sets that this build holds, in rising order.");
   m.def("num_threads", [] { return at::get_num_threads(); }, "torch's number of threads, which the kernels use too.");

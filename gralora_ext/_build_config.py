@@ -35,6 +35,7 @@ COMMON_SOURCES = [
     "csrc/autograd.cpp",
     "csrc/bindings.cpp",
     "csrc/eager_bindings.cpp",
+    "csrc/explain.cpp",
     "csrc/cpu/machine.cpp",
     "csrc/cpu/plan.cpp",
     "csrc/cpu/dispatch.cpp",

@@ -9,6 +9,7 @@
 // columns within a chunk, chunks. So results do not depend on the number of threads.
 #include "backward_few.h"
 #include "backward_passes.h"
+#include "latent_sums.h"
 #include "products.h"
 
 namespace gralora::cpu::GRALORA_ISA {
@@ -31,12 +32,8 @@ struct Backward {
   const PerThread<Acc> buffers{scratch, plan.threads, passes.buffers_size};
   Latent* dH = passes.want_H ? scratch.take<Latent>(wave_tokens * row) : nullptr;
   Latent* U = plan.remakes_U || converts_U ? scratch.take<Latent>(wave_tokens * row) : nullptr;
-  // Sums of latents: for each thread that takes whole segments or blocks, or for each chunk
-  const int64_t places = plan.schedule == Schedule::ByTokens || plan.whole_blocks
-                             ? plan.threads
-                             : larger(plan.chunks_of_g.count, plan.chunks_of_x.count);
-  const int64_t place_tokens = plan.schedule == Schedule::ByTokens || plan.whole_blocks ? plan.segment : wave_tokens;
-  Acc* partial = scratch.take<Acc>(places * place_tokens * sums_row);
+  LatentSums<Product> sums{plan, wave_tokens, larger(plan.chunks_of_g.count, plan.chunks_of_x.count), sums_row,
+                           scratch};
 
   void run() {
     if (plan.segments != 1) passes.dB.reserve(scratch, plan.wave), passes.dA.reserve(scratch, plan.wave);
@@ -68,52 +65,33 @@ struct Backward {
   void run_by_tokens(int64_t wave_first, int64_t count) const {
     parallel_items(count, plan.threads, [&](int64_t index, int thread) {
       const Segment<Latent> g = segment(wave_first, index);
-      const auto b = passes.buffers_at(buffers.of(thread));
-      Acc* sums = partial + thread * place_tokens * sums_row;
-      const ChunkRange<Acc> all_g{0, plan.chunks_of_g.count, sums, true};
-      const ChunkRange<Acc> all_x{0, plan.chunks_of_x.count, sums, true};
-      if (plan.remakes_U) passes.pass_U(g, all_x, U + index * plan.segment * row, b);
-      if (converts_U) convert_U(g.t0, g.tokens, U + index * plan.segment * row);
-      passes.pass_g(g, all_g, b);
-      if (passes.want_H) passes.pass_x(g, all_x, b);
+      const auto all_g = sums.all(plan.chunks_of_g, thread), all_x = sums.all(plan.chunks_of_x, thread);
+      Latent* own_U = U == nullptr ? nullptr : U + index * plan.segment * row;
+      if (plan.remakes_U) passes.from_x.run_chunks(all_x, g.t0, g.tokens, own_U, buffers.of(thread));
+      if (converts_U) convert_U(g.t0, g.tokens, own_U);
+      passes.pass_g(g, all_g, passes.buffers_at(buffers.of(thread)));
+      if (passes.want_H) passes.pass_x(g, all_x, passes.buffers_at(buffers.of(thread)));
     });
   }
 
-  // Threads share the blocks of all segments, whose latents are done then, or single chunks, whose
-  // sums are added when all are there.
+  // Threads share the blocks of all segments, or single chunks.
   void run_by_columns(int64_t wave_first, int64_t count) const {
     const int64_t t0 = wave_first * plan.segment, tokens = smaller(count * plan.segment, s.T - t0);
     if (plan.remakes_U) {
-      share_chunks(plan.chunks_of_x, wave_first, count, [&](const auto& g, const auto& range, const auto& b) {
-        passes.pass_U(g, range, U + g.index * plan.segment * row, b);
+      sums.share(plan.chunks_of_x, count, [&](int64_t index, const auto& range, int thread) {
+        const Segment<Latent> g = segment(wave_first, index);
+        passes.from_x.run_chunks(range, g.t0, g.tokens, U + index * plan.segment * row, buffers.of(thread));
       });
-      reduce(passes.from_x, tokens, U);
+      sums.reduce(passes.from_x, tokens, U, buffers);
     }
     if (converts_U) parallel_items(tokens, plan.threads, [&](int64_t m, int) { convert_U(t0 + m, 1, U + m * row); });
-    share_chunks(plan.chunks_of_g, wave_first, count,
-                 [&](const auto& g, const auto& range, const auto& b) { passes.pass_g(g, range, b); });
-    if (!passes.want_H) return;
-    reduce(passes.from_g, tokens, dH);
-    share_chunks(plan.chunks_of_x, wave_first, count,
-                 [&](const auto& g, const auto& range, const auto& b) { passes.pass_x(g, range, b); });
-  }
-
-  // f(segment, chunks, buffers)
-  template <class F>
-  void share_chunks(const Chunks& chunks, int64_t wave_first, int64_t count, F&& f) const {
-    const int64_t together = plan.whole_blocks ? chunks.per_block : 1, items = chunks.count / together;
-    parallel_items(count * items, plan.threads, [&](int64_t item, int thread) {
-      const int64_t index = item / items, begin = item % items * together;
-      const int64_t place = plan.whole_blocks ? thread * place_tokens : begin * wave_tokens + index * plan.segment;
-      const ChunkRange<Acc> range{begin, begin + together, partial + place * sums_row, plan.whole_blocks};
-      f(segment(wave_first, index), range, passes.buffers_at(buffers.of(thread)));
+    sums.share(plan.chunks_of_g, count, [&](int64_t index, const auto& range, int thread) {
+      passes.pass_g(segment(wave_first, index), range, passes.buffers_at(buffers.of(thread)));
     });
-  }
-
-  void reduce(const Project<Product>& project, int64_t tokens, Latent* to) const {
-    if (plan.whole_blocks) return;
-    parallel_items(tokens, tokens < 16 ? 1 : plan.threads, [&](int64_t m, int thread) {
-      project.reduce(partial, wave_tokens, m, buffers.of(thread), to + m * row);
+    if (!passes.want_H) return;
+    sums.reduce(passes.from_g, tokens, dH, buffers);
+    sums.share(plan.chunks_of_x, count, [&](int64_t index, const auto& range, int thread) {
+      passes.pass_x(segment(wave_first, index), range, passes.buffers_at(buffers.of(thread)));
     });
   }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What backward does with one segment of tokens and some chunks of columns: a pass over x for U
-// where forward did not keep it, one over g for dH and dB, one over x for dA and dx.
+// What backward does with one segment of tokens and some chunks of columns: a pass over g for dH
+// and dB, then one over x for dA and dx.
 #pragma once
 
 #include "expand.h"
@@ -19,15 +19,6 @@ struct Segment {
   int64_t t0, tokens;
   const Latent* U;
   Latent* dH;  // null: not wanted
-};
-
-// Chunks that one thread takes. Where it sums their latents itself, block by block, `sums` is its
-// place for them; else the place of the one chunk, whose sums are added to the others' later.
-template <class Acc>
-struct ChunkRange {
-  int64_t begin, end;
-  Acc* sums;
-  bool finishes;
 };
 
 template <class Product>
@@ -55,7 +46,7 @@ struct BackwardPasses {
     Block<Acc> block;  // of g or x
   };
   const int64_t panels_size = larger(larger(from_g.sums_row(), from_x.chunk_scratch()),
-                                     larger(to_x.panels_size(plan.chunks_of_x.columns), from_g.panels_size(1)));
+                                     larger(to_x.panels_size(plan.chunks_of_x.columns), from_g.panels_size()));
   const int64_t packed_size = round_up(gradient.packed_size(plan.segment), kWidth<Acc>);
   const int64_t latents_size = Product::latents_size(s, plan.segment);
   const int64_t block_rows = Product::steps(smaller(gradient.kTokens, plan.segment));
@@ -66,19 +57,12 @@ struct BackwardPasses {
     return {scratch, packed, latents, sums, {sums + sums_size, block_rows}};
   }
 
-  // x to U
-  void pass_U(const Segment<Latent>& g, const ChunkRange<Acc>& range, Latent* U, const Buffers& b) const {
-    for_chunks(from_x, g, range, U, [&](int64_t chunk, bool) {
-      from_x.run_chunk(chunk, g.t0, g.tokens, range.finishes, range.sums, b.panels);
-    });
-  }
-
   // g to dH and dB
   void pass_g(const Segment<Latent>& g, const ChunkRange<Acc>& range, const Buffers& b) const {
     [[maybe_unused]] typename Product::Scope scope;
-    for_chunks(from_g, g, range, g.dH, [&](int64_t chunk, bool new_block) {
+    from_g.for_chunks(range, g.tokens, g.dH, [&](int64_t chunk, bool new_block) {
       typename Project<Product>::Panels panels;
-      if (want_H) panels = from_g.read_panels(chunk, 1, b.panels);
+      if (want_H) panels = from_g.read_panels(chunk, b.panels);
       if (dB.wanted() && new_block) gradient.pack(g.U, plan.chunks_of_g.block(chunk), g.tokens, b.packed);
       Acc* sums = sums_of(dB, g, chunk, b);
       for_blocks(g, [&](int64_t m, int64_t tokens) {
@@ -120,17 +104,6 @@ struct BackwardPasses {
   }
 
  private:
-  // f(chunk, whether it begins a block), and what becomes of the sums of latents
-  template <class F>
-  static void for_chunks(const Project<Product>& project, const Segment<Latent>& g, const ChunkRange<Acc>& range,
-                         Latent* to, F&& f) {
-    if (range.finishes && to != nullptr) project.clear_sums(g.tokens, range.sums);
-    for (int64_t chunk = range.begin; chunk < range.end; chunk++) {
-      f(chunk, chunk == range.begin || project.chunks.first(chunk) == 0);
-      if (range.finishes && to != nullptr) project.finish_chunk(chunk, g.tokens, range.sums, to);
-    }
-  }
-
   template <class F>
   void for_blocks(const Segment<Latent>& g, F&& f) const {
     for (int64_t m = 0; m < g.tokens; m += gradient.kTokens) f(m, smaller(gradient.kTokens, g.tokens - m));

@@ -91,13 +91,13 @@ inline void rows_of(const Acc* first, int64_t ld, int64_t tokens, const Acc* (&r
 constexpr int kSumsOfRows = kVectorRegisters == 32 ? 4 : 2;
 constexpr int64_t kAhead = 32;  // rows that are fetched ahead, where they are short
 
-// to[t*ld + c] = sum_i rows[t][i] b[i*stride + c], or that much more (add_to), for t < tokens,
-// i < length, and NV vectors of columns or the first `columns` of one; elements are fetched `ahead`
+// to[t*ld + c] = sum_i rows[t][i] b[i*stride + c] for t < tokens, i < length, and NV vectors of
+// columns or the first `columns` of one; elements are fetched `ahead`
 // of where they are read. Row i goes to one of kSums sums, in turns.
 template <int NV, int kSums, int T, class Acc, class P>
 __attribute__((noinline)) void sum_rows(const Acc* const (&rows)[T], int64_t tokens, int64_t length, const P* b,
                                         int64_t stride, int64_t ahead, Acc* to, int64_t ld,
-                                        int64_t columns = NV * kWidth<Acc>, bool add_to = false) {
+                                        int64_t columns = NV * kWidth<Acc>) {
   Vec<Acc> sum[kSums][T][NV] = {};
   const auto add = [&](auto whole, int phase, int64_t i) __attribute__((always_inline)) {
 #pragma GCC unroll 8
@@ -127,8 +127,7 @@ __attribute__((noinline)) void sum_rows(const Acc* const (&rows)[T], int64_t tok
 #pragma GCC unroll 4
     for (int phase = 1; phase < kSums; phase++) total += sum[phase][t][v];
     if (t >= tokens) return;
-    Acc* at = to + t * ld + v * kWidth<Acc>;
-    store<Acc>(at, add_to ? load<Acc>(at) + total : total);
+    store<Acc>(to + t * ld + v * kWidth<Acc>, total);
   });
 }
 

@@ -7,8 +7,8 @@
 // then. Both give the same bits.
 #include "expand.h"
 #include "forward_few.h"
+#include "latent_sums.h"
 #include "products.h"
-#include "project.h"
 
 namespace gralora::cpu::GRALORA_ISA {
 namespace {
@@ -40,59 +40,39 @@ struct Forward {
   void run_by_tokens() const {
     const int64_t place = rounds_u ? round_up(plan.segment * row, kWidth<Acc>) : 0;
     Scratch scratch;
-    const PerThread<Acc> buffers(
-        scratch, plan.threads,
-        place + larger(project.segment_scratch(plan.segment, plan.chunks_per_panel), expand_scratch));
+    const PerThread<Acc> buffers(scratch, plan.threads, place + larger(project.chunk_scratch(), expand_scratch));
+    const LatentSums<Product> sums(plan, plan.segment, plan.chunks.count, project.sums_row(), scratch);
     parallel_items(ceil_div(s.T, plan.segment), plan.threads, [&](int64_t item, int thread) {
       const int64_t t0 = item * plan.segment, tokens = smaller(plan.segment, s.T - t0);
-      Acc* own = buffers.of(thread);
+      Acc *own = buffers.of(thread), *rest = own + place;
       Latent* u = rounds_u ? reinterpret_cast<Latent*>(own) : static_cast<Latent*>(p.u) + t0 * row;
-      project.run_segment(t0, tokens, plan.chunks_per_panel, u, own + place);
+      project.run_chunks(sums.all(plan.chunks, thread), t0, tokens, u, rest);
       if (rounds_u) round_u(u, t0, tokens);
       for (int64_t j = 0; j < s.k; j += plan.blocks_per_strip)
         for (int64_t first = 0; first < w; first += plan.strip)
-          expand_strip(t0, tokens, u, j, smaller(plan.blocks_per_strip, s.k - j), first, own + place);
+          expand_strip(t0, tokens, u, j, smaller(plan.blocks_per_strip, s.k - j), first, rest);
     });
   }
 
   void run_by_columns() const {
-    const int64_t places = plan.whole_blocks ? plan.threads : plan.chunks.count;
     Scratch scratch;  // of all segments: taken before the first y is written
     const PerThread<Acc> buffers(scratch, plan.threads,
                                  larger(larger(project.chunk_scratch(), project.sums_row()), expand_scratch));
-    Acc* partial = scratch.take<Acc>(places * plan.segment * project.sums_row());
+    const LatentSums<Product> sums(plan, plan.segment, plan.chunks.count, project.sums_row(), scratch);
     Latent* place = rounds_u ? scratch.take<Latent>(plan.segment * row) : nullptr;
     const int64_t strips = ceil_div(w, plan.strip);
     for (int64_t t0 = 0; t0 < s.T; t0 += plan.segment) {
       const int64_t tokens = smaller(plan.segment, s.T - t0);
       Latent* u = rounds_u ? place : static_cast<Latent*>(p.u) + t0 * row;
-      project_by_columns(t0, tokens, partial, u, buffers);
+      sums.share(plan.chunks, 1, [&](int64_t, const auto& range, int thread) {
+        project.run_chunks(range, t0, tokens, u, buffers.of(thread));
+      });
+      sums.reduce(project, tokens, u, buffers);
       if (rounds_u) round_u(u, t0, tokens);
       parallel_items(s.k * strips, plan.threads, [&](int64_t item, int thread) {
         expand_strip(t0, tokens, u, item / strips, 1, item % strips * plan.strip, buffers.of(thread));
       });
     }
-  }
-
-  void project_by_columns(int64_t t0, int64_t tokens, Acc* partial, Latent* u, const PerThread<Acc>& buffers) const {
-    const int64_t place = plan.segment * project.sums_row(), per_block = plan.chunks.per_block;
-    if (plan.whole_blocks) {
-      parallel_items(s.k, plan.threads, [&](int64_t n, int thread) {
-        Acc* sum = partial + thread * place;
-        project.clear_sums(tokens, sum);
-        for (int64_t chunk = n * per_block; chunk < (n + 1) * per_block; chunk++) {
-          project.run_chunk(chunk, t0, tokens, true, sum, buffers.of(thread));
-          project.finish_chunk(chunk, tokens, sum, u);
-        }
-      });
-      return;
-    }
-    parallel_items(plan.chunks.count, plan.threads, [&](int64_t chunk, int thread) {
-      project.run_chunk(chunk, t0, tokens, false, partial + chunk * place, buffers.of(thread));
-    });
-    parallel_items(tokens, tokens < 16 ? 1 : plan.threads, [&](int64_t m, int thread) {
-      project.reduce(partial, plan.segment, m, buffers.of(thread), u + m * row);
-    });
   }
 
   // Columns [first, first + strip) of the output blocks j .. j+blocks

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// forward for a few tokens, where reading the parameters is nearly all of the work: no packing, no
-// transposing. For parameters whose rows lie in one run.
+// forward for one to four tokens, without a hybrid part. Reading the parameters is nearly all of the
+// work: nothing is packed or transposed. The parameters' rows must be contiguous.
 //
-//   an item of pass A, a chunk of columns:   its part of H_n[t, c] = sum_i x'_n[t, i] A_n[i, c], and of sum_i x'[t, i] Ag[c, i]
-//   an item of pass B, a strip of columns:   y_j[t, o] = base_j[t, o] + s (sum_c U_j[t, c] B_j[c, o] + sum_c U[t, k*r + c] Bg[o, c])
+//   an item of pass A, a chunk of columns:   its part of H_n[t, c] = sum_i x'_n[t, i] A_n[i, c]
+//   an item of pass B, a strip of columns:   y_j[t, o] = base_j[t, o] + s sum_c U_j[t, c] B_j[c, o]
 //
-// The lanes are columns of A and B; the general part is dot products along its rows. A token's sums
-// depend neither on the other tokens nor on threads.
+// The lanes are columns of A and B. A token's sums depend neither on the other tokens nor on
+// threads.
 #pragma once
 
 #include "few_tokens.h"
@@ -19,7 +19,7 @@ struct ForwardFew {
   const ForwardParams& p;
   const ForwardPlan& plan;
   const Shape& s = p.shape;
-  const int64_t row = s.k * s.r + s.h, w_out = s.M / s.k, strip = plan.strip;
+  const int64_t row = s.k * s.r, w_out = s.M / s.k, strip = plan.strip;
   const Project<Fp32<Acc>> project = project_x<Fp32<Acc>>(p, plan.A, plan.A_general, plan.x, plan.chunks);
 
   void run() const {
@@ -46,16 +46,14 @@ struct ForwardFew {
   }
 
  private:
-  static constexpr int64_t kMostStrip = 1024;  // plan.strip
-
   template <int T, class P>
   void pass_A(int64_t chunk, Acc* buffer, Acc* to) const {
     constexpr int64_t W = kWidth<Acc>;
-    constexpr int kWide = T == 4 ? 1 : 4 / T, kGeneralRows = W < 4 ? W : 4;
+    constexpr int kWide = T == 4 ? 1 : 4 / T;
     const Part part = project.part(chunk, 0, s.T);
-    const int64_t length = part.columns, column = part.column, sums = project.sums_row();
+    const int64_t length = part.columns, sums = project.sums_row();
     const Source<Acc> x = read_rows<Acc>(plan.x, part, {buffer, kFewTokens});
-    const Param &A = p.adapter.A, &G = p.adapter.A_general;
+    const Param& A = p.adapter.A;
     const P* a = static_cast<const P*>(A.data) + plan.chunks.block(chunk) * A.block_stride +
                  plan.chunks.first(chunk) * A.row_stride;
     const Acc* rows[T];
@@ -65,11 +63,6 @@ struct ForwardFew {
     for (; c + kWide * W <= s.r; c += kWide * W)
       sum_rows<kWide, kSumsOfRows>(rows, s.T, length, a + c, stride, ahead, to + c, sums);
     for (; c < s.r; c += W) sum_rows<1, kSumsOfRows>(rows, s.T, length, a + c, stride, ahead, to + c, sums, s.r - c);
-    if (s.h == 0) return;
-    const P* g = static_cast<const P*>(G.data) + column;
-    for (int64_t t = 0; t < s.T; t++)
-      dot_all_rows<kGeneralRows, 1>(g, G.row_stride, s.h, length, x.data + t * x.ld, 0,
-                                    to + t * sums + project.general_start(), 0);
   }
 
   // `columns` from `first` on of the output block j
@@ -77,7 +70,7 @@ struct ForwardFew {
   void pass_B(int64_t j, int64_t first, int64_t columns, const Acc* u, Acc* sum) const {
     constexpr int64_t W = kWidth<Acc>;
     constexpr int kWide = kVectorRegisters == 32 ? (T == 1 ? 8 : 4) : (T == 4 ? 2 : 4);
-    const Param &B = p.adapter.B, &G = p.adapter.B_general;
+    const Param& B = p.adapter.B;
     const P* b = static_cast<const P*>(B.data) + j * B.block_stride + first;
     const Acc* rows[T];
     rows_of(u + j * s.r, row, s.T, rows);
@@ -87,12 +80,6 @@ struct ForwardFew {
       sum_rows<kWide, 1>(rows, s.T, s.r, b + o, stride, kWide * W, sum + o, strip);
     for (; o < columns; o += W) sum_rows<1, 1>(rows, s.T, s.r, b + o, stride, W, sum + o, strip, columns - o);
     const int64_t column = j * w_out + first;
-    for (int64_t t = 0; t < s.T && s.h > 0; t++) {
-      const P* g = static_cast<const P*>(G.data) + column * G.row_stride;
-      Acc general[kMostStrip];
-      dot_all_rows<W, 1>(g, G.row_stride, columns, s.h, u + t * row + s.k * s.r, 0, general, 0);
-      for (int64_t i = 0; i < columns; i++) sum[t * strip + i] += general[i];
-    }
     for_dtype<Acc>(p.y.dtype, [&](auto* type) {
       using Y = std::remove_pointer_t<decltype(type)>;
       for (int64_t t = 0; t < s.T; t++) store_y<Y>(t, column, columns, sum + t * strip);

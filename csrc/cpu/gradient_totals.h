@@ -55,64 +55,33 @@ struct Totals {
       P* out = static_cast<P*>(to.data) + b * to.block_stride + first * to.column_stride;
       if (to.row_stride == 1 && to.column_stride != 1) return write_transposed(out, to, ranks, columns, sums);
       for (int64_t c = 0; c < ranks; c++) {
-        int64_t i = 0;
-        if (to.column_stride == 1) {
-          const auto scaled = [&](int64_t at) { return scale * load<Acc>(sums + c * kMostColumns + at); };
-          P* row = out + c * to.row_stride;
-          for (; i + kNR<Acc> <= columns; i += kNR<Acc>) {
-            const Vec<Acc> both[2] = {scaled(i), scaled(i + kWidth<Acc>)};
-            store_row<Acc, P, 2>(row + i, both);
-          }
-          for (; i < columns; i += kWidth<Acc>) store_some<Acc>(row + i, scaled(i), columns - i);
-          continue;
-        }
-        for (; i < columns; i++)
-          out[c * to.row_stride + i * to.column_stride] = from_acc<P>(scale * sums[c * kMostColumns + i]);
+        const Acc* row = sums + c * kMostColumns;
+        P* at = out + c * to.row_stride;
+        if (to.column_stride == 1)
+          for (int64_t i = 0; i < columns; i += kWidth<Acc>)
+            store_some<Acc>(at + i, scale * load<Acc>(row + i), columns - i);
+        else
+          for (int64_t i = 0; i < columns; i++) at[i * to.column_stride] = from_acc<P>(scale * row[i]);
       }
     });
   }
 
-  // A cache line of a row at a time, where there are as many ranks
+  // The ranks of a column lie side by side: squares of the sums are transposed.
   template <class P>
   void write_transposed(P* out, const Param& to, int64_t ranks, int64_t columns, const Acc* sums) const {
     constexpr int64_t W = kWidth<Acc>;
-    for (int64_t i = 0; i < columns; i += W) {
-      int64_t c = 0;
-      if (i + W <= columns) {
-        if constexpr (sizeof(P) < sizeof(Acc))
-          for (; c + 2 * W <= ranks; c += 2 * W)
-            write_blocks<2>(out + i * to.column_stride + c, to, sums + c * kMostColumns + i);
-        for (; c + W <= ranks; c += W) write_blocks<1>(out + i * to.column_stride + c, to, sums + c * kMostColumns + i);
+    for (int64_t i = 0; i < columns; i += W)
+      for (int64_t c = 0; c < ranks; c += W) {
+        const Acc* from = sums + c * kMostColumns + i;
+        const int64_t rows = smaller(W, columns - i);
+        Acc square[W * W];
+        if (rows == W && c + W <= ranks)
+          transpose_block<Acc>(from, kMostColumns, square, W);
+        else
+          transpose_some<Acc>(from, kMostColumns, rows, ranks - c, square, W);
+        for (int64_t m = 0; m < rows; m++)
+          store_some<Acc>(out + (i + m) * to.column_stride + c, scale * load<Acc>(square + m * W), ranks - c);
       }
-      for (; c < ranks; c += W)
-        write_edge(out + i * to.column_stride + c, to, smaller(W, columns - i), ranks - c, sums + c * kMostColumns + i);
-    }
-  }
-
-  // A vector of columns by NV vectors of ranks
-  template <int NV, class P>
-  void write_blocks(P* out, const Param& to, const Acc* sums) const {
-    constexpr int64_t W = kWidth<Acc>;
-    Acc blocks[NV][W * W];
-    for (int v = 0; v < NV; v++) transpose_block<Acc>(sums + v * W * kMostColumns, kMostColumns, blocks[v], W);
-    for (int64_t m = 0; m < W; m++) {
-      Vec<Acc> row[NV];
-      for (int v = 0; v < NV; v++) row[v] = scale * load<Acc>(blocks[v] + m * W);
-      P* at = out + m * to.column_stride;
-      store_row<Acc, P, NV>(at, row);
-      if (NV == 2)
-        prefetch<1>(address(at, 2 * W));  // the line of the ranks that follow: each row is far from the last one
-    }
-  }
-
-  // At most a vector of columns by at most a vector of ranks
-  template <class P>
-  void write_edge(P* out, const Param& to, int64_t columns, int64_t ranks, const Acc* sums) const {
-    constexpr int64_t W = kWidth<Acc>;
-    Acc block[W * W];
-    transpose_some<Acc>(sums, kMostColumns, columns, ranks, block, W);
-    for (int64_t m = 0; m < columns; m++)
-      store_some<Acc>(out + m * to.column_stride, scale * load<Acc>(block + m * W), ranks);
   }
 };
 

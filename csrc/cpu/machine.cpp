@@ -2,6 +2,7 @@
 #include "machine.h"
 
 #include <cstdlib>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 
@@ -19,6 +20,15 @@ namespace gralora::cpu {
 namespace {
 
 constexpr Capability kAll[] = {Capability::Default, Capability::Avx2, Capability::Avx512};
+constexpr Capability kCompiled[] = {
+    Capability::Default,
+#ifdef GRALORA_HAVE_AVX2
+    Capability::Avx2,
+#endif
+#ifdef GRALORA_HAVE_AVX512
+    Capability::Avx512,
+#endif
+};
 
 // ------------------------------------------------------------------ what the processor has
 
@@ -92,25 +102,6 @@ CacheLevel cache_level([[maybe_unused]] int bytes_name, [[maybe_unused]] int way
 
 // ------------------------------------------------------------------ what the user allows
 
-bool is_compiled(Capability capability) {
-  switch (capability) {
-    case Capability::Default: return true;
-    case Capability::Avx2:
-#ifdef GRALORA_HAVE_AVX2
-      return true;
-#else
-      return false;
-#endif
-    case Capability::Avx512:
-#ifdef GRALORA_HAVE_AVX512
-      return true;
-#else
-      return false;
-#endif
-  }
-  return false;
-}
-
 std::string environment(const char* variable) {
   const char* value = std::getenv(variable);
   return value == nullptr ? "" : value;
@@ -127,8 +118,8 @@ Capability best_capability() {
     throw std::invalid_argument("GRALORA_EXT_CPU_CAPABILITY must be default, avx2 or avx512, or unset, but it is '" +
                                 word + "'");
   Capability best = Capability::Default;
-  for (const Capability capability : kAll) {
-    if (capability <= cap && is_compiled(capability) && processor_runs(capability)) best = capability;
+  for (const Capability capability : kCompiled) {
+    if (capability <= cap && processor_runs(capability)) best = capability;
   }
   return best;
 }
@@ -163,30 +154,16 @@ const Machine& machine() {
   return filled;
 }
 
+// In the order of the enumerators
 const char* name(Capability capability) {
-  switch (capability) {
-    case Capability::Default: return "default";
-    case Capability::Avx2: return "avx2";
-    case Capability::Avx512: return "avx512";
-  }
-  return "unknown";
+  constexpr const char* kNames[] = {"default", "avx2", "avx512"};
+  return kNames[int(capability)];
 }
-
 const char* name(Vendor vendor) {
-  switch (vendor) {
-    case Vendor::Amd: return "amd";
-    case Vendor::Intel: return "intel";
-    case Vendor::Other: return "other";
-  }
-  return "unknown";
+  constexpr const char* kNames[] = {"amd", "intel", "other"};
+  return kNames[int(vendor)];
 }
 
-std::vector<Capability> compiled_capabilities() {
-  std::vector<Capability> compiled;
-  for (const Capability capability : kAll) {
-    if (is_compiled(capability)) compiled.push_back(capability);
-  }
-  return compiled;
-}
+std::vector<Capability> compiled_capabilities() { return {std::begin(kCompiled), std::end(kCompiled)}; }
 
 }  // namespace gralora::cpu

@@ -20,55 +20,45 @@ struct Merge {
   Acc scale;
   bool accumulate;  // false: W is overwritten, never read
   const int64_t rb = r / k, H = rows / k, V = columns / k;
-  const int64_t panels_size = panel_size<Acc>(rb + h, plan.strip), strips = ceil_div(V, plan.strip);
 
   struct Panels {
     Panel<Acc> R, Rg;
   };
-  // A range of rows of row block a
-  struct Range {
-    int64_t a, first, count;
-  };
   // One thread's scratch
   struct Buffers {
-    Acc *panels, *left, *left_panel;
-    Panels* kept;  // where panels are kept: those of row block `kept_for`
-    int64_t* kept_for;
+    Acc *panels, *left, *left_general, *left_panel;
   };
 
   template <class Y>
   void run() const {
-    const int64_t ranges = ceil_div(H, plan.rows), places = plan.keeps_panels ? k * strips : 1;
-    const int64_t left_size = (plan.rows + kNR<Acc>)*(rb + h);
+    const int64_t ranges = ceil_div(H, plan.rows), left_size = (plan.rows + kNR<Acc>)*rb;
+    const int64_t general_size = (plan.rows + kNR<Acc>)*h;
     Scratch scratch;
-    const PerThread<Acc> buffers(scratch, plan.threads,
-                                 places * panels_size + left_size + panel_size<Acc>(rb + h, plan.rows));
-    const PerThread<Panels> kept(scratch, plan.threads, places);
-    const PerThread<int64_t> kept_for(scratch, plan.threads, 1);
-    for (int thread = 0; thread < plan.threads; thread++) *kept_for.of(thread) = -1;
+    const PerThread<Acc> buffers(
+        scratch, plan.threads,
+        panel_size<Acc>(rb + h, plan.strip) + left_size + general_size + panel_size<Acc>(larger(rb, h), plan.rows));
     parallel_items(k * ranges, plan.threads, [&](int64_t item, int thread) {
-      const int64_t first = item % ranges * plan.rows;
-      Acc *own = buffers.of(thread), *left = own + places * panels_size;
-      merge_range<Y>({item / ranges, first, smaller(plan.rows, H - first)},
-                     {own, left, left + left_size, kept.of(thread), kept_for.of(thread)});
+      Acc *own = buffers.of(thread), *left = own + panel_size<Acc>(rb + h, plan.strip);
+      const int64_t first = item % ranges * plan.rows, count = smaller(plan.rows, H - first);
+      merge_range<Y>(item / ranges, first, count, {own, left, left + left_size, left + left_size + general_size});
     });
   }
 
  private:
+  // Some rows of row block a
   template <class Y>
-  void merge_range(const Range& range, const Buffers& own) const {
-    const bool ready = plan.keeps_panels && *own.kept_for == range.a;
-    *own.kept_for = range.a;
+  void merge_range(int64_t a, int64_t first, int64_t count, const Buffers& own) const {
     for (int64_t b = 0; b < k; b++) {
-      pack_left(range, b, own);
-      for (int64_t i = 0; i < strips; i++) {
-        const int64_t c0 = i * plan.strip, width = smaller(plan.strip, V - c0);
-        const int64_t place = plan.keeps_panels ? b * strips + i : 0;
-        Panels& panels = own.kept[place];
-        if (!ready) panels = read_right(range.a, b, c0, width, own.panels + place * panels_size);
-        Y* to = static_cast<Y*>(W.data) + (range.a * H + range.first) * W.row_stride + (b * V + c0) * W.column_stride;
-        for_row_groups(range.count, [&](auto group, int64_t m) {
-          merge_rows<decltype(group)::value, Y>(own.left + m * (rb + h), panels, width, to + m * W.row_stride);
+      pack_left<Acc>(plan.left, {L, a, b * rb, rb, first, count}, scale, own.left, own.left_panel);
+      if (h > 0)
+        pack_left<Acc>(plan.left_general, {Lg, a, 0, h, first, count}, scale, own.left_general, own.left_panel);
+      for (int64_t c0 = 0; c0 < V; c0 += plan.strip) {
+        const int64_t width = smaller(plan.strip, V - c0);
+        const Panels panels = read_right(a, b, c0, width, own.panels);
+        Y* to = static_cast<Y*>(W.data) + (a * H + first) * W.row_stride + (b * V + c0) * W.column_stride;
+        for_row_groups(count, [&](auto group, int64_t m) {
+          merge_rows<decltype(group)::value, Y>(own.left + m * rb, own.left_general + m * h, panels, width,
+                                                to + m * W.row_stride);
         });
       }
     }
@@ -83,43 +73,18 @@ struct Merge {
     return panels;
   }
 
-  // The ranks of a range that meet column block b, scaled, then the general ones: packed for each
-  // group of MR rows.
-  void pack_left(const Range& range, int64_t b, const Buffers& own) const {
-    const auto pack = [&](const Param& param, Packing packing, int64_t rank0, int64_t ranks, int64_t start) {
-      const Panel<Acc> from =
-          read_panel<Acc>(packing, {param, range.a, rank0, ranks, range.first, range.count}, own.left_panel);
-      for_row_groups(range.count, [&](auto group, int64_t m0) {
-        constexpr int MR = decltype(group)::value;
-        for (int64_t m = 0, count; m < MR; m += count) {  // within a micro-panel
-          const int64_t column = (m0 + m) % kNR<Acc>;
-          count = smaller(MR - m, kNR<Acc> - column);
-          scale_columns(from.data + (m0 + m) / kNR<Acc> * from.micro_panel + column, from.ld, ranks, count,
-                        own.left + m0 * (rb + h) + start * MR + m, MR);
-        }
-      });
-    };
-    pack(L, plan.left, b * rb, rb, 0);
-    if (h > 0) pack(Lg, plan.left_general, 0, h, rb);
-  }
-
-  void scale_columns(const Acc* from, int64_t from_ld, int64_t count, int64_t columns, Acc* to, int64_t to_ld) const {
-    for (int64_t i = 0; i < count; i++)
-      for (int64_t c = 0; c < columns; c += kWidth<Acc>)
-        store_some<Acc>(to + i * to_ld + c, scale * load_some<Acc>(from + i * from_ld + c, columns - c), columns - c);
-  }
-
   // Some rows of W, from `to` on. A function of its own: inlined among other code, GCC would keep
   // part of the sums in memory.
   template <int MR, class Y>
-  __attribute__((noinline)) void merge_rows(const Acc* left, const Panels& right, int64_t width, Y* to) const {
+  __attribute__((noinline)) void merge_rows(const Acc* left, const Acc* general, const Panels& right, int64_t width,
+                                            Y* to) const {
     constexpr int NV = 2;
     int64_t c = 0;
     if (W.column_stride == 1)
       for (; c + kNR<Acc> <= width; c += kNR<Acc>) {
         const LeftRows<Y, MR> weights(to + c, W.row_stride);
         Vec<Acc> sum[MR][NV] = {};
-        add_products(left, right, c, sum);
+        add_products(left, general, right, c, sum);
         // All weights of the tile are loaded before one is stored: see Expand::store_vectors.
         if (accumulate)
           for_sums<MR, NV>([&](int m, int v) { sum[m][v] += load<Acc>(weights.row(m) + v * kWidth<Acc>); });
@@ -127,7 +92,7 @@ struct Merge {
       }
     for (; c < width; c += kWidth<Acc>) {
       Vec<Acc> sum[MR][1] = {};
-      add_products(left, right, c, sum);
+      add_products(left, general, right, c, sum);
       for_sums<MR, 1>([&](int m, int) {
         add_edge<Y>(sum[m][0], to + m * W.row_stride + c * W.column_stride, smaller(kWidth<Acc>, width - c));
       });
@@ -135,11 +100,10 @@ struct Merge {
   }
 
   template <int MR, int NV>
-  inline __attribute__((always_inline)) void add_products(const Acc* left, const Panels& right, int64_t c,
-                                                          Vec<Acc> (&sum)[MR][NV]) const {
+  inline __attribute__((always_inline)) void add_products(const Acc* left, const Acc* general, const Panels& right,
+                                                          int64_t c, Vec<Acc> (&sum)[MR][NV]) const {
     multiply<Fp32<Acc>>(rb, LeftPacked<Acc, MR>{left}, right.R.at(0, c), right.R.ld, sum, Nothing{});
-    if (h > 0)
-      multiply<Fp32<Acc>>(h, LeftPacked<Acc, MR>{left + rb * MR}, right.Rg.at(0, c), right.Rg.ld, sum, Nothing{});
+    if (h > 0) multiply<Fp32<Acc>>(h, LeftPacked<Acc, MR>{general}, right.Rg.at(0, c), right.Rg.ld, sum, Nothing{});
   }
 
   // At the end of a row within a vector, or where columns are apart

@@ -94,4 +94,24 @@ Panel<Acc> read_panel(Packing packing, const BlockOf& b, Acc* scratch) {
   return {static_cast<const Acc*>(b.param.data) + b.offset(), kNR<Acc>, b.param.row_stride};
 }
 
+// A block of a parameter [ranks, columns] as the left factor, whose rows are the block's columns:
+// packed and scaled in groups of MR columns, as LeftPacked takes them. A group begins at its first
+// column times the number of ranks. `panel` is scratch of panel_size.
+template <class Acc>
+void pack_left(Packing packing, const BlockOf& b, Acc scale, Acc* to, Acc* panel) {
+  const Panel<Acc> from = read_panel<Acc>(packing, b, panel);
+  for_row_groups(b.columns, [&](auto group, int64_t m0) {
+    constexpr int MR = decltype(group)::value;
+    for (int64_t m = 0, count; m < MR; m += count) {  // within a micro-panel
+      const int64_t column = (m0 + m) % kNR<Acc>;
+      count = smaller(MR - m, kNR<Acc> - column);
+      const Acc* rank = from.data + (m0 + m) / kNR<Acc> * from.micro_panel + column;
+      Acc* packed = to + m0 * b.rows + m;
+      for (int64_t q = 0; q < b.rows; q++, rank += from.ld, packed += MR)
+        for (int64_t c = 0; c < count; c += kWidth<Acc>)
+          store_some<Acc>(packed + c, scale * load_some<Acc>(rank + c, count - c), count - c);
+    }
+  });
+}
+
 }  // namespace gralora::cpu::GRALORA_ISA

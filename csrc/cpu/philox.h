@@ -205,10 +205,9 @@ struct Mask {
         if (waiting == kGroups) philox_4x32_10<kGroups>(keys, groups, threshold), waiting = 0;
       }
     }
-    switch (waiting) {
-      case 1: philox_4x32_10<1>(keys, groups, threshold); break;
-      case 2: philox_4x32_10<2>(keys, groups, threshold); break;
-      case 3: philox_4x32_10<3>(keys, groups, threshold); break;
+    if (waiting > 0) {  // the first group again beside the last ones
+      while (waiting < kGroups) groups[waiting++] = groups[0];
+      philox_4x32_10<kGroups>(keys, groups, threshold);
     }
     for (int64_t m = 0; m < rows; m++)
       drop_first(to + m * stride, int((first + uint64_t(m * width)) % 16), ceil_div(count, 8));

@@ -11,6 +11,7 @@ namespace {
 // ------------------------------------------------------------------ thresholds
 
 // Tokens that have kernels of their own: for them, reading the parameters is nearly all of the work.
+// With a hybrid part such kernels took 60 % of the time, which is 1 % of a layer's: not worth them.
 constexpr int64_t kFewTokens = 4;
 
 // Below so many multiply-adds, waking the other threads costs more than they save. Forward gains
@@ -21,8 +22,11 @@ constexpr int64_t kReadingWork = 4;
 
 // KC: a chunk of so many rows of a micro-panel is two thirds of L1; longer sums lose more.
 constexpr int64_t kMostColumns = 256;
-// Elements of a panel, which L2 holds beside activations: half a MiB in float.
-constexpr int64_t kPanelElements = 1 << 17;
+// Bytes of a panel in float: half of L2, which holds activations beside it, and no more.
+constexpr int64_t kMostPanelBytes = 1 << 19;
+int64_t panel_elements(const Machine& machine) {
+  return (machine.l2.bytes > 0 ? std::min(kMostPanelBytes, machine.l2.bytes / 2) : kMostPanelBytes) / 4;
+}
 // MC: tokens that share packed parameters. Their latents stay in L2 between the two steps.
 constexpr int64_t kMostTokens = 512;
 // A block of a parameter is packed from so many tokens on, in groups of MR; fewer read it where it
@@ -112,17 +116,24 @@ bool has_pairs(const Param& param, int64_t rows) {
                                        aligned_to_pairs(param.data)));
 }
 
-Reading reading(const Activation& x, bool dropped, Product product, const MicroKernel& kernel) {
+// Of a pass whose activations are pairs, in blocks of an even width, and whose parameters are pairs
+template <class Params>
+Product product_of(const Params& p, bool activations, bool widths, bool parameters, const Machine& machine) {
+  if (p.accumulate_f64 || !activations) return plain(p.accumulate_f64);
+  if (machine.amx && widths && p.shape.T >= (p.u_bf16 ? kTokensToRound : kTokensToSplit))
+    return p.u_bf16 ? Product::Bf16Amx : Product::SplitAmx;
+  // Intel's processors take four times as long for pairs as for floats.
+  const bool quicker = machine.bf16_instructions && machine.vendor != Vendor::Intel;
+  return quicker && p.u_bf16 && parameters && p.shape.T >= kTokensToRound ? Product::Bf16Pairs : Product::Float32;
+}
+
+// gradient_width: that of a block of rows which are also the right factor of a gradient, and are read
+// in whole vectors then; 0: they are not.
+Reading reading(const Activation& x, bool dropped, int64_t gradient_width, Product product, const MicroKernel& kernel) {
   if (dropped) return Reading::Dropped;
   if (product != plain(kernel.accumulated == DType::f64)) return Reading::InPlace;  // has_pairs()
-  return x.dtype == kernel.accumulated && evenly_spaced(x) ? Reading::InPlace : Reading::Copied;
-}
-// The same of rows that are also the right factor of a gradient, which reads whole vectors of a
-// block's columns.
-Reading reading(const Activation& x, bool dropped, bool for_gradient, int64_t block_width, Product product,
-                const MicroKernel& kernel) {
-  const Reading found = reading(x, dropped, product, kernel);
-  return for_gradient && found == Reading::InPlace && block_width % kernel.W != 0 ? Reading::Copied : found;
+  const bool usable = x.dtype == kernel.accumulated && evenly_spaced(x) && gradient_width % kernel.W == 0;
+  return usable ? Reading::InPlace : Reading::Copied;
 }
 
 // Of blocks of `rows` rows; `columns`: of a block, or of the panel of which there are several;
@@ -151,34 +162,27 @@ ForwardOperands operands(const ForwardParams& p) {
 }
 
 bool takes_few_tokens(const ForwardParams& p) {
-  const Adapter& a = p.adapter;
-  return p.shape.T <= kFewTokens && in_rows(a.A) && in_rows(a.B) &&
-         (p.shape.h == 0 || (in_rows(a.A_general) && in_rows(a.B_general))) && p.base.column_stride == 1 &&
-         p.y.column_stride == 1;
+  return p.shape.T <= kFewTokens && p.shape.h == 0 && in_rows(p.adapter.A) && in_rows(p.adapter.B) &&
+         p.base.column_stride == 1 && p.y.column_stride == 1;
 }
 
 Product product_of(const ForwardParams& p, const ForwardOperands& o, const Machine& machine) {
   const Shape& s = p.shape;
   const int64_t w = s.N / s.k;
-  if (p.accumulate_f64 || p.y.dtype != DType::bf16 || !has_pairs(p.x)) return plain(p.accumulate_f64);
-  if (machine.amx && even(w) && s.T >= (p.u_bf16 ? kTokensToRound : kTokensToSplit))
-    return p.u_bf16 ? Product::Bf16Amx : Product::SplitAmx;
-  // Intel's processors take four times as long for pairs as for floats.
-  const bool pairs = machine.bf16_instructions && machine.vendor != Vendor::Intel && p.u_bf16 &&
-                     s.T >= kTokensToRound && has_pairs(o.A, w) && has_pairs(o.B, s.r) &&
-                     (s.h == 0 || (has_pairs(o.Ag, w) && has_pairs(o.Bg, s.h)));
-  return pairs ? Product::Bf16Pairs : Product::Float32;
+  const bool general = s.h == 0 || (has_pairs(o.Ag, w) && has_pairs(o.Bg, s.h));
+  return product_of(p, p.y.dtype == DType::bf16 && has_pairs(p.x), even(w),
+                    has_pairs(o.A, w) && has_pairs(o.B, s.r) && general, machine);
 }
 
 // Columns of a block of y whose panel of B fits into L2, and how many narrow blocks do together
-void cut_y(ForwardPlan& plan, const Shape& s, const MicroKernel& kernel) {
+void cut_y(ForwardPlan& plan, const Shape& s, const MicroKernel& kernel, int64_t panel) {
   const int64_t w = s.M / s.k, ranks = s.r + s.h;
-  plan.strip = round_up(std::min(std::max(kPanelElements / ranks, 4 * kernel.NR), w), kernel.NR);
+  plan.strip = round_up(std::min(std::max(panel / ranks, 4 * kernel.NR), w), kernel.NR);
   if (plan.schedule == Schedule::ByColumns) {  // some for each thread
     const int64_t share = round_up(ceil_div(s.M, 4 * plan.threads), kernel.NR);
     plan.strip = std::min(plan.strip, std::max(kernel.NR, share));
   } else if (plan.strip >= w) {
-    plan.blocks_per_strip = std::min({kMostBlocks, s.k, std::max<int64_t>(1, kPanelElements / (ranks * plan.strip))});
+    plan.blocks_per_strip = std::min({kMostBlocks, s.k, std::max<int64_t>(1, panel / (ranks * plan.strip))});
   }
 }
 
@@ -194,13 +198,13 @@ ForwardPlan plan(const ForwardParams& p, const Machine& machine) {
   plan.chunks = chunks(s.N, s.k, kernel);
   if (takes_few_tokens(p)) {
     plan.product = plain(p.accumulate_f64);
-    plan.x = reading(p.x, dropped, plan.product, kernel);
+    plan.x = reading(p.x, dropped, 0, plan.product, kernel);
     const int64_t share = plan.threads == 1 ? kFewTokensStrip : ceil_div(s.M, 4 * plan.threads);
     plan.strip = std::min(kFewTokensStrip, round_up(std::min(share, s.M / s.k), kernel.NR));
     return plan;
   }
   plan.product = product_of(p, o, machine);
-  plan.x = reading(p.x, dropped, plan.product, kernel);
+  plan.x = reading(p.x, dropped, 0, plan.product, kernel);
   const int64_t rows = rows_of(plan.product, kernel);
   const bool whole_blocks = s.h == 0 && shared_evenly(s.k, plan.threads);
   const int64_t enough = tokens_for_a_thread(s, plan.product != plain(p.accumulate_f64), whole_blocks);
@@ -213,9 +217,7 @@ ForwardPlan plan(const ForwardParams& p, const Machine& machine) {
     plan.segment = std::min(s.T, kMostTokens);
     plan.whole_blocks = whole_blocks;
   }
-  cut_y(plan, s, kernel);
-  const int64_t fitting = kPanelElements / ((s.r + s.h) * plan.chunks.columns);
-  plan.chunks_per_panel = std::max<int64_t>(1, std::min(plan.chunks.per_block, fitting));
+  cut_y(plan, s, kernel, panel_elements(machine));
   plan.A = packing(o.A, s.N / s.k, s.r, plan.segment, plan.product, kernel);
   plan.A_general = packing(o.Ag, s.N / s.k, s.h, plan.segment, plan.product, kernel);
   plan.B = packing(o.B, s.r, s.M / s.k, plan.segment, plan.product, kernel);
@@ -242,26 +244,20 @@ BackwardOperands operands(const BackwardParams& p) {
           blocks_of_rows(transposed(a.A_general), s.N / s.k)};
 }
 
-bool takes_few_tokens(const BackwardParams& p) {
+bool takes_few_tokens(const BackwardParams& p, bool remakes_U) {
   const auto rows = [](const Param& parameter, const Param& gradient) {
     return in_rows(parameter) && (gradient.data == nullptr || (in_rows(gradient) && gradient.dtype == parameter.dtype));
   };
-  const Adapter &a = p.adapter, &grad = p.grad;
-  return p.shape.T > 0 && p.shape.T <= kFewTokens && !p.add_to_grad_x && rows(a.A, grad.A) && rows(a.B, grad.B) &&
-         (p.shape.h == 0 || (rows(a.A_general, grad.A_general) && rows(a.B_general, grad.B_general)));
+  return p.shape.T > 0 && p.shape.T <= kFewTokens && p.shape.h == 0 && !remakes_U && !p.add_to_grad_x &&
+         p.grad_x.column_stride == 1 && rows(p.adapter.A, p.grad.A) && rows(p.adapter.B, p.grad.B);
 }
 
 Product product_of(const BackwardParams& p, const BackwardOperands& o, const Machine& machine) {
   const Shape& s = p.shape;
   const int64_t w_in = s.N / s.k, w_out = s.M / s.k;
-  if (p.accumulate_f64 || !has_pairs(p.x) || !has_pairs(p.grad_y)) return plain(p.accumulate_f64);
-  if (machine.amx && even(w_in) && even(w_out) && s.T >= (p.u_bf16 ? kTokensToRound : kTokensToSplit))
-    return p.u_bf16 ? Product::Bf16Amx : Product::SplitAmx;
-  const bool pairs = machine.bf16_instructions && machine.vendor != Vendor::Intel && p.u_bf16 &&
-                     s.T >= kTokensToRound && has_pairs(o.A, s.r) && has_pairs(o.A_for_U, w_in) &&
-                     has_pairs(o.B, w_out) &&
-                     (s.h == 0 || (has_pairs(o.Ag, s.h) && has_pairs(o.Ag_for_U, w_in) && has_pairs(o.Bg, w_out)));
-  return pairs ? Product::Bf16Pairs : Product::Float32;
+  const bool general = s.h == 0 || (has_pairs(o.Ag, s.h) && has_pairs(o.Ag_for_U, w_in) && has_pairs(o.Bg, w_out));
+  const bool block = has_pairs(o.A, s.r) && has_pairs(o.A_for_U, w_in) && has_pairs(o.B, w_out);
+  return product_of(p, has_pairs(p.x) && has_pairs(p.grad_y), even(w_in) && even(w_out), block && general, machine);
 }
 
 // Segments do not depend on the number of threads, or gradients would. A wave gives every thread a
@@ -298,14 +294,14 @@ BackwardPlan plan(const BackwardParams& p, const Machine& machine) {
   const int64_t w_in = s.N / s.k, w_out = s.M / s.k;
   const bool want_A = p.grad.A.data != nullptr || p.grad.A_general.data != nullptr;
   const bool want_B = p.grad.B.data != nullptr || p.grad.B_general.data != nullptr;
-  const bool dropped = p.dropout.p > 0.0, few = takes_few_tokens(p);
+  const bool dropped = p.dropout.p > 0.0, remakes_U = want_B && p.u == nullptr, few = takes_few_tokens(p, remakes_U);
   BackwardPlan plan;
   plan.threads = threads_for(2 * s.T * (s.r + s.h) * (s.N + s.M), kSerialWork, p.threads);
-  plan.remakes_U = want_B && p.u == nullptr;
+  plan.remakes_U = remakes_U;
   plan.chunks_of_g = chunks(s.M, s.k, kernel), plan.chunks_of_x = chunks(s.N, s.k, kernel);
   plan.product = few ? plain(p.accumulate_f64) : product_of(p, o, machine);
-  plan.g = reading(p.grad_y, false, want_B, w_out, plan.product, kernel);
-  plan.x = reading(p.x, dropped, want_A, w_in, plan.product, kernel);
+  plan.g = reading(p.grad_y, false, want_B ? w_out : 0, plan.product, kernel);
+  plan.x = reading(p.x, dropped, want_A ? w_in : 0, plan.product, kernel);
   if (!few) cut_tokens(plan, p, rows_of(plan.product, kernel));
   const int64_t tokens = few ? s.T : plan.segment;
   plan.A = packing(o.A, s.r, w_in, tokens, plan.product, kernel);
@@ -330,19 +326,15 @@ MergePlan plan(const MergeParams& p, const Machine& machine) {
   plan.along_N = p.weight.column_stride != 1 && p.weight.row_stride == 1;
   const int64_t rows = plan.along_N ? s.N : s.M, columns = plan.along_N ? s.M : s.N;
   const int64_t H = rows / s.k, V = columns / s.k, ranks = s.r / s.k + s.h;
-  plan.strip = round_up(std::min(V, std::max(kPanelElements / ranks, 4 * kernel.NR)), kernel.NR);
-  // Panels that stay for all ranges of a block of rows allow smaller ranges, shared more evenly.
-  plan.keeps_panels = s.k * ceil_div(V, plan.strip) * ranks * plan.strip <= kPanelElements;
-  const int64_t share = ceil_div(rows, (plan.keeps_panels ? 8 : 4) * plan.threads);
+  plan.strip = round_up(std::min(V, std::max(panel_elements(machine) / ranks, 4 * kernel.NR)), kernel.NR);
+  const int64_t share = ceil_div(rows, 4 * plan.threads);  // some ranges for each thread
   plan.rows = std::min(kMostGroups * kernel.MR, std::max(kernel.MR, share));
   plan.rows = round_up(std::min(plan.rows, H), kernel.MR);
-  const int64_t uses = std::min(H, plan.keeps_panels ? ceil_div(rows, plan.threads) : plan.rows);
-
   const Param At = transposed(p.adapter.A), Ag = blocks_of_columns(p.adapter.A_general, s.N / s.k);
   const Param Bgt = transposed(blocks_of_rows(p.adapter.B_general, s.M / s.k));
   const Product product = plain(p.accumulate_f64);
-  const auto left = [&](const Param& param) { return packing(param, ranks, H, 0, product, kernel); };
-  const auto right = [&](const Param& param) { return packing(param, ranks, V, uses, product, kernel); };
+  const auto left = [&](const Param& param) { return packing(param, ranks, kernel.W, 0, product, kernel); };
+  const auto right = [&](const Param& param) { return packing(param, ranks, V, plan.rows, product, kernel); };
   plan.left = left(plan.along_N ? At : p.adapter.B), plan.right = right(plan.along_N ? p.adapter.B : At);
   plan.left_general = left(plan.along_N ? Ag : Bgt), plan.right_general = right(plan.along_N ? Bgt : Ag);
   return plan;
@@ -359,8 +351,13 @@ LinearPlan plan(const LinearParams& p, const Machine& machine) {
   const MicroKernel kernel(machine, p.accumulate_f64);
   LinearPlan plan;
   plan.threads = threads_for(T * rows * columns, kSerialWork, p.threads);
-  plan.in = reading(p.in, false, plain(p.accumulate_f64), kernel);
+  plan.in = reading(p.in, false, 0, plain(p.accumulate_f64), kernel);
   plan.chunks = chunks(rows, 1, kernel);
+  const Param Ag = blocks_of_columns(p.adapter.A_general, p.shape.N / p.shape.k);
+  const Param Bgt = transposed(blocks_of_rows(p.adapter.B_general, p.shape.M / p.shape.k));
+  const auto left = [&](const Param& param) { return packing(param, 0, kernel.W, 0, plain(p.accumulate_f64), kernel); };
+  plan.left = left(p.transposed ? p.adapter.B : transposed(p.adapter.A));
+  plan.left_general = left(p.transposed ? Bgt : Ag);
   plan.tokens_together = kGroups * kernel.MR;
   // The cut that takes least, where a thread's items follow each other.
   int64_t least = INT64_MAX;
@@ -374,55 +371,38 @@ LinearPlan plan(const LinearParams& p, const Machine& machine) {
     }
   }
   // Panels of nearly equal length that fit into L2
-  const int64_t most = std::max<int64_t>(1, kPanelElements / (plan.strip * plan.chunks.columns));
+  const int64_t most = std::max<int64_t>(1, panel_elements(machine) / (plan.strip * plan.chunks.columns));
   plan.chunks_per_panel = ceil_div(plan.chunks.per_block, ceil_div(plan.chunks.per_block, most));
   return plan;
 }
 
-// On AMD's processors MKL stays on AVX2; this product has reached twice its speed by AVX-512, and
-// 1.1 times by AVX2. On a Xeon it took 1.0 to 1.1 of the time of base layer and path. Fewer tokens
-// do not repay the making of W + dW.
-int64_t tokens_for_one_product(const Machine& machine) {
-  return machine.vendor == Vendor::Amd && machine.capability != Capability::Default ? 64 : INT64_MAX;
+// Fewer tokens do not repay the making of W + dW.
+int64_t tokens_for_one_operation() { return 64; }
+
+// On AMD's processors MKL stays on AVX2; linear has reached twice its speed by AVX-512, and 1.1
+// times by AVX2. On a Xeon it took 1.0 to 1.1 of the time of base layer and path.
+bool one_product_is_quicker(const Machine& machine) {
+  return machine.vendor == Vendor::Amd && machine.capability != Capability::Default;
 }
 
 // ------------------------------------------------------------------ names
 
+// In the order of the enumerators
 const char* name(Product product) {
-  switch (product) {
-    case Product::Float32: return "float32";
-    case Product::Float64: return "float64";
-    case Product::Bf16Pairs: return "bfloat16 pairs";
-    case Product::Bf16Amx: return "bfloat16 by AMX";
-    case Product::SplitAmx: return "split bfloat16 by AMX";
-  }
-  return "unknown";
+  constexpr const char* kNames[] = {"float32", "float64", "bfloat16 pairs", "bfloat16 by AMX", "split bfloat16 by AMX"};
+  return kNames[int(product)];
 }
 const char* name(Schedule schedule) {
-  switch (schedule) {
-    case Schedule::FewTokens: return "few tokens";
-    case Schedule::ByTokens: return "by tokens";
-    case Schedule::ByColumns: return "by columns";
-  }
-  return "unknown";
+  constexpr const char* kNames[] = {"few tokens", "by tokens", "by columns"};
+  return kNames[int(schedule)];
 }
 const char* name(Reading reading) {
-  switch (reading) {
-    case Reading::InPlace: return "in place";
-    case Reading::Copied: return "copied";
-    case Reading::Dropped: return "copied with dropout";
-  }
-  return "unknown";
+  constexpr const char* kNames[] = {"in place", "copied", "copied with dropout"};
+  return kNames[int(reading)];
 }
 const char* name(Packing packing) {
-  switch (packing) {
-    case Packing::Absent: return "absent";
-    case Packing::InPlace: return "in place";
-    case Packing::Packed: return "packed";
-    case Packing::Paired: return "packed as pairs";
-    case Packing::Split: return "packed in pieces";
-  }
-  return "unknown";
+  constexpr const char* kNames[] = {"absent", "in place", "packed", "packed as pairs", "packed in pieces"};
+  return kNames[int(packing)];
 }
 
 }  // namespace gralora::cpu

@@ -60,10 +60,7 @@ struct Chunks {
   int64_t block(int64_t chunk) const { return chunk / per_block; }
   int64_t first(int64_t chunk) const { return chunk % per_block * columns; }  // within the block
   int64_t column(int64_t chunk) const { return block(chunk) * block_width + first(chunk); }
-  int64_t length(int64_t chunk) const {
-    const int64_t left = block_width - first(chunk);
-    return left < columns ? left : columns;
-  }
+  int64_t length(int64_t chunk) const { return ends_block(chunk) ? block_width - first(chunk) : columns; }
   bool ends_block(int64_t chunk) const { return chunk % per_block == per_block - 1; }
 };
 
@@ -75,7 +72,6 @@ struct ForwardPlan {
   Packing A = Packing::InPlace, B = Packing::InPlace;
   Packing A_general = Packing::Absent, B_general = Packing::Absent;
   Chunks chunks;                 // of x
-  int64_t chunks_per_panel = 1;  // whose part of A fits into L2 together
   int64_t segment = 0;           // tokens
   int64_t strip = 0;             // columns of a block of y
   int64_t blocks_per_strip = 1;  // narrow blocks are written together, in longer runs along y
@@ -99,10 +95,9 @@ struct BackwardPlan {
 
 struct MergePlan {
   int threads = 1;
-  bool along_N = false;       // W is taken as its transpose, whose columns lie side by side
-  int64_t rows = 0;           // of W that share a panel
-  int64_t strip = 0;          // columns of a block of W
-  bool keeps_panels = false;  // all panels that meet a block of rows fit into L2 together
+  bool along_N = false;  // W is taken as its transpose, whose columns lie side by side
+  int64_t rows = 0;      // of W that share a panel
+  int64_t strip = 0;     // columns of a block of W
   Packing left = Packing::InPlace, right = Packing::InPlace;
   Packing left_general = Packing::Absent, right_general = Packing::Absent;
 };
@@ -110,8 +105,9 @@ struct MergePlan {
 struct LinearPlan {
   int threads = 1;
   Reading in = Reading::InPlace;
-  Chunks chunks;                 // of `in`
-  int64_t chunks_per_panel = 1;  // of W + dW
+  Packing left = Packing::InPlace, left_general = Packing::Absent;  // of the factors of dW
+  Chunks chunks;                                                    // of `in`
+  int64_t chunks_per_panel = 1;                                     // of W + dW
   int64_t strip = 0, segment = 0;
   int64_t tokens_together = 0;  // that walk along `in` and share a chunk of the panel in L1
 };
@@ -121,9 +117,10 @@ BackwardPlan plan(const BackwardParams& p, const Machine& machine);
 MergePlan plan(const MergeParams& p, const Machine& machine);
 LinearPlan plan(const LinearParams& p, const Machine& machine);
 
-// From how many tokens on a frozen layer and its adapter are quicker as one product with W + dW
-// than as the layer's product and the adapter's; INT64_MAX: never on this machine.
-int64_t tokens_for_one_product(const Machine& machine);
+// A frozen layer and its adapter as one operation: from how many tokens on, and whether linear's one
+// product with W + dW is then quicker, for float32, than torch's product and the adapter's path.
+int64_t tokens_for_one_operation();
+bool one_product_is_quicker(const Machine& machine);
 
 const char* name(Product product);
 const char* name(Schedule schedule);

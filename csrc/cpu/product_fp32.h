@@ -51,16 +51,11 @@ struct VectorSums {
   }
 };
 
-template <class Accumulated>
-struct Fp32 {
-  using Acc = Accumulated;
-  using Latent = Acc;
-  static constexpr int kTerms = 1, kRows = kMR;
+// What products of vectors share
+template <class Acc>
+struct VectorProduct {
+  static constexpr int kRows = kMR;
   struct Scope {};
-
-  static inline __attribute__((always_inline)) Vec<Acc> add(Vec<Acc> sum, Acc a, Vec<Acc> b) { return sum + a * b; }
-  template <class Group, int NV>
-  using Sums = VectorSums<Fp32, Acc, Group, NV>;
   template <class F>
   static inline __attribute__((always_inline)) void for_row_groups(int64_t rows, F&& f) {
     GRALORA_ISA::for_row_groups(rows, f);
@@ -69,6 +64,17 @@ struct Fp32 {
   static inline __attribute__((always_inline)) auto left(Group, const Source<Acc>& rows) {
     return LeftRows<const Acc, Group::value>(rows.data, rows.ld);
   }
+};
+
+template <class Accumulated>
+struct Fp32 : VectorProduct<Accumulated> {
+  using Acc = Accumulated;
+  using Latent = Acc;
+  static constexpr int kTerms = 1;
+
+  static inline __attribute__((always_inline)) Vec<Acc> add(Vec<Acc> sum, Acc a, Vec<Acc> b) { return sum + a * b; }
+  template <class Group, int NV>
+  using Sums = VectorSums<Fp32, Acc, Group, NV>;
   template <class F>
   static void for_dtype(DType dtype, F&& f) {  // of an activation
     GRALORA_ISA::for_dtype<Acc>(dtype, f);
@@ -107,7 +113,7 @@ struct Fp32 {
   // Latents v[t, c] of some tokens in groups of MR ranks: to[c*tokens + t*MR + m] = v[t, c + m]
   static int64_t packed_latents_size(int64_t ranks, int64_t tokens) { return ranks * tokens; }
   static void pack_latents(const Latent* v, int64_t ld, int64_t ranks, int64_t tokens, Acc* to) {
-    for_row_groups(ranks, [&](auto group, int64_t c) {
+    GRALORA_ISA::for_row_groups(ranks, [&](auto group, int64_t c) {
       constexpr int MR = decltype(group)::value;
       for (int64_t t = 0; t < tokens; t++) memcpy(to + c * tokens + t * MR, v + t * ld + c, MR * sizeof(Acc));
     });

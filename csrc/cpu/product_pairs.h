@@ -155,10 +155,8 @@ struct PairedRows {
   }
 };
 
-struct Pairs : PairedRows<1> {
+struct Pairs : PairedRows<1>, VectorProduct<float> {
   using Latent = bf16;
-  static constexpr int kRows = kMR;
-  struct Scope {};
 
   // sum + a0*b0 + a1*b1 in each lane. Subnormal numbers count as zero, as in torch's own products
   // of bf16. The sum is passed by value: an element of an array in an asm statement stays in memory.
@@ -169,14 +167,6 @@ struct Pairs : PairedRows<1> {
   }
   template <class Group, int NV>
   using Sums = VectorSums<Pairs, float, Group, NV>;
-  template <class F>
-  static inline __attribute__((always_inline)) void for_row_groups(int64_t rows, F&& f) {
-    GRALORA_ISA::for_row_groups(rows, f);
-  }
-  template <class Group>
-  static inline __attribute__((always_inline)) auto left(Group, const Source<float>& rows) {
-    return LeftRows<const float, Group::value>(rows.data, rows.ld);
-  }
 
   static int64_t panel_size(DType, int64_t rows, int64_t columns) {
     return GRALORA_ISA::panel_size<float>(steps(rows), columns);

@@ -16,6 +16,15 @@
 
 namespace gralora::cpu::GRALORA_ISA {
 
+// Chunks that one thread takes, and the place of their sums. It finishes them where it takes whole
+// blocks; else there is one chunk, whose sums are added to the others' later.
+template <class Acc>
+struct ChunkRange {
+  int64_t begin, end;
+  Acc* sums;
+  bool finishes;
+};
+
 template <class Product>
 struct Project {
   using Acc = typename Product::Acc;
@@ -38,15 +47,12 @@ struct Project {
   struct Panels {
     Panel<Acc> P, G;
   };
-  int64_t panels_size(int64_t count) const {
-    const int64_t rows = count * chunks.columns;
-    return Product::panel_size(P.dtype, rows, s.r) + Product::panel_size(G.dtype, rows, s.h);
+  int64_t panels_size() const {
+    return Product::panel_size(P.dtype, chunks.columns, s.r) + Product::panel_size(G.dtype, chunks.columns, s.h);
   }
-  // `count` chunks of one block
-  Panels read_panels(int64_t chunk, int64_t count, Acc* scratch) const {
+  Panels read_panels(int64_t chunk, Acc* scratch) const {
     constexpr int kPieces = 3;  // all of a float's
-    const int64_t b = chunks.block(chunk), first = chunks.first(chunk);
-    const int64_t rows = smaller(count * chunks.columns, chunks.block_width - first);
+    const int64_t b = chunks.block(chunk), first = chunks.first(chunk), rows = chunks.length(chunk);
     Panels panels{Product::read_panel(packing, {P, b, first, rows, 0, s.r}, kPieces, scratch), {}};
     if (s.h > 0)
       panels.G = Product::read_panel(general_packing, {G, b, first, rows, 0, s.h}, kPieces,
@@ -60,46 +66,16 @@ struct Project {
 
   static int64_t steps(const Part& p) { return p.columns / Product::kTerms; }
 
-  // u of the tokens t0 .. t0+tokens, by one thread. A panel of some chunks stays in L2 while groups
-  // of tokens walk along x, which comes from memory in long runs, a chunk at a time in L1.
-  int64_t segment_scratch(int64_t tokens, int64_t chunks_per_panel) const {
-    return panels_size(chunks_per_panel) + Block<Acc>::size(Product::kRows) + tokens * sums_row();
-  }
-  void run_segment(int64_t t0, int64_t tokens, int64_t chunks_per_panel, Latent* u, Acc* scratch) const {
-    [[maybe_unused]] typename Product::Scope scope;
-    Acc* block = scratch + panels_size(chunks_per_panel);
-    Acc* sum = block + Block<Acc>::size(Product::kRows);
-    clear_sums(tokens, sum);
-    for (int64_t begin = 0; begin < chunks.count;) {
-      const int64_t in_block = chunks.per_block - begin % chunks.per_block, count = smaller(chunks_per_panel, in_block);
-      const Panels panels = read_panels(begin, count, scratch);
-      Product::for_row_groups(tokens, [&](auto group, int64_t m) {
-        for (int64_t i = 0; i < count; i++) {
-          const Part p = part(begin + i, t0 + m, group.count());
-          const Source<Acc> left = Product::left_rows(reading, p, {block, Product::kRows});
-          // What comes next is the next chunk of the same tokens, or the first one of the next.
-          const bool same_tokens = i + 1 < count;
-          const int64_t next = same_tokens ? m : m + group.count();
-          const NextRows beside(group, x, next < tokens ? t0 + next : -1,
-                                chunks.column(same_tokens ? begin + i + 1 : begin), p.columns, steps(p));
-          add_group(group, panels, i * chunks.columns, p.columns, left, true, sum + m * sums_row(), beside);
-        }
-      });
-      begin += count;
-      finish_chunk(begin - 1, tokens, sum, u);
-    }
-  }
-
   // The part of u that one chunk gives, as sums of `tokens` tokens that are written, or added
-  int64_t chunk_scratch() const { return panels_size(1) + Block<Acc>::size(Product::kRows); }
+  int64_t chunk_scratch() const { return panels_size() + Block<Acc>::size(Product::kRows); }
   void run_chunk(int64_t chunk, int64_t t0, int64_t tokens, bool accumulate, Acc* sum, Acc* scratch) const {
     [[maybe_unused]] typename Product::Scope scope;
-    const Panels panels = read_panels(chunk, 1, scratch);
+    const Panels panels = read_panels(chunk, scratch);
     Product::for_row_groups(tokens, [&](auto group, int64_t m) {
       const Part p = part(chunk, t0 + m, group.count());
-      const Source<Acc> left = Product::left_rows(reading, p, {scratch + panels_size(1), Product::kRows});
+      const Source<Acc> left = Product::left_rows(reading, p, {scratch + panels_size(), Product::kRows});
       const int64_t next = m + group.count();
-      add_group(group, panels, 0, p.columns, left, accumulate, sum + m * sums_row(),
+      add_group(group, panels, steps(p), left, accumulate, sum + m * sums_row(),
                 NextRows(group, x, next < tokens ? t0 + next : -1, p.column, p.columns, steps(p)));
     });
   }
@@ -108,21 +84,27 @@ struct Project {
   void add_rows(const Panels& panels, const Part& p, const Source<Acc>& left, bool accumulate, Acc* sum) const {
     Product::for_row_groups(p.tokens, [&](auto group, int64_t m) {
       const int64_t next = m + group.count();
-      add_group(group, panels, 0, p.columns, left.from_row(m), accumulate, sum + m * sums_row(),
+      add_group(group, panels, steps(p), left.from_row(m), accumulate, sum + m * sums_row(),
                 NextRows(group, x, next < p.tokens ? p.t0 + next : -1, p.column, p.columns, steps(p)));
     });
   }
 
-  // The sums of `tokens` tokens: zeros before the first chunk; after the last chunk of a block they
-  // go to u, and begin anew.
-  void clear_sums(int64_t tokens, Acc* sum) const {
-    for (int64_t i = 0; i < tokens * sums_row(); i++) sum[i] = Acc(0);
+  void run_chunks(const ChunkRange<Acc>& range, int64_t t0, int64_t tokens, Latent* u, Acc* scratch) const {
+    for_chunks(range, tokens, u,
+               [&](int64_t chunk, bool) { run_chunk(chunk, t0, tokens, range.finishes, range.sums, scratch); });
   }
-  void finish_chunk(int64_t chunk, int64_t tokens, Acc* sum, Latent* u) const {
-    if (!chunks.ends_block(chunk)) return;
-    for (int64_t m = 0; m < tokens; m++) store_block(chunks.block(chunk), sum + m * sums_row(), u + m * row());
-    if (chunk + 1 < chunks.count) return;
-    for (int64_t m = 0; m < tokens; m++) store_general(sum + m * sums_row(), u + m * row());
+
+  // f(chunk, whether it begins a block) for the chunks of a range, and what becomes of their sums:
+  // zeros before the first one; after the last one of a block they go to u, and begin anew. u: null
+  // where it is not wanted.
+  template <class F>
+  void for_chunks(const ChunkRange<Acc>& range, int64_t tokens, Latent* u, F&& f) const {
+    const bool finishes = range.finishes && u != nullptr;
+    for (int64_t i = 0; finishes && i < tokens * sums_row(); i++) range.sums[i] = Acc(0);
+    for (int64_t chunk = range.begin; chunk < range.end; chunk++) {
+      f(chunk, chunk == range.begin || chunks.first(chunk) == 0);
+      if (finishes) finish_chunk(chunk, tokens, range.sums, u);
+    }
   }
 
   // Row m of u, where threads left the sums of each chunk by themselves: partial[chunk][tokens][sums_row()].
@@ -145,20 +127,26 @@ struct Project {
   }
 
  private:
-  // The sums of a group of tokens, whose columns `left` begin at row `row` of the panels
+  void finish_chunk(int64_t chunk, int64_t tokens, Acc* sum, Latent* u) const {
+    if (!chunks.ends_block(chunk)) return;
+    for (int64_t m = 0; m < tokens; m++) store_block(chunks.block(chunk), sum + m * sums_row(), u + m * row());
+    if (chunk + 1 < chunks.count) return;
+    for (int64_t m = 0; m < tokens; m++) store_general(sum + m * sums_row(), u + m * row());
+  }
+
+  // The sums of a group of tokens
   template <class Group, class Beside>
-  void add_group(Group group, const Panels& panels, int64_t row, int64_t columns, const Source<Acc>& left,
-                 bool accumulate, Acc* sum, const Beside& beside) const {
-    const int64_t steps = columns / Product::kTerms, from = row / Product::kTerms;
+  void add_group(Group group, const Panels& panels, int64_t steps, const Source<Acc>& left, bool accumulate, Acc* sum,
+                 const Beside& beside) const {
     for_column_groups<Acc>(s.r, [&](auto nv, int64_t c) {
       if (c == 0)
-        micro_tile(group, nv, steps, left, panels.P.from(from, c), accumulate, sum + c, beside);
+        micro_tile(group, nv, steps, left, panels.P.from(0, c), accumulate, sum + c, beside);
       else
-        micro_tile(group, nv, steps, left, panels.P.from(from, c), accumulate, sum + c, Nothing{});
+        micro_tile(group, nv, steps, left, panels.P.from(0, c), accumulate, sum + c, Nothing{});
     });
     if (s.h == 0) return;
     for_column_groups<Acc>(s.h, [&](auto nv, int64_t c) {
-      micro_tile(group, nv, steps, left, panels.G.from(from, c), accumulate, sum + general_start() + c, Nothing{});
+      micro_tile(group, nv, steps, left, panels.G.from(0, c), accumulate, sum + general_start() + c, Nothing{});
     });
   }
 
@@ -172,27 +160,25 @@ struct Project {
     sums.store_to(to, sums_row(), accumulate);
   }
 
-  // The ranks of one token and block; their sums begin anew.
+  // The ranks of one token and block, exchanged; their sums begin anew.
   void store_block(int64_t n, Acc* sum, Latent* u) const {
     constexpr int64_t W = kWidth<Acc>;
     const int64_t r = s.r, rb = s.r / s.k;
     Latent* scaled = reinterpret_cast<Latent*>(sum);  // in their place: a Latent is never wider than a sum
     for (int64_t c = 0; c < r; c += W) store<Acc>(scaled + c, scale * load<Acc>(sum + c));
-    switch (rb) {  // copies of a size that GCC knows
-      case 1: exchange<1>(n, scaled, u); break;
-      case 2: exchange<2>(n, scaled, u); break;
-      case 4: exchange<4>(n, scaled, u); break;
-      case 8: exchange<8>(n, scaled, u); break;
-      case 16: exchange<16>(n, scaled, u); break;
-      case 32: exchange<32>(n, scaled, u); break;
-      default:
-        for (int64_t j = 0; j < s.k; j++) memcpy(u + j * r + n * rb, scaled + j * rb, size_t(rb) * sizeof(Latent));
+    const auto copy = [&](auto size) {
+      for (int64_t j = 0; j < s.k; j++)
+        memcpy(u + j * r + n * rb, scaled + j * rb, size_t(size.count()) * sizeof(Latent));
+    };
+    switch (rb) {  // GCC copies in registers where it knows the size
+      case 1: copy(Int<1>{}); break;
+      case 2: copy(Int<2>{}); break;
+      case 4: copy(Int<4>{}); break;
+      case 8: copy(Int<8>{}); break;
+      case 16: copy(Int<16>{}); break;
+      default: copy(AtMost<1 << 30>{int(rb)});
     }
     for (int64_t c = 0; c < r; c += W) store<Acc>(sum + c, Vec<Acc>{});
-  }
-  template <int rb>
-  void exchange(int64_t n, const Latent* scaled, Latent* u) const {
-    for (int64_t j = 0; j < s.k; j++) memcpy(u + j * s.r + n * rb, scaled + j * rb, rb * sizeof(Latent));
   }
 
   void store_general(const Acc* sum, Latent* u) const {

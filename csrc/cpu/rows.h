@@ -12,17 +12,6 @@
 
 namespace gralora::cpu::GRALORA_ISA {
 
-template <class Acc>
-struct DTypeOf;
-template <>
-struct DTypeOf<float> {
-  static constexpr DType value = DType::f32;
-};
-template <>
-struct DTypeOf<double> {
-  static constexpr DType value = DType::f64;
-};
-
 // Calls f with a null pointer of the element type. Where a tensor is float64, sums are too: never
 // float64 beside float.
 template <class Acc, class F>
@@ -56,25 +45,29 @@ Source<T> in_place(const Activation& x, int64_t t, int64_t i) {
 
 // ---------------------------------------------------------------- software prefetch
 
-// The rows that a pass reads after those that are multiplied: `columns` of them, evenly over the
-// steps of a product, each time in parts of the rows. Where there are none it fetches kNothing again
-// and again: an unmapped address would cost a page walk.
+// Rows that a pass reads after those that are multiplied, from row t and column i on. Where there
+// are none (t < 0) it is kNothing again and again: an unmapped address would cost a page walk.
 alignas(64) static const char kNothing[64] = {};
 
-template <class Group>
-struct NextRows {
+struct RowsAhead {
   uintptr_t at = address(kNothing);
-  int64_t row = 0, bytes = 64;  // bytes to the next row; of each row, that are fetched for kSteps steps
-  Group group;
+  int64_t row = 0, size = 0;  // bytes to the next row, and of an element
 
-  // Row t of x from column i on; t < 0: nothing
-  NextRows(Group group, const Activation& x, int64_t t, int64_t i, int64_t columns, int64_t steps) : group(group) {
+  RowsAhead(const Activation& x, int64_t t, int64_t i) {
     if (t < 0 || x.data == nullptr || x.column_stride != 1 || x.leading_dims > 1) return;
-    const int64_t size = size_of(x.dtype);
-    row = x.leading_dims == 1 ? x.strides[0] * size : 0;
+    size = size_of(x.dtype), row = x.leading_dims == 1 ? x.strides[0] * size : 0;
     at = address(static_cast<const char*>(x.data), t * row + i * size);
-    bytes = columns * size / ceil_div(steps, kSteps);
   }
+};
+
+// `columns` of a group of rows, evenly over the steps of a product, each time in parts of the rows
+template <class Group>
+struct NextRows : RowsAhead {
+  Group group;
+  int64_t bytes;  // of each row, for kSteps steps
+
+  NextRows(Group group, const Activation& x, int64_t t, int64_t i, int64_t columns, int64_t steps)
+      : RowsAhead(x, t, i), group(group), bytes(columns * size / ceil_div(steps, kSteps)) {}
   inline __attribute__((always_inline)) void operator()(int part) {
     constexpr int kRows = (Group::value + kParts - 1) / kParts, kLast = (Group::value - 1) / kRows;
     if (part > kLast) return;
@@ -87,24 +80,14 @@ struct NextRows {
   }
 };
 
-// The same for a sum over tokens: NR columns of the tokens that are read after these, some tokens
-// at a time.
+// Beside a sum over tokens: `columns` of the next tokens, some tokens each time
 template <int columns, int tokens_per_step>
-struct NextTokens {
-  uintptr_t at = address(kNothing);
-  int64_t row = 0;
-  int size = 0;
-
-  // Token t of x from column i on; t < 0: nothing
-  NextTokens(const Activation& x, int64_t t, int64_t i) {
-    if (t < 0 || x.column_stride != 1 || x.leading_dims > 1) return;
-    size = int(size_of(x.dtype)), row = x.leading_dims == 1 ? x.strides[0] * size : 0;
-    at = address(static_cast<const char*>(x.data), t * row + i * size);
-  }
+struct NextTokens : RowsAhead {
+  using RowsAhead::RowsAhead;
   inline __attribute__((always_inline)) void operator()(int) {
     constexpr int kTokens = kPartSteps * tokens_per_step;
     for (int m = 0; m < kTokens; m++)
-      for (int byte = 0; byte < columns * size; byte += 64) prefetch<0, 2>(at + uintptr_t(m * row + byte));
+      for (int64_t byte = 0; byte < columns * size; byte += 64) prefetch<0, 2>(at + uintptr_t(m * row + byte));
     at += uintptr_t(kTokens * row);
   }
 };
@@ -130,22 +113,20 @@ struct Block {
       : rows(scratch), mask(reinterpret_cast<uint8_t*>(scratch + count * kBlockRow<Acc>)) {}
 };
 
+// Elements of a row as numbers of the accumulation type; with dropout, those that the mask keeps,
+// times `scale`, and zeros
 template <class Acc, class T>
-inline void convert_row(const T* from, int64_t stride, int64_t count, Acc* to) {
+inline void convert_row(const T* from, int64_t stride, int64_t count, Acc* to, const uint8_t* mask = nullptr,
+                        Acc scale = Acc(1)) {
   int64_t i = 0;
-  if (stride == 1)
-    for (; i + kWidth<Acc> <= count; i += kWidth<Acc>) store<Acc>(to + i, load<Acc>(from + i));
-  for (; i < count; i++) to[i] = to_acc<Acc>(element(from + i * stride));
-}
-
-// The same with dropout: times `scale` where the mask has a bit, else zeros
-template <class Acc, class T>
-inline void convert_dropped(const T* from, int64_t stride, int64_t count, const uint8_t* mask, Acc scale, Acc* to) {
-  int64_t i = 0;
-  if (stride == 1)
-    for (; i + kWidth<Acc> <= count; i += kWidth<Acc>)
-      store<Acc>(to + i, Mask::drop<Acc>(load<Acc>(from + i) * scale, mask, i));
-  for (; i < count; i++) to[i] = Mask::drop<Acc>(to_acc<Acc>(from[i * stride]) * scale, mask, i);
+  for (; stride == 1 && i + kWidth<Acc> <= count; i += kWidth<Acc>) {
+    const Vec<Acc> v = load<Acc>(from + i);
+    store<Acc>(to + i, mask == nullptr ? v : Mask::drop<Acc>(v * scale, mask, i));
+  }
+  for (; i < count; i++) {
+    const Acc element_i = to_acc<Acc>(element(from + i * stride));
+    to[i] = mask == nullptr ? element_i : Mask::drop<Acc>(element_i * scale, mask, i);
+  }
 }
 
 // A row of sums, rounded
@@ -177,23 +158,14 @@ void copy_rows(const Part& p, const Block<Acc>& block) {
   for_dtype<Acc>(p.x.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const int64_t stride = p.x.column_stride;
-    const auto row = [&](int64_t m) {
-      return static_cast<const T*>(p.x.data) + row_offset(p.x, p.t0 + m) + p.column * stride;
-    };
-    const auto pad = [&](Acc* to) {
+    const auto copy = [&](int64_t m, const uint8_t* mask) {
+      const T* from = static_cast<const T*>(p.x.data) + row_offset(p.x, p.t0 + m) + p.column * stride;
+      Acc* to = block.rows + m * kBlockRow<Acc>;
+      convert_row<Acc>(from, stride, p.columns, to, mask, Acc(p.mask.keep_scale));
       for (int64_t i = p.columns; i % kNR<Acc> != 0; i++) to[i] = Acc(0);
     };
-    if (p.mask.on) {
-      with_masks(p, block, [&](int64_t m, const uint8_t* mask) {
-        convert_dropped<Acc>(row(m), stride, p.columns, mask, Acc(p.mask.keep_scale), block.rows + m * kBlockRow<Acc>);
-        pad(block.rows + m * kBlockRow<Acc>);
-      });
-    } else {
-      for (int64_t m = 0; m < p.tokens; m++) {
-        convert_row<Acc>(row(m), stride, p.columns, block.rows + m * kBlockRow<Acc>);
-        pad(block.rows + m * kBlockRow<Acc>);
-      }
-    }
+    if (p.mask.on) return with_masks(p, block, copy);
+    for (int64_t m = 0; m < p.tokens; m++) copy(m, nullptr);
   });
 }
 

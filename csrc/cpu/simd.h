@@ -113,45 +113,33 @@ inline Acc to_acc(double x) {
   return Acc(x);
 }
 
-template <class T>
-struct FromFloat;
-template <>
-struct FromFloat<float> {
-  static float of(float x) { return x; }
-};
-template <>
-struct FromFloat<bf16> {
-  static bf16 of(float x) {
-    const uint32_t u = bit_cast<uint32_t>(x);
-    if (x != x) return {uint16_t(u >> 16 | 0x40)};
-    return {uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16)};
+inline void from_float(float x, float& to) { to = x; }
+inline void from_float(float x, bf16& to) {
+  const uint32_t u = bit_cast<uint32_t>(x);
+  to.bits = x != x ? uint16_t(u >> 16 | 0x40) : uint16_t((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+inline void from_float(float x, f16& to) {
+  const uint32_t u = bit_cast<uint32_t>(x), sign = u >> 16 & 0x8000, magnitude = u & 0x7fffffff;
+  if (magnitude > 0x7f800000u) {
+    to.bits = uint16_t(sign | 0x7e00 | (magnitude >> 13 & 0x1ff));
+  } else if (magnitude >= 0x477ff000u) {  // 65520 and above round to infinity
+    to.bits = uint16_t(sign | 0x7c00);
+  } else if (magnitude <
+             0x38800000u) {  // below 2^-14: adding 0.5 leaves the subnormal in the low bits, rounded to even
+    to.bits = uint16_t(sign | (bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u));
+  } else {
+    to.bits = uint16_t(sign | ((magnitude - 0x38000000u + 0xfff + (magnitude >> 13 & 1)) >> 13));
   }
-};
-template <>
-struct FromFloat<f16> {
-  static f16 of(float x) {
-    const uint32_t u = bit_cast<uint32_t>(x), sign = u >> 16 & 0x8000, magnitude = u & 0x7fffffff;
-    if (magnitude > 0x7f800000u) return {uint16_t(sign | 0x7e00 | (magnitude >> 13 & 0x1ff))};
-    if (magnitude >= 0x477ff000u) return {uint16_t(sign | 0x7c00)};  // 65520 and above round to infinity
-    if (magnitude < 0x38800000u) {  // below 2^-14: adding 0.5 leaves the subnormal in the low bits, rounded to even
-      const float shifted = bit_cast<float>(magnitude) + 0.5f;
-      return {uint16_t(sign | (bit_cast<uint32_t>(shifted) - 0x3f000000u))};
-    }
-    return {uint16_t(sign | ((magnitude - 0x38000000u + 0xfff + (magnitude >> 13 & 1)) >> 13))};
-  }
-};
+}
 
 template <class T, class Acc>
 inline T from_acc(Acc x) {
-  return FromFloat<T>::of(float(x));
-}
-template <>
-inline double from_acc<double, double>(double x) {
-  return x;
-}
-template <>
-inline double from_acc<double, float>(float x) {
-  return x;
+  T to;
+  if constexpr (sizeof(T) == sizeof(double))
+    to = x;
+  else
+    from_float(float(x), to);
+  return to;
 }
 
 // ---------------------------------------------------------------- one vector

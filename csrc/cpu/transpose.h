@@ -61,10 +61,6 @@ template <class Acc, class T>
 __attribute__((noinline)) void transpose_some(const T* from, int64_t from_stride, int64_t rows, int64_t columns,
                                               Acc* to, int64_t to_stride) {
   constexpr int W = kWidth<Acc>;
-  if (columns <= 0) {
-    for (int64_t i = 0; i < rows; i++) store<Acc>(to + i * to_stride, Vec<Acc>{});
-    return;
-  }
   Vec<Acc> row[W];
 #pragma GCC unroll 16
   for (int c = 0; c < W; c++) row[c] = c < columns ? load_some<Acc>(from + c * from_stride, rows) : Vec<Acc>{};

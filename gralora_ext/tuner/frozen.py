@@ -22,14 +22,9 @@ from .._loader import load
 if TYPE_CHECKING:
     from .layer import GraloraLinear
 
-_TOKENS = 64  # from this many on; fewer do not repay W + ΔW
-
 _native = load()
-# On AMD's processors MKL stays on AVX2; ours has reached twice its speed by AVX-512, and 1.1 times
-# by AVX2. On a Xeon one product took 1.0 to 1.1 of the time of base layer and path.
-_IS_QUICKER = (
-    _native.cpu_capability() != "default" and _native.cpu_vendor() == "amd" and torch.backends.mkl.is_available()
-)
+_TOKENS: int = _native.tokens_for_one_operation()
+_IS_QUICKER: bool = _native.one_product_is_quicker() and torch.backends.mkl.is_available()
 _TENSORS = (Tensor, nn.Parameter)  # no subclass of a library's
 _HOOKS_EVERYWHERE = (  # torch fills them and never puts others in their place
     module._global_forward_hooks,
