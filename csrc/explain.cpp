@@ -3,7 +3,7 @@
 
 #include <pybind11/stl.h>
 
-#include <stdexcept>
+#include <map>
 #include <string>
 
 #include "cpu/plan.h"
@@ -13,19 +13,18 @@ namespace {
 
 using pybind11::dict;
 
-DType dtype_named(const std::string& name) {
-  if (name == "float32") return DType::f32;
-  if (name == "bfloat16") return DType::bf16;
-  if (name == "float16") return DType::f16;
-  if (name == "float64") return DType::f64;
-  throw std::invalid_argument("a dtype must be float32, bfloat16, float16 or float64, but it is '" + name + "'");
+// An unknown word is an IndexError: the command line asks before.
+DType dtype_named(const std::string& word) {
+  static const std::map<std::string, DType> kNamed = {
+      {"float32", DType::f32}, {"bfloat16", DType::bf16}, {"float16", DType::f16}, {"float64", DType::f64}};
+  return kNamed.at(word);
 }
 
 template <class Enum>
-Enum enum_named(const std::string& word, const char* what, std::initializer_list<Enum> all) {
-  for (const Enum value : all)
-    if (word == cpu::name(value)) return value;
-  throw std::invalid_argument(std::string(what) + " '" + word + "' is not known");
+Enum enum_named(const std::string& word, std::initializer_list<Enum> all) {
+  std::map<std::string, Enum> named;
+  for (const Enum value : all) named[cpu::name(value)] = value;
+  return named.at(word);
 }
 
 cpu::Machine machine_with(const dict& changes) {
@@ -34,16 +33,16 @@ cpu::Machine machine_with(const dict& changes) {
   for (const auto& [key, value] : changes) {
     const auto word = key.cast<std::string>();
     if (word == "capability")
-      machine.capability = enum_named(value.cast<std::string>(), "the capability",
-                                      {Capability::Default, Capability::Avx2, Capability::Avx512});
+      machine.capability =
+          enum_named(value.cast<std::string>(), {Capability::Default, Capability::Avx2, Capability::Avx512});
     else if (word == "vendor")
-      machine.vendor = enum_named(value.cast<std::string>(), "the vendor", {Vendor::Amd, Vendor::Intel, Vendor::Other});
+      machine.vendor = enum_named(value.cast<std::string>(), {Vendor::Amd, Vendor::Intel, Vendor::Other});
     else if (word == "bf16_instructions")
       machine.bf16_instructions = value.cast<bool>();
     else if (word == "amx")
       machine.amx = value.cast<bool>();
     else
-      throw std::invalid_argument("a machine has no '" + word + "'");
+      throw pybind11::key_error(word);
   }
   return machine;
 }
@@ -99,10 +98,11 @@ struct Case {
     p.dropout.p = dropout ? 0.1 : 0.0;
     return p;
   }
-  MergeParams merge() const {
+  // fan_in_fan_out: the weight lies as [N, M], as a Conv1D's
+  MergeParams merge(bool fan_in_fan_out) const {
     MergeParams p;
     p.shape = shape, p.adapter = adapter();
-    p.weight = {kAligned, activations, 0, shape.N, 1};
+    p.weight = {kAligned, activations, 0, fan_in_fan_out ? 1 : shape.N, fan_in_fan_out ? shape.M : 1};
     p.accumulate_f64 = f64(), p.threads = threads;
     return p;
   }
@@ -179,7 +179,8 @@ dict explain(const dict& case_, const dict& machine) {
   dict to;
   to["machine"] = of(m), to["forward"] = of(cpu::plan(c.forward(), m)), to["backward"] = of(cpu::plan(c.backward(), m));
   to["backward_without_U"] = of(cpu::plan(without_U, m));
-  to["merge"] = of(cpu::plan(c.merge(), m)), to["linear"] = of(cpu::plan(c.linear(), m));
+  to["merge"] = of(cpu::plan(c.merge(false), m)), to["merge_fan_in_fan_out"] = of(cpu::plan(c.merge(true), m));
+  to["linear"] = of(cpu::plan(c.linear(), m));
   return to;
 }
 

@@ -59,7 +59,7 @@ TOLERANCES = {
         "at most 2.9e-3 in norm, and 7.8e-3 of a single element, where 3.9e-3 was met",
     ),
 }
-# Where x, base and the adapter are all bfloat16 (csrc/cpu/pairs.h).
+# Where x, base and the adapter are all bfloat16 (csrc/cpu/product_pairs.h).
 ROUNDED_RANKS = Tolerance(
     5e-3,
     5e-3,

@@ -99,7 +99,7 @@ def test_gradients_are_right_where_rows_lie_in_few_sets_of_a_cache(
 def test_results_are_right_where_rows_lie_in_one_set_of_a_cache(
     k: int, n: int, m: int, rb: int, h: int, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """On the CPU such rows (multiples of 4096 bytes apart) are copied beside the product before, or before a block of y."""
+    """Rows that are multiples of 4096 bytes apart, read where they lie."""
     inputs = Case(leading=(301,), k=k, n=n, m=m, rb=rb, h=h).uniform(dtype).inputs(device)
 
     def apart(rows: torch.Tensor) -> torch.Tensor:
@@ -111,15 +111,14 @@ def test_results_are_right_where_rows_lie_in_one_set_of_a_cache(
     assert_gradients_near(replace(inputs, grad=apart(inputs.grad)))
 
 
-# One block of tokens (128, of pairs 256) and one more; ranks of one tile and a part of a vector, of whole vectors and of whole tiles
+# One block of tokens (128, of pairs 256) and one more; ranks of several sizes beside those of vectors
 @pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16], ids=NAMES.get)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=NAMES.get)
 @pytest.mark.parametrize(("k", "n", "m", "rb"), [(3, 70, 34, 11), (2, 300, 46, 24), (2, 26, 290, 32)])
 @pytest.mark.parametrize("T", [7, 64, 128, 129, 255, 256, 257])
-def test_gradients_are_right_where_dA_is_written_as_rows(
+def test_gradients_are_right_around_the_ends_of_blocks_of_tokens(
     T: int, k: int, n: int, m: int, rb: int, dtype: torch.dtype, adapter: torch.dtype, device: torch.device
 ) -> None:
-    """On the CPU, from one block of tokens and without a hybrid part (write_rows of csrc/cpu/weight_gradient.h)."""
     case = Case(leading=(T,), k=k, n=n, m=m, rb=rb, x_dtype=dtype, base_dtype=dtype, adapter_dtype=adapter)
     assert_gradients_near(case.inputs(device))
 

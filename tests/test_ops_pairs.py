@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``ops.gralora`` where activations and adapters are all bfloat16, multiplied in pairs by AMX or AVX512-BF16 (csrc/cpu/pairs.h)."""
+"""``ops.gralora`` where activations and adapters are all bfloat16, multiplied in pairs by AMX or AVX512-BF16 (csrc/cpu/product_pairs.h)."""
 
 from __future__ import annotations
 

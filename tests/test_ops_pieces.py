@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``ops.gralora`` where adapters of other dtypes meet bfloat16, as sums of bfloat16 pieces by AMX (csrc/cpu/pieces.h)."""
+"""``ops.gralora`` where adapters of other dtypes meet bfloat16, as sums of bfloat16 pieces by AMX (csrc/cpu/split_bf16.h)."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ import shutil
 from typing import Any
 
 from ..program.wheels import DATA_WHEEL, MODEL_WHEEL
+from . import explain
 from .checks import NEEDED
 from .options import Parser
 from .report import versions
@@ -24,7 +25,11 @@ def run(argv: list[str]) -> int:
         help="try the instructions that the kernels use, then forward, backward and merge against the reference, on the CPU "
         "and on each CUDA device",
     )
+    parser.add_argument("--explain", nargs=len(explain.METAVAR), metavar=explain.METAVAR, help=explain.HELP)
     arguments = parser.parse_args(argv)
+    if arguments.explain is not None:
+        explain.explain(arguments.explain, parser)
+        return 0
     build, mend = _build()
     installed = versions()
     print("gralora_ext")
