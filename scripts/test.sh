@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Sets up all and runs the tests.
+# Sets up all and runs the tests, but for the long ones (pytest -m long), which .ci/run runs after them.
 #
 # usage: scripts/test.sh [arguments of pytest, such as -k cli]
 source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
 
 set_up test
 cd "$repo"
-say "pytest $*"
-exec "$python" -m pytest "$@"
+say "pytest -m 'not long' $*"
+exec "$python" -m pytest -m 'not long' "$@"

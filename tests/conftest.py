@@ -42,6 +42,13 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["GRALORA_TEST_DEVICE"] = device  # for tuner_helpers
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Builds, and the CUDA kernels on the CPU, are long; other long tests say so themselves."""
+    for item in items:
+        if item.get_closest_marker("build") or "cuda_on_cpu" in item.path.parts:
+            item.add_marker(pytest.mark.long)
+
+
 @pytest.fixture(scope="session")
 def builds(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of all that the build tests make. They share it, so that builds for CUDA find the CPU's kernels compiled."""
