@@ -1,20 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// AMX: a tile is a register of 16 rows of 64 bytes. Sixteen rows of pairs of bf16 (product_pairs.h)
-// meet sixteen columns of them in one instruction.
+// The micro-kernel on AMX. A tile is a register of 16 rows of 64 bytes. One instruction multiplies
+// a tile of 16 rows of pairs of bf16 (product_pairs.h) by a tile of 16 columns of them.
 //
 //   c[m][n] += sum_p a[m][p] . b[p][n]     p = 0 .. steps-1, each a pair; sums in float
 //
-// A tile of `a` is 16 pairs of each row as they lie; a tile of `b` is 16 of its rows, so its rows
-// are padded with zeros to a multiple of 16. Up to 32 rows by 32 columns share four tiles of sums.
-// A tile's 16 terms are added to its sums together, for each row by itself: a row's result does not
-// depend on how rows are grouped.
+// A tile of `a` holds 16 pairs from each of 16 rows, loaded in place. A tile of `b` holds 16 of its
+// rows, which are padded with zeros to a multiple of 16. A micro-tile of up to 32 x 32 sums fills
+// four tiles. An instruction adds 16 pairs of products to each sum, for each row by itself, so that
+// the result of a row does not depend on how rows are grouped.
 //
-// A factor that is not bf16 is a sum of pieces that are (split_bf16.h). Products of pieces i and j
-// are left out where i + j reaches the pieces of the factor that has more: they are below the last
-// piece.
+// A factor that is not bf16 is a sum of pieces that are (split_bf16.h). Of the products of piece i
+// of one factor by piece j of the other, those with i + j >= n are left out, where n is the larger
+// number of pieces: they are smaller than the last piece that counts.
 //
-// The thread that multiplies configures the shape of the tiles (AmxScope) and gives them back:
-// other libraries configure their own.
+// A thread configures the shape of its tiles before it multiplies, and releases them after
+// (AmxScope), since other libraries configure their own.
 #pragma once
 
 #include "machine.h"
@@ -26,7 +26,7 @@ namespace gralora::cpu::GRALORA_ISA {
 
 constexpr int kMostPieces = 3;
 
-// Tiles 0 .. 3 hold sums, 4 and 5 rows of a, 6 and 7 rows of b.
+// Tiles 0 .. 3 hold the sums, 4 and 5 hold rows of a, 6 and 7 hold rows of b.
 struct alignas(64) TileShape {
   uint8_t palette = 1, start_row = 0, unused[14] = {};
   uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -43,7 +43,8 @@ struct alignas(64) TileShape {
 #include "emulated_amx.h"
 namespace gralora::cpu::GRALORA_ISA {
 #else
-// As assembly, so that the kernels need no fourth instruction set for their sake. ld counts floats.
+// The instructions are written as assembly, so that the kernels need not be compiled for a fourth
+// instruction set. ld counts floats.
 namespace tile {
 inline void configure(const TileShape& shape) { asm volatile("ldtilecfg %0" ::"m"(shape)); }
 inline void release() { asm volatile("tilerelease"); }
@@ -74,7 +75,7 @@ class AmxScope {
   AmxScope& operator=(const AmxScope&) = delete;
 };
 
-// The sums of up to 32 rows and NV vectors of columns
+// The micro-tile of up to 32 rows by NV vectors of columns
 template <int NV>
 class AmxSums {
  public:
@@ -91,7 +92,8 @@ class AmxSums {
   AmxSums(const AmxSums&) = delete;
   AmxSums& operator=(const AmxSums&) = delete;
 
-  // All parts of beside() are called for every 16 steps. b has zeros beyond its last row.
+  // All parts of beside() are called before every 16 steps. Where `steps` is not a multiple of 16,
+  // the last pairs of a are copied with zeros after them; b has rows of zeros there.
   template <class Beside>
   void add(int64_t steps, const Source<float>& a, const Source<float>& b, Beside beside) {
     int64_t p = 0;
@@ -118,7 +120,8 @@ class AmxSums {
         GRALORA_ISA::store<float>(to + m * ld + c, load<float>(to + m * ld + c) + load<float>(sum[m] + c));
   }
 
-  // f(vectors, first row), for groups of rows that fit into registers
+  // Calls f(vectors, first row) for groups of rows of the micro-tile that fit into vector
+  // registers.
   template <class F>
   void for_rows(F&& f) const {
     alignas(64) float sum[32][32];
@@ -149,7 +152,7 @@ class AmxSums {
     if (more_rows_ && kMoreColumns) tile::store<3>(to + 16 * ld + 16, ld);
   }
 
-  // Rows p .. p+15 of b
+  // Adds the products with rows p .. p+15 of b.
   inline __attribute__((always_inline)) void add_step(const Source<float>& a, const Source<float>& b, int64_t p) const {
     const int most = a.pieces > b.pieces ? a.pieces : b.pieces;
     for (int i = 0; i < a.pieces; i++) {

@@ -3,10 +3,11 @@
 //   dU_j = s g_j B_j^T and s g Bg, stored as dH (project);   dx = (dH A^T + s g Bg Ag) * dropout factor (expand)
 //   dB_j = s U_j^T g_j, dBg^T = s (x' Ag^T)^T g;   dA_n = x'_n^T dH_n, dAg = (s g Bg)^T x'   (weight_gradient)
 //
-// g is read once for dH and dB, then x once for dA while dx is written. Tokens are cut into
-// segments, which do not depend on the number of threads; a wave of them is worked on at a time.
-// Every sum has a fixed order: a block of tokens in registers, the blocks of a segment, segments;
-// columns within a chunk, chunks. So results do not depend on the number of threads.
+// g is read once for dH and dB; then x is read once for dA, while dx is written. Tokens are cut
+// into segments, in a way that does not depend on the number of threads, and worked on in waves of
+// segments. Every sum has a fixed order: over tokens within a slice (in registers), then over the
+// slices of a segment, then over segments; over columns within a chunk, then over chunks. So
+// results do not depend on the number of threads.
 #include "backward_few.h"
 #include "backward_passes.h"
 #include "latent_sums.h"
@@ -26,7 +27,7 @@ struct Backward {
   BackwardPasses<Product> passes{p, plan};
   const int64_t row = passes.row, sums_row = passes.from_g.sums_row(), wave_tokens = plan.wave * plan.segment;
 
-  // U is read where forward left it, or from scratch: made again, or converted.
+  // U is read where forward saved it, or it is made again or converted in scratch.
   const bool converts_U = !plan.remakes_U && passes.dB.wanted() && p.u_bf16 != (sizeof(Latent) == sizeof(bf16));
   Scratch scratch{};
   const PerThread<Acc> buffers{scratch, plan.threads, passes.buffers_size};
@@ -38,7 +39,7 @@ struct Backward {
   void run() {
     if (plan.segments != 1) passes.dB.reserve(scratch, plan.wave), passes.dA.reserve(scratch, plan.wave);
     int64_t first = 0;
-    do {  // once also where there are no tokens: the gradients are zeros then
+    do {  // once even where there are no tokens, since the gradients must become zeros then
       const int64_t count = smaller(plan.wave, plan.segments - first);
       if (plan.schedule == Schedule::ByTokens)
         run_by_tokens(first, count);
@@ -51,8 +52,8 @@ struct Backward {
 
   Segment<Latent> segment(int64_t wave_first, int64_t index) const {
     const int64_t in_wave = index * plan.segment, t0 = wave_first * plan.segment + in_wave;
-    const Latent* kept = static_cast<const Latent*>(p.u);
-    const Latent* own_U = U != nullptr ? U + in_wave * row : kept == nullptr ? nullptr : kept + t0 * row;
+    const Latent* saved = static_cast<const Latent*>(p.u);
+    const Latent* own_U = U != nullptr ? U + in_wave * row : saved == nullptr ? nullptr : saved + t0 * row;
     return {wave_first == 0,
             index,
             t0,
@@ -61,7 +62,7 @@ struct Backward {
             dH == nullptr ? nullptr : dH + in_wave * row};
   }
 
-  // Each thread takes segments through everything.
+  // Each thread takes a segment through the whole pass.
   void run_by_tokens(int64_t wave_first, int64_t count) const {
     parallel_items(count, plan.threads, [&](int64_t index, int thread) {
       const Segment<Latent> g = segment(wave_first, index);
@@ -74,7 +75,7 @@ struct Backward {
     });
   }
 
-  // Threads share the blocks of all segments, or single chunks.
+  // The threads share the blocks of all segments of a wave, or their single chunks.
   void run_by_columns(int64_t wave_first, int64_t count) const {
     const int64_t t0 = wave_first * plan.segment, tokens = smaller(count * plan.segment, s.T - t0);
     if (plan.remakes_U) {
@@ -100,6 +101,7 @@ struct Backward {
       convert_row<Acc>(static_cast<const bf16*>(p.u) + t0 * row, 1, tokens * row, to);
   }
 
+  // Adds the weight gradients of the segments of a wave, and writes them after the last wave.
   void finish(int64_t wave_first, int64_t count) const {
     const Totals<Acc>&dA = passes.dA, &dB = passes.dB;
     const int64_t of_B = dB.wanted() ? dB.chunks.count : 0, of_A = dA.wanted() ? dA.chunks.count : 0;

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// backward for one to four tokens, without a hybrid part. Reading the parameters and writing their
-// gradients is nearly all of the work: nothing is packed or transposed. The parameters' rows must be
-// contiguous.
+// backward for one to four tokens, without a general part. Reading the parameters and writing their
+// gradients is nearly all of the work, so they are neither packed nor transposed. Their rows must
+// be contiguous.
 //
-//   an item of pass B, some ranks of a block:     dU_j[t, c] = s sum_o g_j[t, o] B_j[c, o];   dB_j[c, o] = s sum_t U_j[t, c] g_j[t, o]
-//   an item of pass A, some columns of a block:   dx_n[t, i] = sum_c dH_n[t, c] A_n[i, c];    dA_n[i, c] = sum_t x'_n[t, i] dH_n[t, c]
+//   an item of the pass over B, some ranks of a block:     dU_j[t, c] = s sum_o g_j[t, o] B_j[c, o];   dB_j[c, o] = s sum_t U_j[t, c] g_j[t, o]
+//   an item of the pass over A, some columns of a block:   dx_n[t, i] = sum_c dH_n[t, c] A_n[i, c];    dA_n[i, c] = sum_t x'_n[t, i] dH_n[t, c]
 //
-// Every parameter is read once, along its rows, and its gradient is written beside it. Each sum
+// Every parameter is read once, along its rows, and its gradient is written along with it. Each sum
 // belongs to one item.
 #pragma once
 
@@ -23,10 +23,10 @@ struct BackwardFew {
   const int64_t row = s.k * s.r, w_out = s.M / s.k;
   const Mask mask = Mask(p.dropout);
   Scratch scratch{};
-  Acc* g = scratch.take<Acc>(kFewTokens * s.M);  // rows beyond T are zeros, so are those of u and dH
+  Acc* g = scratch.take<Acc>(kFewTokens * s.M);  // rows from T on are zeros, as are those of u and dH
   Acc* u = scratch.take<Acc>(kFewTokens * row);  // s U
   Acc* dH = scratch.take<Acc>(kFewTokens * row);
-  PerThread<Acc> buffers{scratch, plan.threads, Block<Acc>::size(kFewTokens) + kFewTokens * kBlockRow<Acc>};
+  PerThread<Acc> buffers{scratch, plan.threads, RowBuffer<Acc>::size(kFewTokens) + kFewTokens * kBufferRow<Acc>};
 
   void run() {
     read_tokens();
@@ -50,14 +50,14 @@ struct BackwardFew {
   }
 
  private:
-  // Rows of a parameter that are taken together: sums of them and of T tokens fill a vector's
-  // lanes.
+  // Rows of a parameter that are read together: as many as give, with T tokens each, a sum for each
+  // lane of a vector, but at most four.
   static constexpr int together(int T) {
     constexpr int W = kWidth<Acc>;
     return T >= W ? 1 : W / T < 4 ? W / T : 4;
   }
 
-  // g and s U in the accumulation type
+  // Reads g and s U into the accumulation type.
   void read_tokens() {
     for_dtype<Acc>(p.grad_y.dtype, [&](auto* type) {
       using G = std::remove_pointer_t<decltype(type)>;
@@ -124,24 +124,24 @@ struct BackwardFew {
 
   // A chunk of columns of x
   template <int T, class P>
-  void pass_A(int64_t chunk, Acc* buffer) const {
+  void pass_A(int64_t chunk, Acc* own) const {
     constexpr int64_t kRows = T >= kWidth<Acc> ? 1 : kWidth<Acc> / T;
     const bool want_A = p.grad.A.data != nullptr, want_x = p.grad_x.data != nullptr;
     const int64_t n = plan.chunks_of_x.block(chunk), first = plan.chunks_of_x.first(chunk);
     const Part part{p.x, mask, s.N, 0, s.T, plan.chunks_of_x.column(chunk), plan.chunks_of_x.length(chunk)};
-    const Block<Acc> block(buffer, kFewTokens);
-    Acc* dx = buffer + Block<Acc>::size(kFewTokens);
-    if (want_A || mask.on) copy_rows<Acc>(part, block);
-    for (int64_t t = s.T; t < T; t++) memset(block.rows + t * kBlockRow<Acc>, 0, sizeof(Acc) * kBlockRow<Acc>);
+    const RowBuffer<Acc> buffer(own, kFewTokens);
+    Acc* dx = own + RowBuffer<Acc>::size(kFewTokens);
+    if (want_A || mask.on) copy_rows<Acc>(part, buffer);
+    for (int64_t t = s.T; t < T; t++) memset(buffer.rows + t * kBufferRow<Acc>, 0, sizeof(Acc) * kBufferRow<Acc>);
     const Acc* h = dH + n * s.r;
     const Param &A = p.adapter.A, &dA = p.grad.A;
     if (want_A)
-      outer_all_rows<T>(block.rows, kBlockRow<Acc>, part.columns, h, row, s.r,
+      outer_all_rows<T>(buffer.rows, kBufferRow<Acc>, part.columns, h, row, s.r,
                         static_cast<P*>(dA.data) + n * dA.block_stride + first * dA.row_stride, dA.row_stride);
     if (!want_x) return;
     dot_all_rows<kRows, T>(static_cast<const P*>(A.data) + n * A.block_stride + first * A.row_stride, A.row_stride,
-                           part.columns, s.r, h, row, dx, kBlockRow<Acc>);
-    store_x(part, dx, block.mask);
+                           part.columns, s.r, h, row, dx, kBufferRow<Acc>);
+    store_x(part, dx, buffer.mask);
   }
 
   void store_x(const Part& part, Acc* dx, const uint8_t* bits) const {
@@ -150,7 +150,7 @@ struct BackwardFew {
       for (int64_t t = 0; t < s.T; t++) {
         X* to = static_cast<X*>(p.grad_x.data) + row_offset(p.grad_x, t) + part.column;
         for (int64_t i = 0; i < part.columns; i += kWidth<Acc>) {
-          Vec<Acc> value = load<Acc>(dx + t * kBlockRow<Acc> + i);
+          Vec<Acc> value = load<Acc>(dx + t * kBufferRow<Acc> + i);
           if (mask.on) value = Mask::drop<Acc>(value * Acc(mask.keep_scale), bits + t * kMaskRow, i);
           store_some<Acc>(to + i, value, part.columns - i);
         }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // What backward does with one segment of tokens and some chunks of columns: a pass over g for dH
-// and dB, then one over x for dA and dx.
+// and dB, then a pass over x for dA and dx.
 #pragma once
 
 #include "expand.h"
@@ -9,16 +9,16 @@
 #include "weight_gradient.h"
 
 namespace gralora::cpu::GRALORA_ISA {
-namespace {  // one caller: GCC inlines what is called once
+namespace {  // unnamed, so that GCC knows that there is one caller, and inlines
 
-// Some tokens, and their latents
+// A segment of tokens, and their latents
 template <class Latent>
 struct Segment {
   bool first_wave;
-  int64_t index;  // in its wave
-  int64_t t0, tokens;
+  int64_t index;       // of the segment in its wave
+  int64_t t0, tokens;  // the first token, and how many there are
   const Latent* U;
-  Latent* dH;  // null: not wanted
+  Latent* dH;  // null where it is not wanted
 };
 
 template <class Product>
@@ -38,26 +38,26 @@ struct BackwardPasses {
   Totals<Acc> dA{plan.chunks_of_x, s.r, s.h, transposed(p.grad.A), blocks_of_columns(p.grad.A_general, s.N / s.k),
                  from_x.scale};
   const bool want_x = p.grad_x.data != nullptr, want_H = want_x || dA.wanted();
-  const int64_t row = s.k * s.r + s.h;  // of U and dH
+  const int64_t row = s.k * s.r + s.h;  // elements of a row of U or dH
 
-  // One thread's scratch
+  // The scratch of one thread
   struct Buffers {
     Acc *panels, *packed, *latents, *sums;
-    Block<Acc> block;  // of g or x
+    RowBuffer<Acc> rows;  // of a slice of g or x
   };
   const int64_t panels_size = larger(larger(from_g.sums_row(), from_x.chunk_scratch()),
                                      larger(to_x.panels_size(plan.chunks_of_x.columns), from_g.panels_size()));
   const int64_t packed_size = round_up(gradient.packed_size(plan.segment), kWidth<Acc>);
   const int64_t latents_size = Product::latents_size(s, plan.segment);
-  const int64_t block_rows = Product::steps(smaller(gradient.kTokens, plan.segment));
+  const int64_t buffer_rows = Product::steps(smaller(gradient.kTokens, plan.segment));
   const int64_t sums_size = plan.segments == 1 ? (s.r + s.h) * kMostColumns : 0;
-  const int64_t buffers_size = panels_size + packed_size + latents_size + sums_size + Block<Acc>::size(block_rows);
+  const int64_t buffers_size = panels_size + packed_size + latents_size + sums_size + RowBuffer<Acc>::size(buffer_rows);
   Buffers buffers_at(Acc* scratch) const {
     Acc *packed = scratch + panels_size, *latents = packed + packed_size, *sums = latents + latents_size;
-    return {scratch, packed, latents, sums, {sums + sums_size, block_rows}};
+    return {scratch, packed, latents, sums, {sums + sums_size, buffer_rows}};
   }
 
-  // g to dH and dB
+  // From g to dH and dB
   void pass_g(const Segment<Latent>& g, const ChunkRange<Acc>& range, const Buffers& b) const {
     [[maybe_unused]] typename Product::Scope scope;
     from_g.for_chunks(range, g.tokens, g.dH, [&](int64_t chunk, bool new_block) {
@@ -65,11 +65,11 @@ struct BackwardPasses {
       if (want_H) panels = from_g.read_panels(chunk, b.panels);
       if (dB.wanted() && new_block) gradient.pack(g.U, plan.chunks_of_g.block(chunk), g.tokens, b.packed);
       Acc* sums = sums_of(dB, g, chunk, b);
-      for_blocks(g, [&](int64_t m, int64_t tokens) {
+      for_slices(g, [&](int64_t m, int64_t tokens) {
         const Part part = from_g.part(chunk, g.t0 + m, tokens);
         Source<Acc> right{}, left{};
-        if (dB.wanted()) right = Product::right_rows(plan.g, part, b.block), left = Product::left_of(right, part);
-        if (!dB.wanted()) left = Product::left_rows(plan.g, part, b.block);
+        if (dB.wanted()) right = Product::right_rows(plan.g, part, b.rows), left = Product::left_of(right, part);
+        if (!dB.wanted()) left = Product::left_rows(plan.g, part, b.rows);
         if (want_H) from_g.add_rows(panels, part, left, range.finishes, range.sums + m * from_g.sums_row());
         if (dB.wanted()) gradient.add(b.packed, {g.tokens, m, part, -1}, right, m > 0, sums);
       });
@@ -77,7 +77,7 @@ struct BackwardPasses {
     });
   }
 
-  // x and dH to dA and dx
+  // From x and dH to dA and dx
   void pass_x(const Segment<Latent>& g, const ChunkRange<Acc>& range, const Buffers& b) const {
     [[maybe_unused]] typename Product::Scope scope;
     const Chunks& chunks = plan.chunks_of_x;
@@ -91,10 +91,10 @@ struct BackwardPasses {
         if (want_x) latents = Product::read_latents(s, g.dH, block, g.tokens, b.latents);
       }
       Acc* sums = sums_of(dA, g, chunk, b);
-      for_blocks(g, [&](int64_t m, int64_t tokens) {
+      for_slices(g, [&](int64_t m, int64_t tokens) {
         const Part part = from_x.part(chunk, g.t0 + m, tokens);
         Source<Acc> x{};
-        if (dA.wanted() || part.mask.on) x = Product::right_rows(plan.x, part, b.block);  // dx needs its mask
+        if (dA.wanted() || part.mask.on) x = Product::right_rows(plan.x, part, b.rows);  // dx needs the mask
         const int64_t next = m + tokens < g.tokens ? g.t0 + m + tokens : -1;
         if (dA.wanted()) gradient.add(b.packed, {g.tokens, m, part, next}, x, m > 0, sums);
         if (want_x) expand_rows({panels, block, first, columns}, g, m, tokens, latents, b);
@@ -105,7 +105,7 @@ struct BackwardPasses {
 
  private:
   template <class F>
-  void for_blocks(const Segment<Latent>& g, F&& f) const {
+  void for_slices(const Segment<Latent>& g, F&& f) const {
     for (int64_t m = 0; m < g.tokens; m += gradient.kTokens) f(m, smaller(gradient.kTokens, g.tokens - m));
   }
 
@@ -113,14 +113,14 @@ struct BackwardPasses {
     return plan.segments == 1 ? b.sums : totals.slot(g.first_wave, g.index, chunk);
   }
 
-  // dx of tokens m0 .. of a segment
+  // dx of a slice that begins with token m0 of the segment
   void expand_rows(const typename Expand<Product>::Strip& strip, const Segment<Latent>& g, int64_t m0, int64_t tokens,
                    const Latents<Acc>& latents, const Buffers& b) const {
     Product::for_dtype(p.grad_x.dtype, [&](auto* type) {
       using X = std::remove_pointer_t<decltype(type)>;
       Product::for_row_groups(tokens, [&](auto group, int64_t m) {
         const int64_t t = m0 + m, next = t + group.count();
-        to_x.template run_rows<X>(group, strip, g.t0 + t, latents.from_token(t), b.block.mask + m * kMaskRow,
+        to_x.template run_rows<X>(group, strip, g.t0 + t, latents.from_token(t), b.rows.mask + m * kMaskRow,
                                   next < g.tokens ? g.t0 + next : -1);
       });
     });

@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // expand: from a latent activation to a wide one, added to base where there is one.
 //
-//   y[t, j*w + o] = base[t, j*w + o] + f * s * ( sum_c u[t, j*r + c] * Q[j][c, o]  +  sum_c u[t, k*r + c] * G[j][c, o] )
+//   y[t, j*w + o] = base[t, j*w + o] + d * scale * ( sum_c u[t, j*r + c] * Q[j][c, o]  +  sum_c u[t, k*r + c] * G[j][c, o] )
 //
-// w = width/k; f is the dropout factor of the element (1 where dropout is off). Forward: U, B, Bg^T
-// give y. Backward: dH, A^T, Ag give dx. base is read once, y written once (they may be the same
-// memory), in runs along the row; the panel of a strip of columns stays in L1 or L2 for all tokens
-// of a segment. Each y is one sum in a fixed order, rounded once.
+// In forward, U with B and Bg^T gives y; scale is the adapter's scaling, and d is 1. In backward,
+// dH with A^T and Ag gives dx; d * scale is the dropout factor of the element: d is 1 where it was
+// kept and 0 where it was dropped, and scale is 1/(1-p). w = width/k.
+//
+// base is read once and y is written once, along contiguous columns; they may be the same memory.
+// The panel of a strip of columns stays in L1 or L2 for all tokens of a segment. Each element of y
+// is one sum in a fixed order, rounded once.
 #pragma once
 
 #include "product_fp32.h"
@@ -21,9 +24,9 @@ struct Expand {
   int64_t width;
   Param Q, G;  // [k, r, w] and [k, h, w]
   Packing packing, general_packing;
-  Acc scale;  // of what is added to base; with that of the mask
+  Acc scale;
   Mask mask;
-  Activation base;  // data == nullptr: none
+  Activation base;  // data == nullptr: there is none
   const Activation& y;
 
   struct Panels {
@@ -32,9 +35,9 @@ struct Expand {
   int64_t panels_size(int64_t columns) const {
     return Product::panel_size(Q.dtype, s.r, columns) + Product::panel_size(G.dtype, s.h, columns);
   }
-  // `columns` from `first` on within block j
+  // The panels of columns [first, first + columns) of block j
   Panels read_panels(int64_t j, int64_t first, int64_t columns, Acc* scratch) const {
-    constexpr int kPieces = 2;  // as many as y's rounding leaves to be seen
+    constexpr int kPieces = 2;  // a third one would be lost when y is rounded
     Panels panels{Product::read_panel(packing, {Q, j, 0, s.r, first, columns}, kPieces, scratch), {}};
     if (s.h > 0)
       panels.G = Product::read_panel(general_packing, {G, j, 0, s.h, first, columns}, kPieces,
@@ -42,14 +45,15 @@ struct Expand {
     return panels;
   }
 
-  // A strip of block j
+  // Columns [first, first + columns) of block j
   struct Strip {
     const Panels& panels;
     int64_t j, first, columns;
   };
 
-  // The strip for a group of tokens from t on, with their latents. mask_bits: which elements are
-  // kept, where dropout is on; next: the token that comes after the group, or -1.
+  // Computes a strip for a group of tokens from t on, with their latents. mask_bits: which elements
+  // were kept, where dropout is on; next: the first token of the next group, for software prefetch,
+  // or -1.
   template <class Y, class Group>
   void run_rows(Group group, const Strip& strip, int64_t t, const Latents<Acc>& latents, const uint8_t* mask_bits,
                 int64_t next) const {
@@ -70,7 +74,7 @@ struct Expand {
   }
 
  private:
-  // Where the sums of a group of rows go, and what is added to them
+  // The rows where a micro-tile is stored, and the rows of base that are added to it
   template <class Y, int MR>
   struct Target {
     const Y* from[MR] = {};
@@ -79,7 +83,7 @@ struct Expand {
     int64_t columns;
   };
 
-  // A function of its own: inlined among other code, GCC would keep part of the sums in memory.
+  // Not inlined, since GCC would then hold part of the sums in memory.
   template <class Y, class Group, int NV>
   __attribute__((noinline)) void micro_tile(Group group, Int<NV>, const Panels& panels, const Latents<Acc>& latents,
                                             const Target<Y, Group::value>& target, int64_t c,
@@ -90,7 +94,7 @@ struct Expand {
     sums.for_rows([&](auto& sum, int m) __attribute__((always_inline)) { store_rows(sum, target, m, c); });
   }
 
-  // The epilogue: columns c .. of rows m0 .. of the group
+  // The epilogue for rows m0 .. of the group, from column c on
   template <class Y, int most, int MR, int NV>
   inline __attribute__((always_inline)) void store_rows(Vec<Acc> (&sum)[MR][NV], const Target<Y, most>& target, int m0,
                                                         int64_t c) const {
@@ -104,9 +108,10 @@ struct Expand {
     });
   }
 
-  // All of base is loaded before y is stored: rows that lie 4096 bytes apart would make each load
-  // wait for a store. whole: no column ends within the tile. A loop for each condition: within one
-  // loop GCC would test it for each vector, and keep sums in memory.
+  // The epilogue where columns are contiguous. whole: the strip does not end within the micro-tile.
+  // All of base is loaded before any of y is stored: where rows are a multiple of 4096 bytes apart,
+  // a load would otherwise wait for the store before it. Each condition has a loop of its own,
+  // since within one loop GCC would test it for each vector, and hold the sums in memory.
   template <bool whole, class Y, int most, int MR, int NV>
   inline __attribute__((always_inline)) void store_vectors(Vec<Acc> (&sum)[MR][NV], const Target<Y, most>& target,
                                                            int m0, int64_t c) const {
@@ -131,6 +136,7 @@ struct Expand {
       });
   }
 
+  // The epilogue where columns are not contiguous: one vector of sums, element by element
   template <class Y>
   __attribute__((noinline)) void store_elements(Vec<Acc> sum, const Y* from, Y* to, int64_t o, int64_t count,
                                                 const uint8_t* mask_bits) const {
@@ -143,7 +149,7 @@ struct Expand {
   }
 };
 
-// U to y
+// From U to y
 template <class Product>
 Expand<Product> expand_y(const ForwardParams& p, const ForwardPlan& plan) {
   const Shape& s = p.shape;
@@ -152,7 +158,7 @@ Expand<Product> expand_y(const ForwardParams& p, const ForwardPlan& plan) {
           p.base, p.y};
 }
 
-// dH to dx
+// From dH to dx
 template <class Product>
 Expand<Product> expand_x(const BackwardParams& p, const BackwardPlan& plan) {
   const Shape& s = p.shape;

@@ -1,17 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// What forward and backward of a few tokens share. There, reading the parameters is nearly all of
-// the work: where sums go along a parameter's rows they are dot products, since to transpose it
-// would take longer than to read it.
+// What forward and backward of a few tokens share. Reading the parameters is then nearly all of the
+// work. Where a sum goes along the rows of a parameter it is a dot product, since transposing the
+// parameter would take longer than reading it.
 #pragma once
 
 #include "microkernel.h"
+#include "plan.h"
 #include "transpose.h"
 
 namespace gralora::cpu::GRALORA_ISA {
 
-constexpr int64_t kFewTokens = 4;  // at most (plan.cpp)
-
-// Calls f(Int<T>) with the number of tokens for which there are registers
+// Calls f(Int<T>), where T is `tokens`, rounded up to a number that there is code for.
 template <class F>
 inline void for_few_tokens(int64_t tokens, F&& f) {
   if (tokens == 1) return f(Int<1>{});
@@ -19,7 +18,7 @@ inline void for_few_tokens(int64_t tokens, F&& f) {
   f(Int<4>{});
 }
 
-// to[m] is the sum over the lanes of sum[m].
+// to[m] = the sum over the lanes of sum[m]
 template <class Acc, int n>
 inline __attribute__((always_inline)) void total_lanes(const Vec<Acc> (&sum)[n], Acc* to) {
   constexpr int W = kWidth<Acc>;
@@ -65,9 +64,9 @@ inline void dot_rows(const P* a, int64_t stride, int64_t length, const Acc* h, i
     for (int m = 0; m < R; m++) to[t * ldto + m] = totals[t * R + m];
 }
 
-// The same for any number of rows: R at a time, the last ones one by one. Short rows, of which as
-// many are taken as there are lanes for their sums, are fetched ahead: sums of lanes leave no room
-// for the loads of what comes next.
+// The same for any number of rows: R at a time, then the last ones one by one. The rows are short.
+// After each R of them sums are added across lanes, which leaves the processor no room to load the
+// next rows by itself, so these are prefetched.
 template <int R, int T, class Acc, class P>
 inline void dot_all_rows(const P* a, int64_t stride, int64_t rows, int64_t length, const Acc* h, int64_t ldh, Acc* to,
                          int64_t ldto) {
@@ -81,19 +80,20 @@ inline void dot_all_rows(const P* a, int64_t stride, int64_t rows, int64_t lengt
   for (; m < rows; m++) dot_rows<1, T>(a + m * stride, stride, length, h, ldh, to + m, ldto);
 }
 
-// Pointers to T rows; those beyond the last token are the last token's.
+// Pointers to T rows. Those beyond the last token point to the last token.
 template <int T, class Acc>
 inline void rows_of(const Acc* first, int64_t ld, int64_t tokens, const Acc* (&rows)[T]) {
   for (int64_t t = 0; t < T; t++) rows[t] = first + smaller(t, tokens - 1) * ld;
 }
 
-// Sums that rows of a parameter go to: a single one would wait for itself.
+// Each element of sum_rows() has so many sums, to which rows are added in turn: with a single one,
+// each addition would wait for the one before.
 constexpr int kSumsOfRows = kVectorRegisters == 32 ? 4 : 2;
-constexpr int64_t kAhead = 32;  // rows that are fetched ahead, where they are short
+constexpr int64_t kAhead = 32;  // rows that are prefetched ahead, where rows are short
 
 // to[t*ld + c] = sum_i rows[t][i] b[i*stride + c] for t < tokens, i < length, and NV vectors of
-// columns or the first `columns` of one; elements are fetched `ahead`
-// of where they are read. Row i goes to one of kSums sums, in turns.
+// columns c, or the first `columns` columns of one vector. What is `ahead` elements further is
+// prefetched. Rows i are added to kSums sums in turn, which are added at the end.
 template <int NV, int kSums, int T, class Acc, class P>
 __attribute__((noinline)) void sum_rows(const Acc* const (&rows)[T], int64_t tokens, int64_t length, const P* b,
                                         int64_t stride, int64_t ahead, Acc* to, int64_t ld,
@@ -131,7 +131,7 @@ __attribute__((noinline)) void sum_rows(const Acc* const (&rows)[T], int64_t tok
   });
 }
 
-// to[m*stride + c] = sum_t left[t*ldl + m] right[t*ldr + c]      m < rows, c < columns: NV vectors of them, or fewer than one
+// to[m*stride + c] = sum_t left[t*ldl + m] right[t*ldr + c]      m < rows, c < columns: NV vectors, or less than one
 template <int T, int NV, class Acc, class P>
 inline void outer_rows(const Acc* left, int64_t ldl, int64_t rows, const Acc* right, int64_t ldr, int64_t columns,
                        P* to, int64_t stride) {
@@ -157,7 +157,7 @@ inline void outer_rows(const Acc* left, int64_t ldl, int64_t rows, const Acc* ri
 template <int T, class Acc, class P>
 inline void outer_all_rows(const Acc* left, int64_t ldl, int64_t rows, const Acc* right, int64_t ldr, int64_t columns,
                            P* to, int64_t stride) {
-  constexpr int kHalf = kVectorRegisters / 2 / T, kWide = kHalf < 8 ? kHalf : 8;  // long stretches of the rows of `to`
+  constexpr int kHalf = kVectorRegisters / 2 / T, kWide = kHalf < 8 ? kHalf : 8;  // vectors of a row of `to`
   constexpr int64_t wide = kWide * kWidth<Acc>;
   int64_t c = 0;
   for (; c + wide <= columns; c += wide) outer_rows<T, kWide>(left, ldl, rows, right + c, ldr, wide, to + c, stride);

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // forward: U = exchange(x' A) and x' Ag^T (project), then y = base + s (U B + x' Ag^T Bg^T)
-// (expand).
+// (expand), where x' is x after dropout.
 //
-// By tokens, a thread takes a segment through both steps, and nothing but u and y leaves its cache.
-// By columns, threads share the columns of all tokens: blocks or chunks of x first, strips of y
-// then. Both give the same bits.
+// By tokens, a thread takes a segment through project and expand, and only u and y leave its cache.
+// By columns, the threads share the columns of the same tokens: first blocks or chunks of x, then
+// strips of y. Both give the same bits.
 #include "expand.h"
 #include "forward_few.h"
 #include "latent_sums.h"
@@ -23,9 +23,10 @@ struct Forward {
   const Shape& s = p.shape;
   const Project<Product> project = project_x<Product>(p, plan.A, plan.A_general, plan.x, plan.chunks);
   const Expand<Product> expand = expand_y<Product>(p, plan);
-  const int64_t row = s.k * s.r + s.h, w = s.M / s.k;  // columns of u, and of a block of y
+  const int64_t row = s.k * s.r + s.h, w = s.M / s.k;  // columns of u; columns of a block of y
 
-  // Where u is rounded but latents are not, they are made in scratch, and rounded after.
+  // Where u is bf16 but latents are float, the latents are computed in scratch and rounded to u
+  // afterwards.
   const bool rounds_u = p.u_bf16 && sizeof(Latent) > sizeof(bf16);
   const int64_t panels_size = plan.blocks_per_strip * expand.panels_size(plan.strip);
   const int64_t expand_scratch = panels_size + plan.blocks_per_strip * Product::latents_size(s, plan.segment);
@@ -55,7 +56,7 @@ struct Forward {
   }
 
   void run_by_columns() const {
-    Scratch scratch;  // of all segments: taken before the first y is written
+    Scratch scratch;  // for all segments: it must be taken before the first y is written
     const PerThread<Acc> buffers(scratch, plan.threads,
                                  larger(larger(project.chunk_scratch(), project.sums_row()), expand_scratch));
     const LatentSums<Product> sums(plan, plan.segment, plan.chunks.count, project.sums_row(), scratch);
@@ -75,11 +76,10 @@ struct Forward {
     }
   }
 
-  // Columns [first, first + strip) of the output blocks j .. j+blocks
+  // Columns [first, first + strip) of each of the output blocks j .. j+blocks-1
   void expand_strip(int64_t t0, int64_t tokens, const Latent* u, int64_t j, int64_t blocks, int64_t first,
                     Acc* scratch) const {
     [[maybe_unused]] typename Product::Scope scope;
-    constexpr int64_t kMostBlocks = 8;  // blocks_per_strip
     typename Expand<Product>::Panels panels[kMostBlocks];
     Latents<Acc> latents[kMostBlocks];
     const int64_t columns = smaller(plan.strip, w - first), latents_size = Product::latents_size(s, plan.segment);

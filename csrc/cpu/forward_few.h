@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// forward for one to four tokens, without a hybrid part. Reading the parameters is nearly all of the
-// work: nothing is packed or transposed. The parameters' rows must be contiguous.
+// forward for one to four tokens, without a general part. Reading the parameters is nearly all of
+// the work, so they are neither packed nor transposed. The rows of the parameters must be
+// contiguous.
 //
-//   an item of pass A, a chunk of columns:   its part of H_n[t, c] = sum_i x'_n[t, i] A_n[i, c]
-//   an item of pass B, a strip of columns:   y_j[t, o] = base_j[t, o] + s sum_c U_j[t, c] B_j[c, o]
+//   an item of the pass over A, a chunk of columns of x:   its part of H_n[t, c] = sum_i x'_n[t, i] A_n[i, c]
+//   an item of the pass over B, a strip of columns of y:   y_j[t, o] = base_j[t, o] + s sum_c U_j[t, c] B_j[c, o]
 //
-// The lanes are columns of A and B. A token's sums depend neither on the other tokens nor on
-// threads.
+// The lanes of a vector are columns of A or B. The sums of a token depend neither on the other
+// tokens nor on the number of threads.
 #pragma once
 
 #include "few_tokens.h"
@@ -25,7 +26,7 @@ struct ForwardFew {
   void run() const {
     const int64_t chunks = plan.chunks.count, sums = project.sums_row(), strips = ceil_div(w_out, strip);
     Scratch scratch;
-    const PerThread<Acc> buffers(scratch, plan.threads, larger(Block<Acc>::size(kFewTokens), kFewTokens * strip));
+    const PerThread<Acc> buffers(scratch, plan.threads, larger(RowBuffer<Acc>::size(kFewTokens), kFewTokens * strip));
     Acc* partial = scratch.take<Acc>(chunks * s.T * sums);
     Acc* sum = scratch.take<Acc>(sums);
     Acc* u = p.u_bf16 ? scratch.take<Acc>(s.T * row) : static_cast<Acc*>(p.u);
@@ -65,7 +66,7 @@ struct ForwardFew {
     for (; c < s.r; c += W) sum_rows<1, kSumsOfRows>(rows, s.T, length, a + c, stride, ahead, to + c, sums, s.r - c);
   }
 
-  // `columns` from `first` on of the output block j
+  // Columns [first, first + columns) of the output block j
   template <int T, class P>
   void pass_B(int64_t j, int64_t first, int64_t columns, const Acc* u, Acc* sum) const {
     constexpr int64_t W = kWidth<Acc>;

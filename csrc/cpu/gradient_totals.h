@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// What becomes of the sums of weight gradients: segments of tokens are added in their order, then
-// the gradients are written.
+// What becomes of the sums of weight gradients: the sums of all segments are added in the order of
+// the segments, and then the gradients are written.
 #pragma once
 
 #include "panels.h"
 
 namespace gralora::cpu::GRALORA_ISA {
 
-// The sums of a weight gradient and its general part, chunk by chunk: a total, and a slot for each
-// further segment of a wave. Where there is one segment only, a chunk's sums are written out at
-// once and need no place here.
+// The sums of a weight gradient and of its general part, chunk by chunk. Each chunk has a total,
+// and a slot for each segment of a wave. Where there is only one segment, the sums of a chunk are
+// written to the gradient at once, and need no place here.
 template <class Acc>
 struct Totals {
   const Chunks& chunks;
@@ -19,16 +19,17 @@ struct Totals {
   Acc* sums = nullptr;
 
   bool wanted() const { return block.data != nullptr || general.data != nullptr; }
-  int64_t size() const { return (r + h) * kMostColumns; }  // of a chunk's sums
+  int64_t size() const { return (r + h) * kMostColumns; }  // elements of the sums of a chunk
   void reserve(Scratch& scratch, int64_t slots) {
     if (wanted()) sums = scratch.take<Acc>((slots + 1) * chunks.count * size());
   }
   Acc* total(int64_t chunk) const { return sums + chunk * size(); }
-  // Where a segment's sums go: the first one of all straight to the total
+  // Where the sums of a segment go. Those of the very first segment go straight to the total.
   Acc* slot(bool first, int64_t segment, int64_t chunk) const {
     return first && segment == 0 ? total(chunk) : sums + ((segment + 1) * chunks.count + chunk) * size();
   }
-  // Adds a wave's segments to the total in their order; after the last wave writes the gradients.
+  // Adds the segments of a wave to the total in their order. After the last wave it writes the
+  // gradients.
   void finish(bool first, bool last, int64_t segments, int64_t chunk) const {
     Acc* to = total(chunk);
     for (int64_t s = first ? 1 : 0; s < segments; s++) {
@@ -36,7 +37,7 @@ struct Totals {
       for (int64_t c = 0; c < r + h; c++)
         for (int64_t o = 0; o < chunks.length(chunk); o++) to[c * kMostColumns + o] += from[c * kMostColumns + o];
     }
-    if (first && segments == 0)  // no tokens
+    if (first && segments == 0)  // there are no tokens
       for (int64_t o = 0; o < size(); o++) to[o] = Acc(0);
     if (last) write(chunk, to);
   }
@@ -47,8 +48,8 @@ struct Totals {
   }
 
  private:
-  // One chunk's sums, scaled, as columns [first, first + columns) of block b of the gradient
-  // [k, ranks, w]
+  // Writes the sums of a chunk, scaled, as columns [first, first + columns) of block b of the
+  // gradient [k, ranks, w].
   void write_block(const Param& to, int64_t b, int64_t first, int64_t ranks, int64_t columns, const Acc* sums) const {
     for_dtype<Acc>(to.dtype, [&](auto* type) {
       using P = std::remove_pointer_t<decltype(type)>;
@@ -66,7 +67,8 @@ struct Totals {
     });
   }
 
-  // The ranks of a column lie side by side: squares of the sums are transposed.
+  // The same where the elements of a column of the gradient are contiguous: squares of sums are
+  // transposed first.
   template <class P>
   void write_transposed(P* out, const Param& to, int64_t ranks, int64_t columns, const Acc* sums) const {
     constexpr int64_t W = kWidth<Acc>;
@@ -76,7 +78,7 @@ struct Totals {
         const int64_t rows = smaller(W, columns - i);
         Acc square[W * W];
         if (rows == W && c + W <= ranks)
-          transpose_block<Acc>(from, kMostColumns, square, W);
+          transpose_square<Acc>(from, kMostColumns, square, W);
         else
           transpose_some<Acc>(from, kMostColumns, rows, ranks - c, square, W);
         for (int64_t m = 0; m < rows; m++)

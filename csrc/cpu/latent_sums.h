@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Where the sums of latents meet: a thread that takes whole segments, or whole blocks, sums their
-// chunks at one place, one after the other; else each chunk has a place, and all are added when they
-// are there. Both give the same bits.
+// The places where the chunks of latents are summed. A thread that takes whole segments or whole
+// blocks sums their chunks in one place, one after the other. Otherwise each chunk has a place, and
+// they are added when all of them are there. Both give the same bits.
 #pragma once
 
 #include "project.h"
@@ -14,9 +14,9 @@ struct LatentSums {
   using Latent = typename Product::Latent;
 
   int threads;
-  bool whole;             // a thread has a place of its own
-  int64_t segment, wave;  // tokens of a segment, and of all that are worked on at a time
-  int64_t row;            // elements of a token
+  bool whole;             // items are whole segments or blocks: there is one place for each thread
+  int64_t segment, wave;  // tokens of a segment, and tokens whose sums one chunk has a place for
+  int64_t row;            // elements of the sums of a token
   Acc* sums;
 
   template <class Plan>
@@ -28,12 +28,13 @@ struct LatentSums {
         row(row),
         sums(scratch.take<Acc>((whole ? threads : most_chunks) * this->wave * row)) {}
 
-  // All chunks, of one thread
+  // By tokens: all chunks, summed by one thread
   ChunkRange<Acc> all(const Chunks& chunks, int thread) const {
     return {0, chunks.count, sums + thread * segment * row, true};
   }
 
-  // By columns: f(segment, range of chunks, thread)
+  // By columns: calls f(segment, range of chunks, thread) in parallel, for each block or chunk of
+  // each segment.
   template <class F>
   void share(const Chunks& chunks, int64_t segments, F&& f) const {
     const int64_t together = whole ? chunks.per_block : 1, items = chunks.count / together;
@@ -44,7 +45,7 @@ struct LatentSums {
     });
   }
 
-  // After that: u of `tokens` tokens
+  // After share(): computes u of `tokens` tokens, unless their chunks were summed in one place.
   void reduce(const Project<Product>& project, int64_t tokens, Latent* u, const PerThread<Acc>& scratch) const {
     if (whole) return;
     parallel_items(tokens, tokens < 16 ? 1 : threads, [&](int64_t m, int thread) {

@@ -1,17 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
-// linear: out = in P + bias, where P = W + dW is made panel by panel while it is packed for the
-// microkernel.
+// linear: out = in P + bias. P = W + dW is computed panel by panel, while it is packed for the
+// micro-kernel.
 //
 //   out[t, c] = bias[c] + sum_p in[t, p] * P[p, c]
 //   P[a*H + i, b*V + c] = W[...] + s * ( sum_q L[a][b*rb + q, i] * R[b][a*rb + q, c]  +  sum_g Lg[a][g, i] * Rg[b][g, c] )
 //
-// H = rows/k, V = columns/k. y: in = x, P = (W + dW)^T, L = A^T, R = B; dx: in = g, P = W + dW,
-// L = B, R = A^T. An adapter costs r/k multiply-adds for each weight and nothing for each token:
-// there are no ranks, and base and y are not read again.
+// H = rows/k, V = columns/k. For y, in = x, P = (W + dW)^T, L = A^T and R = B. For dx, in = g, P =
+// W + dW, L = B and R = A^T. The adapter costs r/k multiply-adds for each weight in each segment,
+// and nothing for each token: there are no latents, and neither base nor y is read.
 //
-// An item is a strip of columns for a segment of tokens. Its part of P stays in L2; kTogether
-// tokens walk along `in`, a chunk of P's rows at a time, and share each of its tiles in L1. Every
-// sum is taken chunk by chunk in their order, whatever the items are.
+// An item is a strip of columns for a segment of tokens. Some chunks of its part of P are in L2 at
+// a time, as a panel. plan.tokens_together tokens are multiplied by one chunk after the other, and
+// share each of its micro-panels in L1. Every sum is taken chunk by chunk, in the order of the
+// chunks, whatever the items are.
 #include "product_fp32.h"
 
 namespace gralora::cpu::GRALORA_ISA {
@@ -32,7 +33,7 @@ struct Linear {
                   panel = plan.chunks_per_panel * plan.chunks.columns * plan.strip;
     const int64_t ranks = larger(r / k, h) * (plan.strip + 2 * (plan.chunks.columns + kNR<Acc>));
     Scratch scratch;
-    const PerThread<Acc> buffers(scratch, plan.threads, panel + ranks + Block<Acc>::size(plan.tokens_together));
+    const PerThread<Acc> buffers(scratch, plan.threads, panel + ranks + RowBuffer<Acc>::size(plan.tokens_together));
     parallel_items(strips * ceil_div(T, plan.segment), plan.threads, [&](int64_t i, int thread) {
       const int64_t c0 = i % strips * plan.strip, t0 = i / strips * plan.segment;
       Acc* own = buffers.of(thread);
@@ -42,7 +43,7 @@ struct Linear {
                       smaller(plan.segment, T - t0),
                       own,
                       own + panel,
-                      Block<Acc>(own + panel + ranks, plan.tokens_together)};
+                      RowBuffer<Acc>(own + panel + ranks, plan.tokens_together)};
       for (int64_t begin = 0; begin < plan.chunks.count; begin += plan.chunks_per_panel)
         run_chunks(item, begin, smaller(begin + plan.chunks_per_panel, plan.chunks.count));
     });
@@ -50,9 +51,9 @@ struct Linear {
 
  private:
   struct Item {
-    int64_t c0, width, t0, count;  // its columns and tokens
+    int64_t c0, width, t0, count;  // columns [c0, c0 + width) of tokens [t0, t0 + count)
     Acc *panel, *ranks;
-    Block<Acc> block;
+    RowBuffer<Acc> buffer;
   };
 
   void run_chunks(const Item& item, int64_t begin, int64_t end) const {
@@ -62,7 +63,7 @@ struct Linear {
       const int64_t tokens = smaller(plan.tokens_together, item.count - m);
       for (int64_t chunk = begin; chunk < end; chunk++) {
         const Part part{in, no_mask, rows, item.t0 + m, tokens, plan.chunks.first(chunk), plan.chunks.length(chunk)};
-        multiply_chunk(item, read_rows<Acc>(plan.in, part, item.block), chunk, panel_of(item, chunk - begin), m,
+        multiply_chunk(item, read_rows<Acc>(plan.in, part, item.buffer), chunk, panel_of(item, chunk - begin), m,
                        tokens);
       }
     }
@@ -74,7 +75,8 @@ struct Linear {
 
   // ------------------------------------------------------------------ P
 
-  // Rows of a chunk and an item's columns of P: tiles of kTile columns, padded with zeros
+  // Computes the panel of an item and a chunk: rows of the chunk and columns of the item, in
+  // micro-panels of kNR columns, the last one padded with zeros.
   void make_panel(const Item& item, int64_t chunk, Acc* panel) const {
     const int64_t first = plan.chunks.first(chunk), length = plan.chunks.length(chunk), H = rows / k, V = columns / k,
                   rb = r / k;
@@ -98,7 +100,8 @@ struct Linear {
     }
   }
 
-  // A block of R as micro-panels of the strip, in which its columns begin at `at`; zeros beside them
+  // Packs a block of R as micro-panels of the strip, in which it begins with column `at`. Zeros
+  // stand beside it in its first and last micro-panel.
   void pack_right(const BlockOf& from, int64_t at, int64_t width, Acc* to) const {
     if (at % kNR<Acc> == 0) {
       pack_panel<Acc>(from, to + at * from.rows);
@@ -115,11 +118,12 @@ struct Linear {
     });
   }
 
-  // A part of a panel, whose rows are `length`
+  // Some rows and columns of a panel
   struct PartOfPanel {
     int64_t row, rows, column, columns;
   };
-  // panel += left right
+  // Adds the product of packed factors of dW to a part of a panel that has `length` rows. n: terms
+  // of its sums.
   void add_ranks(const Acc* left, const Acc* right, int64_t n, const PartOfPanel& part, int64_t length,
                  Acc* panel) const {
     for (int64_t i = part.column / kNR<Acc>; i * kNR<Acc> < part.column + part.columns; i++)
@@ -141,7 +145,8 @@ struct Linear {
 
   // ------------------------------------------------------------------ in P
 
-  // The sums of a chunk of some tokens, to out: written with the first chunk, added with the others
+  // Multiplies some tokens by a chunk. The sums are written to out with the first chunk, and added
+  // with the others.
   void multiply_chunk(const Item& item, const Source<Acc>& a, int64_t chunk, const Acc* panel, int64_t m0,
                       int64_t tokens) const {
     const int64_t length = plan.chunks.length(chunk);
@@ -158,7 +163,7 @@ struct Linear {
     });
   }
 
-  // A function of its own: inlined among other code, GCC would keep part of the sums in memory.
+  // Not inlined, since GCC would then hold part of the sums in memory.
   template <int MR, int NV>
   __attribute__((noinline)) void micro_tile(int64_t length, const Source<Acc>& a, const Acc* b, bool accumulate,
                                             const Acc* start, int64_t count, Acc* to) const {

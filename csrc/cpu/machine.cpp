@@ -33,13 +33,13 @@ constexpr Capability kCompiled[] = {
 // ------------------------------------------------------------------ what the processor has
 
 #if defined(GRALORA_HAVE_AVX2) || defined(GRALORA_HAVE_AVX512)
-// By cpuid: older compilers do not know this name in __builtin_cpu_supports.
+// This asks cpuid, since older compilers do not know "f16c" in __builtin_cpu_supports.
 bool has_f16c() {
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
 }
 
-// __builtin_cpu_supports also asks whether the system saves the wide registers.
+// __builtin_cpu_supports also asks whether the operating system saves the wide registers.
 bool runs_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }
 
 bool runs_avx512() {
@@ -68,8 +68,8 @@ bool runs_bf16_instructions() {
 #ifdef GRALORA_EMULATE_AMX
 bool runs_amx() { return true; }
 #elif defined(GRALORA_HAVE_AMX) && defined(GRALORA_HAVE_AVX512)
-// Linux saves the tiles of processes that asked for it; the request fails where a thread's signal
-// stack is too small for them.
+// Linux saves the tile registers only of a process that asked for it. The request fails where the
+// signal stack of a thread is too small for them.
 bool runs_amx() {
   constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
   constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
@@ -90,7 +90,7 @@ Vendor made_by() {
   return Vendor::Other;
 }
 
-// 0 where the system does not tell
+// Numbers are 0 where the system does not tell them.
 CacheLevel cache_level([[maybe_unused]] int bytes_name, [[maybe_unused]] int ways_name) {
 #ifdef _SC_LEVEL1_DCACHE_SIZE
   const long bytes = sysconf(bytes_name), ways = sysconf(ways_name);
@@ -154,7 +154,7 @@ const Machine& machine() {
   return filled;
 }
 
-// In the order of the enumerators
+// The names stand in the order of the enumerators.
 const char* name(Capability capability) {
   constexpr const char* kNames[] = {"default", "avx2", "avx512"};
   return kNames[int(capability)];

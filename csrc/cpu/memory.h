@@ -11,11 +11,12 @@
 
 namespace gralora::cpu::GRALORA_ISA {
 
-// The scratch of one call: uninitialised, aligned to a cache line, taken before parallel regions,
-// and before anything is written, where a failure may be thrown. The calling thread keeps the last
-// block for its next call (up to kMostCached bytes): fresh memory would cost a page fault per 4 KiB,
-// often more than the arithmetic. That block has one user at a time: what begins beside it takes
-// fresh memory.
+// The scratch memory of one call: not initialised, aligned to cache lines. It is taken before a
+// parallel region begins and before anything is written, since a failure may be thrown only there.
+// When a call ends, the calling thread caches as much memory as it needed (up to kMostCached bytes)
+// for its next call: fresh memory would cost a page fault per 4 KiB, often more than the
+// arithmetic. The cached memory has one user at a time. A Scratch that is made while it is in use
+// takes fresh memory.
 class Scratch {
  public:
   Scratch() : has_cached_(!cached().in_use) { cached().in_use = true; }
@@ -69,7 +70,7 @@ class Scratch {
   int64_t used_ = 0;
 };
 
-// One piece of scratch per thread, a cache line apart.
+// A buffer of scratch memory for each thread. Two buffers never share a cache line.
 template <class T>
 class PerThread {
  public:
@@ -82,9 +83,9 @@ class PerThread {
   T* all_;
 };
 
-// Calls f(item, thread) for each item, in any order and on any thread: items must write disjoint
-// memory, and what one writes must depend on its number alone; then results do not depend on the
-// number of threads.
+// Calls f(item, thread) for each item, in any order and on any thread. Items must write disjoint
+// memory, and what an item writes must depend on its number alone, so that results do not depend on
+// the number of threads.
 template <class F>
 inline void parallel_items(int64_t items, int threads, F&& f) {
   if (threads <= 1 || items <= 1) {

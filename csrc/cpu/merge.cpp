@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // merge: W[a*H + p, b*V + c] (+)= s * ( sum_q L[a][b*rb + q, p] * R[b][a*rb + q, c]  +  sum_g Lg[a][g, p] * Rg[b][g, c] )
 //
-// W is cut into k x k blocks [H, V]. Two orientations give the same sum: rows of W along M (L = B,
-// R = A^T), or along N (L = A, R = B), whichever makes the columns of W unit stride. W is read and
-// written once, along its rows; beside it there are only a panel of R in L2, and the ranks of a
-// range of rows. Each weight is one sum in a fixed order, rounded once.
+// W is cut into k x k blocks [H, V]. It can be taken in two orientations that give the same sums:
+// with rows along M (L = B, R = A^T), or along N, as its transpose (L = A^T, R = B). The plan takes
+// the one in which rows are contiguous. W is read and written once, along its rows. The only other
+// memory is a panel of R in L2, and the left micro-panels of a range of rows. Each weight is one
+// sum in a fixed order, rounded once.
 #include "product_fp32.h"
 
 namespace gralora::cpu::GRALORA_ISA {
@@ -13,18 +14,18 @@ namespace {
 template <class Acc>
 struct Merge {
   const MergePlan& plan;
-  int64_t rows, columns, k, r, h;  // of W in this orientation
+  int64_t rows, columns, k, r, h;  // rows and columns of W in this orientation
   Param W;
   Param L, Lg;  // [k, r, rows/k], [k, h, rows/k]
   Param R, Rg;  // [k, r, columns/k], [k, h, columns/k]
   Acc scale;
-  bool accumulate;  // false: W is overwritten, never read
+  bool accumulate;  // false: W is overwritten and never read
   const int64_t rb = r / k, H = rows / k, V = columns / k;
 
   struct Panels {
     Panel<Acc> R, Rg;
   };
-  // One thread's scratch
+  // The scratch of one thread
   struct Buffers {
     Acc *panels, *left, *left_general, *left_panel;
   };
@@ -45,7 +46,7 @@ struct Merge {
   }
 
  private:
-  // Some rows of row block a
+  // Rows [first, first + count) of row block a
   template <class Y>
   void merge_range(int64_t a, int64_t first, int64_t count, const Buffers& own) const {
     for (int64_t b = 0; b < k; b++) {
@@ -64,7 +65,7 @@ struct Merge {
     }
   }
 
-  // Columns [c0, c0 + width) of block b of R, of the ranks that meet row block a, and of Rg
+  // Columns [c0, c0 + width) of block b of R, for the ranks that belong to row block a, and of Rg
   Panels read_right(int64_t a, int64_t b, int64_t c0, int64_t width, Acc* scratch) const {
     Panels panels{read_panel<Acc>(plan.right, {R, b, a * rb, rb, c0, width}, scratch), {}};
     if (h > 0)
@@ -73,8 +74,8 @@ struct Merge {
     return panels;
   }
 
-  // Some rows of W, from `to` on. A function of its own: inlined among other code, GCC would keep
-  // part of the sums in memory.
+  // A group of rows of W, from `to` on. Not inlined, since GCC would then hold part of the sums in
+  // memory.
   template <int MR, class Y>
   __attribute__((noinline)) void merge_rows(const Acc* left, const Acc* general, const Panels& right, int64_t width,
                                             Y* to) const {
@@ -85,7 +86,7 @@ struct Merge {
         const LeftRows<Y, MR> weights(to + c, W.row_stride);
         Vec<Acc> sum[MR][NV] = {};
         add_products(left, general, right, c, sum);
-        // All weights of the tile are loaded before one is stored: see Expand::store_vectors.
+        // All weights of the micro-tile are loaded before one is stored: see Expand::store_vectors.
         if (accumulate)
           for_sums<MR, NV>([&](int m, int v) { sum[m][v] += load<Acc>(weights.row(m) + v * kWidth<Acc>); });
         for_sums<MR, 1>([&](int m, int) { store_row<Acc, Y, NV>(weights.row(m), sum[m]); });
@@ -106,7 +107,8 @@ struct Merge {
     if (h > 0) multiply<Fp32<Acc>>(h, LeftPacked<Acc, MR>{general}, right.Rg.at(0, c), right.Rg.ld, sum, Nothing{});
   }
 
-  // At the end of a row within a vector, or where columns are apart
+  // The epilogue where a row ends within a vector, or where the elements of a row are not
+  // contiguous
   template <class Y>
   __attribute__((noinline)) void add_edge(Vec<Acc> delta, Y* to, int64_t count) const {
     if (W.column_stride == 1) {

@@ -3,10 +3,11 @@
 //
 //   sum[m][v] += sum_p a[m][p] * b[p*ldb + v*W .. + W)      p = 0 .. steps-1, in this order
 //
-// One element of the left factor `a` is broadcast against NV vectors of a row of the right factor
-// `b`; MR x NV vectors of sums stay in registers. A row's sum does not depend on MR, so results do
-// not depend on how rows are grouped, nor on the number of threads. What an element of a and b
-// stands for is the product's affair (product_fp32.h, product_pairs.h).
+// One element of the left factor `a` is broadcast and multiplied by NV vectors of a row of the
+// right factor `b`. The micro-tile of MR x NV vectors of sums stays in registers. The sums of a row
+// do not depend on MR, so results depend neither on how rows are grouped nor on the number of
+// threads. What an element of a or b stands for is up to the product (product_fp32.h,
+// product_pairs.h).
 #pragma once
 
 #include <type_traits>
@@ -15,16 +16,17 @@
 
 namespace gralora::cpu::GRALORA_ISA {
 
-// MR x 2 sums, 2 vectors of b and one broadcast must fit into the registers: 12*2 + 3 of 32, or
-// 6*2 + 3 of 16.
+// MR x 2 sums, 2 vectors of b and one broadcast element of a must fit into the registers: 12*2 + 3
+// of 32, or 6*2 + 3 of 16.
 constexpr int kMR = kVectorRegisters == 32 ? 12 : 6;
 static_assert(kMR * 2 + 3 <= kVectorRegisters);
 template <class Acc>
 constexpr int64_t kNR = 2 * kWidth<Acc>;  // NV = 2 vectors
 
-constexpr int64_t kSteps = 16;  // one cache line of floats of each row of a
-// What goes on beside so many steps is done in parts: many lines fetched at once would hold up the
-// loads of the products. With 6 rows a part would be too short for a loop of its own.
+constexpr int64_t kSteps = 16;  // as many floats of a row of a as a cache line holds
+// The software prefetch beside kSteps steps is done in so many parts: many lines that are fetched
+// at once would delay the loads of the product. With MR = 6 a part would be too short for a loop of
+// its own.
 constexpr int kParts = kVectorRegisters == 32 ? 4 : 1;
 constexpr int kPartSteps = int(kSteps) / kParts;
 
@@ -33,15 +35,16 @@ inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Hides where a pointer or an address comes from, or GCC would keep one for every row that follows
-// from it.
+// Hides from GCC how an address was computed. Otherwise it would hold one address for each row in
+// registers, since all of them follow from the first one.
 template <class T>
 inline __attribute__((always_inline)) void hide(T& place) {
   asm("" : "+r"(place));
 }
 
-// Rows of a factor: `data` is an element of the first row, `ld` leads to the next row. Where a
-// number is a sum of several pieces (split_bf16.h), `piece` leads from one to the next.
+// Rows of a factor. `data` points to an element of the first row, and `ld` elements further is the
+// next row. Where each number is a sum of pieces (split_bf16.h), `piece` leads from one piece to
+// the next.
 template <class T>
 struct Source {
   const T* data;
@@ -54,8 +57,8 @@ struct Source {
 
 // ---------------------------------------------------------------- the left factor
 
-// Rows as they lie. Twelve addresses would not fit into the registers: each third row has a pointer
-// of its own.
+// Rows in place. The addresses of twelve rows would not fit into the registers, so only each third
+// row has a pointer, and the two rows after it are reached from there.
 template <class T, int MR>
 struct LeftRows {
   static constexpr int kPointers = (MR + 2) / 3;
@@ -81,7 +84,7 @@ struct LeftRows {
   }
 };
 
-// Packed step by step: a[m][p] = data[p*MR + m]
+// A left micro-panel: a[m][p] = data[p*MR + m]
 template <class Acc, int MR>
 struct LeftPacked {
   const Acc* data;
@@ -94,11 +97,12 @@ struct LeftPacked {
 
 // ---------------------------------------------------------------- the sums
 
-// For `beside`: nothing is done beside the arithmetic.
+// For `beside` of multiply(): nothing is done beside the arithmetic.
 struct Nothing {
   void operator()(int) const {}
 };
 
+// A fixed number of steps, unrolled
 template <class Product, int steps, class Acc, int MR, int NV, class Left>
 inline __attribute__((always_inline)) void multiply_steps(Left& a, const Acc*& b, int64_t ldb,
                                                           Vec<Acc> (&sum)[MR][NV]) {
@@ -119,11 +123,11 @@ inline __attribute__((always_inline)) void multiply_steps(Left& a, const Acc*& b
   hide(b);
 }
 
-// Some steps. With one vector of b the loop's own instructions would take longer than its products:
-// there it is unrolled.
+// Any number of steps. With one vector of b, the instructions of the loop itself would take longer
+// than the products, so there it is unrolled.
 template <class Product, class Acc, int MR, int NV, class Left>
-inline __attribute__((always_inline)) void multiply_run(int64_t steps, Left& a, const Acc*& b, int64_t ldb,
-                                                        Vec<Acc> (&sum)[MR][NV]) {
+inline __attribute__((always_inline)) void multiply_loop(int64_t steps, Left& a, const Acc*& b, int64_t ldb,
+                                                         Vec<Acc> (&sum)[MR][NV]) {
   if constexpr (NV == 1 && kVectorRegisters == 32) {
 #pragma GCC unroll 1
     for (; steps >= 4; steps -= 4) multiply_steps<Product, 4>(a, b, ldb, sum);
@@ -132,25 +136,25 @@ inline __attribute__((always_inline)) void multiply_run(int64_t steps, Left& a, 
   for (; steps > 0; steps--) multiply_steps<Product, 1>(a, b, ldb, sum);
 }
 
-// The micro-kernel. beside(part) is called before each part of kSteps steps, for what can go on
-// beside the arithmetic; it has a state of its own for each product.
+// The micro-kernel. It calls beside(part) before each part of kSteps steps, for software prefetch
+// beside the arithmetic. It takes `beside` by value, since the state of it changes with each call.
 template <class Product, class Acc, int MR, int NV, class Left, class Beside>
 inline __attribute__((always_inline)) void multiply(int64_t steps, Left a, const Acc* b, int64_t ldb,
                                                     Vec<Acc> (&sum)[MR][NV], Beside beside) {
   if constexpr (std::is_same_v<Beside, Nothing>) {
-    multiply_run<Product>(steps, a, b, ldb, sum);
+    multiply_loop<Product>(steps, a, b, ldb, sum);
   } else {
     for (int64_t left = steps; left > 0;) {
 #pragma GCC unroll 4
       for (int part = 0; part < kParts; part++, left -= kPartSteps) {
         beside(part);
-        multiply_run<Product>(smaller(left, kPartSteps), a, b, ldb, sum);
+        multiply_loop<Product>(smaller(left, kPartSteps), a, b, ldb, sum);
       }
     }
   }
 }
 
-// Loops over the sums must be unrolled, or the compiler keeps them in memory.
+// Calls f for each vector of the micro-tile, unrolled: otherwise GCC would hold the sums in memory.
 template <int MR, int NV, class F>
 inline __attribute__((always_inline)) void for_sums(F&& f) {
 #pragma GCC unroll 16
@@ -161,7 +165,7 @@ inline __attribute__((always_inline)) void for_sums(F&& f) {
 
 // ---------------------------------------------------------------- how loops are cut
 
-// A number that is known to the compiler, and one that is not but is at most n
+// A number of rows that is known to the compiler, and one that is not, but is at most n
 template <int n>
 struct Int {
   static constexpr int value = n;
@@ -175,8 +179,8 @@ struct AtMost {
 };
 
 // Calls f(Int<MR>, first row) so that [0, rows) is covered by groups of at most kMR rows. Sixteen
-// rows are two groups of eight, not twelve and four: the sums of four rows are too few to hide the
-// latency of an addition.
+// rows become two groups of eight, not twelve and four: the sums of four rows are too few to hide
+// the latency of an addition.
 template <class F>
 inline __attribute__((always_inline)) void for_row_groups(int64_t rows, F&& f) {
   int64_t m = 0;
@@ -189,7 +193,7 @@ inline __attribute__((always_inline)) void for_row_groups(int64_t rows, F&& f) {
   if (m < rows) f(Int<1>{}, m);
 }
 
-// Calls f(Int<NV>, first column) over `columns`, rounded up to whole vectors.
+// Calls f(Int<NV>, first column) so that `columns`, rounded up to whole vectors, are covered.
 template <class Acc, class F>
 inline __attribute__((always_inline)) void for_column_groups(int64_t columns, F&& f) {
   int64_t c = 0;

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Blocks of a parameter as the right factor of the micro-kernel: where they lie, or packed into a
+// Blocks of a parameter as the right factor of the micro-kernel: read in place, or packed into a
 // panel.
 //
-// A panel is a row of micro-panels, each of kNR columns and all rows of the block, padded with
-// zeros. It stays in L1 or L2 while the tokens of a segment pass by. A micro-panel is contiguous:
-// rows of a wide matrix, a power of two apart, would fall into the same few sets of L1.
+// A panel is a sequence of micro-panels, each of kNR columns and all rows of the block; the last
+// one is padded with columns of zeros. A panel stays in L1 or L2 while the tokens of a segment are
+// multiplied by it. A micro-panel is contiguous, because rows of a wide matrix are often a power of
+// two apart and would share a few sets of L1.
 #pragma once
 
 #include "memory.h"
@@ -13,22 +14,24 @@
 
 namespace gralora::cpu::GRALORA_ISA {
 
+// A block of a parameter as it is multiplied: a packed panel, or the parameter itself, whose
+// columns kNR .. 2 kNR - 1 then are the second micro-panel, and so on.
 template <class Acc>
 struct Panel {
   const Acc* data = nullptr;
-  int64_t micro_panel = 0;  // elements from one to the next
-  int64_t ld = 0;           // to the next row
+  int64_t micro_panel = 0;  // elements from one micro-panel to the next
+  int64_t ld = 0;           // elements from one row to the next
   int64_t piece = 0;        // as in Source
   int pieces = 1;
 
-  // From `row` and `column` on, a multiple of the vector width
+  // The factor from `row` and `column` on; `column` is a multiple of the vector width.
   Source<Acc> from(int64_t row, int64_t column) const { return {at(row, column), ld, piece, pieces}; }
   const Acc* at(int64_t row, int64_t column) const {
     return data + column / kNR<Acc> * micro_panel + row * ld + column % kNR<Acc>;
   }
 };
 
-// Rows and columns of one block of a parameter
+// The rows and columns of one block of a parameter that are read
 struct BlockOf {
   const Param& param;
   int64_t block, row, rows, column, columns;
@@ -49,7 +52,7 @@ void pack_transposed(const P* from, int64_t column_stride, int64_t rows, int64_t
       Acc* transposed = to + i * ld + c0;
       if (i + W <= rows && c0 + W <= columns) {
         for (int64_t c = 0; c < W; c++) prefetch(address(block, 2 * W + c * column_stride));
-        transpose_block<Acc>(block, column_stride, transposed, ld);
+        transpose_square<Acc>(block, column_stride, transposed, ld);
       } else {
         transpose_some<Acc>(block, column_stride, smaller(W, rows - i), columns - c0, transposed, ld);
       }
@@ -74,7 +77,7 @@ void pack_micro_panel(const P* from, const Param& param, int64_t rows, int64_t c
   }
 }
 
-// A block in micro-panels, one after the other: panel_size elements
+// Packs a block into the panel_size() elements from `to` on.
 template <class Acc>
 Panel<Acc> pack_panel(const BlockOf& b, Acc* to) {
   for_dtype<Acc>(b.param.dtype, [&](auto* type) {
@@ -87,22 +90,23 @@ Panel<Acc> pack_panel(const BlockOf& b, Acc* to) {
   return {to, b.rows * kNR<Acc>, kNR<Acc>};
 }
 
-// The same, or the block where it lies
+// The block as a panel: packed into `scratch`, or the parameter itself.
 template <class Acc>
 Panel<Acc> read_panel(Packing packing, const BlockOf& b, Acc* scratch) {
   if (packing == Packing::Packed) return pack_panel<Acc>(b, scratch);
   return {static_cast<const Acc*>(b.param.data) + b.offset(), kNR<Acc>, b.param.row_stride};
 }
 
-// A block of a parameter [ranks, columns] as the left factor, whose rows are the block's columns:
-// packed and scaled in groups of MR columns, as LeftPacked takes them. A group begins at its first
-// column times the number of ranks. `panel` is scratch of panel_size.
+// Packs a block [ranks, columns] of a parameter, scaled, as the left factor, whose rows are the
+// columns of the block. A group of MR of them is a left micro-panel, in the order that LeftPacked
+// reads; it begins at `to` + its first column times the number of ranks. `panel` is scratch of
+// panel_size().
 template <class Acc>
 void pack_left(Packing packing, const BlockOf& b, Acc scale, Acc* to, Acc* panel) {
   const Panel<Acc> from = read_panel<Acc>(packing, b, panel);
   for_row_groups(b.columns, [&](auto group, int64_t m0) {
     constexpr int MR = decltype(group)::value;
-    for (int64_t m = 0, count; m < MR; m += count) {  // within a micro-panel
+    for (int64_t m = 0, count; m < MR; m += count) {  // columns within one micro-panel of the block
       const int64_t column = (m0 + m) % kNR<Acc>;
       count = smaller(MR - m, kNR<Acc> - column);
       const Acc* rank = from.data + (m0 + m) / kNR<Acc> * from.micro_panel + column;

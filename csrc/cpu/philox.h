@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Dropout: element e of x (row-major) is kept where its draw of 16 bits is at least
-// round(p * 2^16). With b the 16 bytes of Philox-4x32-10(counter = e / 16, key = seed) as they lie
-// in memory, and i = e % 16, the draw's high byte is b[i], which decides for all but 1 of 256
-// elements; its low byte is b[i ^ 8] ^ b[i with its low three bits counted on by one], so that any
-// two draws of a counter are independent.
+// Dropout: element e of x (row-major) is kept where its draw, a number of 16 bits, is at least
+// round(p * 2^16). Let b be the 16 bytes of Philox-4x32-10(counter = e / 16, key = seed), as they
+// are in memory, and i = e % 16. The high byte of the draw is b[i], which decides for all but 1 of
+// 256 elements. The low byte is b[i ^ 8] ^ b[i'], where i' is i with its low three bits increased
+// by one, modulo 8: so any two draws of a counter are independent.
+//
 // Philox: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 #pragma once
 
@@ -12,10 +13,10 @@
 
 namespace gralora::cpu::GRALORA_ISA {
 
-constexpr int kLanes = kVectorBytes / 8;  // counters that are worked on together, one per 64-bit lane
+constexpr int kLanes = kVectorBytes / 8;  // counters that are computed together, one per 64-bit lane
 typedef typename VectorOf<uint64_t, kLanes>::type Lanes;
 
-// 64-bit products of the low halves of the lanes with m.
+// 64-bit products of the low half of each lane with m
 inline Lanes multiply_low(Lanes a, uint32_t m) {
 #if defined(__AVX512F__)
   return Lanes(_mm512_mul_epu32(__m512i(a), _mm512_set1_epi64(m)));
@@ -36,10 +37,10 @@ inline Lanes xor3(Lanes a, Lanes b, uint64_t key) {
 }
 
 constexpr int kRounds = 10;
-constexpr int kDraws = 16 * kLanes;  // of one group of kLanes counters
+constexpr int kDraws = 16 * kLanes;  // draws of one group of kLanes counters
 
-// Bit i of `bits`: whether draw i of half a group, whose counters' bytes lie in `bytes` as in
-// memory, is at least `threshold` (below 2^16)
+// Sets bit i of `bits` to whether draw i is at least `threshold` (below 2^16), for half a group of
+// counters, whose bytes are in `bytes` as in memory.
 inline void compare_draws(Lanes bytes, uint32_t threshold, uint8_t* bits) {
 #if defined(__AVX512BW__)
   const __m512i high = __m512i(bytes), least_high = _mm512_set1_epi8(int8_t(threshold >> 8));
@@ -67,7 +68,8 @@ inline void compare_draws(Lanes bytes, uint32_t threshold, uint8_t* bits) {
 #endif
 }
 
-// The low words of the lanes of both: a's in the even places, b's in the odd ones
+// The low words of the lanes of a and b, a's as the even words of the result and b's as the odd
+// ones
 inline Lanes low_words(Lanes a, Lanes b) {
 #if defined(__AVX512F__)
   return Lanes(_mm512_mask_shuffle_epi32(__m512i(a), 0xaaaa, __m512i(b), _MM_PERM_CCAA));
@@ -76,15 +78,15 @@ inline Lanes low_words(Lanes a, Lanes b) {
 #endif
 }
 
-// kLanes counters from `first` on
+// A group of kLanes counters, from `first` on
 struct Group {
   uint64_t first;
   uint8_t* bits;  // bit i: whether the group's draw i is at least the threshold; 2 * kLanes bytes
 };
 
-// Some groups, interleaved, since one alone waits for its products. Only the low half of a lane
-// counts in c0 .. c3: the high one holds what a product left there, which saves the splitting of
-// words. `keys`: both words of each round's key.
+// Computes several groups at once, since one alone would wait for its products. Only the low half
+// of each lane of c0 .. c3 counts: the high half holds the rest of a product, which need not be
+// cleared. `keys`: both words of the key of each round.
 template <int kStreams>
 inline void philox_4x32_10(const uint64_t (&keys)[kRounds][2], const Group* groups, uint32_t threshold) {
   Lanes c0[kStreams], c1[kStreams], c2[kStreams], c3[kStreams];
@@ -103,7 +105,7 @@ inline void philox_4x32_10(const uint64_t (&keys)[kRounds][2], const Group* grou
       c0[s] = xor3(p1 >> 32, c1[s], keys[round][0]), c1[s] = p1;
       c2[s] = xor3(p0 >> 32, c3[s], keys[round][1]), c3[s] = p0;
     }
-  Lanes low, high;  // the order in memory: even and odd pairs of words interleaved
+  Lanes low, high;  // restore the order in memory, in which even and odd pairs of words are interleaved
   for (int lane = 0; lane < kLanes; lane++) {
     low[lane] = uint64_t(lane / 2 + lane % 2 * kLanes), high[lane] = low[lane] + kLanes / 2;
   }
@@ -115,17 +117,17 @@ inline void philox_4x32_10(const uint64_t (&keys)[kRounds][2], const Group* grou
   }
 }
 
-// Which elements of a row are kept, as bits: element i is bit i % 8 of byte i / 8.
+// The dropout mask as bits: bit i % 8 of byte i / 8 tells whether element i of a row is kept.
 struct Mask {
   bool on = false, drawn = false;
-  uint8_t* whole = nullptr;  // Dropout::kept
+  uint8_t* saved = nullptr;  // Dropout::kept, the mask of all of x
   uint64_t keys[kRounds][2] = {};
   uint32_t threshold = 0;
-  double keep_scale = 1.0;  // 1/(1-p), by which what is kept is multiplied
+  double keep_scale = 1.0;  // 1/(1-p), by which elements that are kept are multiplied
 
   explicit Mask(const Dropout& d) {
     if (d.p <= 0.0) return;
-    on = true, drawn = d.drawn && d.kept != nullptr, whole = d.kept;
+    on = true, drawn = d.drawn && d.kept != nullptr, saved = d.kept;
     uint32_t key[2] = {uint32_t(uint64_t(*d.seed)), uint32_t(uint64_t(*d.seed) >> 32)};
     for (int round = 0; round < kRounds; round++) {
       keys[round][0] = key[0], keys[round][1] = key[1];
@@ -135,23 +137,24 @@ struct Mask {
     keep_scale = 1.0 / (1.0 - d.p);
   }
 
-  static constexpr int64_t size(int64_t count) { return count / 8 + 32; }  // bytes of a row that rows() may write
+  static constexpr int64_t size(int64_t count) { return count / 8 + 32; }  // bytes that rows() may write for a row
 
-  // Bit i of to + m * stride: whether element i0 + i of row t + m, of `width` elements, is kept,
-  // for m = 0 .. rows-1
+  // For m = 0 .. rows-1, sets bit i of to + m * stride to whether element i0 + i of row t + m is
+  // kept. A whole row has `width` elements.
   void rows(int64_t t, int64_t rows, int64_t width, int64_t i0, int64_t count, uint8_t* to, int64_t stride) const {
     if (drawn)
-      for (int64_t m = 0; m < rows; m++) copy_bytes(whole + (t + m) * (width / 8) + i0 / 8, count / 8, to + m * stride);
+      for (int64_t m = 0; m < rows; m++) copy_bytes(saved + (t + m) * (width / 8) + i0 / 8, count / 8, to + m * stride);
     else
       draw(uint64_t(t * width + i0), rows, width, count, to, stride);
   }
 
-  // Leaves for backward what rows() gave for some rows, `stride` bytes apart; after all of them,
-  // since bytes that were written just before cannot be read as whole words at once.
-  void keep(int64_t t, int64_t rows, int64_t width, int64_t i0, int64_t count, const uint8_t* bits,
+  // Saves for backward what rows() gave for some rows, `stride` bytes apart. It is called after the
+  // masks of all these rows were used: a wide load of bytes that were written just before, in
+  // smaller parts, would have to wait.
+  void save(int64_t t, int64_t rows, int64_t width, int64_t i0, int64_t count, const uint8_t* bits,
             int64_t stride) const {
-    if (whole == nullptr || drawn) return;
-    for (int64_t m = 0; m < rows; m++) copy_bytes(bits + m * stride, count / 8, whole + (t + m) * (width / 8) + i0 / 8);
+    if (saved == nullptr || drawn) return;
+    for (int64_t m = 0; m < rows; m++) copy_bytes(bits + m * stride, count / 8, saved + (t + m) * (width / 8) + i0 / 8);
   }
 
   static void copy_bytes(const uint8_t* from, int64_t count, uint8_t* to) {
@@ -162,8 +165,8 @@ struct Mask {
 
   static bool kept(const uint8_t* bits, int64_t i) { return bits[i / 8] >> i % 8 & 1; }
 
-  // v where the element is kept, else 0, whatever v is: a dropped infinity leaves no trace. Of the
-  // elements from i on, a multiple of the width.
+  // v where the element is kept, and 0 elsewhere, whatever v is: a dropped infinity leaves no
+  // trace. v holds the elements from i on, a multiple of the width.
   template <class Acc>
   static Vec<Acc> drop(Vec<Acc> v, const uint8_t* bits, int64_t i) {
 #if defined(__AVX512F__)
@@ -190,7 +193,7 @@ struct Mask {
  private:
   static constexpr int kGroups = 4;
 
-  // `first`: the number of the first row's first element
+  // first: the row-major index of the first element of the first row
   void draw(uint64_t first, int64_t rows, int64_t width, int64_t count, uint8_t* to, int64_t stride) const {
     if (threshold > 0xffff) {
       for (int64_t m = 0; m < rows; m++) memset(to + m * stride, 0, size_t(ceil_div(count, 8)));
@@ -205,7 +208,7 @@ struct Mask {
         if (waiting == kGroups) philox_4x32_10<kGroups>(keys, groups, threshold), waiting = 0;
       }
     }
-    if (waiting > 0) {  // the first group again beside the last ones
+    if (waiting > 0) {  // the last groups are fewer, and are filled up with the first of them
       while (waiting < kGroups) groups[waiting++] = groups[0];
       philox_4x32_10<kGroups>(keys, groups, threshold);
     }
@@ -213,8 +216,8 @@ struct Mask {
       drop_first(to + m * stride, int((first + uint64_t(m * width)) % 16), ceil_div(count, 8));
   }
 
-  // Moves `bytes` bytes down by some bits: draws of a row's first counter that belong to elements
-  // before
+  // Moves `bytes` bytes down by some bits, which are the draws of a row's first counter for
+  // elements before the row.
   static void drop_first(uint8_t* to, int bits, int64_t bytes) {
     const uint8_t* from = to + bits / 8;
     for (int64_t i = 0; i < bytes && bits != 0; i++) to[i] = uint8_t((from[i] | from[i + 1] << 8) >> bits % 8);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The plans, and every threshold with its reason. Where one says "measured", the figures are in
-// benchmarks/results/NOTES.md.
+// How the plans are made, and every threshold with its reason. Where a comment says "measured", the
+// figures are in benchmarks/results/NOTES.md.
 #include "plan.h"
 
 #include <algorithm>
@@ -10,55 +10,53 @@ namespace {
 
 // ------------------------------------------------------------------ thresholds
 
-// Tokens that have kernels of their own: for them, reading the parameters is nearly all of the work.
-// With a hybrid part such kernels took 60 % of the time, which is 1 % of a layer's: not worth them.
-constexpr int64_t kFewTokens = 4;
-
-// Below so many multiply-adds, waking the other threads costs more than they save. Forward gains
-// from threads later than backward and merge, which write as much as the parameters.
+// Below so many multiply-adds, waking the other threads takes longer than they save. Forward needs
+// more work than backward and merge before threads pay: those two also write as many numbers as the
+// parameters have.
 constexpr int64_t kSerialWork = 1 << 18, kSerialForward = 1 << 21;
-// To read a parameter takes as long as so many multiply-adds with it.
+// Reading one number of a parameter takes as long as so many multiply-adds.
 constexpr int64_t kReadingWork = 4;
 
-// KC: a chunk of so many rows of a micro-panel is two thirds of L1; longer sums lose more.
-constexpr int64_t kMostColumns = 256;
-// Bytes of a panel in float: half of L2, which holds activations beside it, and no more.
+// A panel in float takes at most half of L2, since activations share it, and at most so many bytes.
 constexpr int64_t kMostPanelBytes = 1 << 19;
 int64_t panel_elements(const Machine& machine) {
   return (machine.l2.bytes > 0 ? std::min(kMostPanelBytes, machine.l2.bytes / 2) : kMostPanelBytes) / 4;
 }
-// MC: tokens that share packed parameters. Their latents stay in L2 between the two steps.
+// MC: tokens that share packed parameters. Their latents stay in L2 from project (x to U) to expand
+// (U to y).
 constexpr int64_t kMostTokens = 512;
-// A block of a parameter is packed from so many tokens on, in groups of MR; fewer read it where it
-// lies, if it can be read so.
+// From so many groups of MR tokens on, packing a block of a parameter pays. Fewer tokens read it in
+// place, if its layout and dtype allow that.
 constexpr int64_t kGroupsWorthPacking = 3;
 
-// Products of pairs round U. Below, reading the parameters is what costs, and U can stay exact.
+// A product of pairs rounds U to bfloat16. With fewer tokens than this, reading the parameters
+// takes most of the time, pairs would gain little, and U is left exact.
 constexpr int64_t kTokensToRound = 5;
-// From so many tokens on, splitting the parameters into pieces pays.
+// From so many tokens on, splitting the parameters into bfloat16 pieces pays.
 constexpr int64_t kTokensToSplit = 128;
 
-// Forward goes by columns below so many tokens for each thread, where each would pack all of A and
-// B for its own; few ranks are packed soon, and whole blocks leave no sums to add.
+// Forward goes by columns where there are fewer tokens than this for each thread. By tokens, each
+// thread would pack all of A and B for its own tokens only. With small ranks the packing is cheap,
+// so that fewer tokens suffice. Pairs with whole blocks need more tokens before going by tokens
+// pays: by columns, no sums of different threads are then left to add.
 int64_t tokens_for_a_thread(const Shape& s, bool of_pairs, bool whole_blocks) {
   if (s.r + s.h < 64) return 64;
   return of_pairs && whole_blocks ? 128 : 80;
 }
 
-// Backward takes all tokens as one segment, whose columns threads share, where they are few, or not
-// many beside the parameters and their gradients, which each thread would otherwise take for its
-// own tokens (measured).
+// Backward takes all tokens as one segment, whose columns the threads share, where the tokens are
+// few, or few compared with the size of the parameters. Otherwise each thread would pack all
+// parameters, and sum all of their gradients, for a few tokens of its own (measured).
 bool is_one_segment(const Shape& s) {
   if (s.T < 192) return true;
   return s.T <= kMostTokens && s.h == 0 && s.k % 2 == 0 && s.r * (s.N + s.M) >= 128 * s.T * s.k;
 }
 
-// What a wave of backward may take beside the first sums of its gradients, all threads together.
+// The scratch that a wave of backward may take, for all threads together, beside the totals of the
+// weight gradients.
 constexpr int64_t kWaveBytes = 64 << 20;
 
-// Narrow blocks of y that are written together, in longer runs along its rows.
-constexpr int64_t kMostBlocks = 8;
-// Columns of y whose sums stay in L1, for few tokens.
+// A strip for few tokens: columns of y whose sums stay in L1.
 constexpr int64_t kFewTokensStrip = 1024;
 
 // ------------------------------------------------------------------ the micro-kernel
@@ -66,7 +64,7 @@ constexpr int64_t kFewTokensStrip = 1024;
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// W, MR and NR of microkernel.h, in elements of the accumulation type
+// W, MR and NR of microkernel.h, in elements of the accumulation type.
 struct MicroKernel {
   DType accumulated;
   int64_t W, MR, NR;
@@ -84,7 +82,8 @@ int64_t rows_of(Product product, const MicroKernel& kernel) {
 
 Product plain(bool f64) { return f64 ? Product::Float64 : Product::Float32; }
 
-// A chunk begins at a whole micro-panel of a parameter, and at a whole byte of the dropout mask.
+// A chunk begins at a multiple of NR, so that micro-panels stay whole, and at a multiple of 8
+// columns, so that it begins with a whole byte of the dropout mask.
 Chunks chunks(int64_t width, int64_t k, const MicroKernel& kernel) {
   Chunks cut;
   cut.block_width = width / k;
@@ -104,40 +103,42 @@ bool in_rows(const Param& param) { return param.column_stride == 1; }
 bool evenly_spaced(const Activation& x) { return x.column_stride == 1 && x.leading_dims <= 1; }
 bool aligned_to_pairs(const void* data) { return reinterpret_cast<uintptr_t>(data) % 4 == 0; }
 
-// Whether pairs of columns of x can be read where they lie
+// Whether pairs of columns of x can be read in place.
 bool has_pairs(const Activation& x) {
   return x.dtype == DType::bf16 && evenly_spaced(x) && aligned_to_pairs(x.data) &&
          (x.leading_dims == 0 || even(x.strides[0]));
 }
-// Whether `rows` rows of each block of a parameter can be packed as pairs
+// Whether the `rows` rows of each block of a parameter can be packed as pairs.
 bool has_pairs(const Param& param, int64_t rows) {
   return param.dtype == DType::bf16 && even(rows) &&
          (param.column_stride == 1 || (param.row_stride == 1 && even(param.column_stride) && even(param.block_stride) &&
                                        aligned_to_pairs(param.data)));
 }
 
-// Of a pass whose activations are pairs, in blocks of an even width, and whose parameters are pairs
+// The product of a pass. `activations`: all of them can be read as pairs; `widths`: the widths of
+// their blocks are even; `parameters`: all of them can be packed as pairs.
 template <class Params>
 Product product_of(const Params& p, bool activations, bool widths, bool parameters, const Machine& machine) {
   if (p.accumulate_f64 || !activations) return plain(p.accumulate_f64);
   if (machine.amx && widths && p.shape.T >= (p.u_bf16 ? kTokensToRound : kTokensToSplit))
     return p.u_bf16 ? Product::Bf16Amx : Product::SplitAmx;
-  // Intel's processors take four times as long for pairs as for floats.
+  // Intel's processors take four times as long for a step with pairs as for one with floats.
   const bool quicker = machine.bf16_instructions && machine.vendor != Vendor::Intel;
   return quicker && p.u_bf16 && parameters && p.shape.T >= kTokensToRound ? Product::Bf16Pairs : Product::Float32;
 }
 
-// gradient_width: that of a block of rows which are also the right factor of a gradient, and are read
-// in whole vectors then; 0: they are not.
+// gradient_width: the width of a block of x or g whose rows are also the right factor of a weight
+// gradient, which reads them in whole vectors; 0 where they are not.
 Reading reading(const Activation& x, bool dropped, int64_t gradient_width, Product product, const MicroKernel& kernel) {
   if (dropped) return Reading::Dropped;
-  if (product != plain(kernel.accumulated == DType::f64)) return Reading::InPlace;  // has_pairs()
+  if (product != plain(kernel.accumulated == DType::f64)) return Reading::InPlace;  // product_of() asked has_pairs()
   const bool usable = x.dtype == kernel.accumulated && evenly_spaced(x) && gradient_width % kernel.W == 0;
   return usable ? Reading::InPlace : Reading::Copied;
 }
 
-// Of blocks of `rows` rows; `columns`: of a block, or of the panel of which there are several;
-// tokens: how many read what is packed.
+// How blocks of `rows` rows are read. columns: those of a block, or, where a block is cut into
+// several panels, of a panel; tokens: how many are multiplied by the packed block, 0 where it is
+// packed only if it must be.
 Packing packing(const Param& param, int64_t rows, int64_t columns, int64_t tokens, Product product,
                 const MicroKernel& kernel) {
   if (param.data == nullptr) return Packing::Absent;
@@ -153,7 +154,7 @@ Packing packing(const Param& param, int64_t rows, int64_t columns, int64_t token
 // ------------------------------------------------------------------ forward
 
 struct ForwardOperands {
-  Param A, B, Ag, Bg;  // as right factors: [k, w, r], [k, r, w], [k, w, h], [k, h, w]
+  Param A, B, Ag, Bg;  // the right factors: [k, w, r], [k, r, w], [k, w, h], [k, h, w]
 };
 ForwardOperands operands(const ForwardParams& p) {
   const Shape& s = p.shape;
@@ -174,11 +175,11 @@ Product product_of(const ForwardParams& p, const ForwardOperands& o, const Machi
                     has_pairs(o.A, w) && has_pairs(o.B, s.r) && general, machine);
 }
 
-// Columns of a block of y whose panel of B fits into L2, and how many narrow blocks do together
+// A strip is as wide as the panel of B that fits into L2. Several narrow blocks share that place.
 void cut_y(ForwardPlan& plan, const Shape& s, const MicroKernel& kernel, int64_t panel) {
   const int64_t w = s.M / s.k, ranks = s.r + s.h;
   plan.strip = round_up(std::min(std::max(panel / ranks, 4 * kernel.NR), w), kernel.NR);
-  if (plan.schedule == Schedule::ByColumns) {  // some for each thread
+  if (plan.schedule == Schedule::ByColumns) {  // about four strips for each thread
     const int64_t share = round_up(ceil_div(s.M, 4 * plan.threads), kernel.NR);
     plan.strip = std::min(plan.strip, std::max(kernel.NR, share));
   } else if (plan.strip >= w) {
@@ -260,8 +261,9 @@ Product product_of(const BackwardParams& p, const BackwardOperands& o, const Mac
   return product_of(p, has_pairs(p.x) && has_pairs(p.grad_y), even(w_in) && even(w_out), block && general, machine);
 }
 
-// Segments do not depend on the number of threads, or gradients would. A wave gives every thread a
-// segment, or where there are fewer, a share of the chunks; its sums have a bounded place.
+// The segments do not depend on the number of threads; otherwise the gradients would. By tokens, a
+// wave gives each thread one segment. By columns, a wave has enough segments for each thread to get
+// about four chunks, as far as kWaveBytes allows.
 void cut_tokens(BackwardPlan& plan, const BackwardParams& p, int64_t rows) {
   const Shape& s = p.shape;
   const int64_t wanted = is_one_segment(s) ? 1 : round_up(ceil_div(s.T, kMostTokens), 2);
@@ -318,7 +320,7 @@ BackwardPlan plan(const BackwardParams& p, const Machine& machine) {
 // ------------------------------------------------------------------ merge
 
 MergePlan plan(const MergeParams& p, const Machine& machine) {
-  constexpr int64_t kMostGroups = 48;  // of MR rows that share a panel
+  constexpr int64_t kMostGroups = 48;  // groups of MR rows that share a panel
   const Shape& s = p.shape;
   const MicroKernel kernel(machine, p.accumulate_f64);
   MergePlan plan;
@@ -327,7 +329,7 @@ MergePlan plan(const MergeParams& p, const Machine& machine) {
   const int64_t rows = plan.along_N ? s.N : s.M, columns = plan.along_N ? s.M : s.N;
   const int64_t H = rows / s.k, V = columns / s.k, ranks = s.r / s.k + s.h;
   plan.strip = round_up(std::min(V, std::max(panel_elements(machine) / ranks, 4 * kernel.NR)), kernel.NR);
-  const int64_t share = ceil_div(rows, 4 * plan.threads);  // some ranges for each thread
+  const int64_t share = ceil_div(rows, 4 * plan.threads);  // about four ranges of rows for each thread
   plan.rows = std::min(kMostGroups * kernel.MR, std::max(kernel.MR, share));
   plan.rows = round_up(std::min(plan.rows, H), kernel.MR);
   const Param At = transposed(p.adapter.A), Ag = blocks_of_columns(p.adapter.A_general, s.N / s.k);
@@ -343,8 +345,10 @@ MergePlan plan(const MergeParams& p, const Machine& machine) {
 // ------------------------------------------------------------------ one product with W + dW
 
 LinearPlan plan(const LinearParams& p, const Machine& machine) {
-  // Strips of so many micro-panels, tried in this order; making a panel takes as long as so many
-  // tokens; segments of at least so many groups of rows, at most so many of them.
+  // kMicroPanels: the widths of a strip, in micro-panels, in the order in which they are tried.
+  // kPanelTokens: computing a panel takes as long as multiplying so many tokens by it. kGroups: a
+  // segment has at least so many groups of rows. kMostSegments: and there are at most so many
+  // segments.
   constexpr int64_t kMicroPanels[] = {3, 4, 2}, kPanelTokens = 16, kGroups = 8, kMostSegments = 8;
   const int64_t T = p.shape.T, rows = p.transposed ? p.shape.M : p.shape.N;
   const int64_t columns = p.transposed ? p.shape.N : p.shape.M;
@@ -359,7 +363,8 @@ LinearPlan plan(const LinearParams& p, const Machine& machine) {
   plan.left = left(p.transposed ? p.adapter.B : transposed(p.adapter.A));
   plan.left_general = left(p.transposed ? Bgt : Ag);
   plan.tokens_together = kGroups * kernel.MR;
-  // The cut that takes least, where a thread's items follow each other.
+  // Of all cuts, the one that takes the least time when each thread takes an equal number of items.
+  // The time is counted in columns times tokens.
   int64_t least = INT64_MAX;
   for (const int64_t micro_panels : kMicroPanels) {
     const int64_t strip = micro_panels * kernel.NR, strips = ceil_div(columns, strip);
@@ -370,24 +375,25 @@ LinearPlan plan(const LinearParams& p, const Machine& machine) {
       if (time < least) least = time, plan.strip = strip, plan.segment = tokens;
     }
   }
-  // Panels of nearly equal length that fit into L2
+  // Panels of nearly equal length, each of which fits into L2.
   const int64_t most = std::max<int64_t>(1, panel_elements(machine) / (plan.strip * plan.chunks.columns));
   plan.chunks_per_panel = ceil_div(plan.chunks.per_block, ceil_div(plan.chunks.per_block, most));
   return plan;
 }
 
-// Fewer tokens do not repay the making of W + dW.
+// With fewer tokens, making W + dW takes longer than the one product saves.
 int64_t tokens_for_one_operation() { return 64; }
 
-// On AMD's processors MKL stays on AVX2; linear has reached twice its speed by AVX-512, and 1.1
-// times by AVX2. On a Xeon it took 1.0 to 1.1 of the time of base layer and path.
+// On AMD's processors MKL, which makes torch's product, does not go beyond AVX2: linear has been up
+// to twice as fast with AVX-512, and 1.1 times as fast with AVX2. On a Xeon it took 1.0 to 1.1 of
+// the time of torch's product and the adapter's forward.
 bool one_product_is_quicker(const Machine& machine) {
   return machine.vendor == Vendor::Amd && machine.capability != Capability::Default;
 }
 
 // ------------------------------------------------------------------ names
 
-// In the order of the enumerators
+// The names stand in the order of the enumerators.
 const char* name(Product product) {
   constexpr const char* kNames[] = {"float32", "float64", "bfloat16 pairs", "bfloat16 by AMX", "split bfloat16 by AMX"};
   return kNames[int(product)];

@@ -3,14 +3,29 @@
 // product, from the parameters of the pass and the machine. A plan is a plain struct: it can be
 // printed (`gralora-ext info --explain`), compared, and made for another machine than this one.
 //
-// Words, as in BLIS:
-//   micro-kernel  multiplies MR rows of the left factor by NR columns of the right one, in registers
-//   chunk (KC)    columns of x or g that are summed together; chunks are then added in their order
-//   strip (NC)    columns of a block of the output that are made together
-//   segment (MC)  tokens that share the packed parameters
-//   panel         a packed part of a parameter: a chunk's, or a strip's
-// A latent activation has a token's ranks as its columns, k*r + h of them: U in forward, dH in
-// backward.
+// The words of these files, of which those before the gap are BLIS's:
+//   micro-kernel  multiplies MR rows of the left factor by NR columns of the right, in registers
+//   micro-tile    the MR x NR sums of one call of the micro-kernel
+//   group         the rows of a micro-tile: MR of them, or fewer at the end of a loop
+//   epilogue      what is done to a micro-tile before it is stored: scaling, dropout, adding base
+//   pack          to copy a factor into contiguous memory, in the order in which it is multiplied
+//   micro-panel   NR columns of the right factor, packed row by row; a left micro-panel: MR rows of
+//                 the left factor, packed column by column
+//   panel         a block of a parameter, or a part of it, as a sequence of micro-panels
+//   chunk (KC)    columns of a block of x or g that are summed together; chunks are added in order
+//   strip (NC)    columns of a block of the output that are computed together
+//   segment (MC)  tokens that share packed parameters
+//
+//   pass          forward, backward, merge or linear; "a pass over g" is one reading of g
+//   block         one of the k matrices of a parameter, or its columns of x, g, y or dx
+//   latent        an activation of rank width, [T, k*r + h]: U in forward, dH in backward
+//   rank          the index of one column of a latent
+//   general       of the plain LoRA of rank h beside the blocks
+//   slice         tokens whose products are summed in registers, where a sum goes over tokens
+//   wave          segments that backward works on at the same time
+//   item          what a thread takes at a time from a parallel loop
+//   pair          two bfloat16 numbers in the 32 bits of a float, multiplied in one step
+//   piece         one of the bfloat16 numbers whose sum is a float (split-bf16)
 #pragma once
 
 #include "../gralora.h"
@@ -18,43 +33,55 @@
 
 namespace gralora::cpu {
 
+// The thresholds that the kernels use too. All others are in plan.cpp.
+//
+// At most so many tokens have kernels of their own: reading the parameters is then nearly all of
+// the work. An adapter with a general part has no such kernels: with them it took 60 % of the time,
+// but that saved only 1 % of the time of a layer.
+constexpr int64_t kFewTokens = 4;
+// KC, the most columns of a chunk: a micro-panel of so many rows fills two thirds of L1, and longer
+// sums in float lose more digits.
+constexpr int64_t kMostColumns = 256;
+// The most narrow blocks of y that are written together.
+constexpr int64_t kMostBlocks = 8;
+
 // How numbers are multiplied. Sums are taken in float, or in double with Float64.
 enum class Product : int8_t {
   Float32,    // both factors as float
-  Float64,    // both as double: for gradient checks, by the portable kernels
-  Bf16Pairs,  // both are bfloat16: AVX512-BF16 multiplies two terms of a sum in one step
-  Bf16Amx,    // both are bfloat16: AMX
-  SplitAmx,   // activations are bfloat16; parameters and latents are split into bfloat16 pieces: AMX
+  Float64,    // both as double, for gradient checks; only the portable kernels have it
+  Bf16Pairs,  // both as bfloat16, two terms of a sum in one step of AVX512-BF16
+  Bf16Amx,    // both as bfloat16, by AMX
+  SplitAmx,   // by AMX: activations as bfloat16, parameters and latents as sums of bfloat16 pieces
 };
 
 // How threads share a pass.
 enum class Schedule : int8_t {
-  FewTokens,  // kernels of their own, which read the parameters where they lie
-  ByTokens,   // a thread takes its tokens through the whole pass
-  ByColumns,  // threads share the columns of the same tokens
+  FewTokens,  // kernels of their own, which read the parameters in place
+  ByTokens,   // each thread takes tokens of its own through the whole pass
+  ByColumns,  // all threads work on the same tokens and share their columns
 };
 
-// How rows of an activation become a factor of the micro-kernel.
+// How rows of an activation are read as a factor of the micro-kernel.
 enum class Reading : int8_t {
-  InPlace,  // as they lie
-  Copied,   // copied into L1 first, as numbers of the product
-  Dropped,  // the same, with dropout
+  InPlace,  // from the activation itself
+  Copied,   // from a copy in L1, converted to the accumulation type
+  Dropped,  // from a copy in L1 to which dropout was applied
 };
 
-// How a block of a parameter becomes the right factor of the micro-kernel.
+// How a block of a parameter is read as the right factor of the micro-kernel.
 enum class Packing : int8_t {
   Absent,   // there is no such parameter
-  InPlace,  // as it lies
-  Packed,   // copied into a panel first, as numbers of the accumulation type
-  Paired,   // as pairs of bfloat16: two rows, interleaved
-  Split,    // as pairs of bfloat16 pieces
+  InPlace,  // from the parameter itself
+  Packed,   // from a panel of numbers of the accumulation type
+  Paired,   // from a panel of pairs: two rows of bfloat16, interleaved
+  Split,    // from a panel of pairs for each bfloat16 piece
 };
 
-// The columns of an activation of k blocks, cut into chunks. Chunks do not cross blocks; they are of
-// nearly equal size.
+// The columns of an activation of k blocks, cut into chunks of nearly equal width. A chunk never
+// crosses from one block to the next.
 struct Chunks {
   int64_t block_width = 0;  // columns of a block
-  int64_t columns = 1;      // of a chunk, but the last one of a block may have fewer
+  int64_t columns = 1;      // columns of a chunk; the last one of a block may have fewer
   int64_t per_block = 0, count = 0;
 
   int64_t block(int64_t chunk) const { return chunk / per_block; }
@@ -72,10 +99,10 @@ struct ForwardPlan {
   Packing A = Packing::InPlace, B = Packing::InPlace;
   Packing A_general = Packing::Absent, B_general = Packing::Absent;
   Chunks chunks;                 // of x
-  int64_t segment = 0;           // tokens
-  int64_t strip = 0;             // columns of a block of y
-  int64_t blocks_per_strip = 1;  // narrow blocks are written together, in longer runs along y
-  bool whole_blocks = false;     // by columns: a thread takes all chunks of a block of x, and sums them itself
+  int64_t segment = 0;           // tokens of a segment
+  int64_t strip = 0;             // columns of a strip of a block of y
+  int64_t blocks_per_strip = 1;  // narrow blocks are written together: longer contiguous stores along a row of y
+  bool whole_blocks = false;     // by columns: an item is all chunks of a block of x, not a single chunk
 };
 
 struct BackwardPlan {
@@ -83,21 +110,21 @@ struct BackwardPlan {
   Schedule schedule = Schedule::FewTokens;
   int threads = 1;
   Reading g = Reading::InPlace, x = Reading::InPlace;
-  Packing A = Packing::InPlace, B = Packing::InPlace;  // for dx, for dH
+  Packing A = Packing::InPlace, B = Packing::InPlace;  // A for dx, B for dH
   Packing A_general = Packing::Absent, B_general = Packing::Absent;
   Packing A_for_U = Packing::Absent, A_general_for_U = Packing::Absent;
-  bool remakes_U = false;  // forward did not keep it
+  bool remakes_U = false;  // U is needed, but forward did not save it
   Chunks chunks_of_g, chunks_of_x;
-  int64_t segment = 0, segments = 0;  // tokens of one, and how many there are; they do not depend on the threads
-  int64_t wave = 0;                   // segments that are worked on at a time
-  bool whole_blocks = false;          // by columns: as in forward
+  int64_t segment = 0, segments = 0;  // tokens of a segment, and the number of segments, for any number of threads
+  int64_t wave = 0;                   // segments of a wave
+  bool whole_blocks = false;          // by columns: an item is all chunks of a block of g or x
 };
 
 struct MergePlan {
   int threads = 1;
-  bool along_N = false;  // W is taken as its transpose, whose columns lie side by side
-  int64_t rows = 0;      // of W that share a panel
-  int64_t strip = 0;     // columns of a block of W
+  bool along_N = false;  // W is taken as its transpose, because that one has contiguous rows
+  int64_t rows = 0;      // rows of W that share a panel
+  int64_t strip = 0;     // columns of a strip of a block of W
   Packing left = Packing::InPlace, right = Packing::InPlace;
   Packing left_general = Packing::Absent, right_general = Packing::Absent;
 };
@@ -105,11 +132,11 @@ struct MergePlan {
 struct LinearPlan {
   int threads = 1;
   Reading in = Reading::InPlace;
-  Packing left = Packing::InPlace, left_general = Packing::Absent;  // of the factors of dW
+  Packing left = Packing::InPlace, left_general = Packing::Absent;  // the left factors of dW
   Chunks chunks;                                                    // of `in`
-  int64_t chunks_per_panel = 1;                                     // of W + dW
-  int64_t strip = 0, segment = 0;
-  int64_t tokens_together = 0;  // that walk along `in` and share a chunk of the panel in L1
+  int64_t chunks_per_panel = 1;                                     // chunks of W + dW that are in L2 together
+  int64_t strip = 0, segment = 0;                                   // columns of a strip, tokens of a segment
+  int64_t tokens_together = 0;  // tokens that are multiplied by one chunk while it is in L1
 };
 
 ForwardPlan plan(const ForwardParams& p, const Machine& machine);
@@ -117,8 +144,9 @@ BackwardPlan plan(const BackwardParams& p, const Machine& machine);
 MergePlan plan(const MergeParams& p, const Machine& machine);
 LinearPlan plan(const LinearParams& p, const Machine& machine);
 
-// A frozen layer and its adapter as one operation: from how many tokens on, and whether linear's one
-// product with W + dW is then quicker, for float32, than torch's product and the adapter's path.
+// A frozen layer and its adapter can be one operation, by linear's one product with W + dW. These
+// tell from how many tokens on that is worth while, and whether it is then quicker, for float32,
+// than torch's product followed by the adapter's forward.
 int64_t tokens_for_one_operation();
 bool one_product_is_quicker(const Machine& machine);
 
@@ -127,7 +155,7 @@ const char* name(Schedule schedule);
 const char* name(Reading reading);
 const char* name(Packing packing);
 
-// Whether threads that share as many items have much the same to do.
+// Whether the shares of the threads are equal, or nearly so, when they share this many items.
 inline bool shared_evenly(int64_t items, int threads) { return items % threads == 0 || items >= 4 * threads; }
 
 }  // namespace gralora::cpu

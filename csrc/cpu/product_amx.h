@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The products by AMX: of bfloat16 with bfloat16 (Latent: bf16), and of bfloat16 activations with
-// parameters of other dtypes and float latents, both split into pieces (Latent: float).
+// The two products by AMX: of bfloat16 with bfloat16 (Latent is bf16), and of bfloat16 activations
+// with parameters of other dtypes and latents in float, both of which are split into pieces (Latent
+// is float).
 #pragma once
 
 #include "amx.h"
@@ -36,8 +37,8 @@ struct Amx : PairedRows<int(kSteps)> {
     return pack_pieces(block, int(smaller(pieces_of(block.param.dtype), pieces)), scratch);
   }
 
-  // A block's latents of each token, then the general ones, piece by piece: two pieces do for y and
-  // dx, which are rounded to bf16.
+  // For each token a row of pairs for each piece: the latents of the block, then the general ones.
+  // Two pieces suffice for y and dx, which are rounded to bf16.
   static constexpr int kPieces = kSplits ? 2 : 1;
   static int64_t latents_size(const Shape& s, int64_t tokens) { return tokens * kPieces * (steps(s.r) + steps(s.h)); }
   static Latents<float> read_latents(const Shape& s, const Latent* u, int64_t block, int64_t tokens, float* to) {
@@ -49,7 +50,8 @@ struct Amx : PairedRows<int(kSteps)> {
     return {{to, token, piece, kPieces}, {to + general, token, piece, kPieces}};
   }
 
-  // A rank is a row: to[(c*pieces + piece)*steps(tokens) + t] of the pair of tokens 2t, 2t + 1
+  // Packs latents with a row for each rank, since AMX takes the left factor by rows. Element t of
+  // that row is the pair of tokens 2t, 2t + 1: to[(c*pieces + piece)*steps(tokens) + t].
   static constexpr int kPackedPieces = kSplits ? kMostPieces : 1;
   static int64_t packed_latents_size(int64_t ranks, int64_t tokens) { return ranks * kPackedPieces * steps(tokens); }
   static void pack_latents(const Latent* v, int64_t ld, int64_t ranks, int64_t tokens, float* to) {

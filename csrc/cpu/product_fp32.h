@@ -1,16 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// The product of both factors as numbers of the accumulation type: float, or double in the portable
-// kernels.
+// The product of factors whose elements are of the accumulation type: float, or double in the
+// portable kernels.
 //
-// What project.h, expand.h and weight_gradient.h ask of a product, this one or that of
-// product_pairs.h or product_amx.h, is what this file has:
+// All products have the members below, which project.h, expand.h and weight_gradient.h use. The
+// other products are in product_pairs.h and product_amx.h.
 //
-//   Acc, Latent, kTerms        an element of sums and factors; of U and dH; terms of a sum in an element of a factor
-//   kRows, for_row_groups      the most rows of a micro-kernel, and how rows are cut for it
-//   Scope                      is held while products are made
-//   for_dtype, steps           dtypes of activations that it takes; elements of a factor for a sum of so many terms
-//   Sums                       of a micro-kernel: add(), store_to(), for_rows()
-//   left_rows, right_rows      rows of x or g as the left factor, and as the right one of a sum over tokens
+//   Acc, Latent                the types of a sum, and of an element of U and dH
+//   kTerms                     terms of a sum in an element of a factor: 1, or 2 where it is a pair
+//   steps                      elements of a factor for a sum of so many terms
+//   kRows, for_row_groups      the most rows of a micro-tile, and how rows are cut into groups
+//   Scope                      an object that must exist while micro-kernels are executed
+//   for_dtype                  calls a function with the type of an activation's elements
+//   Sums                       a micro-tile: add(), store_to(), for_rows()
+//   left_rows, right_rows      rows of x or g as left factor; as right one of a sum over tokens
+//   left_of                    rows of g as the left factor, after right_rows() has read them
+//   left                       rows of a factor as the micro-kernel takes them
 //   panel_size, read_panel     a block of a parameter as the right factor
 //   latents_size, read_latents                   latents as the left factor
 //   packed_latents_size, pack_latents, packed    latents as the left factor of a sum over tokens
@@ -20,14 +24,14 @@
 
 namespace gralora::cpu::GRALORA_ISA {
 
-// The latents of some tokens as left factors: those of one block, and the general ones.
+// The latents of some tokens as left factors: those of one block, and the general ones
 template <class Acc>
 struct Latents {
   Source<Acc> block, general;
   Latents from_token(int64_t m) const { return {block.from_row(m), general.from_row(m)}; }
 };
 
-// Sums of a group of MR rows and NV vectors of columns, in registers
+// A micro-tile in registers: a group of MR rows by NV vectors of columns
 template <class Product, class Acc, class Group, int NV>
 struct VectorSums {
   static constexpr int MR = Group::value;
@@ -44,14 +48,14 @@ struct VectorSums {
       store<Acc>(at, accumulate ? load<Acc>(at) + sum[m][v] : sum[m][v]);
     });
   }
-  // f(vectors, first row), for groups of rows that fit into registers
+  // Calls f(vectors, first row) once, since the whole micro-tile is in registers.
   template <class F>
   inline __attribute__((always_inline)) void for_rows(F&& f) {
     f(sum, 0);
   }
 };
 
-// What products of vectors share
+// What the products on vector registers share
 template <class Acc>
 struct VectorProduct {
   static constexpr int kRows = kMR;
@@ -76,20 +80,20 @@ struct Fp32 : VectorProduct<Accumulated> {
   template <class Group, int NV>
   using Sums = VectorSums<Fp32, Acc, Group, NV>;
   template <class F>
-  static void for_dtype(DType dtype, F&& f) {  // of an activation
+  static void for_dtype(DType dtype, F&& f) {
     GRALORA_ISA::for_dtype<Acc>(dtype, f);
   }
-  static int64_t steps(int64_t terms) { return terms; }  // of a sum of so many terms
+  static int64_t steps(int64_t terms) { return terms; }
 
   // ---------------------------------------------------------------- x and g
 
-  static Source<Acc> left_rows(Reading reading, const Part& part, const Block<Acc>& block) {
-    return read_rows<Acc>(reading, part, block);
+  static Source<Acc> left_rows(Reading reading, const Part& part, const RowBuffer<Acc>& buffer) {
+    return read_rows<Acc>(reading, part, buffer);
   }
-  static Source<Acc> right_rows(Reading reading, const Part& part, const Block<Acc>& block) {
-    return read_rows<Acc>(reading, part, block);
+  static Source<Acc> right_rows(Reading reading, const Part& part, const RowBuffer<Acc>& buffer) {
+    return read_rows<Acc>(reading, part, buffer);
   }
-  // The left factor of rows whose right_rows() are `right`
+  // The left factor of the rows whose right_rows() are `right`
   static Source<Acc> left_of(const Source<Acc>& right, const Part&) { return right; }
 
   // ---------------------------------------------------------------- parameters
@@ -104,13 +108,14 @@ struct Fp32 : VectorProduct<Accumulated> {
   // ---------------------------------------------------------------- latents
 
   static int64_t latents_size(const Shape&, int64_t /*tokens*/) { return 0; }
-  // u: of a token, its successors k*r + h further on each
+  // u: the latents of the first token; those of the next one are k*r + h elements further.
   static Latents<Acc> read_latents(const Shape& s, const Latent* u, int64_t block, int64_t /*tokens*/, Acc*) {
     const int64_t ld = s.k * s.r + s.h;
     return {{u + block * s.r, ld}, {u + s.k * s.r, ld}};
   }
 
-  // Latents v[t, c] of some tokens in groups of MR ranks: to[c*tokens + t*MR + m] = v[t, c + m]
+  // Packs latents v[t, c] of some tokens into left micro-panels of MR ranks. With c the first rank
+  // of a group, to[c*tokens + t*MR + m] = v[t, c + m].
   static int64_t packed_latents_size(int64_t ranks, int64_t tokens) { return ranks * tokens; }
   static void pack_latents(const Latent* v, int64_t ld, int64_t ranks, int64_t tokens, Acc* to) {
     GRALORA_ISA::for_row_groups(ranks, [&](auto group, int64_t c) {
@@ -118,7 +123,8 @@ struct Fp32 : VectorProduct<Accumulated> {
       for (int64_t t = 0; t < tokens; t++) memcpy(to + c * tokens + t * MR, v + t * ld + c, MR * sizeof(Acc));
     });
   }
-  // Of these, a group's from rank c and token `first` on
+  // The left micro-panel, which pack_latents() made, of the group that begins at rank c, from token
+  // `first` on
   template <class Group>
   static inline __attribute__((always_inline)) auto packed(Group, const Acc* latents, int64_t tokens, int64_t c,
                                                            int64_t first) {

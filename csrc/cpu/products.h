@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// All products of this instruction set, and the one place that chooses among them, by the plan.
+// All products of this instruction set, and the one place that chooses among them, as the plan
+// says.
 #pragma once
 
 #include "product_amx.h"
@@ -20,7 +21,8 @@ constexpr bool kHasAmx = false;
 constexpr bool kHasAmx = true;
 #endif
 
-// Pass<Product>{p, plan}.run(), or for few tokens Few<Acc>{p, plan}.run()
+// Executes Pass<Product>{p, plan}, or for few tokens Few<Acc>{p, plan}. A plan never names a
+// product that this instruction set lacks.
 template <template <class> class Pass, template <class> class Few, class Params, class Plan>
 void run_pass(const Params& p, const Plan& plan) {
   const bool few = plan.schedule == Schedule::FewTokens;

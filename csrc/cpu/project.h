@@ -1,23 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0
 // project: from a wide activation to a latent one, with the block exchange in the store.
 //
-//   u[t, j*r + n*rb + q] = s * sum_i x'[t, n*w + i] * P[n][i, j*rb + q]      n, j = 0 .. k-1;  w = width/k
-//   u[t, k*r + c]        = s * sum_i x'[t, i] * G[i, c]                      c = 0 .. h-1
+//   u[t, j*r + n*rb + q] = scale * sum_i x'[t, n*w + i] * P[n][i, j*rb + q]      n, j = 0 .. k-1;  w = width/k
+//   u[t, k*r + c]        = scale * sum_i x'[t, i] * G[i, c]                      c = 0 .. h-1
 //
-// x' is x after dropout; where the product is of pairs it lacks the factor 1/(1-p), which is in s.
-// Forward: x, A, Ag^T give U. Backward: g, B^T, Bg give dH, since the exchange is its own inverse.
+// In forward, x with A and Ag^T gives U, and scale is 1. In backward, g with B^T and Bg gives dH,
+// since the exchange is its own inverse, and scale is the adapter's scaling. x' is x after dropout.
+// Where the product is of pairs, x' lacks the factor 1/(1-p), and scale is that factor.
 //
-// Each chunk of columns is summed by itself, then chunks are added in their order: the result
-// depends neither on the segment nor on the thread, and long sums lose less. The sums of a token
-// are a row of sums_row() elements: the ranks of the block in turn, then the general ones.
+// Each chunk of columns is summed by itself, then the chunks are added in their order: the result
+// depends neither on the segment nor on the thread, and long sums lose fewer digits. The sums of a
+// token are a row of sums_row() elements: the r latents of the block that is summed now, then the h
+// general ones.
 #pragma once
 
 #include "product_fp32.h"
 
 namespace gralora::cpu::GRALORA_ISA {
 
-// Chunks that one thread takes, and the place of their sums. It finishes them where it takes whole
-// blocks; else there is one chunk, whose sums are added to the others' later.
+// Chunks that one thread takes, and the place of their sums. Where they are whole blocks, the
+// thread finishes them: it adds their chunks and stores the latents. Otherwise it is a single
+// chunk, and its sums are added to those of other threads later.
 template <class Acc>
 struct ChunkRange {
   int64_t begin, end;
@@ -40,7 +43,7 @@ struct Project {
   Acc scale;
   const Chunks& chunks;
 
-  int64_t row() const { return s.k * s.r + s.h; }  // of u
+  int64_t row() const { return s.k * s.r + s.h; }  // elements of a row of u
   int64_t general_start() const { return round_up(s.r, kWidth<Acc>); }
   int64_t sums_row() const { return general_start() + round_up(s.h, kWidth<Acc>); }
 
@@ -51,7 +54,7 @@ struct Project {
     return Product::panel_size(P.dtype, chunks.columns, s.r) + Product::panel_size(G.dtype, chunks.columns, s.h);
   }
   Panels read_panels(int64_t chunk, Acc* scratch) const {
-    constexpr int kPieces = 3;  // all of a float's
+    constexpr int kPieces = 3;  // all pieces of a float, since u may stay a float
     const int64_t b = chunks.block(chunk), first = chunks.first(chunk), rows = chunks.length(chunk);
     Panels panels{Product::read_panel(packing, {P, b, first, rows, 0, s.r}, kPieces, scratch), {}};
     if (s.h > 0)
@@ -66,8 +69,8 @@ struct Project {
 
   static int64_t steps(const Part& p) { return p.columns / Product::kTerms; }
 
-  // The part of u that one chunk gives, as sums of `tokens` tokens that are written, or added
-  int64_t chunk_scratch() const { return panels_size() + Block<Acc>::size(Product::kRows); }
+  // The sums of `tokens` tokens over one chunk are written to `sum`, or added to it.
+  int64_t chunk_scratch() const { return panels_size() + RowBuffer<Acc>::size(Product::kRows); }
   void run_chunk(int64_t chunk, int64_t t0, int64_t tokens, bool accumulate, Acc* sum, Acc* scratch) const {
     [[maybe_unused]] typename Product::Scope scope;
     const Panels panels = read_panels(chunk, scratch);
@@ -80,7 +83,7 @@ struct Project {
     });
   }
 
-  // The same for rows that were read already: those of part p
+  // The same for rows that were read before: those of part p, as `left`.
   void add_rows(const Panels& panels, const Part& p, const Source<Acc>& left, bool accumulate, Acc* sum) const {
     Product::for_row_groups(p.tokens, [&](auto group, int64_t m) {
       const int64_t next = m + group.count();
@@ -94,9 +97,9 @@ struct Project {
                [&](int64_t chunk, bool) { run_chunk(chunk, t0, tokens, range.finishes, range.sums, scratch); });
   }
 
-  // f(chunk, whether it begins a block) for the chunks of a range, and what becomes of their sums:
-  // zeros before the first one; after the last one of a block they go to u, and begin anew. u: null
-  // where it is not wanted.
+  // Calls f(chunk, whether a block begins) for the chunks of a range. Where the range is finished,
+  // the sums are zeros before the first chunk; after the last chunk of a block they are stored to u
+  // and are zeros again. u is null where it is not wanted.
   template <class F>
   void for_chunks(const ChunkRange<Acc>& range, int64_t tokens, Latent* u, F&& f) const {
     const bool finishes = range.finishes && u != nullptr;
@@ -107,8 +110,8 @@ struct Project {
     }
   }
 
-  // Row m of u, where threads left the sums of each chunk by themselves: partial[chunk][tokens][sums_row()].
-  // `sum` is scratch for one row.
+  // Computes row m of u where each chunk was summed apart: partial[chunk][token][sums_row()]. `sum`
+  // is scratch for one row of sums.
   void reduce(const Acc* partial, int64_t tokens, int64_t m, Acc* sum, Latent* u) const {
     const auto add_chunks = [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
       for (int64_t c = first; c < last; c += kWidth<Acc>) {
@@ -134,7 +137,7 @@ struct Project {
     for (int64_t m = 0; m < tokens; m++) store_general(sum + m * sums_row(), u + m * row());
   }
 
-  // The sums of a group of tokens
+  // The sums of a group of tokens. Software prefetch is done beside the first micro-tile only.
   template <class Group, class Beside>
   void add_group(Group group, const Panels& panels, int64_t steps, const Source<Acc>& left, bool accumulate, Acc* sum,
                  const Beside& beside) const {
@@ -150,7 +153,7 @@ struct Project {
     });
   }
 
-  // A function of its own: inlined among other code, GCC would keep part of the sums in memory.
+  // Not inlined, since GCC would then hold part of the sums in memory.
   template <class Group, int NV, class Beside>
   __attribute__((noinline)) void micro_tile(Group group, Int<NV>, int64_t steps, const Source<Acc>& a,
                                             const Source<Acc>& b, bool accumulate, Acc* to,
@@ -160,11 +163,11 @@ struct Project {
     sums.store_to(to, sums_row(), accumulate);
   }
 
-  // The ranks of one token and block, exchanged; their sums begin anew.
+  // Stores the latents of one token and block, exchanged, and sets their sums to zero.
   void store_block(int64_t n, Acc* sum, Latent* u) const {
     constexpr int64_t W = kWidth<Acc>;
     const int64_t r = s.r, rb = s.r / s.k;
-    Latent* scaled = reinterpret_cast<Latent*>(sum);  // in their place: a Latent is never wider than a sum
+    Latent* scaled = reinterpret_cast<Latent*>(sum);  // over the sums: a Latent is never wider than a sum
     for (int64_t c = 0; c < r; c += W) store<Acc>(scaled + c, scale * load<Acc>(sum + c));
     const auto copy = [&](auto size) {
       for (int64_t j = 0; j < s.k; j++)
@@ -187,8 +190,8 @@ struct Project {
   }
 };
 
-// x to U, from the params and the plan of forward, or of a backward that makes U again. Pairs lack
-// the factor 1/(1-p) of dropout: it is that of the sums.
+// From x to U, with the params and the plan of forward, or of a backward that makes U again. Pairs
+// lack the factor 1/(1-p) of dropout, so the sums are multiplied by it.
 template <class Product, class Params>
 Project<Product> project_x(const Params& p, Packing A, Packing A_general, Reading x, const Chunks& chunks) {
   const Shape& s = p.shape;
@@ -198,7 +201,7 @@ Project<Product> project_x(const Params& p, Packing A, Packing A_general, Readin
   return {s, s.N, p.x, mask, x, p.adapter.A, G, A, A_general, typename Product::Acc(scale), chunks};
 }
 
-// g to dH
+// From g to dH
 template <class Product>
 Project<Product> project_g(const BackwardParams& p, const BackwardPlan& plan) {
   const Shape& s = p.shape;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows of an activation as a factor of the micro-kernel: as they lie, or copied as numbers of the
-// accumulation type into a block that stays in L1.
+// Rows of an activation as a factor of the micro-kernel: read in place, or copied into a buffer
+// that stays in L1, converted to the accumulation type.
 #pragma once
 
 #include <type_traits>
@@ -12,8 +12,8 @@
 
 namespace gralora::cpu::GRALORA_ISA {
 
-// Calls f with a null pointer of the element type. Where a tensor is float64, sums are too: never
-// float64 beside float.
+// Calls f with a null pointer to the element type of dtype. Float64 is left out where sums are
+// float: where any tensor is float64, sums are too.
 template <class Acc, class F>
 inline void for_dtype(DType dtype, F&& f) {
   switch (dtype) {
@@ -27,6 +27,7 @@ inline void for_dtype(DType dtype, F&& f) {
 
 inline int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : dtype == DType::f64 ? 8 : 2; }
 
+// Elements from the start of x to row t
 inline int64_t row_offset(const Activation& x, int64_t t) {
   int64_t offset = 0;
   for (int d = x.leading_dims - 1; d > 0; d--) {
@@ -36,7 +37,7 @@ inline int64_t row_offset(const Activation& x, int64_t t) {
   return x.leading_dims > 0 ? offset + t * x.strides[0] : 0;
 }
 
-// Row t of x, whose rows are evenly spaced, from column i on
+// Row t of x from column i on; the rows of x are evenly spaced.
 template <class T>
 Source<T> in_place(const Activation& x, int64_t t, int64_t i) {
   const int64_t ld = x.leading_dims == 1 ? x.strides[0] : 0;
@@ -45,13 +46,14 @@ Source<T> in_place(const Activation& x, int64_t t, int64_t i) {
 
 // ---------------------------------------------------------------- software prefetch
 
-// Rows that a pass reads after those that are multiplied, from row t and column i on. Where there
-// are none (t < 0) it is kNothing again and again: an unmapped address would cost a page walk.
+// The address of row t and column i of x, to be prefetched while earlier rows are multiplied. Where
+// there is no such row (t < 0) it is that of kNothing for every row: an address that is not mapped
+// would cost a walk through the page tables.
 alignas(64) static const char kNothing[64] = {};
 
 struct RowsAhead {
   uintptr_t at = address(kNothing);
-  int64_t row = 0, size = 0;  // bytes to the next row, and of an element
+  int64_t row = 0, size = 0;  // bytes from a row to the next, and bytes of an element
 
   RowsAhead(const Activation& x, int64_t t, int64_t i) {
     if (t < 0 || x.data == nullptr || x.column_stride != 1 || x.leading_dims > 1) return;
@@ -60,11 +62,12 @@ struct RowsAhead {
   }
 };
 
-// `columns` of a group of rows, evenly over the steps of a product, each time in parts of the rows
+// For `beside` of multiply(): prefetches `columns` columns of the rows of the next group, spread
+// evenly over the steps of the product. Each part of kSteps steps takes some of the rows.
 template <class Group>
 struct NextRows : RowsAhead {
   Group group;
-  int64_t bytes;  // of each row, for kSteps steps
+  int64_t bytes;  // of each row, during kSteps steps
 
   NextRows(Group group, const Activation& x, int64_t t, int64_t i, int64_t columns, int64_t steps)
       : RowsAhead(x, t, i), group(group), bytes(columns * size / ceil_div(steps, kSteps)) {}
@@ -80,7 +83,8 @@ struct NextRows : RowsAhead {
   }
 };
 
-// Beside a sum over tokens: `columns` of the next tokens, some tokens each time
+// For `beside` of a sum over tokens: prefetches `columns` columns of the tokens that the next sum
+// reads, a few tokens each time.
 template <int columns, int tokens_per_step>
 struct NextTokens : RowsAhead {
   using RowsAhead::RowsAhead;
@@ -94,27 +98,27 @@ struct NextTokens : RowsAhead {
 
 // ---------------------------------------------------------------- copies
 
-constexpr int64_t kMostColumns = 256;  // of a chunk (plan.cpp)
-// From a row of a block to the next. Not a power of two: rows would share the same few sets of L1,
-// as those of x often do.
+// Elements from a row of a buffer to the next. It is not a power of two: the rows would then share
+// a few sets of L1, as rows of x often do.
 template <class Acc>
-constexpr int kBlockRow = int(kMostColumns) + kWidth<Acc>;
+constexpr int kBufferRow = int(kMostColumns) + kWidth<Acc>;
 constexpr int64_t kMaskRow = Mask::size(kMostColumns);
 
-// A block of an activation: `count` rows of kBlockRow at `rows`, and which elements of token m
-// dropout keeps, as bits at mask + m*kMaskRow (a row can be a pair of tokens).
+// A buffer for `count` rows of a chunk of an activation, kBufferRow apart. Beside them it has, for
+// each token m, the bits that tell which elements dropout keeps, at mask + m*kMaskRow. There is
+// space for two tokens a row, since a row can hold a pair of tokens.
 template <class Acc>
-struct Block {
+struct RowBuffer {
   Acc* rows;
   uint8_t* mask;
 
-  static int64_t size(int64_t count) { return count * (kBlockRow<Acc> + 2 * kMaskRow / int64_t(sizeof(Acc))); }
-  Block(Acc* scratch, int64_t count)
-      : rows(scratch), mask(reinterpret_cast<uint8_t*>(scratch + count * kBlockRow<Acc>)) {}
+  static int64_t size(int64_t count) { return count * (kBufferRow<Acc> + 2 * kMaskRow / int64_t(sizeof(Acc))); }
+  RowBuffer(Acc* scratch, int64_t count)
+      : rows(scratch), mask(reinterpret_cast<uint8_t*>(scratch + count * kBufferRow<Acc>)) {}
 };
 
-// Elements of a row as numbers of the accumulation type; with dropout, those that the mask keeps,
-// times `scale`, and zeros
+// Converts a row to the accumulation type. With dropout, elements that the mask keeps are
+// multiplied by `scale`, and the others become zeros.
 template <class Acc, class T>
 inline void convert_row(const T* from, int64_t stride, int64_t count, Acc* to, const uint8_t* mask = nullptr,
                         Acc scale = Acc(1)) {
@@ -129,52 +133,53 @@ inline void convert_row(const T* from, int64_t stride, int64_t count, Acc* to, c
   }
 }
 
-// A row of sums, rounded
+// Rounds a row of sums to bfloat16.
 template <class Acc>
 inline void round_row(const Acc* from, int64_t count, bf16* to) {
   for (int64_t i = 0; i < count; i += kWidth<Acc>)
     store_some<Acc>(to + i, load_some<Acc>(from + i, count - i), count - i);
 }
 
-// Some columns of some tokens of x. `width` is that of a whole row, which numbers its elements for
-// the mask.
+// Some columns of some tokens of x. `width` is that of a whole row: the mask numbers the elements
+// of x by it.
 struct Part {
   const Activation& x;
   const Mask& mask;
   int64_t width, t0, tokens, column, columns;
 };
 
-// use(m, mask) for tokens m = 0 .. of a part, each with its mask, which is also left for backward
+// Calls use(m, mask) for each token m of a part, with the token's mask. The masks are then saved
+// for backward.
 template <class Acc, class Use>
-void with_masks(const Part& p, const Block<Acc>& block, Use&& use) {
-  p.mask.rows(p.t0, p.tokens, p.width, p.column, p.columns, block.mask, kMaskRow);
-  for (int64_t m = 0; m < p.tokens; m++) use(m, block.mask + m * kMaskRow);
-  p.mask.keep(p.t0, p.tokens, p.width, p.column, p.columns, block.mask, kMaskRow);
+void with_masks(const Part& p, const RowBuffer<Acc>& buffer, Use&& use) {
+  p.mask.rows(p.t0, p.tokens, p.width, p.column, p.columns, buffer.mask, kMaskRow);
+  for (int64_t m = 0; m < p.tokens; m++) use(m, buffer.mask + m * kMaskRow);
+  p.mask.save(p.t0, p.tokens, p.width, p.column, p.columns, buffer.mask, kMaskRow);
 }
 
-// A part as rows of a block, padded with zeros to a multiple of kNR columns
+// Copies a part into the rows of a buffer, padded with zeros to a multiple of kNR columns.
 template <class Acc>
-void copy_rows(const Part& p, const Block<Acc>& block) {
+void copy_rows(const Part& p, const RowBuffer<Acc>& buffer) {
   for_dtype<Acc>(p.x.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const int64_t stride = p.x.column_stride;
     const auto copy = [&](int64_t m, const uint8_t* mask) {
       const T* from = static_cast<const T*>(p.x.data) + row_offset(p.x, p.t0 + m) + p.column * stride;
-      Acc* to = block.rows + m * kBlockRow<Acc>;
+      Acc* to = buffer.rows + m * kBufferRow<Acc>;
       convert_row<Acc>(from, stride, p.columns, to, mask, Acc(p.mask.keep_scale));
       for (int64_t i = p.columns; i % kNR<Acc> != 0; i++) to[i] = Acc(0);
     };
-    if (p.mask.on) return with_masks(p, block, copy);
+    if (p.mask.on) return with_masks(p, buffer, copy);
     for (int64_t m = 0; m < p.tokens; m++) copy(m, nullptr);
   });
 }
 
-// A part as a factor: where it lies, or copied
+// A part as a factor of the micro-kernel, read in place or from the buffer.
 template <class Acc>
-Source<Acc> read_rows(Reading reading, const Part& p, const Block<Acc>& block) {
+Source<Acc> read_rows(Reading reading, const Part& p, const RowBuffer<Acc>& buffer) {
   if (reading == Reading::InPlace) return in_place<Acc>(p.x, p.t0, p.column);
-  copy_rows(p, block);
-  return {block.rows, kBlockRow<Acc>};
+  copy_rows(p, buffer);
+  return {buffer.rows, kBufferRow<Acc>};
 }
 
 }  // namespace gralora::cpu::GRALORA_ISA

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Vectors of the accumulation type, one width per instruction set, and the loads and stores that
-// convert.
+// Vectors of the accumulation type, of one width per instruction set, and the loads and stores that
+// convert from and to the dtypes of tensors.
 //
-// The kernel files are compiled once per instruction set (GRALORA_CPU_CAPABILITY); everything here
-// lives in a namespace of that set, and no standard-library template is used, so that the linker
-// can never mix code of two sets.
+// The kernel files are compiled once per instruction set (GRALORA_CPU_CAPABILITY). Everything here
+// is in a namespace of that set, and no template of the standard library that becomes code is used,
+// so that the linker can never mix the code of two sets.
 #pragma once
 
 #include <cstdint>
@@ -25,8 +25,8 @@
 
 namespace gralora::cpu::GRALORA_ISA {
 
-// float64 serves gradient checks and is not tuned: only the portable kernels hold it, which halves
-// the build.
+// Float64 serves gradient checks and is not tuned. Only the portable kernels have it, which halves
+// the build time.
 #if defined(__AVX512F__) || defined(__AVX2__)
 constexpr bool kHasFloat64 = false;
 #else
@@ -71,8 +71,8 @@ inline To bit_cast(const From& from) {
 
 // ---------------------------------------------------------------- memory
 
-// An element as it lies. The memory of a float may also hold a pair of bf16 (pairs.h), which C++
-// lets nobody read as a float, but by a type that may alias.
+// Reads one element. A float in memory may in truth be a pair of bf16 (product_pairs.h). C++ does
+// not allow reading that as a float, except through a type that may alias.
 typedef float AnyFloat __attribute__((may_alias));
 inline __attribute__((always_inline)) float element(const float* p) { return *reinterpret_cast<const AnyFloat*>(p); }
 template <class T>
@@ -80,8 +80,8 @@ inline __attribute__((always_inline)) T element(const T* p) {
   return *p;
 }
 
-// What is fetched ahead may lie beyond an array, where no pointer may lead: such places are
-// numbers.
+// What is prefetched may lie beyond the end of an array, where C++ allows no pointer. Such
+// addresses are therefore computed as numbers.
 template <class T>
 inline __attribute__((always_inline)) uintptr_t address(const T* p, int64_t elements = 0) {
   return reinterpret_cast<uintptr_t>(p) + uintptr_t(elements) * sizeof(T);
@@ -124,8 +124,7 @@ inline void from_float(float x, f16& to) {
     to.bits = uint16_t(sign | 0x7e00 | (magnitude >> 13 & 0x1ff));
   } else if (magnitude >= 0x477ff000u) {  // 65520 and above round to infinity
     to.bits = uint16_t(sign | 0x7c00);
-  } else if (magnitude <
-             0x38800000u) {  // below 2^-14: adding 0.5 leaves the subnormal in the low bits, rounded to even
+  } else if (magnitude < 0x38800000u) {  // below 2^-14: adding 0.5 leaves the rounded subnormal in the low bits
     to.bits = uint16_t(sign | (bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u));
   } else {
     to.bits = uint16_t(sign | ((magnitude - 0x38000000u + 0xfff + (magnitude >> 13 & 1)) >> 13));
@@ -158,8 +157,8 @@ struct Access {
 
 #if defined(__AVX512F__)
 // AVX512-BF16 rounds 32 floats in one instruction instead of a dozen, but takes subnormals for
-// zero: where there is one, the dozen. Written as assembly, so that the kernels need no fourth
-// instruction set for its sake.
+// zero. Vectors that hold a subnormal therefore go the long way. The instruction is written as
+// assembly, so that the kernels need not be compiled for a fourth instruction set.
 inline bool any_subnormal(Vec<float> v) { return _mm512_fpclass_ps_mask(__m512(v), 0x20) != 0; }
 #endif
 
@@ -179,7 +178,7 @@ struct Access<float, bf16> {
   typedef typename VectorOf<uint32_t, kWidth<float>>::type Word;
   static Vec<float> widen(Half half) {
 #if defined(__AVX512F__)
-    // GCC 12 converts by halves, through memory
+    // GCC 12 would convert half a vector at a time, through memory.
     return Vec<float>(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bit_cast<__m256i>(half)), 16)));
 #else
     return bit_cast<Vec<float>>(__builtin_convertvector(half, Word) << 16);
@@ -238,8 +237,8 @@ inline void store(T* p, Vec<Acc> v) {
   Access<Acc, T>::store(p, v);
 }
 
-// a*b + c, rounded once where the processor can. Left to GCC, that depends on where in unrolled
-// code a sum stands.
+// a*b + c, rounded once where the processor can. Written out, since GCC decides for each copy of an
+// unrolled loop whether to fuse a*b + c, and equal sums could then differ.
 template <class Acc>
 inline Vec<Acc> multiply_add(Vec<Acc> a, Acc b, Vec<Acc> c) {
 #if defined(__AVX512F__)
@@ -250,8 +249,8 @@ inline Vec<Acc> multiply_add(Vec<Acc> a, Acc b, Vec<Acc> c) {
   return a * b + c;
 }
 
-// The first `count` elements (all of a vector's, if there are as many), zeros beyond; nothing
-// beyond is read.
+// The first `count` elements, at most a whole vector of them, followed by zeros. Nothing beyond
+// them is read.
 template <class Acc, class T>
 inline Vec<Acc> load_some(const T* p, int64_t count) {
   if (count >= kWidth<Acc>) return load<Acc>(p);
@@ -269,7 +268,7 @@ inline Vec<Acc> load_some(const T* p, int64_t count) {
   return v;
 }
 
-// The first `count` elements of v, or all; nothing beyond is written.
+// Stores the first `count` elements of v, at most all of them. Nothing beyond them is written.
 template <class Acc, class T>
 inline void store_some(T* p, Vec<Acc> v, int64_t count) {
   if (count >= kWidth<Acc>) return store<Acc>(p, v);
@@ -291,7 +290,7 @@ inline void store_some(T* p, Vec<Acc> v, int64_t count) {
   for (int64_t i = 0; i < count; i++) p[i] = all[i];
 }
 
-// One row of a register tile: NV vectors side by side.
+// Stores one row of a micro-tile: NV vectors side by side.
 template <class Acc, class T, int NV>
 inline __attribute__((always_inline)) void store_row(T* p, const Vec<Acc> (&v)[NV]) {
 #pragma GCC unroll 2

@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// Floats as sums of bf16 pieces: where a processor has AMX, parameters and latents that are no bf16
-// meet activations that are, as some products of bf16, of which sixteen are made in the time of one
-// of floats.
+// Split-bf16: floats as sums of bf16 pieces. Where activations are bf16 but parameters and latents
+// are not, AMX multiplies by each piece and adds the products. It makes sixteen products of bf16 in
+// the time of one of floats.
 //
-//   f = f0 + f1 + f2     f0: the upper 8 bits of f's significand; f1: what is left, rounded to 8 bits; f2: what is left then
+//   f = f0 + f1 + f2     f0: the upper 8 bits of f's significand; f1: f - f0, rounded to 8 bits; f2: f - f0 - f1
 //
-// Three pieces are f (to 2^-133); a float16 is the sum of two. U and the gradients of parameters
-// are made with all of them: as exact as sums of floats. y and dx are rounded to bf16: for them two
-// pieces of each factor do, within 2^-16. An infinity has no second piece and comes out as NaN.
+// Three pieces give f exactly (down to 2^-133); a float16 is the sum of two. U and the gradients of
+// parameters are computed with all pieces, and are as exact as sums of floats. y and dx are rounded
+// to bf16, so that two pieces of each factor suffice: their error is below 2^-16. An infinity has
+// no second piece, and its products become NaN.
 //
-// Float activations would need six products, and were slower so: benchmarks/results/NOTES.md.
+// Activations in float would need six products, and were slower than the product in float
+// (benchmarks/results/NOTES.md).
 #pragma once
 
 #include "product_pairs.h"
@@ -20,7 +22,8 @@ inline int pieces_of(DType dtype) { return dtype == DType::bf16 ? 1 : dtype == D
 
 #if defined(__AVX512F__)
 
-// The upper halves of a's and b's lanes: in a row, a's first, or by turns
+// Indices of the upper halves of the lanes of two vectors a and b: those of a and then those of b,
+// or alternately one of a and one of b
 inline __m512i halves_in_a_row() {
   alignas(64) static const uint16_t kHalves[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
                                                    33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
@@ -32,8 +35,9 @@ inline __m512i halves_by_turns() {
   return _mm512_load_si512(kHalves);
 }
 
-// store(i, halves) for each piece i of a and b; a single one is all of them, in bf16. The first is
-// cut, since rounding could make it infinite.
+// Calls store(i, numbers) for each piece i of a and b, with its bf16 numbers in the order of
+// `halves`. Where there is only one piece, a and b were bf16 before. The first piece is cut, not
+// rounded: rounding could make it infinite.
 template <class Store>
 inline __attribute__((always_inline)) void for_pieces(Vec<float> a, Vec<float> b, __m512i halves, int pieces,
                                                       Store&& store) {
@@ -52,7 +56,8 @@ inline __attribute__((always_inline)) void for_pieces(Vec<float> a, Vec<float> b
   store(2, _mm512_permutex2var_epi16(bits(a), halves, bits(b)));
 }
 
-// A row as pairs, with zeros up to a multiple of 32 columns; its pieces are `piece` apart.
+// Splits a row into pairs, with zeros up to a multiple of 32 columns. Its pieces are `piece` floats
+// apart.
 template <class T>
 inline void split_row(const T* from, int64_t columns, int pieces, float* to, int64_t piece) {
   for (int64_t i = 0; i < columns; i += 32) {
@@ -63,15 +68,16 @@ inline void split_row(const T* from, int64_t columns, int pieces, float* to, int
   }
 }
 
-// Two rows of kNR floats as pairs
+// Splits two rows of kNR floats, interleaved into pairs.
 inline void split_two_rows(const float* first, const float* second, int pieces, float* to, int64_t piece) {
   for (int64_t c = 0; c < kNR<float>; c += kWidth<float>)
     for_pieces(load<float>(first + c), load<float>(second + c), halves_by_turns(), pieces,
                [&](int n, __m512i halves) { _mm512_storeu_si512(to + n * piece + c, halves); });
 }
 
-// Columns as rows: to[(m*pieces + n)*piece + t] = piece n of the pair from[2t, m], from[2t + 1, m],
-// for m = 0 .. columns-1 (at most 16) and t = 0 .. 15, with zeros from row `rows` on
+// Splits columns, each of which becomes a row: to[(m*pieces + n)*piece + t] = piece n of the pair
+// from[2t, m], from[2t + 1, m], for m = 0 .. columns-1 (at most 16) and t = 0 .. 15, with zeros
+// from row `rows` on.
 template <class T>
 inline void split_transposed(const T* from, int64_t ld, int64_t rows, int64_t columns, int pieces, float* to,
                              int64_t piece) {
@@ -83,7 +89,9 @@ inline void split_transposed(const T* from, int64_t ld, int64_t rows, int64_t co
                [&](int n, __m512i halves) { _mm512_storeu_si512(to + (m * pieces + n) * piece, halves); });
 }
 
-// As pack_panel(): [rows/2, columns] pairs for each piece, and rows of zeros up to a whole slab
+// Packs a block as pack_panel() does, but each micro-panel as [rows/2, kNR] pairs for each piece.
+// Rows of zeros follow, up to a multiple of 32 rows. A slab is 32 rows of a micro-panel before they
+// are split.
 inline Panel<float> pack_pieces(const BlockOf& b, int pieces, float* to) {
   constexpr int64_t kSlab = 32, ld = kNR<float>;
   const Param& param = b.param;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A W x W block transposed in registers: log2(W) rounds, each exchanging the off-diagonal halves of
-// pairs of rows.
+// Transposes a square of W x W elements in registers, in log2(W) rounds. A round exchanges the
+// off-diagonal halves of pairs of rows.
 #pragma once
 
 #include "simd.h"
@@ -18,7 +18,7 @@ struct LaneMaskOf<double> {
   typedef typename VectorOf<uint64_t, kWidth<double>>::type type;
 };
 
-// The lanes of a pair of rows that a round with this step brings together
+// The lanes of a pair of rows that a round with this step combines into the two new rows
 template <class Acc>
 inline void pair_lanes(int step, typename LaneMaskOf<Acc>::type& upper, typename LaneMaskOf<Acc>::type& lower) {
   constexpr int W = kWidth<Acc>;
@@ -46,7 +46,7 @@ inline __attribute__((always_inline)) void transpose(Vec<Acc> (&row)[kWidth<Acc>
 
 // to[i*to_stride + c] = from[c*from_stride + i] for i, c = 0 .. W-1
 template <class Acc, class T>
-inline void transpose_block(const T* from, int64_t from_stride, Acc* to, int64_t to_stride) {
+inline void transpose_square(const T* from, int64_t from_stride, Acc* to, int64_t to_stride) {
   constexpr int W = kWidth<Acc>;
   Vec<Acc> row[W];
 #pragma GCC unroll 16
@@ -56,7 +56,7 @@ inline void transpose_block(const T* from, int64_t from_stride, Acc* to, int64_t
   for (int i = 0; i < W; i++) store<Acc>(to + i * to_stride, row[i]);
 }
 
-// The same at an edge: for i = 0 .. rows-1, with zeros from c = columns on
+// The same at the edge of a matrix: for i = 0 .. rows-1, with zeros from c = columns on.
 template <class Acc, class T>
 __attribute__((noinline)) void transpose_some(const T* from, int64_t from_stride, int64_t rows, int64_t columns,
                                               Acc* to, int64_t to_stride) {
@@ -70,8 +70,8 @@ __attribute__((noinline)) void transpose_some(const T* from, int64_t from_stride
     if (i < rows) store<Acc>(to + i * to_stride, row[i]);
 }
 
-// Lane m of the result is the sum over the lanes of row[m]: the same rounds, but pairs are added
-// and need no second row.
+// Lane m of the result is the sum over the lanes of row[m]. The rounds are those of transpose(),
+// but each adds the two new rows, so that half of the rows are left after it.
 template <class Acc>
 inline Vec<Acc> lane_sums(Vec<Acc> (&row)[kWidth<Acc>]) {
   constexpr int W = kWidth<Acc>;

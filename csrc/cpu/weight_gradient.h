@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// weight_gradient: sums over tokens of latent times wide activation, for one chunk of columns of
-// one block.
+// weight_gradient: sums over tokens of a latent times a wide activation, for one chunk of columns
+// of one block.
 //
 //   sums[c, i] = sum_t v[t, b*r + c] * x'[t, column + i]   c = 0 .. r-1       sums[r + c, i] = sum_t v[t, k*r + c] * x'[...]
 //
-// x' is x after dropout. U and g give dB and dBg; dH and x give dA and dAg. Tokens are taken in
-// blocks, each summed in registers, then added in order, so that long sums lose less; `sums`, rows
-// of kMostColumns, stays in L2.
+// U and g give dB and dBg; dH and x give dA and dAg. x' is x after dropout. Tokens are taken in
+// slices: each is summed in registers, then added to `sums` in order, so that long sums lose fewer
+// digits. `sums` has rows of kMostColumns elements and stays in L2.
 #pragma once
 
 #include "product_fp32.h"
@@ -17,11 +17,11 @@ template <class Product>
 struct WeightGradient {
   using Acc = typename Product::Acc;
   using Latent = typename Product::Latent;
-  static constexpr int64_t kTokens = 128 * Product::kTerms;  // of a block
+  static constexpr int64_t kTokens = 128 * Product::kTerms;  // of a slice
 
   const Shape& s;
 
-  // The latents of `count` tokens that meet block b
+  // The latents of `count` tokens that are multiplied by block b, packed
   int64_t packed_size(int64_t count) const {
     return Product::packed_latents_size(s.r, count) + Product::packed_latents_size(s.h, count);
   }
@@ -31,16 +31,17 @@ struct WeightGradient {
     Product::pack_latents(v + s.k * s.r, ld, s.h, count, to + Product::packed_latents_size(s.r, count));
   }
 
-  // Tokens of a segment: `count` of them are packed, those from `first` on are in turn. The right
-  // factor is their part of x; `next` is the token that is read after them, or -1.
-  struct Tokens {
+  // A slice of a segment: the latents of `count` tokens are packed, and the slice begins with token
+  // `first` of them. `part` is its part of x or g; `next` is the token that is read after it, for
+  // software prefetch, or -1.
+  struct Slice {
     int64_t count, first;
     const Part& part;
     int64_t next;
   };
 
-  // sums (+)= the part of some tokens, whose rows as the right factor are x
-  void add(const Acc* packed, const Tokens& t, const Source<Acc>& x, bool accumulate, Acc* sums) const {
+  // Writes the sums of a slice, or adds them. x: the rows of its part, as the right factor.
+  void add(const Acc* packed, const Slice& t, const Source<Acc>& x, bool accumulate, Acc* sums) const {
     const Acc* general = packed + Product::packed_latents_size(s.r, t.count);
     const int64_t steps = Product::steps(t.part.tokens);
     for_column_groups<Acc>(t.part.columns, [&](auto nv, int64_t i) {
@@ -62,7 +63,7 @@ struct WeightGradient {
   }
 
  private:
-  // A function of its own: inlined among other code, GCC would keep part of the sums in memory.
+  // Not inlined, since GCC would then hold part of the sums in memory.
   template <class Group, int NV, class Left, class Beside>
   __attribute__((noinline)) static void micro_tile(Group group, Int<NV>, int64_t steps, const Left& latents,
                                                    const Acc* x, int64_t ld, bool accumulate, Acc* to,
