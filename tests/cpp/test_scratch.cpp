@@ -21,7 +21,7 @@ void test_two_that_live_at_once_lie_apart() {
   constexpr int64_t kCount = 1000;
   {
     Scratch().take<char>(4 * kCount);
-  }  // from here on this thread keeps a block
+  }  // from here on this thread caches a block
   for (int round = 0; round < 3; round++) {
     Scratch outer;
     char* first = outer.take<char>(kCount);
