@@ -8,7 +8,6 @@ import itertools
 from typing import Any
 
 import pytest
-import torch
 from helpers import run_python
 
 import gralora_ext
