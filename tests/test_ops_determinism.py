@@ -115,6 +115,20 @@ def test_sums_over_several_segments_of_tokens(dtype: torch.dtype, T: int, device
         assert all(same_bits(many[name], one[name]) for name in one)
 
 
+@pytest.mark.parametrize("h", [0, 3], ids=["", "hybrid"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
+def test_waves_of_segments_whose_columns_are_shared(dtype: torch.dtype, h: int, device: torch.device) -> None:
+    """Six segments and eight chunks: one, two and three threads take segments, in waves as large as they are many; four
+    share the columns of two segments in each wave, eight those of four, and then of two."""
+    case = Case((2100,), 8, 40, 24, 2, h, x_dtype=dtype, base_dtype=dtype)
+    one = results_with(1, case, device, 0.3)
+    torch.manual_seed(case.seed)
+    assert_results_near(one, case.inputs(device), dropout_p=0.3, seed=reference.draw_seed(device).cpu())
+    for count in (2, 3, 4, 8):
+        many = results_with(count, case, device, 0.3)
+        assert all(same_bits(many[name], one[name]) for name in one)
+
+
 def test_no_segment_is_empty_however_many_tokens_there_are(device: torch.device) -> None:
     case = Case((100_000,), 1, 3, 2, 1)
     for count in (1, 2):

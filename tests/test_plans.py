@@ -137,27 +137,62 @@ def test_every_plan_of_this_machine_gives_right_results() -> None:
     assert len(tried) > 20
 
 
-def test_what_decides_bits_does_not_depend_on_the_number_of_threads() -> None:
-    """The product, chunks and, in backward, segments; forward's tokens are independent of each other."""
-    for (name, machine), (x, adapter), (N, M, r, k), T in itertools.product(MACHINES.items(), DTYPES, SHAPES, TOKENS):
-        case = {"T": T, "N": N, "M": M, "r": r, "k": k, "activations": x, "parameters": adapter}
-        decisive = {
-            tuple(found["forward"][f] for f in ("product", "chunk"))
-            + tuple(found["backward"][f] for f in ("product", "chunk_of_g", "chunk_of_x", "segment", "segments"))
-            for found in (plans(machine, **case, threads=count) for count in (1, 2, 3, 7, 32, 128))
-        }
-        assert len(decisive) == 1, (name, case)
+MOST_COLUMNS = 256  # kMostColumns: of a row of sums of a weight gradient
+WAVE_BYTES = 64 << 20  # kWaveBytes
+VECTOR_BYTES = {"default": 16, "avx2": 32, "avx512": 64}
+LAYERS = [  # N, M, k, r, h: many and narrow blocks, wide layers, a hybrid part
+    (576, 1536, 32, 64, 0),
+    (4096, 14336, 4, 64, 0),
+    (4096, 4096, 32, 128, 16),
+    (8192, 28672, 2, 256, 0),
+    (96, 96, 48, 48, 1),
+]
 
 
-@pytest.mark.parametrize("count", [1, 2, 8, 32, 128])
-def test_sums_of_weight_gradients_are_bounded_for_any_number_of_threads(count: int) -> None:
-    """A wave holds the gradients of each of its segments: 64 MiB, or one segment, beside the first sums."""
-    for (N, M, r, k), T in itertools.product(
-        [(4096, 4096, 128, 2), (4096, 14336, 64, 4), (8192, 28672, 32, 2)], [512, 8192, 65536]
-    ):
-        case = {"T": T, "N": N, "M": M, "r": r, "k": k, "activations": "float32", "parameters": "float32"}
-        wave = plans(ZEN, **case, threads=count)["backward"]["wave"]
-        assert wave == 1 or wave * r * (N + M) * 4 <= 64 << 20, (case, wave)
+def of_layer(layer: tuple[int, ...], T: int, count: int, dtype: str = "float32") -> dict[str, Any]:
+    return {**dict(zip("NMkrh", layer, strict=True), T=T), "activations": dtype, "parameters": dtype, "threads": count}
+
+
+@pytest.mark.parametrize("h", [0, 4])
+@pytest.mark.parametrize("count", [1, 4])
+def test_no_tokens_have_a_plan(h: int, count: int) -> None:
+    assert plans({}, **of_layer((64, 64, 2, 4, h), 0, count))["forward"]["threads"] == 1
+
+
+@pytest.mark.parametrize("machine", MACHINES.values(), ids=MACHINES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_what_is_summed_together_does_not_depend_on_the_number_of_threads(
+    layer: tuple[int, ...], dtype: str, machine: dict[str, Any]
+) -> None:
+    names = ("product", "segment", "segments", "chunk_of_g", "chunk_of_x", "remakes_U")
+    for T in (1, 5, 127, 128, 191, 192, 193, 511, 512, 513, 1025, 2049):
+        found = [plans(machine, **of_layer(layer, T, count, dtype)) for count in (1, 2, 3, 5, 8, 64)]
+        for name in ("backward", "backward_without_U"):
+            assert len({tuple(plan[name][key] for key in names) for plan in found}) == 1
+        assert len({(plan["forward"]["product"], plan["forward"]["chunk"]) for plan in found}) == 1
+        for name in ("forward", "backward"):
+            assert len({plan[name]["schedule"] == "few tokens" for plan in found}) == 1
+        assert len({plan["linear"]["chunk"] for plan in found}) == 1
+
+
+def scratch_of_a_wave(plan: dict[str, Any], k: int, r: int, h: int, vector_bytes: int) -> int:
+    """Bytes of the sums of gradients, beside the first ones, of the latents, and of the places where these are summed, in float."""
+    ranks, tokens = k * r + h, plan["wave"] * plan["segment"]
+    columns = (plan["chunks_of_g"] + plan["chunks_of_x"]) * MOST_COLUMNS
+    whole = plan["schedule"] == "by tokens" or plan["whole_blocks"]
+    places = plan["threads"] * plan["segment"] if whole else max(plan["chunks_of_g"], plan["chunks_of_x"]) * tokens
+    padded = sum(-(-n * 4 // vector_bytes) * vector_bytes for n in (r, h))
+    return plan["wave"] * columns * (r + h) * 4 + 2 * tokens * ranks * 4 + places * padded
+
+
+@pytest.mark.parametrize("capability", VECTOR_BYTES)
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_a_wave_of_several_segments_has_a_bounded_scratch(layer: tuple[int, ...], capability: str) -> None:
+    for T, count in itertools.product([2100, 65536, 2**21], [1, 2, 3, 8, 32, 64, 128]):
+        plan = plans({"capability": capability}, **of_layer(layer, T, count))["backward_without_U"]
+        if plan["wave"] > 1:
+            assert scratch_of_a_wave(plan, *layer[2:], VECTOR_BYTES[capability]) <= WAVE_BYTES, (T, count, plan)
 
 
 def test_explain_prints_the_plans(tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ ForwardOperands operands(const ForwardParams& p) {
 }
 
 bool takes_few_tokens(const ForwardParams& p) {
-  return p.shape.T <= kFewTokens && p.shape.h == 0 && in_rows(p.adapter.A) && in_rows(p.adapter.B) &&
+  return p.shape.T > 0 && p.shape.T <= kFewTokens && p.shape.h == 0 && in_rows(p.adapter.A) && in_rows(p.adapter.B) &&
          p.base.column_stride == 1 && p.y.column_stride == 1;
 }
 
@@ -211,8 +211,8 @@ ForwardPlan plan(const ForwardParams& p, const Machine& machine) {
   const int64_t enough = tokens_for_a_thread(s, plan.product != plain(p.accumulate_f64), whole_blocks);
   if (plan.threads == 1 || s.T >= enough * plan.threads) {
     plan.schedule = Schedule::ByTokens;
-    const int64_t segments = round_up(ceil_div(s.T, kMostTokens), plan.threads);
-    plan.segment = round_up(ceil_div(s.T, segments), rows);
+    const int64_t T = std::max<int64_t>(s.T, 1), segments = round_up(ceil_div(T, kMostTokens), plan.threads);
+    plan.segment = round_up(ceil_div(T, segments), rows);
   } else {
     plan.schedule = Schedule::ByColumns;
     plan.segment = std::min(s.T, kMostTokens);
@@ -264,15 +264,18 @@ Product product_of(const BackwardParams& p, const BackwardOperands& o, const Mac
 // The segments do not depend on the number of threads; otherwise the gradients would. By tokens, a
 // wave gives each thread one segment. By columns, a wave has enough segments for each thread to get
 // about four chunks, as far as kWaveBytes allows.
-void cut_tokens(BackwardPlan& plan, const BackwardParams& p, int64_t rows) {
+void cut_tokens(BackwardPlan& plan, const BackwardParams& p, int64_t rows, int64_t W) {
   const Shape& s = p.shape;
   const int64_t wanted = is_one_segment(s) ? 1 : round_up(ceil_div(s.T, kMostTokens), 2);
   plan.segment = std::max(round_up(ceil_div(s.T, wanted), rows), rows);
   plan.segments = ceil_div(s.T, plan.segment);
 
+  // Bytes of one segment. The sums of a chunk have a place of kMostColumns, however narrow it is.
   const int64_t element = p.accumulate_f64 ? 8 : 4, row = s.k * s.r + s.h;
-  const int64_t gradients = (s.r + s.h) * (s.N + s.M) * element, latents = 2 * plan.segment * row * element;
-  const int64_t by_tokens = std::max<int64_t>(1, kWaveBytes / (gradients + latents));
+  const int64_t columns = (plan.chunks_of_g.count + plan.chunks_of_x.count) * kMostColumns;
+  const int64_t gradients = (s.r + s.h) * columns * element, latents = 2 * plan.segment * row * element;
+  const int64_t sums = plan.segment * (round_up(s.r, W) + round_up(s.h, W)) * element;
+  const int64_t by_tokens = std::max<int64_t>(1, kWaveBytes / (gradients + latents + sums));
   if (plan.threads <= by_tokens && plan.segments >= plan.threads && shared_evenly(plan.segments, plan.threads)) {
     plan.schedule = Schedule::ByTokens;
     plan.wave = plan.threads;
@@ -280,8 +283,7 @@ void cut_tokens(BackwardPlan& plan, const BackwardParams& p, int64_t rows) {
   }
   const int64_t most = std::max(plan.chunks_of_g.count, plan.chunks_of_x.count);
   const int64_t least = std::min(plan.chunks_of_g.count, plan.chunks_of_x.count);
-  const int64_t partial = most * plan.segment * (s.r + s.h) * element;
-  const int64_t by_columns = std::max<int64_t>(1, kWaveBytes / (gradients + latents + partial));
+  const int64_t by_columns = std::max<int64_t>(1, kWaveBytes / (gradients + latents + most * sums));
   plan.schedule = plan.segments == 0 ? Schedule::ByTokens : Schedule::ByColumns;
   plan.wave = std::max<int64_t>(1, std::min({plan.segments, by_columns, ceil_div(4 * plan.threads, least)}));
   plan.whole_blocks = s.h == 0 && shared_evenly(plan.wave * s.k, plan.threads);
@@ -304,7 +306,7 @@ BackwardPlan plan(const BackwardParams& p, const Machine& machine) {
   plan.product = few ? plain(p.accumulate_f64) : product_of(p, o, machine);
   plan.g = reading(p.grad_y, false, want_B ? w_out : 0, plan.product, kernel);
   plan.x = reading(p.x, dropped, want_A ? w_in : 0, plan.product, kernel);
-  if (!few) cut_tokens(plan, p, rows_of(plan.product, kernel));
+  if (!few) cut_tokens(plan, p, rows_of(plan.product, kernel), kernel.W);
   const int64_t tokens = few ? s.T : plan.segment;
   plan.A = packing(o.A, s.r, w_in, tokens, plan.product, kernel);
   plan.A_general = packing(o.Ag, s.h, w_in, tokens, plan.product, kernel);

@@ -28,7 +28,7 @@ constexpr double kFew = 8e-3;
 // Even and odd numbers of tokens, widths and ranks, with and without the hybrid part
 constexpr Shape kShapes[] = {{64, 4, 4, 1, 2, 0},     {97, 12, 20, 2, 4, 2},     {130, 70, 90, 5, 10, 3},
                              {200, 96, 64, 2, 16, 0}, {261, 576, 128, 1, 64, 6}, {70, 270, 1128, 2, 24, 0},
-                             {5, 64, 48, 8, 8, 0},    {1, 36, 68, 2, 4, 0}};
+                             {5, 64, 48, 8, 8, 0},    {1, 36, 68, 2, 4, 0},      {600, 64, 64, 2, 64, 0}};
 
 uint16_t upper_half(float value) {
   uint32_t bits;
@@ -168,7 +168,7 @@ void test_bfloat16_is_near_float(const Shape& s, const Inputs& inputs) {
   const Results<float, float> want = run<float>(s, inputs, 1);
   const Results<uint16_t, P> got = run<uint16_t, P>(s, inputs, 1);
   expect_near(got, want);
-  EXPECT((run<uint16_t, P>(s, inputs, 3) == got));
+  for (const int threads : {3, 8}) EXPECT((run<uint16_t, P>(s, inputs, threads) == got));
   constexpr bool all_bfloat16 = dtype_of(P()) == DType::bf16;
   // U made again; fewer tokens are summed in another order, and U of bfloat16 is always kept
   if (s.T > 4) EXPECT(run<float>(s, inputs, 2, true) == want);

@@ -21,7 +21,10 @@ struct Case {
 constexpr Case kCases[] = {{1, 4, 4, 1, 1, 0},      {5, 12, 20, 2, 4, 0},      {7, 33, 66, 3, 6, 2},
                            {40, 64, 48, 8, 8, 0},   {130, 70, 90, 5, 10, 3},   {3, 520, 8, 4, 32, 16},
                            {200, 96, 64, 2, 16, 0}, {260, 576, 128, 1, 64, 5}, {61, 270, 576, 2, 12, 0},
-                           {2, 39, 51, 3, 9, 5},    {4, 70, 110, 2, 10, 7},    {1, 600, 76, 2, 72, 35}};
+                           {2, 39, 51, 3, 9, 5},    {4, 70, 110, 2, 10, 7},    {1, 600, 76, 2, 72, 35},
+                           {600, 64, 64, 2, 64, 0}, {1100, 96, 96, 8, 8, 3}};
+// With three and eight, threads share tokens, blocks and chunks, in one and in several waves of segments.
+constexpr int kThreads[] = {3, 8};
 constexpr double kScaling = 0.75;
 constexpr double kTolerance = 1e-5;  // float sums of up to 520 products of standard normals, relative in norm
 
@@ -117,7 +120,7 @@ void test_forward_is_the_dense_product(const Case& c) {
   }
   const Vector y = run_forward(f, x, base, u, 1);
   EXPECT(relative_error(y, want) < kTolerance);
-  EXPECT(run_forward(f, x, base, u, 3) == y);
+  for (const int threads : kThreads) EXPECT(run_forward(f, x, base, u, threads) == y);
 }
 
 struct Gradients {
@@ -174,7 +177,7 @@ void test_backward_is_the_transposed_product(const Case& c) {
   const Gradients got = run_backward(f, grad, x, u, 1);
   EXPECT(relative_error(got.dx, want) < kTolerance);
   EXPECT(relative_error(got.dB, gradient_of_B(c, grad, u)) < kTolerance);
-  EXPECT(run_backward(f, grad, x, u, 3) == got);
+  for (const int threads : kThreads) EXPECT(run_backward(f, grad, x, u, threads) == got);
 }
 
 void test_merge_adds_the_dense_weight(const Case& c) {
