@@ -154,7 +154,7 @@ dict of(const cpu::BackwardPlan& plan) {
 dict of(const cpu::MergePlan& plan) {
   dict to;
   to["threads"] = plan.threads, to["along_N"] = plan.along_N, to["rows"] = plan.rows, to["strip"] = plan.strip;
-  to["left"] = name(plan.left), to["right"] = name(plan.right);
+  to["prefetches"] = plan.prefetches, to["left"] = name(plan.left), to["right"] = name(plan.right);
   to["left_general"] = name(plan.left_general), to["right_general"] = name(plan.right_general);
   return to;
 }

@@ -83,7 +83,7 @@ REACHED = {
         "whole_blocks": {False, True},
     },
     "backward_without_U": {"remakes_U": {True}, "A_for_U": EVERY_PACKING},
-    "merge": {"along_N": {False}, "left": {"in place", "packed"}, "right": {"packed"}},
+    "merge": {"along_N": {False}, "prefetches": {False, True}, "left": {"in place", "packed"}, "right": {"packed"}},
     "merge_fan_in_fan_out": {"along_N": {True}, "left": {"packed"}, "right": {"in place", "packed"}},
     "linear": {"in": {"in place", "copied"}, "left": {"packed"}, "left_general": {"absent", "in place", "packed"}},
 }
@@ -233,7 +233,9 @@ def test_functions_are_short() -> None:
                 or line.lstrip().startswith(("if", "for", "//"))
             ):
                 continue
-            last = next((i for i in range(first, len(lines)) if lines[i] in (" " * indent + "}", " " * indent + "};")), first)
+            last = next(
+                (i for i in range(first, len(lines)) if lines[i] in (" " * indent + "}", " " * indent + "};")), first
+            )
             if last - first >= 45 and line.rstrip().endswith("{"):
                 too_long.append(f"{source.name}:{first + 1}: {last - first + 1} lines")
     assert too_long == []

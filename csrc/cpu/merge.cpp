@@ -84,6 +84,8 @@ struct Merge {
     if (W.column_stride == 1)
       for (; c + kNR<Acc> <= width; c += kNR<Acc>) {
         const LeftRows<Y, MR> weights(to + c, W.row_stride);
+        if (plan.prefetches)
+          for_sums<MR, NV>([&](int m, int v) { prefetch<1>(address(weights.row(m), (NV + v) * kWidth<Acc>)); });
         Vec<Acc> sum[MR][NV] = {};
         add_products(left, general, right, c, sum);
         // All weights of the micro-tile are loaded before one is stored: see Expand::store_vectors.

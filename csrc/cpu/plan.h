@@ -122,9 +122,10 @@ struct BackwardPlan {
 
 struct MergePlan {
   int threads = 1;
-  bool along_N = false;  // W is taken as its transpose, because that one has contiguous rows
-  int64_t rows = 0;      // rows of W that share a panel
-  int64_t strip = 0;     // columns of a strip of a block of W
+  bool along_N = false;     // W is taken as its transpose, because that one has contiguous rows
+  int64_t rows = 0;         // rows of W that share a panel
+  int64_t strip = 0;        // columns of a strip of a block of W
+  bool prefetches = false;  // the weights of the next micro-tile, beside the arithmetic
   Packing left = Packing::InPlace, right = Packing::InPlace;
   Packing left_general = Packing::Absent, right_general = Packing::Absent;
 };

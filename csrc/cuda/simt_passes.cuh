@@ -40,8 +40,8 @@ struct Kept {
 };
 
 // ranks = f * exchange(x' P), and f * x' G beside it
-inline void add_project(Products& to, const Shape& s, const Activation& x, int64_t width, const Param& P, const Param& G,
-                        const Kept& ranks, double scale, const Mask& mask) {
+inline void add_project(Products& to, const Shape& s, const Activation& x, int64_t width, const Param& P,
+                        const Param& G, const Kept& ranks, double scale, const Mask& mask) {
   Product p;
   p.blocks = s.k, p.rows = s.T, p.columns = s.r, p.depth[0] = width / s.k;
   p.left[0] = view_of(x, width / s.k), p.right[0] = view_of(P), p.out = ranks.before_exchange();
@@ -108,7 +108,8 @@ inline cudaError_t pass(const BackwardParams& p, void* workspace, cudaStream_t s
   if (p.u == nullptr)
     add_project(ranks, s, p.x, s.N, p.adapter.A, gralora::transposed(p.adapter.A_general), u, kept, mask);
   if (p.grad_x.data != nullptr)
-    dx.add(expand(s, dH, gralora::transposed(p.adapter.A), p.adapter.A_general, Activation{}, p.grad_x, s.N, kept, mask));
+    dx.add(
+        expand(s, dH, gralora::transposed(p.adapter.A), p.adapter.A_general, Activation{}, p.grad_x, s.N, kept, mask));
   add_gradient(gradients, s, u, p.grad_y, s.M, p.grad.B, gralora::transposed(p.grad.B_general), p.scaling, Mask{});
   add_gradient(gradients, s, dH, p.x, s.N, gralora::transposed(p.grad.A), p.grad.A_general, kept, mask);
   for (const Products* products : {&ranks, &dx, &gradients}) {

@@ -63,8 +63,8 @@ cudaError_t project(const ProjectSides<X, P>& sides, int count, cudaStream_t str
 }
 
 template <class Y, class P>
-ExpandSide<Y, P> expand_side(const Param& Q, const Param& G, const Activation& base, const Activation& y, int64_t w, int r, int h,
-                             const Mask& mask) {
+ExpandSide<Y, P> expand_side(const Param& Q, const Param& G, const Activation& base, const Activation& y, int64_t w,
+                             int r, int h, const Mask& mask) {
   return {factor<P>(Q), factor<P>(G), activation<const Y>(base, w), activation<Y>(y, w), int(w), r, h, mask};
 }
 
@@ -155,8 +155,8 @@ cudaError_t pass(const BackwardParams& p, const BackwardPlan& plan, float* works
 
   if (p.grad_x.data != nullptr)
     error = expand("expand", partial_dH, ceil_div(s.T, kTokens), k,
-                   expand_side<X, P>(transposed(p.adapter.A), blocks_of_columns(p.adapter.A_general, w_in), Activation{},
-                                     p.grad_x, w_in, r, h, mask),
+                   expand_side<X, P>(transposed(p.adapter.A), blocks_of_columns(p.adapter.A_general, w_in),
+                                     Activation{}, p.grad_x, w_in, r, h, mask),
                    kept_scale, stream);
   if (error != cudaSuccess || !plan.need_gradients) return error;
 
