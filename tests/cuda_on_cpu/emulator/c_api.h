@@ -3,6 +3,7 @@
 // Functions that can fail return 0 or 1; gralora_emulator_error() then tells why, and why a launch failed.
 #pragma once
 
+#include "tensor_core.h"
 #include "traffic.h"
 
 // Inline, as each source of a library holds them, and yet exported.
@@ -45,6 +46,17 @@ GRALORA_EXPORTED int gralora_emulator_device(int capability, int multiprocessors
     config().capability = capability;
     config().multiprocessors = multiprocessors;
   });
+}
+
+// Whether mma adds as the tensor cores of the device's capability do, or in double; double at first.
+GRALORA_EXPORTED void gralora_emulator_truncate(int truncates) { gralora::emulator::config().truncates = truncates; }
+
+// d[i] = c[i] + sum_k a[i][k] b[i][k] as those tensor cores add it: without a kernel, for a test of the arithmetic.
+GRALORA_EXPORTED void gralora_emulator_multiply_add(const double* a, const double* b, const float* c, float* d,
+                                                    int64_t count, int K, int bytes, int least) {
+  using namespace gralora::emulator;
+  for (int64_t i = 0; i < count; i++)
+    d[i] = multiply_add(a + i * K, b + i * K, K, c[i], bytes, least, tensor_core(config().capability));
 }
 
 // The shared memory that a block may take; 227 KiB at first.

@@ -22,6 +22,8 @@ struct Config {
   Copies copies = Copies::Lazy;
   size_t shared_limit = 227 * 1024;  // of a block on sm_90; 163 KiB on sm_80
   int capability = 80, multiprocessors = 108;
+  bool truncates =
+      false;  // mma adds as this capability's tensor cores do (tensor_core.h); else in double, rounded once
 };
 struct Statistics {
   int64_t switches, collectives, mma, ldmatrix;

@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // ldmatrix and mma: which lane holds which element, as the PTX ISA's figures have it.
 //
-// Sums are formed in double and rounded once; hardware truncates while it adds. Compare with a tolerance.
+// An mma's sums are formed in double and rounded once, which is more exact than hardware; or, where Config::truncates is
+// set, as hardware does (tensor_core.h).
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include "block.h"
+#include "tensor_core.h"
 #include "traffic.h"
 #include "warp.h"
 
@@ -56,17 +58,30 @@ struct MmaOut {
   float d[4];
 };
 
-// D[16][8] = C + A[16][K] B[K][8]; read_A(lane, registers, A) and read_B put a lane's elements in their places.
+// An operand's format: bytes of an element, and the least exponent of its normal numbers.
+struct Format {
+  int bytes, least_exponent;
+};
+
+inline float sum_of(const double* a, const double* b, int K, float c, Format format) {
+  if (config().truncates)
+    return multiply_add(a, b, K, c, format.bytes, format.least_exponent, tensor_core(config().capability));
+  double sum = c;
+  for (int k = 0; k < K; k++) sum += a[k] * b[k];  // the products are exact
+  return static_cast<float>(sum);
+}
+
+// D[16][8] = C + A[16][K] B[8][K]^T; read_A(lane, registers, A) and read_B put a lane's elements in their places.
 template <int K, class ReadA, class ReadB>
 void multiply(const char* operation, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Location at,
-              ReadA read_A, ReadB read_B) {
+              Format format, ReadA read_A, ReadB read_B) {
   MmaIn in;
   MmaOut out{};
   memcpy(in.a, a, sizeof a);
   memcpy(in.b, b, sizeof b);
   memcpy(in.c, d, sizeof d);
   collective(operation, kFullWarp, in, out, false, at, [&](const MmaIn* const* ins, MmaOut* const* outs) {
-    double A[16][K], B[K][8];
+    double A[16][K], B[8][K];
     for (int lane = 0; lane < 32; lane++) {
       read_A(lane, ins[lane]->a, A);
       read_B(lane, ins[lane]->b, B);
@@ -74,9 +89,7 @@ void multiply(const char* operation, float (&d)[4], const uint32_t (&a)[4], cons
     for (int lane = 0; lane < 32; lane++)
       for (int i = 0; i < 4; i++) {
         const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-        double sum = ins[lane]->c[i];
-        for (int k = 0; k < K; k++) sum += A[row][k] * B[k][column];  // the products are exact
-        outs[lane]->d[i] = static_cast<float>(sum);
+        outs[lane]->d[i] = sum_of(A[row], B[column], K, ins[lane]->c[i], format);
       }
     statistics().mma++;
   });
@@ -104,24 +117,24 @@ double element(const uint32_t* registers, int i) {
 template <class T>
 void multiply_16(const char* operation, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Location at) {
   multiply<16>(
-      operation, d, a, b, at,
+      operation, d, a, b, at, std::is_same_v<T, __nv_bfloat16> ? Format{2, -126} : Format{2, -14},
       [](int lane, const uint32_t* r, double (&A)[16][16]) {
         for (int i = 0; i < 8; i++) A[lane / 4 + i / 2 % 2 * 8][lane % 4 * 2 + i % 2 + i / 4 * 8] = element<T>(r, i);
       },
-      [](int lane, const uint32_t* r, double (&B)[16][8]) {
-        for (int i = 0; i < 4; i++) B[lane % 4 * 2 + i % 2 + i / 2 * 8][lane / 4] = element<T>(r, i);
+      [](int lane, const uint32_t* r, double (&B)[8][16]) {
+        for (int i = 0; i < 4; i++) B[lane / 4][lane % 4 * 2 + i % 2 + i / 2 * 8] = element<T>(r, i);
       });
 }
 
 inline void multiply_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Location at) {
   constexpr uint32_t kKept = ~uint32_t(0x1fff);
   multiply<8>(
-      "mma.tf32", d, a, b, at,
+      "mma.tf32", d, a, b, at, Format{4, -126},
       [](int lane, const uint32_t* r, double (&A)[16][8]) {
         for (int i = 0; i < 4; i++) A[lane / 4 + i % 2 * 8][lane % 4 + i / 2 * 4] = float_of_bits(r[i] & kKept);
       },
       [](int lane, const uint32_t* r, double (&B)[8][8]) {
-        for (int i = 0; i < 2; i++) B[lane % 4 + i * 4][lane / 4] = float_of_bits(r[i] & kKept);
+        for (int i = 0; i < 2; i++) B[lane / 4][lane % 4 + i * 4] = float_of_bits(r[i] & kKept);
       });
 }
 

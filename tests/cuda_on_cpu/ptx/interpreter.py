@@ -19,6 +19,7 @@ from .errors import PtxError
 from .memory import SHARED_BASE, GlobalMemory, ParameterMemory, Piece, SharedMemory
 from .parser import Instruction, Kernel, Parameter, parse
 from .registry import OPCODES
+from .tensor_core import TensorCore
 from .types import TYPES, UNSIGNED, unsigned
 
 if TYPE_CHECKING:
@@ -28,10 +29,14 @@ Argument = int | float | bytes | ctypes.Structure
 
 
 class Gpu:
-    """The kernels of a PTX text and the global memory that they share."""
+    """The kernels of a PTX text and the global memory that they share.
 
-    def __init__(self, ptx: str) -> None:
+    ``tensor_core``: how mma adds; None: in double, rounded once.
+    """
+
+    def __init__(self, ptx: str, tensor_core: TensorCore | None = None) -> None:
         self.kernels = parse(ptx)
+        self.tensor_core = tensor_core
         self.memory = GlobalMemory()
 
     def upload(self, array: np.ndarray, address: int | None = None) -> int:
@@ -60,7 +65,7 @@ class Gpu:
         parameters = ParameterMemory({parameter.name: _parameter_bytes(parameter, a) for parameter, a in pairs})
         for z, y, x in itertools.product(*(range(size) for size in reversed(grid))):
             shared = SharedMemory(kernel.static_bytes + dynamic_bytes, races)
-            Block(kernel, self.memory, shared, parameters, grid, block, (x, y, z)).run()
+            Block(kernel, self.memory, shared, parameters, grid, block, (x, y, z), self.tensor_core).run()
 
 
 def _parameter_bytes(parameter: Parameter, argument: Argument) -> bytes:
@@ -85,8 +90,10 @@ class Block:
         grid: Sequence[int],
         size: Sequence[int],
         index: Sequence[int],
+        tensor_core: TensorCore | None,
     ) -> None:
         self.kernel = kernel
+        self.tensor_core = tensor_core
         self.memory = memory
         self.shared = shared
         self.parameters = parameters

@@ -10,6 +10,7 @@ import numpy as np
 
 from .parser import members
 from .registry import opcode
+from .tensor_core import multiply_add
 from .types import bf16_to_f32
 
 if TYPE_CHECKING:
@@ -71,7 +72,10 @@ OPERANDS = {"m16n8k16": ("bf16", "f16"), "m16n8k8": ("tf32",)}
 
 @opcode("mma")
 def multiply(block: Block, instruction: Instruction, lanes: np.ndarray) -> None:
-    """``mma.sync.aligned.shape.row.col.f32.type.type.f32 d, a, b, c``; the sum is formed in double and rounded once."""
+    """``mma.sync.aligned.shape.row.col.f32.type.type.f32 d, a, b, c``.
+
+    The sum is formed in double and rounded once, or as the tensor cores of ``block.tensor_core`` do it.
+    """
     _, _, shape, *layout, result_type, a_type, b_type, c_type = instruction.modifiers
     known = layout == ["row", "col"] and result_type == c_type == "f32" and a_type == b_type
     if not known or a_type not in OPERANDS.get(shape, ()):
@@ -90,7 +94,12 @@ def multiply(block: Block, instruction: Instruction, lanes: np.ndarray) -> None:
         A[mma.a.places()] = a[threads]
         B[mma.b.places()] = b[threads]
         C[mma.c.places()] = c[threads]
-        results[threads] = (C + A @ B.T)[mma.c.places()]
+        core = block.tensor_core
+        if core is None:
+            D = C + A @ B.T
+        else:
+            D = multiply_add(A[:, None, :], B[None, :, :], C.astype(np.float32), a_type, core)
+        results[threads] = D[mma.c.places()]
     for i, name in enumerate(d):
         block.put(name, np.ascontiguousarray(results[:, i]), lanes)
 

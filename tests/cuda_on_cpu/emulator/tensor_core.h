@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0
+// How tensor cores add, with float32 accumulators: c + sum_i a_i b_i, a block of terms at a time.
+//
+// The products of a block are exact. They and the accumulator are aligned to the largest exponent among them, cut to some
+// fraction bits below it, and added; the sum is cut to float32. Nothing rounds to nearest, so long sums drift towards zero.
+// Source: Xie et al., arXiv 2511.10909, whose models were compared bit for bit with the cards; their package mmasim is
+// what test_tensor_cores.py compares this file with.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace gralora::emulator {
+
+struct TensorCore {
+  int fraction_bits;
+  int block_bytes;  // of a row of the left operand
+};
+
+// From compute capability 8.0 on
+inline TensorCore tensor_core(int capability) { return capability >= 90 ? TensorCore{25, 32} : TensorCore{24, 16}; }
+
+// Of a number as its format has it: subnormal numbers have the least exponent of the normal ones.
+inline int exponent(double x, int least) { return x == 0.0 ? least : std::max(std::ilogb(x), least); }
+
+inline float cut_to_float(double x) {
+  if (x == 0.0) return 0.0f;
+  const int e = exponent(x, -126);
+  return static_cast<float>(std::ldexp(std::trunc(std::ldexp(x, 23 - e)), e - 23)) + 0.0f;
+}
+
+inline float not_a_number() {
+  const uint32_t bits = 0x7fffffff;
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// One block; `least` is the least exponent of the operands' normal numbers.
+inline float add_block(const double* a, const double* b, int terms, float c, int fraction_bits, int least) {
+  const int of_zero = -108 - fraction_bits;
+  const auto of_product = [&](int i) {
+    return a[i] * b[i] == 0.0 ? of_zero : exponent(a[i], least) + exponent(b[i], least);
+  };
+  double plain = c;
+  int most = c == 0.0f ? of_zero : exponent(c, -126);
+  for (int i = 0; i < terms; i++) {
+    plain += a[i] * b[i];
+    if (std::isfinite(a[i] * b[i])) most = std::max(most, of_product(i));
+  }
+  if (std::isnan(plain)) return not_a_number();
+  if (std::isinf(plain)) return static_cast<float>(plain);
+  const auto cut = [&](double x) { return std::trunc(std::ldexp(x, fraction_bits - most)); };
+  double sum = cut(c);
+  for (int i = 0; i < terms; i++) sum += cut(a[i] * b[i]);
+  return cut_to_float(std::ldexp(sum, most - fraction_bits));
+}
+
+// K terms of operands of `bytes` each
+inline float multiply_add(const double* a, const double* b, int K, float c, int bytes, int least, TensorCore core) {
+  const int terms = core.block_bytes / bytes;
+  for (int i = 0; i < K; i += terms) c = add_block(a + i, b + i, std::min(terms, K - i), c, core.fraction_bits, least);
+  return c;
+}
+
+}  // namespace gralora::emulator
