@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // backward, with g = dL/dy:
-//   dU_j = s g_j B_j^T and s g Bg, stored as dH (project);   dx = (dH A^T + s g Bg Ag) * dropout factor (expand)
-//   dB_j = s U_j^T g_j, dBg^T = s (x' Ag^T)^T g;   dA_n = x'_n^T dH_n, dAg = (s g Bg)^T x'   (weight_gradient)
+//   dU_j = s g_j B_j^T and s g Bg, stored as dH           (project)
+//   dx = (dH A^T + s g Bg Ag) * dropout factor            (expand)
+//   dB_j = s U_j^T g_j, dBg^T = s (x' Ag^T)^T g           (weight_gradient)
+//   dA_n = x'_n^T dH_n, dAg = (s g Bg)^T x'               (weight_gradient)
 //
 // g is read once for dH and dB; then x is read once for dA, while dx is written. Tokens are cut
 // into segments, in a way that does not depend on the number of threads, and worked on in waves of

@@ -3,8 +3,10 @@
 // gradients is nearly all of the work, so they are neither packed nor transposed. Their rows must
 // be contiguous.
 //
-//   an item of the pass over B, some ranks of a block:     dU_j[t, c] = s sum_o g_j[t, o] B_j[c, o];   dB_j[c, o] = s sum_t U_j[t, c] g_j[t, o]
-//   an item of the pass over A, some columns of a block:   dx_n[t, i] = sum_c dH_n[t, c] A_n[i, c];    dA_n[i, c] = sum_t x'_n[t, i] dH_n[t, c]
+//   an item of the pass over B, some ranks of a block:
+//     dU_j[t, c] = s sum_o g_j[t, o] B_j[c, o];   dB_j[c, o] = s sum_t U_j[t, c] g_j[t, o]
+//   an item of the pass over A, some columns of a block:
+//     dx_n[t, i] = sum_c dH_n[t, c] A_n[i, c];    dA_n[i, c] = sum_t x'_n[t, i] dH_n[t, c]
 //
 // Every parameter is read once, along its rows, and its gradient is written along with it. Each sum
 // belongs to one item.
@@ -23,7 +25,8 @@ struct BackwardFew {
   const int64_t row = s.k * s.r, w_out = s.M / s.k;
   const Mask mask = Mask(p.dropout);
   Scratch scratch{};
-  Acc* g = scratch.take<Acc>(kFewTokens * s.M);  // rows from T on are zeros, as are those of u and dH
+  // Rows from T on are zeros.
+  Acc* g = scratch.take<Acc>(kFewTokens * s.M);
   Acc* u = scratch.take<Acc>(kFewTokens * row);  // s U
   Acc* dH = scratch.take<Acc>(kFewTokens * row);
   PerThread<Acc> buffers{scratch, plan.threads, RowBuffer<Acc>::size(kFewTokens) + kFewTokens * kBufferRow<Acc>};

@@ -94,7 +94,8 @@ struct BackwardPasses {
       for_slices(g, [&](int64_t m, int64_t tokens) {
         const Part part = from_x.part(chunk, g.t0 + m, tokens);
         Source<Acc> x{};
-        if (dA.wanted() || part.mask.on) x = Product::right_rows(plan.x, part, b.rows);  // dx needs the mask
+        // Dx needs the mask
+        if (dA.wanted() || part.mask.on) x = Product::right_rows(plan.x, part, b.rows);
         const int64_t next = m + tokens < g.tokens ? g.t0 + m + tokens : -1;
         if (dA.wanted()) gradient.add(b.packed, {g.tokens, m, part, next}, x, m > 0, sums);
         if (want_x) expand_rows({panels, block, first, columns}, g, m, tokens, latents, b);

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // expand: from a latent activation to a wide one, added to base where there is one.
 //
-//   y[t, j*w + o] = base[t, j*w + o] + d * scale * ( sum_c u[t, j*r + c] * Q[j][c, o]  +  sum_c u[t, k*r + c] * G[j][c, o] )
+//   y[t, j*w + o] = base[t, j*w + o]
+//       + d * scale * ( sum_c u[t, j*r + c] * Q[j][c, o]  +  sum_c u[t, k*r + c] * G[j][c, o] )
 //
 // In forward, U with B and Bg^T gives y; scale is the adapter's scaling, and d is 1. In backward,
 // dH with A^T and Ag gives dx; d * scale is the dropout factor of the element: d is 1 where it was

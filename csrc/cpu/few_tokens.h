@@ -36,7 +36,8 @@ inline __attribute__((always_inline)) void total_lanes(const Vec<Acc> (&sum)[n],
   }
 }
 
-// to[t*ldto + m] = sum_c h[t*ldh + c] a[m*stride + c]      t = 0 .. T-1, m = 0 .. R-1, c = 0 .. length-1
+// to[t*ldto + m] = sum_c h[t*ldh + c] a[m*stride + c]
+//   t = 0 .. T-1, m = 0 .. R-1, c = 0 .. length-1
 template <int R, int T, class Acc, class P>
 inline void dot_rows(const P* a, int64_t stride, int64_t length, const Acc* h, int64_t ldh, Acc* to, int64_t ldto) {
   constexpr int64_t W = kWidth<Acc>;
@@ -131,7 +132,8 @@ __attribute__((noinline)) void sum_rows(const Acc* const (&rows)[T], int64_t tok
   });
 }
 
-// to[m*stride + c] = sum_t left[t*ldl + m] right[t*ldr + c]      m < rows, c < columns: NV vectors, or less than one
+// to[m*stride + c] = sum_t left[t*ldl + m] right[t*ldr + c]
+//   m < rows, c < columns: NV vectors, or less than one
 template <int T, int NV, class Acc, class P>
 inline void outer_rows(const Acc* left, int64_t ldl, int64_t rows, const Acc* right, int64_t ldr, int64_t columns,
                        P* to, int64_t stride) {
@@ -157,7 +159,8 @@ inline void outer_rows(const Acc* left, int64_t ldl, int64_t rows, const Acc* ri
 template <int T, class Acc, class P>
 inline void outer_all_rows(const Acc* left, int64_t ldl, int64_t rows, const Acc* right, int64_t ldr, int64_t columns,
                            P* to, int64_t stride) {
-  constexpr int kHalf = kVectorRegisters / 2 / T, kWide = kHalf < 8 ? kHalf : 8;  // vectors of a row of `to`
+  // Vectors of a row of `to`
+  constexpr int kHalf = kVectorRegisters / 2 / T, kWide = kHalf < 8 ? kHalf : 8;
   constexpr int64_t wide = kWide * kWidth<Acc>;
   int64_t c = 0;
   for (; c + wide <= columns; c += wide) outer_rows<T, kWide>(left, ldl, rows, right + c, ldr, wide, to + c, stride);

@@ -3,8 +3,10 @@
 // the work, so they are neither packed nor transposed. The rows of the parameters must be
 // contiguous.
 //
-//   an item of the pass over A, a chunk of columns of x:   its part of H_n[t, c] = sum_i x'_n[t, i] A_n[i, c]
-//   an item of the pass over B, a strip of columns of y:   y_j[t, o] = base_j[t, o] + s sum_c U_j[t, c] B_j[c, o]
+//   an item of the pass over A, a chunk of columns of x:
+//     its part of H_n[t, c] = sum_i x'_n[t, i] A_n[i, c]
+//   an item of the pass over B, a strip of columns of y:
+//     y_j[t, o] = base_j[t, o] + s sum_c U_j[t, c] B_j[c, o]
 //
 // The lanes of a vector are columns of A or B. The sums of a token depend neither on the other
 // tokens nor on the number of threads.

@@ -3,7 +3,8 @@
 // micro-kernel.
 //
 //   out[t, c] = bias[c] + sum_p in[t, p] * P[p, c]
-//   P[a*H + i, b*V + c] = W[...] + s * ( sum_q L[a][b*rb + q, i] * R[b][a*rb + q, c]  +  sum_g Lg[a][g, i] * Rg[b][g, c] )
+//   P[a*H + i, b*V + c] = W[...]
+//       + s * ( sum_q L[a][b*rb + q, i] * R[b][a*rb + q, c]  +  sum_g Lg[a][g, i] * Rg[b][g, c] )
 //
 // H = rows/k, V = columns/k. For y, in = x, P = (W + dW)^T, L = A^T and R = B. For dx, in = g, P =
 // W + dW, L = B and R = A^T. The adapter costs r/k multiply-adds for each weight in each segment,

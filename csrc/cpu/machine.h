@@ -30,8 +30,9 @@ struct Machine {
   Vendor vendor = Vendor::Other;
   Capability capability = Capability::Default;  // the instruction set in use
   bool bf16_instructions = false;               // AVX512-BF16 is there, and Avx512 in use
-  bool amx = false;                             // AMX for bfloat16 is there and allowed, and Avx512 in use
-  CacheLevel l1, l2;                            // the data caches of one core
+  // AMX for bfloat16 is there and allowed, and Avx512 in use
+  bool amx = false;
+  CacheLevel l1, l2;  // the data caches of one core
 
   int64_t vector_bytes() const {
     return capability == Capability::Avx512 ? 64 : capability == Capability::Avx2 ? 32 : 16;

@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// merge: W[a*H + p, b*V + c] (+)= s * ( sum_q L[a][b*rb + q, p] * R[b][a*rb + q, c]  +  sum_g Lg[a][g, p] * Rg[b][g, c] )
+// merge:
+//
+//   W[a*H + p, b*V + c] (+)=
+//       s * ( sum_q L[a][b*rb + q, p] * R[b][a*rb + q, c]  +  sum_g Lg[a][g, p] * Rg[b][g, c] )
 //
 // W is cut into k x k blocks [H, V]. It can be taken in two orientations that give the same sums:
 // with rows along M (L = B, R = A^T), or along N, as its transpose (L = A^T, R = B). The plan takes

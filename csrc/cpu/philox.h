@@ -13,7 +13,8 @@
 
 namespace gralora::cpu::GRALORA_ISA {
 
-constexpr int kLanes = kVectorBytes / 8;  // counters that are computed together, one per 64-bit lane
+// Counters that are computed together, one per 64-bit lane
+constexpr int kLanes = kVectorBytes / 8;
 typedef typename VectorOf<uint64_t, kLanes>::type Lanes;
 
 // 64-bit products of the low half of each lane with m
@@ -105,7 +106,8 @@ inline void philox_4x32_10(const uint64_t (&keys)[kRounds][2], const Group* grou
       c0[s] = xor3(p1 >> 32, c1[s], keys[round][0]), c1[s] = p1;
       c2[s] = xor3(p0 >> 32, c3[s], keys[round][1]), c3[s] = p0;
     }
-  Lanes low, high;  // restore the order in memory, in which even and odd pairs of words are interleaved
+  // Restore the order in memory, in which even and odd pairs of words are interleaved
+  Lanes low, high;
   for (int lane = 0; lane < kLanes; lane++) {
     low[lane] = uint64_t(lane / 2 + lane % 2 * kLanes), high[lane] = low[lane] + kLanes / 2;
   }
@@ -133,11 +135,13 @@ struct Mask {
       keys[round][0] = key[0], keys[round][1] = key[1];
       key[0] += 0x9E3779B9u, key[1] += 0xBB67AE85u;
     }
-    threshold = uint32_t(__builtin_nearbyint(d.p * 65536.0));  // half to even, as the reference rounds
+    // Half to even, as the reference rounds
+    threshold = uint32_t(__builtin_nearbyint(d.p * 65536.0));
     keep_scale = 1.0 / (1.0 - d.p);
   }
 
-  static constexpr int64_t size(int64_t count) { return count / 8 + 32; }  // bytes that rows() may write for a row
+  // Bytes that rows() may write for a row
+  static constexpr int64_t size(int64_t count) { return count / 8 + 32; }
 
   // For m = 0 .. rows-1, sets bit i of to + m * stride to whether element i0 + i of row t + m is
   // kept. A whole row has `width` elements.

@@ -131,7 +131,8 @@ Product product_of(const Params& p, bool activations, bool widths, bool paramete
 // gradient, which reads them in whole vectors; 0 where they are not.
 Reading reading(const Activation& x, bool dropped, int64_t gradient_width, Product product, const MicroKernel& kernel) {
   if (dropped) return Reading::Dropped;
-  if (product != plain(kernel.accumulated == DType::f64)) return Reading::InPlace;  // product_of() asked has_pairs()
+  // product_of() asked has_pairs()
+  if (product != plain(kernel.accumulated == DType::f64)) return Reading::InPlace;
   const bool usable = x.dtype == kernel.accumulated && evenly_spaced(x) && gradient_width % kernel.W == 0;
   return usable ? Reading::InPlace : Reading::Copied;
 }
@@ -328,13 +329,14 @@ MergePlan plan(const MergeParams& p, const Machine& machine) {
   MergePlan plan;
   plan.threads = threads_for(s.M * s.N * (s.r / s.k + s.h), kSerialWork, p.threads);
   plan.along_N = p.weight.column_stride != 1 && p.weight.row_stride == 1;
-  // Memory bounds a merge of wide weights: on AMD's processors up to 30 % less, on Intel's 5 to 25 %
-  // more (measured).
+  // Memory bounds a merge of wide weights: prefetching them takes up to 30 % less on AMD's
+  // processors, and 5 to 25 % more on Intel's (measured).
   plan.prefetches = machine.vendor == Vendor::Amd && p.weight.dtype == kernel.accumulated;
   const int64_t rows = plan.along_N ? s.N : s.M, columns = plan.along_N ? s.M : s.N;
   const int64_t H = rows / s.k, V = columns / s.k, ranks = s.r / s.k + s.h;
   plan.strip = round_up(std::min(V, std::max(panel_elements(machine) / ranks, 4 * kernel.NR)), kernel.NR);
-  const int64_t share = ceil_div(rows, 4 * plan.threads);  // about four ranges of rows for each thread
+  // About four ranges of rows for each thread
+  const int64_t share = ceil_div(rows, 4 * plan.threads);
   plan.rows = std::min(kMostGroups * kernel.MR, std::max(kernel.MR, share));
   plan.rows = round_up(std::min(plan.rows, H), kernel.MR);
   const Param At = transposed(p.adapter.A), Ag = blocks_of_columns(p.adapter.A_general, s.N / s.k);

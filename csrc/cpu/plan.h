@@ -98,11 +98,13 @@ struct ForwardPlan {
   Reading x = Reading::InPlace;
   Packing A = Packing::InPlace, B = Packing::InPlace;
   Packing A_general = Packing::Absent, B_general = Packing::Absent;
-  Chunks chunks;                 // of x
-  int64_t segment = 0;           // tokens of a segment
-  int64_t strip = 0;             // columns of a strip of a block of y
-  int64_t blocks_per_strip = 1;  // narrow blocks are written together: longer contiguous stores along a row of y
-  bool whole_blocks = false;     // by columns: an item is all chunks of a block of x, not a single chunk
+  Chunks chunks;        // of x
+  int64_t segment = 0;  // tokens of a segment
+  int64_t strip = 0;    // columns of a strip of a block of y
+  // Narrow blocks are written together: longer contiguous stores along a row of y
+  int64_t blocks_per_strip = 1;
+  // By columns: an item is all chunks of a block of x, not a single chunk
+  bool whole_blocks = false;
 };
 
 struct BackwardPlan {
@@ -115,9 +117,10 @@ struct BackwardPlan {
   Packing A_for_U = Packing::Absent, A_general_for_U = Packing::Absent;
   bool remakes_U = false;  // U is needed, but forward did not save it
   Chunks chunks_of_g, chunks_of_x;
-  int64_t segment = 0, segments = 0;  // tokens of a segment, and the number of segments, for any number of threads
-  int64_t wave = 0;                   // segments of a wave
-  bool whole_blocks = false;          // by columns: an item is all chunks of a block of g or x
+  // Tokens of a segment, and the number of segments, for any number of threads
+  int64_t segment = 0, segments = 0;
+  int64_t wave = 0;           // segments of a wave
+  bool whole_blocks = false;  // by columns: an item is all chunks of a block of g or x
 };
 
 struct MergePlan {
@@ -135,8 +138,10 @@ struct LinearPlan {
   Reading in = Reading::InPlace;
   Packing left = Packing::InPlace, left_general = Packing::Absent;  // the left factors of dW
   Chunks chunks;                                                    // of `in`
-  int64_t chunks_per_panel = 1;                                     // chunks of W + dW that are in L2 together
-  int64_t strip = 0, segment = 0;                                   // columns of a strip, tokens of a segment
+  // Chunks of W + dW that are in L2 together
+  int64_t chunks_per_panel = 1;
+  // Columns of a strip, tokens of a segment
+  int64_t strip = 0, segment = 0;
   int64_t tokens_together = 0;  // tokens that are multiplied by one chunk while it is in L1
 };
 

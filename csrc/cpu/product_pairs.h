@@ -4,7 +4,7 @@
 // of bf16 in the 32 bits of a float.
 //
 //   x, g and latents, left factor        neighbours in a row are a pair
-//   a parameter, right factor            neighbours in a column are a pair: two rows are interleaved,
+//   a parameter, right factor            neighbours in a column are a pair: two rows interleaved,
 //                                        or, if columns are contiguous, pairs are moved like floats
 //   x, g and latents, sum over tokens    neighbouring tokens are a pair: two rows are interleaved
 //

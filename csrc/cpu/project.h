@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // project: from a wide activation to a latent one, with the block exchange in the store.
 //
-//   u[t, j*r + n*rb + q] = scale * sum_i x'[t, n*w + i] * P[n][i, j*rb + q]      n, j = 0 .. k-1;  w = width/k
-//   u[t, k*r + c]        = scale * sum_i x'[t, i] * G[i, c]                      c = 0 .. h-1
+//   u[t, j*r + n*rb + q] = scale * sum_i x'[t, n*w + i] * P[n][i, j*rb + q]    n, j = 0 .. k-1
+//   u[t, k*r + c]        = scale * sum_i x'[t, i] * G[i, c]                    c = 0 .. h-1
 //
-// In forward, x with A and Ag^T gives U, and scale is 1. In backward, g with B^T and Bg gives dH,
-// since the exchange is its own inverse, and scale is the adapter's scaling. x' is x after dropout.
-// Where the product is of pairs, x' lacks the factor 1/(1-p), and scale is that factor.
+// w = width/k. In forward, x with A and Ag^T gives U, and scale is 1. In backward, g with B^T and Bg
+// gives dH, since the exchange is its own inverse, and scale is the adapter's scaling. x' is x after
+// dropout. Where the product is of pairs, x' lacks the factor 1/(1-p), and scale is that factor.
 //
 // Each chunk of columns is summed by itself, then the chunks are added in their order: the result
 // depends neither on the segment nor on the thread, and long sums lose fewer digits. The sums of a
@@ -167,7 +167,8 @@ struct Project {
   void store_block(int64_t n, Acc* sum, Latent* u) const {
     constexpr int64_t W = kWidth<Acc>;
     const int64_t r = s.r, rb = s.r / s.k;
-    Latent* scaled = reinterpret_cast<Latent*>(sum);  // over the sums: a Latent is never wider than a sum
+    // Over the sums: a Latent is never wider than a sum
+    Latent* scaled = reinterpret_cast<Latent*>(sum);
     for (int64_t c = 0; c < r; c += W) store<Acc>(scaled + c, scale * load<Acc>(sum + c));
     const auto copy = [&](auto size) {
       for (int64_t j = 0; j < s.k; j++)

@@ -124,7 +124,7 @@ inline void from_float(float x, f16& to) {
     to.bits = uint16_t(sign | 0x7e00 | (magnitude >> 13 & 0x1ff));
   } else if (magnitude >= 0x477ff000u) {  // 65520 and above round to infinity
     to.bits = uint16_t(sign | 0x7c00);
-  } else if (magnitude < 0x38800000u) {  // below 2^-14: adding 0.5 leaves the rounded subnormal in the low bits
+  } else if (magnitude < 0x38800000u) {  // below 2^-14: 0.5 more leaves the subnormal in low bits
     to.bits = uint16_t(sign | (bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u));
   } else {
     to.bits = uint16_t(sign | ((magnitude - 0x38000000u + 0xfff + (magnitude >> 13 & 1)) >> 13));

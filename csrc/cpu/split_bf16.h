@@ -3,7 +3,8 @@
 // are not, AMX multiplies by each piece and adds the products. It makes sixteen products of bf16 in
 // the time of one of floats.
 //
-//   f = f0 + f1 + f2     f0: the upper 8 bits of f's significand; f1: f - f0, rounded to 8 bits; f2: f - f0 - f1
+//   f = f0 + f1 + f2
+//   f0: the upper 8 bits of f's significand; f1: f - f0, rounded to 8 bits; f2: f - f0 - f1
 //
 // Three pieces give f exactly (down to 2^-133); a float16 is the sum of two. U and the gradients of
 // parameters are computed with all pieces, and are as exact as sums of floats. y and dx are rounded

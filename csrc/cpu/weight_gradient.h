@@ -2,7 +2,8 @@
 // weight_gradient: sums over tokens of a latent times a wide activation, for one chunk of columns
 // of one block.
 //
-//   sums[c, i] = sum_t v[t, b*r + c] * x'[t, column + i]   c = 0 .. r-1       sums[r + c, i] = sum_t v[t, k*r + c] * x'[...]
+//   sums[c, i]     = sum_t v[t, b*r + c] * x'[t, column + i]      c = 0 .. r-1
+//   sums[r + c, i] = sum_t v[t, k*r + c] * x'[t, column + i]      c = 0 .. h-1
 //
 // U and g give dB and dBg; dH and x give dA and dAg. x' is x after dropout. Tokens are taken in
 // slices: each is summed in registers, then added to `sums` in order, so that long sums lose fewer
