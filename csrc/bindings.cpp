@@ -15,7 +15,7 @@
 #include "cpu/machine.h"
 #include "cpu/plan.h"
 #include "eager_bindings.h"
-#include "explain.h"
+#include "explain_bindings.h"
 #ifdef GRALORA_HAVE_CUDA
 #include "cuda/launch.h"
 #endif

@@ -35,7 +35,7 @@ COMMON_SOURCES = [
     "csrc/autograd.cpp",
     "csrc/bindings.cpp",
     "csrc/eager_bindings.cpp",
-    "csrc/explain.cpp",
+    "csrc/explain_bindings.cpp",
     "csrc/cpu/machine.cpp",
     "csrc/cpu/plan.cpp",
     "csrc/cpu/dispatch.cpp",
