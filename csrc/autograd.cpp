@@ -74,9 +74,9 @@ void check_keepable(const OptionalTensor& tensor, const char* name) {
   if (tensor.has_value()) check_keepable(*tensor, name);
 }
 
-// Calls run(context), which saves what T::backward needs, and makes y the output of a node that has
-// an edge for each input. This is what torch's Function<T>::apply does, without a description of
-// each input and sets of outputs, which took twice as long as the op.
+// Calls run(context), which saves what T::backward needs, and makes y the output of a node that
+// has an edge for each input. This is what torch's Function<T>::apply does, without a description
+// of each input and sets of outputs, which took twice as long as the op.
 template <class T, class Run, class... Inputs>
 ForwardResult record(Run&& run, const Inputs&... inputs) {
   if (const auto& functorch = at::functorch::functorchTLSAccessor()) functorch->checkSupportsCppAutogradFunction();

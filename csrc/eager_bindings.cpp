@@ -98,8 +98,9 @@ PyObject* merge_into(PyObject*, PyObject* const* all, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// Whether derivatives are taken by other means than autograd's graph: by a transform of torch.func,
-// or in forward mode. The ops have a backward alone, so plain torch operations take their place.
+// Whether derivatives are taken by other means than autograd's graph: by a transform of
+// torch.func, or in forward mode. The ops have a backward alone, so plain torch operations take
+// their place.
 bool in_transform_or_forward_mode() {
   return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
          torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr;

@@ -118,9 +118,27 @@ struct Case {
 
 // ------------------------------------------------------------------ plans as dicts
 
+// In the order of the enumerators
+const char* name(cpu::Product product) {
+  constexpr const char* kNames[] = {"float32", "float64", "bfloat16 pairs", "bfloat16 by AMX", "split bfloat16 by AMX"};
+  return kNames[int(product)];
+}
+const char* name(cpu::Schedule schedule) {
+  constexpr const char* kNames[] = {"few tokens", "by tokens", "by columns"};
+  return kNames[int(schedule)];
+}
+const char* name(cpu::Reading reading) {
+  constexpr const char* kNames[] = {"in place", "copied", "copied with dropout"};
+  return kNames[int(reading)];
+}
+const char* name(cpu::Packing packing) {
+  constexpr const char* kNames[] = {"absent", "in place", "packed", "packed as pairs", "packed in pieces"};
+  return kNames[int(packing)];
+}
+
 dict of(const cpu::Machine& m) {
   dict to;
-  to["vendor"] = name(m.vendor), to["capability"] = name(m.capability);
+  to["vendor"] = cpu::name(m.vendor), to["capability"] = cpu::name(m.capability);
   to["bf16_instructions"] = m.bf16_instructions, to["amx"] = m.amx;
   to["l1_bytes"] = m.l1.bytes, to["l1_ways"] = m.l1.ways, to["l2_bytes"] = m.l2.bytes, to["l2_ways"] = m.l2.ways;
   return to;

@@ -14,8 +14,8 @@ namespace gralora {
 namespace {
 
 // The accumulation type. Where all is bfloat16, the CPU's kernels round U as a factor anyway, in
-// PEFT's layer it is bfloat16 too, and with many ranks writing it costs: 2048^2, r = 256, k = 8 has
-// as much of it as of x.
+// PEFT's layer it is bfloat16 too, and with many ranks writing it costs: 2048^2, r = 256, k = 8
+// has as much of it as of x.
 at::ScalarType dtype_of_u(const at::Tensor& x, const at::Tensor& base, const at::Tensor& A, bool f64) {
   return f64 ? at::kDouble : keeps_bf16_u({&x, &base, &A}) ? at::kBFloat16 : at::kFloat;
 }

@@ -35,10 +35,10 @@ inline bool keeps_bf16_u(std::initializer_list<const at::Tensor*> tensors) {
   return true;
 }
 
-// Whether forward keeps U for backward. A 16-bit x beside wider parameters is chosen to save memory
-// (PEFT's layer keeps a copy of x in their dtype): U must stay small there, and where the ranks are
-// many, backward makes it again from x. one_product: of a linear layer whose weight is merged while
-// it is read, which has no U.
+// Whether forward keeps U for backward. A 16-bit x beside wider parameters is chosen to save
+// memory (PEFT's layer keeps a copy of x in their dtype): U must stay small there, and where the
+// ranks are many, backward makes it again from x. one_product: of a linear layer whose weight is
+// merged while it is read, which has no U.
 inline bool keeps_u(const at::Tensor& x, const at::Tensor& A, const Shape& s, bool one_product = false) {
   constexpr int64_t kShare = 16;
   const int64_t ranks = s.k * s.r + s.h;
@@ -70,9 +70,9 @@ inline bool fill_rows(const at::Tensor& tensor, Activation& rows) {
   return true;
 }
 
-// A tensor as the kernels take it: itself, or a contiguous copy. Those for the CPU walk any strides
-// of at most kMaxLeadingDims dimensions, those for CUDA want columns side by side, in rows that are
-// evenly spaced.
+// A tensor as the kernels take it: itself, or a contiguous copy. Those for the CPU walk any
+// strides of at most kMaxLeadingDims dimensions, those for CUDA want columns side by side, in rows
+// that are evenly spaced.
 inline at::Tensor as_rows(const at::Tensor& tensor) {
   Activation rows;
   const bool fits = fill_rows(tensor, rows);

@@ -43,8 +43,8 @@ class Pool final : public c10::Allocator {
  public:
   static Pool& instance();
 
-  // A fork waits for the lock: the child has one thread, and would wait for ever for another one to
-  // open it.
+  // A fork waits for the lock: the child has one thread, and would wait for ever for another one
+  // to open it.
   Pool() {
 #ifdef __linux__
     const auto unlock = [] { instance().mutex_.unlock(); };
@@ -64,8 +64,8 @@ class Pool final : public c10::Allocator {
   void copy_data(void* to, const void* from, std::size_t bytes) const override { default_copy_data(to, from, bytes); }
 
  private:
-  // The idle block that fits best and wastes at most an eighth; of several the one used last, which
-  // caches may still hold.
+  // The idle block that fits best and wastes at most an eighth; of several the one used last,
+  // which caches may still hold.
   Block* take(size_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex_);
     auto best = idle_.end();

@@ -4,10 +4,10 @@
 //
 //   c[m][n] += sum_p a[m][p] . b[p][n]     p = 0 .. steps-1, each a pair; sums in float
 //
-// A tile of `a` holds 16 pairs from each of 16 rows, loaded in place. A tile of `b` holds 16 of its
-// rows, which are padded with zeros to a multiple of 16. A micro-tile of up to 32 x 32 sums fills
-// four tiles. An instruction adds 16 pairs of products to each sum, for each row by itself, so that
-// the result of a row does not depend on how rows are grouped.
+// A tile of `a` holds 16 pairs from each of 16 rows, loaded in place. A tile of `b` holds 16 of
+// its rows, which are padded with zeros to a multiple of 16. A micro-tile of up to 32 x 32 sums
+// fills four tiles. An instruction adds 16 pairs of products to each sum, for each row by itself,
+// so that the result of a row does not depend on how rows are grouped.
 //
 // A factor that is not bf16 is a sum of pieces that are (split_bf16.h). Of the products of piece i
 // of one factor by piece j of the other, those with i + j >= n are left out, where n is the larger

@@ -55,23 +55,25 @@ struct Backward {
   Segment<Latent> segment(int64_t wave_first, int64_t index) const {
     const int64_t in_wave = index * plan.segment, t0 = wave_first * plan.segment + in_wave;
     const Latent* saved = static_cast<const Latent*>(p.u);
-    const Latent* own_U = U != nullptr ? U + in_wave * row : saved == nullptr ? nullptr : saved + t0 * row;
+    const Latent* segment_U = U != nullptr ? U_of(index) : saved == nullptr ? nullptr : saved + t0 * row;
     return {wave_first == 0,
             index,
             t0,
             smaller(plan.segment, s.T - t0),
-            own_U,
+            segment_U,
             dH == nullptr ? nullptr : dH + in_wave * row};
   }
+
+  // The scratch for U of a segment of the wave
+  Latent* U_of(int64_t index) const { return U + index * plan.segment * row; }
 
   // Each thread takes a segment through the whole pass.
   void run_by_tokens(int64_t wave_first, int64_t count) const {
     parallel_items(count, plan.threads, [&](int64_t index, int thread) {
       const Segment<Latent> g = segment(wave_first, index);
       const auto all_g = sums.all(plan.chunks_of_g, thread), all_x = sums.all(plan.chunks_of_x, thread);
-      Latent* own_U = U == nullptr ? nullptr : U + index * plan.segment * row;
-      if (plan.remakes_U) passes.from_x.run_chunks(all_x, g.t0, g.tokens, own_U, buffers.of(thread));
-      if (converts_U) convert_U(g.t0, g.tokens, own_U);
+      if (plan.remakes_U) passes.from_x.run_chunks(all_x, g.t0, g.tokens, U_of(index), buffers.of(thread));
+      if (converts_U) convert_U(g.t0, g.tokens, U_of(index));
       passes.pass_g(g, all_g, passes.buffers_at(buffers.of(thread)));
       if (passes.want_H) passes.pass_x(g, all_x, passes.buffers_at(buffers.of(thread)));
     });
@@ -83,7 +85,7 @@ struct Backward {
     if (plan.remakes_U) {
       sums.share(plan.chunks_of_x, count, [&](int64_t index, const auto& range, int thread) {
         const Segment<Latent> g = segment(wave_first, index);
-        passes.from_x.run_chunks(range, g.t0, g.tokens, U + index * plan.segment * row, buffers.of(thread));
+        passes.from_x.run_chunks(range, g.t0, g.tokens, U_of(index), buffers.of(thread));
       });
       sums.reduce(passes.from_x, tokens, U, buffers);
     }

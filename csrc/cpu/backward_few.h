@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// backward for one to four tokens, without a general part. Reading the parameters and writing their
-// gradients is nearly all of the work, so they are neither packed nor transposed. Their rows must
-// be contiguous.
+// backward for one to four tokens, without a general part. Reading the parameters and writing
+// their gradients is nearly all of the work, so they are neither packed nor transposed. Their rows
+// must be contiguous.
 //
 //   an item of the pass over B, some ranks of a block:
 //     dU_j[t, c] = s sum_o g_j[t, o] B_j[c, o];   dB_j[c, o] = s sum_t U_j[t, c] g_j[t, o]
 //   an item of the pass over A, some columns of a block:
 //     dx_n[t, i] = sum_c dH_n[t, c] A_n[i, c];    dA_n[i, c] = sum_t x'_n[t, i] dH_n[t, c]
 //
-// Every parameter is read once, along its rows, and its gradient is written along with it. Each sum
-// belongs to one item.
+// Every parameter is read once, along its rows, and its gradient is written along with it. Each
+// sum belongs to one item.
 #pragma once
 
 #include "few_tokens.h"
@@ -53,8 +53,8 @@ struct BackwardFew {
   }
 
  private:
-  // Rows of a parameter that are read together: as many as give, with T tokens each, a sum for each
-  // lane of a vector, but at most four.
+  // Rows of a parameter that are read together: as many as give, with T tokens each, a sum for
+  // each lane of a vector, but at most four.
   static constexpr int together(int T) {
     constexpr int W = kWidth<Acc>;
     return T >= W ? 1 : W / T < 4 ? W / T : 4;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Each pass is planned, then goes to the kernels that were compiled for the instruction set in use.
-// Float64 goes to the portable kernels, the only ones that have it.
+// Each pass is planned, then goes to the kernels that were compiled for the instruction set in
+// use. Float64 goes to the portable kernels, the only ones that have it.
 #include "../gralora.h"
 #include "machine.h"
 #include "plan.h"

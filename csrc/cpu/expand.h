@@ -52,9 +52,9 @@ struct Expand {
     int64_t j, first, columns;
   };
 
-  // Computes a strip for a group of tokens from t on, with their latents. mask_bits: which elements
-  // were kept, where dropout is on; next: the first token of the next group, for software prefetch,
-  // or -1.
+  // Computes a strip for a group of tokens from t on, with their latents. mask_bits: which
+  // elements were kept, where dropout is on; next: the first token of the next group, for software
+  // prefetch, or -1.
   template <class Y, class Group>
   void run_rows(Group group, const Strip& strip, int64_t t, const Latents<Acc>& latents, const uint8_t* mask_bits,
                 int64_t next) const {
@@ -109,10 +109,10 @@ struct Expand {
     });
   }
 
-  // The epilogue where columns are contiguous. whole: the strip does not end within the micro-tile.
-  // All of base is loaded before any of y is stored: where rows are a multiple of 4096 bytes apart,
-  // a load would otherwise wait for the store before it. Each condition has a loop of its own,
-  // since within one loop GCC would test it for each vector, and hold the sums in memory.
+  // The epilogue where columns are contiguous. whole: the strip does not end within the
+  // micro-tile. All of base is loaded before any of y is stored: where rows are a multiple of 4096
+  // bytes apart, a load would otherwise wait for the store before it. Each condition has a loop of
+  // its own, since within one loop GCC would test it for each vector, and hold the sums in memory.
   template <bool whole, class Y, int most, int MR, int NV>
   inline __attribute__((always_inline)) void store_vectors(Vec<Acc> (&sum)[MR][NV], const Target<Y, most>& target,
                                                            int m0, int64_t c) const {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What forward and backward of a few tokens share. Reading the parameters is then nearly all of the
-// work. Where a sum goes along the rows of a parameter it is a dot product, since transposing the
-// parameter would take longer than reading it.
+// What forward and backward of a few tokens share. Reading the parameters is then nearly all of
+// the work. Where a sum goes along the rows of a parameter it is a dot product, since transposing
+// the parameter would take longer than reading it.
 #pragma once
 
 #include "microkernel.h"

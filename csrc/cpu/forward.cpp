@@ -2,9 +2,9 @@
 // forward: U = exchange(x' A) and x' Ag^T (project), then y = base + s (U B + x' Ag^T Bg^T)
 // (expand), where x' is x after dropout.
 //
-// By tokens, a thread takes a segment through project and expand, and only u and y leave its cache.
-// By columns, the threads share the columns of the same tokens: first blocks or chunks of x, then
-// strips of y. Both give the same bits.
+// By tokens, a thread takes a segment through project and expand, and only u and y leave its
+// cache. By columns, the threads share the columns of the same tokens: first blocks or chunks of
+// x, then strips of y. Both give the same bits.
 #include "expand.h"
 #include "forward_few.h"
 #include "latent_sums.h"

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The places where the chunks of latents are summed. A thread that takes whole segments or whole
-// blocks sums their chunks in one place, one after the other. Otherwise each chunk has a place, and
-// they are added when all of them are there. Both give the same bits.
+// blocks sums their chunks in one place, one after the other. Otherwise each chunk has a place,
+// and they are added when all of them are there. Both give the same bits.
 #pragma once
 
 #include "project.h"

@@ -29,6 +29,7 @@ struct Linear {
   Param R, Rg;  // [k, r, V], [k, h, V]
   const Acc* bias;
   Acc scale;
+
   void run() const {
     const int64_t strips = ceil_div(columns, plan.strip),
                   panel = plan.chunks_per_panel * plan.chunks.columns * plan.strip;

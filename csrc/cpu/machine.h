@@ -39,12 +39,12 @@ struct Machine {
   }
 };
 
-// Throws std::invalid_argument where one of the environment variables above has a value that is not
-// allowed.
+// Throws std::invalid_argument where one of the environment variables above has a value that is
+// not allowed.
 const Machine& machine();
 
-// Whether the processor has AVX512-BF16, as a variable: the kernels ask within their loops, where a
-// call of machine() would cost too much.
+// Whether the processor has AVX512-BF16, as a variable: the kernels ask within their loops, where
+// a call of machine() would cost too much.
 extern const bool kHasBf16Instructions __attribute__((visibility("hidden")));
 
 // The names are "default", "avx2", "avx512" and "amd", "intel", "other".

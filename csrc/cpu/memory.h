@@ -13,8 +13,8 @@ namespace gralora::cpu::GRALORA_ISA {
 
 // The scratch memory of one call: not initialised, aligned to cache lines. It is taken before a
 // parallel region begins and before anything is written, since a failure may be thrown only there.
-// When a call ends, the calling thread caches as much memory as it needed (up to kMostCached bytes)
-// for its next call: fresh memory would cost a page fault per 4 KiB, often more than the
+// When a call ends, the calling thread caches as much memory as it needed (up to kMostCached
+// bytes) for its next call: fresh memory would cost a page fault per 4 KiB, often more than the
 // arithmetic. The cached memory has one user at a time. A Scratch that is made while it is in use
 // takes fresh memory.
 class Scratch {
@@ -84,8 +84,8 @@ class PerThread {
 };
 
 // Calls f(item, thread) for each item, in any order and on any thread. Items must write disjoint
-// memory, and what an item writes must depend on its number alone, so that results do not depend on
-// the number of threads.
+// memory, and what an item writes must depend on its number alone, so that results do not depend
+// on the number of threads.
 template <class F>
 inline void parallel_items(int64_t items, int threads, F&& f) {
   if (threads <= 1 || items <= 1) {

@@ -5,10 +5,10 @@
 //       s * ( sum_q L[a][b*rb + q, p] * R[b][a*rb + q, c]  +  sum_g Lg[a][g, p] * Rg[b][g, c] )
 //
 // W is cut into k x k blocks [H, V]. It can be taken in two orientations that give the same sums:
-// with rows along M (L = B, R = A^T), or along N, as its transpose (L = A^T, R = B). The plan takes
-// the one in which rows are contiguous. W is read and written once, along its rows. The only other
-// memory is a panel of R in L2, and the left micro-panels of a range of rows. Each weight is one
-// sum in a fixed order, rounded once.
+// with rows along M (L = B, R = A^T), or along N, as its transpose (L = A^T, R = B). The plan
+// takes the one in which rows are contiguous. W is read and written once, along its rows. The only
+// other memory is a panel of R in L2, and the left micro-panels of a range of rows. Each weight is
+// one sum in a fixed order, rounded once.
 #include "product_fp32.h"
 
 namespace gralora::cpu::GRALORA_ISA {
@@ -91,7 +91,8 @@ struct Merge {
           for_sums<MR, NV>([&](int m, int v) { prefetch<1>(address(weights.row(m), (NV + v) * kWidth<Acc>)); });
         Vec<Acc> sum[MR][NV] = {};
         add_products(left, general, right, c, sum);
-        // All weights of the micro-tile are loaded before one is stored: see Expand::store_vectors.
+        // All weights of the micro-tile are loaded before one is stored: see
+        // Expand::store_vectors.
         if (accumulate)
           for_sums<MR, NV>([&](int m, int v) { sum[m][v] += load<Acc>(weights.row(m) + v * kWidth<Acc>); });
         for_sums<MR, 1>([&](int m, int) { store_row<Acc, Y, NV>(weights.row(m), sum[m]); });

@@ -4,8 +4,8 @@
 //   sum[m][v] += sum_p a[m][p] * b[p*ldb + v*W .. + W)      p = 0 .. steps-1, in this order
 //
 // One element of the left factor `a` is broadcast and multiplied by NV vectors of a row of the
-// right factor `b`. The micro-tile of MR x NV vectors of sums stays in registers. The sums of a row
-// do not depend on MR, so results depend neither on how rows are grouped nor on the number of
+// right factor `b`. The micro-tile of MR x NV vectors of sums stays in registers. The sums of a
+// row do not depend on MR, so results depend neither on how rows are grouped nor on the number of
 // threads. What an element of a or b stands for is up to the product (product_fp32.h,
 // product_pairs.h).
 #pragma once
@@ -25,8 +25,8 @@ constexpr int64_t kNR = 2 * kWidth<Acc>;  // NV = 2 vectors
 
 constexpr int64_t kSteps = 16;  // as many floats of a row of a as a cache line holds
 // The software prefetch beside kSteps steps is done in so many parts: many lines that are fetched
-// at once would delay the loads of the product. With MR = 6 a part would be too short for a loop of
-// its own.
+// at once would delay the loads of the product. With MR = 6 a part would be too short for a loop
+// of its own.
 constexpr int kParts = kVectorRegisters == 32 ? 4 : 1;
 constexpr int kPartSteps = int(kSteps) / kParts;
 
@@ -154,7 +154,8 @@ inline __attribute__((always_inline)) void multiply(int64_t steps, Left a, const
   }
 }
 
-// Calls f for each vector of the micro-tile, unrolled: otherwise GCC would hold the sums in memory.
+// Calls f for each vector of the micro-tile, unrolled: otherwise GCC would hold the sums in
+// memory.
 template <int MR, int NV, class F>
 inline __attribute__((always_inline)) void for_sums(F&& f) {
 #pragma GCC unroll 16

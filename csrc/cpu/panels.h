@@ -4,8 +4,8 @@
 //
 // A panel is a sequence of micro-panels, each of kNR columns and all rows of the block; the last
 // one is padded with columns of zeros. A panel stays in L1 or L2 while the tokens of a segment are
-// multiplied by it. A micro-panel is contiguous, because rows of a wide matrix are often a power of
-// two apart and would share a few sets of L1.
+// multiplied by it. A micro-panel is contiguous, because rows of a wide matrix are often a power
+// of two apart and would share a few sets of L1.
 #pragma once
 
 #include "memory.h"

@@ -152,8 +152,8 @@ struct Mask {
       draw(uint64_t(t * width + i0), rows, width, count, to, stride);
   }
 
-  // Saves for backward what rows() gave for some rows, `stride` bytes apart. It is called after the
-  // masks of all these rows were used: a wide load of bytes that were written just before, in
+  // Saves for backward what rows() gave for some rows, `stride` bytes apart. It is called after
+  // the masks of all these rows were used: a wide load of bytes that were written just before, in
   // smaller parts, would have to wait.
   void save(int64_t t, int64_t rows, int64_t width, int64_t i0, int64_t count, const uint8_t* bits,
             int64_t stride) const {

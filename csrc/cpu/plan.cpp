@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// How the plans are made, and every threshold with its reason. Where a comment says "measured", the
-// figures are in benchmarks/results/NOTES.md.
+// How the plans are made, and every threshold with its reason. Where a comment says "measured",
+// the figures are in benchmarks/results/NOTES.md.
 #include "plan.h"
 
 #include <algorithm>
@@ -11,22 +11,23 @@ namespace {
 // ------------------------------------------------------------------ thresholds
 
 // Below so many multiply-adds, waking the other threads takes longer than they save. Forward needs
-// more work than backward and merge before threads pay: those two also write as many numbers as the
-// parameters have.
+// more work than backward and merge before threads pay: those two also write as many numbers as
+// the parameters have.
 constexpr int64_t kSerialWork = 1 << 18, kSerialForward = 1 << 21;
 // Reading one number of a parameter takes as long as so many multiply-adds.
 constexpr int64_t kReadingWork = 4;
 
-// A panel in float takes at most half of L2, since activations share it, and at most so many bytes.
+// A panel in float takes at most half of L2, since activations share it, and at most so many
+// bytes.
 constexpr int64_t kMostPanelBytes = 1 << 19;
 int64_t panel_elements(const Machine& machine) {
   return (machine.l2.bytes > 0 ? std::min(kMostPanelBytes, machine.l2.bytes / 2) : kMostPanelBytes) / 4;
 }
-// MC: tokens that share packed parameters. Their latents stay in L2 from project (x to U) to expand
-// (U to y).
+// MC: tokens that share packed parameters. Their latents stay in L2 from project (x to U) to
+// expand (U to y).
 constexpr int64_t kMostTokens = 512;
-// From so many groups of MR tokens on, packing a block of a parameter pays. Fewer tokens read it in
-// place, if its layout and dtype allow that.
+// From so many groups of MR tokens on, packing a block of a parameter pays. Fewer tokens read it
+// in place, if its layout and dtype allow that.
 constexpr int64_t kGroupsWorthPacking = 3;
 
 // A product of pairs rounds U to bfloat16. With fewer tokens than this, reading the parameters
@@ -263,8 +264,8 @@ Product product_of(const BackwardParams& p, const BackwardOperands& o, const Mac
 }
 
 // The segments do not depend on the number of threads; otherwise the gradients would. By tokens, a
-// wave gives each thread one segment. By columns, a wave has enough segments for each thread to get
-// about four chunks, as far as kWaveBytes allows.
+// wave gives each thread one segment. By columns, a wave has enough segments for each thread to
+// get about four chunks, as far as kWaveBytes allows.
 void cut_tokens(BackwardPlan& plan, const BackwardParams& p, int64_t rows, int64_t W) {
   const Shape& s = p.shape;
   const int64_t wanted = is_one_segment(s) ? 1 : round_up(ceil_div(s.T, kMostTokens), 2);
@@ -335,8 +336,7 @@ MergePlan plan(const MergeParams& p, const Machine& machine) {
   const int64_t rows = plan.along_N ? s.N : s.M, columns = plan.along_N ? s.M : s.N;
   const int64_t H = rows / s.k, V = columns / s.k, ranks = s.r / s.k + s.h;
   plan.strip = round_up(std::min(V, std::max(panel_elements(machine) / ranks, 4 * kernel.NR)), kernel.NR);
-  // About four ranges of rows for each thread
-  const int64_t share = ceil_div(rows, 4 * plan.threads);
+  const int64_t share = ceil_div(rows, 4 * plan.threads);  // about four ranges for each thread
   plan.rows = std::min(kMostGroups * kernel.MR, std::max(kernel.MR, share));
   plan.rows = round_up(std::min(plan.rows, H), kernel.MR);
   const Param At = transposed(p.adapter.A), Ag = blocks_of_columns(p.adapter.A_general, s.N / s.k);
@@ -352,10 +352,9 @@ MergePlan plan(const MergeParams& p, const Machine& machine) {
 // ------------------------------------------------------------------ one product with W + dW
 
 LinearPlan plan(const LinearParams& p, const Machine& machine) {
-  // kMicroPanels: the widths of a strip, in micro-panels, in the order in which they are tried.
-  // kPanelTokens: computing a panel takes as long as multiplying so many tokens by it. kGroups: a
-  // segment has at least so many groups of rows. kMostSegments: and there are at most so many
-  // segments.
+  // A strip is so many micro-panels wide, tried in this order. Computing a panel takes as long as
+  // multiplying kPanelTokens tokens by it. There are at most kMostSegments segments, each of at
+  // least kGroups groups of rows.
   constexpr int64_t kMicroPanels[] = {3, 4, 2}, kPanelTokens = 16, kGroups = 8, kMostSegments = 8;
   const int64_t T = p.shape.T, rows = p.transposed ? p.shape.M : p.shape.N;
   const int64_t columns = p.transposed ? p.shape.N : p.shape.M;
@@ -370,8 +369,8 @@ LinearPlan plan(const LinearParams& p, const Machine& machine) {
   plan.left = left(p.transposed ? p.adapter.B : transposed(p.adapter.A));
   plan.left_general = left(p.transposed ? Bgt : Ag);
   plan.tokens_together = kGroups * kernel.MR;
-  // Of all cuts, the one that takes the least time when each thread takes an equal number of items.
-  // The time is counted in columns times tokens.
+  // Of all cuts, the one that takes the least time when each thread takes an equal number of
+  // items. The time is counted in columns times tokens.
   int64_t least = INT64_MAX;
   for (const int64_t micro_panels : kMicroPanels) {
     const int64_t strip = micro_panels * kernel.NR, strips = ceil_div(columns, strip);
@@ -391,31 +390,11 @@ LinearPlan plan(const LinearParams& p, const Machine& machine) {
 // With fewer tokens, making W + dW takes longer than the one product saves.
 int64_t tokens_for_one_operation() { return 64; }
 
-// On AMD's processors MKL, which makes torch's product, does not go beyond AVX2: linear has been up
-// to twice as fast with AVX-512, and 1.1 times as fast with AVX2. On a Xeon it took 1.0 to 1.1 of
-// the time of torch's product and the adapter's forward.
+// On AMD's processors MKL, which makes torch's product, does not go beyond AVX2: linear has been
+// up to twice as fast with AVX-512, and 1.1 times as fast with AVX2. On a Xeon it took 1.0 to 1.1
+// of the time of torch's product and the adapter's forward.
 bool one_product_is_quicker(const Machine& machine) {
   return machine.vendor == Vendor::Amd && machine.capability != Capability::Default;
-}
-
-// ------------------------------------------------------------------ names
-
-// The names stand in the order of the enumerators.
-const char* name(Product product) {
-  constexpr const char* kNames[] = {"float32", "float64", "bfloat16 pairs", "bfloat16 by AMX", "split bfloat16 by AMX"};
-  return kNames[int(product)];
-}
-const char* name(Schedule schedule) {
-  constexpr const char* kNames[] = {"few tokens", "by tokens", "by columns"};
-  return kNames[int(schedule)];
-}
-const char* name(Reading reading) {
-  constexpr const char* kNames[] = {"in place", "copied", "copied with dropout"};
-  return kNames[int(reading)];
-}
-const char* name(Packing packing) {
-  constexpr const char* kNames[] = {"absent", "in place", "packed", "packed as pairs", "packed in pieces"};
-  return kNames[int(packing)];
 }
 
 }  // namespace gralora::cpu

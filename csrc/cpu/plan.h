@@ -9,8 +9,8 @@
 //   group         the rows of a micro-tile: MR of them, or fewer at the end of a loop
 //   epilogue      what is done to a micro-tile before it is stored: scaling, dropout, adding base
 //   pack          to copy a factor into contiguous memory, in the order in which it is multiplied
-//   micro-panel   NR columns of the right factor, packed row by row; a left micro-panel: MR rows of
-//                 the left factor, packed column by column
+//   micro-panel   NR columns of the right factor, packed row by row; a left micro-panel: MR rows
+//                 of the left factor, packed column by column
 //   panel         a block of a parameter, or a part of it, as a sequence of micro-panels
 //   chunk (KC)    columns of a block of x or g that are summed together; chunks are added in order
 //   strip (NC)    columns of a block of the output that are computed together
@@ -36,11 +36,11 @@ namespace gralora::cpu {
 // The thresholds that the kernels use too. All others are in plan.cpp.
 //
 // At most so many tokens have kernels of their own: reading the parameters is then nearly all of
-// the work. An adapter with a general part has no such kernels: with them it took 60 % of the time,
-// but that saved only 1 % of the time of a layer.
+// the work. An adapter with a general part has no such kernels: with them it took 60 % of the
+// time, but that saved only 1 % of the time of a layer.
 constexpr int64_t kFewTokens = 4;
-// KC, the most columns of a chunk: a micro-panel of so many rows fills two thirds of L1, and longer
-// sums in float lose more digits.
+// KC, the most columns of a chunk: a micro-panel of so many rows fills two thirds of L1, and
+// longer sums in float lose more digits.
 constexpr int64_t kMostColumns = 256;
 // The most narrow blocks of y that are written together.
 constexpr int64_t kMostBlocks = 8;
@@ -63,7 +63,7 @@ enum class Schedule : int8_t {
 
 // How rows of an activation are read as a factor of the micro-kernel.
 enum class Reading : int8_t {
-  InPlace,  // from the activation itself
+  InPlace,  // from the activation itself; pairs in a sum over tokens from an interleaved copy
   Copied,   // from a copy in L1, converted to the accumulation type
   Dropped,  // from a copy in L1 to which dropout was applied
 };
@@ -155,11 +155,6 @@ LinearPlan plan(const LinearParams& p, const Machine& machine);
 // than torch's product followed by the adapter's forward.
 int64_t tokens_for_one_operation();
 bool one_product_is_quicker(const Machine& machine);
-
-const char* name(Product product);
-const char* name(Schedule schedule);
-const char* name(Reading reading);
-const char* name(Packing packing);
 
 // Whether the shares of the threads are equal, or nearly so, when they share this many items.
 inline bool shared_evenly(int64_t items, int threads) { return items % threads == 0 || items >= 4 * threads; }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The two products by AMX: of bfloat16 with bfloat16 (Latent is bf16), and of bfloat16 activations
-// with parameters of other dtypes and latents in float, both of which are split into pieces (Latent
-// is float).
+// with parameters of other dtypes and latents in float, both of which are split into pieces
+// (Latent is float).
 #pragma once
 
 #include "amx.h"

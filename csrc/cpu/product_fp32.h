@@ -6,7 +6,7 @@
 // other products are in product_pairs.h and product_amx.h.
 //
 //   Acc, Latent                the types of a sum, and of an element of U and dH
-//   kTerms                     terms of a sum in an element of a factor: 1, or 2 where it is a pair
+//   kTerms                     terms of a sum in an element of a factor: 1, or 2 in a pair
 //   steps                      elements of a factor for a sum of so many terms
 //   kRows, for_row_groups      the most rows of a micro-tile, and how rows are cut into groups
 //   Scope                      an object that must exist while micro-kernels are executed
@@ -123,8 +123,8 @@ struct Fp32 : VectorProduct<Accumulated> {
       for (int64_t t = 0; t < tokens; t++) memcpy(to + c * tokens + t * MR, v + t * ld + c, MR * sizeof(Acc));
     });
   }
-  // The left micro-panel, which pack_latents() made, of the group that begins at rank c, from token
-  // `first` on
+  // The left micro-panel, which pack_latents() made, of the group that begins at rank c, from
+  // token `first` on
   template <class Group>
   static inline __attribute__((always_inline)) auto packed(Group, const Acc* latents, int64_t tokens, int64_t c,
                                                            int64_t first) {

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // The product of bfloat16 with bfloat16 by AVX512-BF16. One step multiplies two terms of a sum, at
-// the rate of one term in float, and sums them in float. An element of a factor is therefore a pair
-// of bf16 in the 32 bits of a float.
+// the rate of one term in float, and sums them in float. An element of a factor is therefore a
+// pair of bf16 in the 32 bits of a float.
 //
 //   x, g and latents, left factor        neighbours in a row are a pair
 //   a parameter, right factor            neighbours in a column are a pair: two rows interleaved,
-//                                        or, if columns are contiguous, pairs are moved like floats
+//                                        or, if columns are contiguous, pairs move like floats
 //   x, g and latents, sum over tokens    neighbouring tokens are a pair: two rows are interleaved
 //
 // Latents are rounded to bf16: both U, which backward reads again, and dH. (PEFT rounds them too,
@@ -78,8 +78,8 @@ inline void copy_dropped(const bf16* from, int64_t columns, const uint8_t* mask,
   }
 }
 
-// Makes a row of the buffer from each two tokens of a part; the last one of an odd number is paired
-// with zeros. Rows of zeros follow, up to `rows` rows.
+// Makes a row of the buffer from each two tokens of a part; the last one of an odd number is
+// paired with zeros. Rows of zeros follow, up to `rows` rows.
 inline void interleave_rows(const Part& part, int64_t rows, const RowBuffer<float>& buffer) {
   const Source<bf16> from = in_place<bf16>(part.x, part.t0, part.column);
   if (part.mask.on) part.mask.rows(part.t0, part.tokens, part.width, part.column, part.columns, buffer.mask, kMaskRow);
@@ -100,8 +100,9 @@ inline void interleave_rows(const Part& part, int64_t rows, const RowBuffer<floa
 
 // ------------------------------------------------------------------ parameters
 
-// Packs a block as pack_panel() does, but each two rows as one row of pairs; the last one of an odd
-// number is paired with zeros. Rows of zeros follow, up to a multiple of `depth` rows of pairs.
+// Packs a block as pack_panel() does, but each two rows as one row of pairs; the last one of an
+// odd number is paired with zeros. Rows of zeros follow, up to a multiple of `depth` rows of
+// pairs.
 inline Panel<float> pack_pairs(const BlockOf& b, int depth, float* to) {
   const Param& param = b.param;
   const bf16* from = static_cast<const bf16*>(param.data) + b.offset();

@@ -4,14 +4,15 @@
 //   u[t, j*r + n*rb + q] = scale * sum_i x'[t, n*w + i] * P[n][i, j*rb + q]    n, j = 0 .. k-1
 //   u[t, k*r + c]        = scale * sum_i x'[t, i] * G[i, c]                    c = 0 .. h-1
 //
-// w = width/k. In forward, x with A and Ag^T gives U, and scale is 1. In backward, g with B^T and Bg
-// gives dH, since the exchange is its own inverse, and scale is the adapter's scaling. x' is x after
-// dropout. Where the product is of pairs, x' lacks the factor 1/(1-p), and scale is that factor.
+// w = width/k. In forward, x with A and Ag^T gives U, and scale is 1. In backward, g with B^T and
+// Bg gives dH, since the exchange is its own inverse, and scale is the adapter's scaling. x' is x
+// after dropout. Where the product is of pairs, x' lacks the factor 1/(1-p), and scale is that
+// factor.
 //
 // Each chunk of columns is summed by itself, then the chunks are added in their order: the result
 // depends neither on the segment nor on the thread, and long sums lose fewer digits. The sums of a
-// token are a row of sums_row() elements: the r latents of the block that is summed now, then the h
-// general ones.
+// token are a row of sums_row() elements: the r latents of the block that is summed now, then the
+// h general ones.
 #pragma once
 
 #include "product_fp32.h"
@@ -98,8 +99,8 @@ struct Project {
   }
 
   // Calls f(chunk, whether a block begins) for the chunks of a range. Where the range is finished,
-  // the sums are zeros before the first chunk; after the last chunk of a block they are stored to u
-  // and are zeros again. u is null where it is not wanted.
+  // the sums are zeros before the first chunk; after the last chunk of a block they are stored to
+  // u and are zeros again. u is null where it is not wanted.
   template <class F>
   void for_chunks(const ChunkRange<Acc>& range, int64_t tokens, Latent* u, F&& f) const {
     const bool finishes = range.finishes && u != nullptr;
@@ -110,8 +111,8 @@ struct Project {
     }
   }
 
-  // Computes row m of u where each chunk was summed apart: partial[chunk][token][sums_row()]. `sum`
-  // is scratch for one row of sums.
+  // Computes row m of u where each chunk was summed apart: partial[chunk][token][sums_row()].
+  // `sum` is scratch for one row of sums.
   void reduce(const Acc* partial, int64_t tokens, int64_t m, Acc* sum, Latent* u) const {
     const auto add_chunks = [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
       for (int64_t c = first; c < last; c += kWidth<Acc>) {

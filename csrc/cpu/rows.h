@@ -46,9 +46,9 @@ Source<T> in_place(const Activation& x, int64_t t, int64_t i) {
 
 // ---------------------------------------------------------------- software prefetch
 
-// The address of row t and column i of x, to be prefetched while earlier rows are multiplied. Where
-// there is no such row (t < 0) it is that of kNothing for every row: an address that is not mapped
-// would cost a walk through the page tables.
+// The address of row t and column i of x, to be prefetched while earlier rows are multiplied.
+// Where there is no such row (t < 0) it is that of kNothing for every row: an address that is not
+// mapped would cost a walk through the page tables.
 alignas(64) static const char kNothing[64] = {};
 
 struct RowsAhead {

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Vectors of the accumulation type, of one width per instruction set, and the loads and stores that
-// convert from and to the dtypes of tensors.
+// Vectors of the accumulation type, of one width per instruction set, and the loads and stores
+// that convert from and to the dtypes of tensors.
 //
 // The kernel files are compiled once per instruction set (GRALORA_CPU_CAPABILITY). Everything here
-// is in a namespace of that set, and no template of the standard library that becomes code is used,
-// so that the linker can never mix the code of two sets.
+// is in a namespace of that set, and no template of the standard library that becomes code is
+// used, so that the linker can never mix the code of two sets.
 #pragma once
 
 #include <cstdint>
@@ -237,8 +237,8 @@ inline void store(T* p, Vec<Acc> v) {
   Access<Acc, T>::store(p, v);
 }
 
-// a*b + c, rounded once where the processor can. Written out, since GCC decides for each copy of an
-// unrolled loop whether to fuse a*b + c, and equal sums could then differ.
+// a*b + c, rounded once where the processor can. Written out, since GCC decides for each copy of
+// an unrolled loop whether to fuse a*b + c, and equal sums could then differ.
 template <class Acc>
 inline Vec<Acc> multiply_add(Vec<Acc> a, Acc b, Vec<Acc> c) {
 #if defined(__AVX512F__)

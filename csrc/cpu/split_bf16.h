@@ -1,15 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // Split-bf16: floats as sums of bf16 pieces. Where activations are bf16 but parameters and latents
-// are not, AMX multiplies by each piece and adds the products. It makes sixteen products of bf16 in
-// the time of one of floats.
+// are not, AMX multiplies by each piece and adds the products. It makes sixteen products of bf16
+// in the time of one of floats.
 //
 //   f = f0 + f1 + f2
 //   f0: the upper 8 bits of f's significand; f1: f - f0, rounded to 8 bits; f2: f - f0 - f1
 //
-// Three pieces give f exactly (down to 2^-133); a float16 is the sum of two. U and the gradients of
-// parameters are computed with all pieces, and are as exact as sums of floats. y and dx are rounded
-// to bf16, so that two pieces of each factor suffice: their error is below 2^-16. An infinity has
-// no second piece, and its products become NaN.
+// Three pieces give f exactly (down to 2^-133); a float16 is the sum of two. U and the gradients
+// of parameters are computed with all pieces, and are as exact as sums of floats. y and dx are
+// rounded to bf16, so that two pieces of each factor suffice: their error is below 2^-16. An
+// infinity has no second piece, and its products become NaN.
 //
 // Activations in float would need six products, and were slower than the product in float
 // (benchmarks/results/NOTES.md).
@@ -57,8 +57,8 @@ inline __attribute__((always_inline)) void for_pieces(Vec<float> a, Vec<float> b
   store(2, _mm512_permutex2var_epi16(bits(a), halves, bits(b)));
 }
 
-// Splits a row into pairs, with zeros up to a multiple of 32 columns. Its pieces are `piece` floats
-// apart.
+// Splits a row into pairs, with zeros up to a multiple of 32 columns. Its pieces are `piece`
+// floats apart.
 template <class T>
 inline void split_row(const T* from, int64_t columns, int pieces, float* to, int64_t piece) {
   for (int64_t i = 0; i < columns; i += 32) {
@@ -91,8 +91,8 @@ inline void split_transposed(const T* from, int64_t ld, int64_t rows, int64_t co
 }
 
 // Packs a block as pack_panel() does, but each micro-panel as [rows/2, kNR] pairs for each piece.
-// Rows of zeros follow, up to a multiple of 32 rows. A slab is 32 rows of a micro-panel before they
-// are split.
+// Rows of zeros follow, up to a multiple of 32 rows. A slab is 32 rows of a micro-panel before
+// they are split.
 inline Panel<float> pack_pieces(const BlockOf& b, int pieces, float* to) {
   constexpr int64_t kSlab = 32, ld = kNR<float>;
   const Param& param = b.param;

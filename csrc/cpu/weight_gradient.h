@@ -32,9 +32,9 @@ struct WeightGradient {
     Product::pack_latents(v + s.k * s.r, ld, s.h, count, to + Product::packed_latents_size(s.r, count));
   }
 
-  // A slice of a segment: the latents of `count` tokens are packed, and the slice begins with token
-  // `first` of them. `part` is its part of x or g; `next` is the token that is read after it, for
-  // software prefetch, or -1.
+  // A slice of a segment: the latents of `count` tokens are packed, and the slice begins with
+  // token `first` of them. `part` is its part of x or g; `next` is the token that is read after
+  // it, for software prefetch, or -1.
   struct Slice {
     int64_t count, first;
     const Part& part;

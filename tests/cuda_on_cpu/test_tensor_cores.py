@@ -137,3 +137,38 @@ def test_emulator_and_interpreter_have_the_same_bits_in_a_kernel(
     np.testing.assert_array_equal(bits_of(cut[-1]), bits_of(arrays[-1]))
     assert (bits_of(cut[-1]) != bits_of(exact[-1])).any()  # cutting is seen
     case.check(cut)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_a_long_sum_drifts_towards_zero_and_one_in_stretches_does_not(capability: int) -> None:
+    """28,672 terms in three pieces, as the kernels take float32: what the documents say of tensor cores."""
+    K, sums, core = 28_672, 64, tensor_core(capability)
+    rng = np.random.default_rng(3)
+    a, b = (pieces_of(rng.standard_normal((sums, K)).astype(np.float32)) for _ in range(2))
+    exact = (sum(a) * sum(b)).sum(axis=1)
+    one = np.zeros(sums, np.float32)
+    total = np.zeros(sums, np.float32)
+    for first in range(0, K, 32):
+        stretch = np.zeros(sums, np.float32)
+        for k in (slice(first, first + 16), slice(first + 16, first + 32)):
+            for i, j in ((2, 0), (1, 1), (0, 2), (1, 0), (0, 1), (0, 0)):
+                one = multiply_add(a[i][:, k], b[j][:, k], one, "bf16", core)
+                stretch = multiply_add(a[i][:, k], b[j][:, k], stretch, "bf16", core)
+        total += stretch
+    assert 5e-5 < relative_error(one, exact) < 5e-4
+    assert relative_error(total, exact) < 2e-6
+    assert (np.abs(one) < np.abs(exact)).mean() > 0.75  # most of them
+
+
+def pieces_of(x: np.ndarray) -> list[np.ndarray]:
+    """A float32 as three bf16, in float64."""
+    pieces = []
+    rest = torch.from_numpy(x)
+    for _ in range(3):
+        pieces.append(rest.bfloat16().double().numpy())
+        rest = rest - rest.bfloat16().float()
+    return pieces
+
+
+def relative_error(got: np.ndarray, exact: np.ndarray) -> float:
+    return float(np.linalg.norm(got - exact) / np.linalg.norm(exact))
