@@ -179,13 +179,15 @@ inline Shape check_backward(const at::Tensor& grad, const at::Tensor& x, const a
   return s;
 }
 
-// with own_gemm x and weight in the accumulation type
+// with own_gemm on the CPU, x and weight in the accumulation type
 inline Shape check_linear(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                           const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,
                           const OptionalTensor& B_general, const OptionalTensor& seed, double scaling, double dropout_p,
                           bool own_gemm) {
   Shape s = check_adapter(A, B, A_general, B_general, scaling);
   check_activation(x, "x", s.N, "N", A.device());
+  TORCH_CHECK_VALUE(!own_gemm || x.is_cpu(), "gralora_ext: with own_gemm all tensors must be on the CPU, but x is on ",
+                    x.device());
   TORCH_CHECK_TYPE(
       !own_gemm || x.scalar_type() == at::kDouble || (x.scalar_type() == at::kFloat && A.scalar_type() != at::kDouble),
       "gralora_ext: with own_gemm x must be float32, or float64 where A is, but x is ", x.scalar_type(), " and A is ",

@@ -97,7 +97,7 @@ struct BackwardParams {
   Shape shape;
   Adapter adapter;
   Activation grad_y, x, grad_x;
-  bool add_to_grad_x = false;  // += instead; the CPU's kernels only
+  bool add_to_grad_x = false;  // += instead
   const void* u = nullptr;
   bool u_bf16 = false;
   Adapter grad;

@@ -50,7 +50,7 @@ at::Tensor delta_weight_kernel(const at::Tensor& A, const at::Tensor& B, const O
 // A layer whose weight is frozen, with its adapter (linear_ops.cpp). own_gemm: y = x
 // (W + dW)^T + bias in one product of ours, with dropout y = x W^T + bias and then the path of x;
 // else so by torch's GEMM, in any dtype, with dropout or without. Results as above, with u
-// [0, k*r + h] where it is one product. CPU only.
+// [0, k*r + h] where it is one product. own_gemm is for the CPU alone.
 ForwardResult linear_kernel(const at::Tensor& x, const at::Tensor& weight, const OptionalTensor& bias,
                             const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,
                             const OptionalTensor& B_general, const OptionalTensor& seed, double scaling,

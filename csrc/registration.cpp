@@ -41,15 +41,13 @@ void register_kernels(torch::Library& m) {
   m.impl("gralora_backward", &gralora::backward_kernel);
   m.impl("merge_", &gralora::merge_kernel);
   m.impl("delta_weight", &gralora::delta_weight_kernel);
+  m.impl("linear", &gralora::linear_kernel);
+  m.impl("linear_backward", &gralora::linear_backward_kernel);
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(gralora_ext, CPU, m) {
-  register_kernels(m);
-  m.impl("linear", &gralora::linear_kernel);
-  m.impl("linear_backward", &gralora::linear_backward_kernel);
-}
+TORCH_LIBRARY_IMPL(gralora_ext, CPU, m) { register_kernels(m); }
 #ifdef GRALORA_HAVE_CUDA
 TORCH_LIBRARY_IMPL(gralora_ext, CUDA, m) { register_kernels(m); }
 #endif

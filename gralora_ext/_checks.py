@@ -107,6 +107,8 @@ def check_linear(
     """The checks of :func:`gralora_ext.ops.linear`."""
     N, M = check_adapter(A, B, A_general, B_general, scaling)
     _check_activation(x, "x", N, "N", A.device)
+    if own_gemm and x.device.type not in ("cpu", "meta"):
+        raise ValueError(f"gralora_ext: with own_gemm all tensors must be on the CPU, but x is on {x.device}")
     sums_are_xs = x.dtype == torch.float64 or (x.dtype == torch.float32 and A.dtype != torch.float64)
     if own_gemm and not sums_are_xs:
         raise TypeError(

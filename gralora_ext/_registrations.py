@@ -40,7 +40,10 @@ def _() -> bool:
 @torch.compiler.substitute_in_graph(_native.may_be_one_operation, skip_signature_check=True)
 def _(x: Tensor, least: int) -> bool:
     """Whatever the number of tokens, so that one graph serves them all; an exported program keeps the base layer."""
-    return x.is_cpu and not (torch.compiler.is_exporting() or torch.is_autocast_enabled("cpu") or _in_a_transform())
+    kind = x.device.type
+    return kind in ("cpu", "cuda") and not (
+        torch.compiler.is_exporting() or torch.is_autocast_enabled(kind) or _in_a_transform()
+    )
 
 
 @torch.compiler.substitute_in_graph(_native.linear, skip_signature_check=True)

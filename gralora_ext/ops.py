@@ -141,8 +141,8 @@ def linear(
 ) -> Tensor:
     """A frozen linear layer with its adapter, ``y = x (W + ΔW)ᵀ + bias``, as one operation; differentiable in all but the layer.
 
-    The same function as ``gralora(x, F.linear(x, weight, bias), A, B, ...)``, for many tokens on the CPU. With ``own_gemm`` it is
-    one product: W + ΔW is made block by block where the product packs its operand anyway, so that the adapter costs 2NMr/k FLOPs
+    The same function as ``gralora(x, F.linear(x, weight, bias), A, B, ...)``, for training and for many tokens. With ``own_gemm``,
+    on the CPU alone, it is one product: W + ΔW is made block by block where the product packs its operand anyway, so that the adapter costs 2NMr/k FLOPs
     in forward and again for dx, whatever the tokens, and for backward nothing is kept but x and the parameters. ΔW is that of
     :func:`merge_`.
 
@@ -155,14 +155,14 @@ def linear(
         weight: ``[M, N]``, any strides, in x's dtype; not differentiated.
         bias: ``[M]`` in x's dtype, or None; not differentiated.
         A, B, scaling, A_general, B_general, dropout_p, training: as in :func:`gralora`.
-        own_gemm: whether this extension multiplies, or torch.
+        own_gemm: whether this extension multiplies, on the CPU alone, or torch.
 
     Returns:
         y ``[..., M]`` in x's dtype.
 
     Raises:
         ValueError, TypeError: as :func:`gralora`.
-        RuntimeError: ``weight`` or ``bias`` requires grad, or the tensors are not on the CPU.
+        RuntimeError: ``weight`` or ``bias`` requires grad.
     """
     p = dropout_p if training else 0.0
     if kernels.can_take(x):

@@ -11,6 +11,7 @@ import torch
 from helpers import Case, assert_near, assert_results_near, same_bits, value_and_gradients
 
 from gralora_ext import ops, reference
+from gralora_ext.tolerances import tolerance
 
 BF16 = {"x_dtype": torch.bfloat16, "base_dtype": torch.bfloat16}
 F16 = {"x_dtype": torch.float16, "base_dtype": torch.float16}
@@ -47,14 +48,30 @@ def test_sanitized_passes_are_right_and_repeat_to_the_bit(case: Case, device: to
     assert all(same_bits(actual[name], again[name]) for name in actual)
 
 
-def test_sanitized_forward_in_one_launch_is_that_of_two(device: torch.device) -> None:
-    """As many tokens as fill the device are taken in one launch, a part of them in two (csrc/cuda/plan.h)."""
-    T = 2 * 128 * torch.cuda.get_device_properties(device).multi_processor_count - 5
-    inputs = Case((T,), 2, 72, 88, 6, 4, **BF16).inputs(device)
-    y = ops.gralora(**inputs.tensors, scaling=inputs.scaling)
-    for tokens in (slice(131), slice(-131, None)):
-        few = {name: inputs.tensors[name][tokens] for name in ("x", "base")}
-        assert_near("y", y[tokens], ops.gralora(**{**inputs.tensors, **few}, scaling=inputs.scaling).cpu())
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("case", CASES[:5], ids=str)
+def test_sanitized_frozen_layer_is_the_op_on_torchs_layer(case: Case, dropout_p: float, device: torch.device) -> None:
+    """y to the bit, and dx, of which both parts are rounded on their way."""
+    inputs = case.inputs(device)
+    x, weight = (
+        inputs.tensors["x"].requires_grad_(),
+        torch.randn(case.k * case.m, case.k * case.n).to(inputs.tensors["x"]),
+    )
+    options = {**inputs.adapter(), "scaling": 0.5, "dropout_p": dropout_p}
+    torch.manual_seed(7)
+    y = ops.linear(x, weight, None, **options, own_gemm=False)
+    torch.manual_seed(7)
+    expected = ops.gralora(x, torch.nn.functional.linear(x, weight), **options)
+    assert same_bits(y, expected)
+    (dx,), (two,) = (torch.autograd.grad(each, x, inputs.grad.to(each)) for each in (y, expected))
+    assert_near("dx", dx, two.cpu(), bound=2 * tolerance(dx, (dx.dtype,), gradient=True))
+
+
+def test_a_frozen_layer_is_torchs_gemm_alone_on_cuda(device: torch.device) -> None:
+    inputs = CASES[0].inputs(device)
+    weight = torch.zeros(2 * 88, 2 * 72, device=device)
+    with pytest.raises(ValueError, match="with own_gemm all tensors must be on the CPU, but x is on cuda"):
+        ops.linear(inputs.tensors["x"], weight, None, **inputs.adapter(), scaling=0.5)
 
 
 @pytest.mark.parametrize("layout", ["rows", "columns", "neither"])

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "tensor_cores.cuh"
+#include "launchers.cuh"
 
 namespace gralora::cuda {
 
 GRALORA_INSTANTIATE(bf16, float)
 GRALORA_INSTANTIATE(bf16, bf16)
+GRALORA_INSTANTIATE_GRADIENTS(bf16)
 
 }  // namespace gralora::cuda

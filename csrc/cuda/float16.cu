@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "tensor_cores.cuh"
+#include "launchers.cuh"
 
 namespace gralora::cuda {
 
 GRALORA_INSTANTIATE(__half, float)
 GRALORA_INSTANTIATE(__half, __half)
+GRALORA_INSTANTIATE_GRADIENTS(__half)
 
 }  // namespace gralora::cuda

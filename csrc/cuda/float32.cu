@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "tensor_cores.cuh"
+#include "launchers.cuh"
 
 namespace gralora::cuda {
 
 GRALORA_INSTANTIATE(float, float)
+GRALORA_INSTANTIATE(float, bf16)
+GRALORA_INSTANTIATE(float, __half)
+GRALORA_INSTANTIATE_GRADIENTS(float)
 
 }  // namespace gralora::cuda

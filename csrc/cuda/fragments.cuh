@@ -40,7 +40,7 @@ __device__ __forceinline__ void load_columns(uint32_t (&left)[1][2], uint32_t (&
   left[0][0] = word[0], left[0][1] = word[1], right[0][0] = word[2], right[0][1] = word[3];
 }
 
-// The same of a factor, whose pieces lie `piece` elements apart
+// The same of a factor whose pieces lie `piece` elements apart
 template <int pieces>
 __device__ __forceinline__ void load_pieces(uint32_t (&left)[pieces][2], uint32_t (&right)[pieces][2], const bf16* tile,
                                             int piece, int pitch, int lane) {

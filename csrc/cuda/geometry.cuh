@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The tiles that all tensor-core kernels share, and the plain structs that they take.
+// The tiles that all tensor-core kernels share, and how a tile of an activation comes into shared
+// memory.
 #pragma once
 
 #include "mask.cuh"
@@ -19,29 +20,6 @@ struct ActivationView {
   bool vectors;
 };
 
-// A parameter [blocks, rows, columns] of any strides; data == nullptr: absent. vectors: along the
-// dimension of stride 1, each four elements whose index is a multiple of 4 can be loaded together.
-template <class P>
-struct Factor {
-  const P* data;
-  int64_t block_stride, row_stride, column_stride;
-  bool vectors;
-
-  __device__ float get(int64_t block, int64_t row, int64_t column) const {
-    return to_float(load_global(data + block * block_stride + row * row_stride + column * column_stride));
-  }
-  __device__ void get_four(int64_t block, int64_t row, int64_t column, float (&value)[4]) const {
-    using Four = std::conditional_t<sizeof(P) == 4, uint4, uint2>;
-    const P* at = data + block * block_stride + row * row_stride + column * column_stride;
-    const Four four = load_global(reinterpret_cast<const Four*>(at));
-    P element[4];
-    memcpy(static_cast<void*>(element), &four,
-           sizeof four);  // not by a cast of pointers: one type must not alias another
-#pragma unroll
-    for (int e = 0; e < 4; e++) value[e] = to_float(element[e]);
-  }
-};
-
 // 16 bytes of shared memory, which lie at a multiple of 16.
 template <class T>
 __device__ __forceinline__ uint4 shared_vector(const T* from) {
@@ -50,69 +28,55 @@ __device__ __forceinline__ uint4 shared_vector(const T* from) {
   return vector;
 }
 
-// A tile's rows [first, last), at most kTokens.
+// Rows [first, last) of an activation or of W
 struct RowRange {
   int64_t first, last;
 };
 
-// The ranks of T tokens, in one of two forms:
-//   kept      [T, k*r + h]: U (or dH), then the general part, as forward leaves them for backward
-//   partial   [splits][T][k][r + h]: sums over chunks of a width by block, before the block exchange; whoever reads them adds
-//             the splits (and, for the general part, the blocks) in their order
-struct Ranks {
-  static constexpr bool kAllPieces = false;
-  float* data;
-  int64_t T;
-  int k, r, h, splits;  // splits == 0: kept
-  float* u;  // where the ranks are written for backward as [T, k*r + h], by their first reader; nullptr: nowhere
+// Columns of one block of an activation: `from` is the first column of the tile, of w in the block
+// that begins at column `block` of a row.
+struct TileColumns {
+  int64_t block;
+  int from, w;
 
-  __device__ float* at(int split, int64_t t, int block) const {
-    return data + ((split * T + t) * k + block) * int64_t(r + h);
-  }
-  __device__ RowRange rows(int tile) const {
-    const int64_t first = int64_t(tile) * kTokens;
-    return {first, first + kTokens < T ? first + kTokens : T};
-  }
-  __device__ int first_rank(int64_t) const { return 0; }
-  // Rank c of those that meet output block j: c < r after the exchange,
-  // U[t, j, c] = H[t, c / rb, j*rb + c % rb]; then h.
-  __device__ float get(int64_t t, int j, int c) const {
-    if (splits == 0) return load_global(data + t * (int64_t(k) * r + h) + (c < r ? j : k - 1) * r + c);
-    float sum = 0.0f;
-    const int rb = r / k;
-    if (c < r) {
-      for (int s = 0; s < splits; s++) sum += load_global(at(s, t, c / rb) + j * rb + c % rb);
-    } else {
-      for (int s = 0; s < splits; s++)
-        for (int n = 0; n < k; n++) sum += load_global(at(s, t, n) + c);
-    }
-    return sum;
-  }
-  __device__ void keep(int64_t t, int j, int c, float value) const {
-    if (u == nullptr || (c >= r && j > 0)) return;
-    store_global(u + t * (int64_t(k) * r + h) + (c < r ? j : k - 1) * r + c, value);
-  }
+  __device__ int64_t in_row() const { return block + from; }
 };
 
-// Rows of W as tokens: those of output block j meet, in column block n, the ranks n*rb .. of B_j
-// and j*rb .. of A_n.
-template <class P>
-struct OutputRanks {
-  static constexpr bool kAllPieces = true;
-  Factor<P> B, general;  // [k, r, M/k], [M, h]
-  int64_t block_rows;    // M/k
-  int tiles_per_block, rb, h;
+// kRows x kColumns elements of x from rows.first on, to shared memory, by all threads of the block;
+// zeros beyond rows.last and beyond the block's columns. They are there after cp_async_wait.
+template <int kRows, int kColumns, class X>
+__device__ __forceinline__ void load_tile(X* tile, int pitch, const ActivationView<const X>& x, RowRange rows,
+                                          TileColumns columns) {
+  constexpr int kVector = 16 / sizeof(X), kVectors = kColumns / kVector;
+  for (int i = threadIdx.x; i < kRows * kVectors; i += kThreads) {
+    const int m = i / kVectors, c = i % kVectors * kVector;
+    const int left = columns.w - columns.from - c;
+    const bool inside = rows.first + m < rows.last && left > 0;
+    const X* from = x.data + (rows.first + m) * x.stride + columns.in_row() + c;
+    X* to = tile + m * pitch + c;
+    if (x.vectors)
+      cp_async_16(to, inside ? from : x.data, inside ? 16 : 0);
+    else
+      for (int e = 0; e < kVector; e++) to[e] = inside && e < left ? load_global(from + e) : from_float<X>(0.0f);
+  }
+}
 
-  __device__ RowRange rows(int tile) const {
-    const int64_t start = tile / tiles_per_block * block_rows, first = int64_t(tile % tiles_per_block) * kTokens;
-    return {start + first, start + (first + kTokens < block_rows ? first + kTokens : block_rows)};
+// The same tile back to y; what lies outside is not written.
+template <int kRows, int kColumns, class Y>
+__device__ __forceinline__ void store_tile(const Y* tile, int pitch, const ActivationView<Y>& y, RowRange rows,
+                                           TileColumns columns) {
+  constexpr int kVector = 16 / sizeof(Y), kVectors = kColumns / kVector;
+  for (int i = threadIdx.x; i < kRows * kVectors; i += kThreads) {
+    const int m = i / kVectors, c = i % kVectors * kVector;
+    const int left = columns.w - columns.from - c;
+    if (rows.first + m >= rows.last || left <= 0) continue;
+    Y* to = y.data + (rows.first + m) * y.stride + columns.in_row() + c;
+    const Y* from = tile + m * pitch + c;
+    if (y.vectors && left >= kVector)
+      store_global(reinterpret_cast<uint4*>(to), shared_vector(from));
+    else
+      for (int e = 0; e < kVector && e < left; e++) store_global(to + e, from[e]);
   }
-  __device__ int first_rank(int64_t row) const { return int(row / block_rows) * rb; }
-  __device__ float get(int64_t row, int n, int c) const {
-    if (c >= rb) return general.get(0, row, c - rb);
-    return B.get(row / block_rows, n * rb + c, row % block_rows);
-  }
-  __device__ void keep(int64_t, int, int, float) const {}
-};
+}
 
 }  // namespace gralora::cuda

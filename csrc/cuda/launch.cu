@@ -3,33 +3,11 @@
 // take, from compute capability 8.0 on, and the plain ones (simt.cuh) for all else.
 #include "launch.h"
 
-#include "passes.h"
 #include "simt_passes.cuh"
+#include "tensor_cores.cuh"
 
 namespace gralora::cuda {
 namespace {
-
-using bf16 = __nv_bfloat16;
-
-template <class X, class P>
-struct Pair {
-  using Activations = X;
-  using Parameters = P;
-};
-
-bool has_pair(DType x, DType adapter) {
-  return x != DType::f64 && adapter != DType::f64 && (adapter == DType::f32 || adapter == x);
-}
-
-template <class F>
-cudaError_t for_pair(DType x, DType adapter, F&& f) {
-  const bool single = adapter == DType::f32;
-  switch (x) {
-    case DType::bf16: return single ? f(Pair<bf16, float>{}) : f(Pair<bf16, bf16>{});
-    case DType::f16: return single ? f(Pair<__half, float>{}) : f(Pair<__half, __half>{});
-    default: return f(Pair<float, float>{});
-  }
-}
 
 bool plain_rows(const Activation& x) { return x.data == nullptr || (x.column_stride == 1 && x.leading_dims <= 1); }
 
@@ -40,23 +18,23 @@ bool narrow(const Shape& s) {
 }
 
 bool on_tensor_cores(const ForwardParams& p, const Device& device) {
-  return device.capability >= 80 && narrow(p.shape) && has_pair(p.x.dtype, p.adapter.A.dtype) &&
-         p.base.dtype == p.x.dtype && plain_rows(p.x) && plain_rows(p.base) && plain_rows(p.y);
+  return device.capability >= 80 && narrow(p.shape) && tensor_cores::has_pair(p.x.dtype, p.adapter.A.dtype) &&
+         tensor_cores::has_pair(p.y.dtype, p.adapter.A.dtype) && plain_rows(p.x) && plain_rows(p.base) &&
+         plain_rows(p.y);
 }
 bool on_tensor_cores(const BackwardParams& p, const Device& device) {
-  return device.capability >= 80 && narrow(p.shape) && has_pair(p.x.dtype, p.adapter.A.dtype) &&
-         p.grad_y.dtype == p.x.dtype && !p.accumulate_f64 && plain_rows(p.x) && plain_rows(p.grad_y) &&
-         plain_rows(p.grad_x);
+  return device.capability >= 80 && narrow(p.shape) && tensor_cores::has_pair(p.x.dtype, p.adapter.A.dtype) &&
+         tensor_cores::has_pair(p.grad_y.dtype, p.adapter.A.dtype) && !p.accumulate_f64 && plain_rows(p.x) &&
+         plain_rows(p.grad_y) && plain_rows(p.grad_x);
 }
 
 int element_size(DType dtype) { return dtype == DType::f32 ? 4 : dtype == DType::f64 ? 8 : 2; }
 
 ForwardPlan plan_of(const ForwardParams& p, const Device& device) {
-  const bool fused = fits_one_launch(p.shape) && fills_one_launch(p.shape, device);
-  return ForwardPlan::of(p, fused ? 0 : column_splits(p.shape, p.shape.N, element_size(p.x.dtype), device));
+  return ForwardPlan::of(p, column_splits(p.shape, p.shape.N, element_size(p.x.dtype), device));
 }
 BackwardPlan plan_of(const BackwardParams& p, const Device& device) {
-  return BackwardPlan::of(p, column_splits(p.shape, p.shape.M, element_size(p.x.dtype), device),
+  return BackwardPlan::of(p, column_splits(p.shape, p.shape.M, element_size(p.grad_y.dtype), device),
                           token_splits(p.shape, device));
 }
 
@@ -82,11 +60,7 @@ int chosen_pass(const Params& p, void* workspace, void* stream) {
   const Device device = current_device();
   const auto on = static_cast<cudaStream_t>(stream);
   if (!on_tensor_cores(p, device)) return simt::pass(p, workspace, on);
-  return for_pair(p.x.dtype, p.adapter.A.dtype, [&](auto pair) {
-    using Types = decltype(pair);
-    return pass<typename Types::Activations, typename Types::Parameters>(p, plan_of(p, device),
-                                                                         static_cast<float*>(workspace), on);
-  });
+  return tensor_cores::pass(p, plan_of(p, device), static_cast<float*>(workspace), on);
 }
 
 }  // namespace
@@ -100,14 +74,10 @@ int pass(const BackwardParams& p, void* workspace, void* stream) { return chosen
 int merge(const MergeParams& p, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
   const bool by_rows = p.weight.column_stride == 1, by_columns = p.weight.row_stride == 1;
-  if (current_device().capability < 80 || !narrow(p.shape) || !has_pair(p.weight.dtype, p.adapter.A.dtype) ||
-      !(by_rows || by_columns))
+  if (current_device().capability < 80 || !narrow(p.shape) ||
+      !tensor_cores::has_pair(p.weight.dtype, p.adapter.A.dtype) || !(by_rows || by_columns))
     return simt::merge(p, on);
-  const MergeParams q = by_rows ? p : of_transposed_weight(p);
-  return for_pair(q.weight.dtype, q.adapter.A.dtype, [&](auto pair) {
-    using Types = decltype(pair);
-    return merge<typename Types::Activations, typename Types::Parameters>(q, on);
-  });
+  return tensor_cores::merge(by_rows ? p : of_transposed_weight(p), on);
 }
 
 const char* error_text(int error) { return error_text(static_cast<cudaError_t>(error)); }

@@ -22,10 +22,12 @@ inline int splits_to_fill(int64_t blocks, int64_t steps, const Device& device) {
   return int(wanted < most ? wanted : most < 1 ? 1 : most);
 }
 
-// Of the columns, where ranks are made from a width
+// Ranks of a block of project. With 64 of them, sums and totals would not fit into the registers.
+constexpr int kProjectRanks = 32;
+
+// Of the columns, where latents are made from a width
 inline int column_splits(const Shape& s, int64_t width, int element_size, const Device& device) {
-  constexpr int kMostRanks = 64;  // of a block
-  const int64_t blocks = int64_t(ceil_div(s.T, kTokens)) * s.k * ceil_div(s.r + s.h, kMostRanks);
+  const int64_t blocks = int64_t(ceil_div(s.T, kTokens)) * s.k * ceil_div(s.r + s.h, kProjectRanks);
   return splits_to_fill(blocks, ceil_div(width / s.k * element_size, 128), device);
 }
 
@@ -36,26 +38,12 @@ inline int token_splits(const Shape& s, const Device& device) {
   return splits_to_fill(tiles, ceil_div(s.T, kDepth), device);
 }
 
-// Forward in one launch: where the ranks of a tile of tokens fit into shared memory beside two
-// blocks' buffers, and where each multiprocessor has tiles enough. A block walks all columns of its
-// tile, so none of its work can be shared out: the last round of tiles must be nearly full too.
-constexpr int kFusedBlockRanks = 32, kFusedRanks = 64;  // of a block; of all blocks, each in whole steps of 16
-
-inline bool fits_one_launch(const Shape& s) {
-  return s.r + s.h <= kFusedBlockRanks && s.k * (ceil_div(s.r + s.h, 16) * 16) <= kFusedRanks;
-}
-inline bool fills_one_launch(const Shape& s, const Device& device) {
-  const int64_t tiles = ceil_div(s.T, kTokens), rounds = ceil_div(tiles, device.multiprocessors);
-  return rounds >= kBlocksPerMultiprocessor && tiles * 8 >= rounds * device.multiprocessors * 7;
-}
-
-// A forward pass in one launch, splits == 0, or in two with ranks before the exchange between them,
-// [splits][T][k][r + h] floats
+// A forward pass: latents before the exchange between its two launches, [splits][T][k][r + h] floats
 struct ForwardPlan {
   int splits;
-  int64_t ranks;
+  int64_t latents;
 
-  int64_t floats() const { return ranks; }
+  int64_t floats() const { return latents; }
 
   static ForwardPlan of(const ForwardParams& p, int splits) {
     const Shape& s = p.shape;
@@ -67,7 +55,8 @@ struct ForwardPlan {
 struct BackwardPlan {
   int splits, token_splits;
   bool need_dH, need_gradients;
-  int64_t from_g, from_x, dH, sums_B, sums_A;  // sizes: ranks of g (and of x: U again) by split; dH; gradients by split
+  int64_t from_g, from_x, dH, sums_B,
+      sums_A;  // sizes: latents of g (and of x: U again) by split; dH; gradients by split
 
   int64_t floats() const { return from_g + from_x + dH + sums_B + sums_A; }
 
@@ -80,7 +69,7 @@ struct BackwardPlan {
     BackwardPlan plan{splits, token_splits, dx || dA, dA || dB, 0, 0, 0, 0, 0};
     plan.from_g = dx || dA ? partial : 0;
     plan.from_x = dB && p.u == nullptr ? partial : 0;
-    plan.dH = dx && dA ? s.T * (s.k * s.r + s.h) : 0;  // kept by dx for dA; alone, dA reads the partial ranks
+    plan.dH = dx && dA ? s.T * (s.k * s.r + s.h) : 0;  // kept by dx for dA; alone, dA reads the partial latents
     plan.sums_B = dB ? token_splits * ranks * s.M : 0;
     plan.sums_A = dA ? token_splits * ranks * s.N : 0;
     return plan;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// reduce: the second pass of the weight gradients. gradient[n][c, i] = sum over splits of
+// reduce: the second pass of the weight gradients. gradient[n][i, c] = sum over splits of
 // sums[split][n][c][i], in their order.
 #pragma once
 
@@ -7,21 +7,23 @@
 
 namespace gralora::cuda {
 
-// Where a gradient lies: [blocks, ranks, w] by its strides; data == nullptr: not wanted.
+constexpr int kReduceThreads = 256;
+
+// Where a gradient lies: [blocks, w, ranks] by its strides; data == nullptr: not wanted.
 template <class P>
 struct Gradient {
   P* data;
-  int64_t block_stride, rank_stride, column_stride;
+  int64_t block_stride, column_stride, rank_stride;
 
-  __device__ void set(int64_t block, int64_t rank, int64_t column, float value) const {
+  __device__ void set(int64_t block, int64_t column, int64_t rank, float value) const {
     if (data != nullptr)
-      store_global(data + block * block_stride + rank * rank_stride + column * column_stride, from_float<P>(value));
+      store_global(data + block * block_stride + column * column_stride + rank * rank_stride, from_float<P>(value));
   }
 };
 
 template <class P>
 struct ReduceSide {
-  const float* sums;  // [splits][k][r + h][w]
+  const float* sums;  // [splits][k][r + h][w]; nullptr: not wanted
   int64_t w;
   int k, r, h;
   Gradient<P> block, general;
@@ -35,20 +37,19 @@ struct ReduceSides {
 };
 
 template <class P>
-__global__ void __launch_bounds__(256) reduce_kernel(ReduceSides<P> sides, int splits) {
-  const int64_t index = int64_t(blockIdx.x) * 256 + threadIdx.x;
-  const int64_t first = sides.side[0].elements();
+__global__ void __launch_bounds__(kReduceThreads) reduce_kernel(ReduceSides<P> sides, int splits) {
+  const int64_t index = int64_t(blockIdx.x) * kReduceThreads + threadIdx.x, first = sides.side[0].elements();
   const ReduceSide<P>& side = sides.side[index >= first];
   const int64_t element = index >= first ? index - first : index;
   if (element >= side.elements()) return;
   float sum = 0.0f;
   for (int split = 0; split < splits; split++) sum += load_global(side.sums + split * side.elements() + element);
-  const int64_t i = element % side.w, c = element / side.w % (side.r + side.h),
-                n = element / side.w / (side.r + side.h);
-  if (c < side.r)
-    side.block.set(n, c, i, sum);
+  const int64_t ranks = side.r + side.h;
+  const int64_t column = element % side.w, rank = element / side.w % ranks, n = element / side.w / ranks;
+  if (rank < side.r)
+    side.block.set(n, column, rank, sum);
   else
-    side.general.set(n, c - side.r, i, sum);
+    side.general.set(n, column, rank - side.r, sum);
 }
 
 }  // namespace gralora::cuda

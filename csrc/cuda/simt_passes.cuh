@@ -20,8 +20,8 @@ inline View transposed(View v) {
   return v;
 }
 
-// The ranks of T tokens, [T, k*r + h] in the accumulation type
-struct Kept {
+// The latents of T tokens, [T, k*r + h] in the accumulation type
+struct KeptLatents {
   void* data;
   bool f64;
   int64_t k, r, h;
@@ -39,25 +39,25 @@ struct Kept {
   }
 };
 
-// ranks = f * exchange(x' P), and f * x' G beside it
+// latents = f * exchange(x' P), and f * x' G beside it
 inline void add_project(Products& to, const Shape& s, const Activation& x, int64_t width, const Param& P,
-                        const Param& G, const Kept& ranks, double scale, const Mask& mask) {
+                        const Param& G, const KeptLatents& latents, double scale, const Mask& mask) {
   Product p;
   p.blocks = s.k, p.rows = s.T, p.columns = s.r, p.depth[0] = width / s.k;
-  p.left[0] = view_of(x, width / s.k), p.right[0] = view_of(P), p.out = ranks.before_exchange();
+  p.left[0] = view_of(x, width / s.k), p.right[0] = view_of(P), p.out = latents.before_exchange();
   p.scale = scale, p.left_mask = mask, p.mask_width = width / s.k;
   to.add(p);
   if (s.h == 0) return;
-  p.blocks = 1, p.columns = s.h, p.depth[0] = width, p.right[0] = view_of(G), p.out = ranks.of_general();
+  p.blocks = 1, p.columns = s.h, p.depth[0] = width, p.right[0] = view_of(G), p.out = latents.of_general();
   to.add(p);
 }
 
-// y = base + f * (ranks Q), and ranks G beside it
-inline Product expand(const Shape& s, const Kept& ranks, const Param& Q, const Param& G, const Activation& base,
-                      const Activation& y, int64_t width, double scale, const Mask& mask) {
+// y = base + f * (latents Q), and latents G beside it
+inline Product expand(const Shape& s, const KeptLatents& latents, const Param& Q, const Param& G,
+                      const Activation& base, const Activation& y, int64_t width, double scale, const Mask& mask) {
   Product p;
   p.blocks = s.k, p.rows = s.T, p.columns = width / s.k, p.depth[0] = s.r, p.depth[1] = s.h;
-  p.left[0] = ranks.of_output_blocks(), p.left[1] = ranks.of_general();
+  p.left[0] = latents.of_output_blocks(), p.left[1] = latents.of_general();
   p.right[0] = view_of(Q), p.right[1] = view_of(G);
   p.right[1].outer = width / s.k * p.right[1].column;
   p.base = view_of(base, width / s.k), p.out = view_of(y, width / s.k);
@@ -65,15 +65,15 @@ inline Product expand(const Shape& s, const Kept& ranks, const Param& Q, const P
   return p;
 }
 
-// gradient[b] = f * ranks[b]^T x'[b], and that of the general part
-inline void add_gradient(Products& to, const Shape& s, const Kept& ranks, const Activation& x, int64_t width,
+// gradient[b] = f * latents[b]^T x'[b], and that of the general part
+inline void add_gradient(Products& to, const Shape& s, const KeptLatents& latents, const Activation& x, int64_t width,
                          const Param& block, const Param& general, double scale, const Mask& mask) {
   Product p;
   p.blocks = s.k, p.rows = s.r, p.columns = width / s.k, p.depth[0] = s.T;
-  p.left[0] = transposed(ranks.of_output_blocks()), p.right[0] = view_of(x, width / s.k), p.out = view_of(block);
+  p.left[0] = transposed(latents.of_output_blocks()), p.right[0] = view_of(x, width / s.k), p.out = view_of(block);
   p.scale = scale, p.right_mask = mask, p.mask_width = width / s.k;
   if (block.data != nullptr) to.add(p);
-  p.blocks = 1, p.rows = s.h, p.columns = width, p.left[0] = transposed(ranks.of_general()), p.out = view_of(general);
+  p.blocks = 1, p.rows = s.h, p.columns = width, p.left[0] = transposed(latents.of_general()), p.out = view_of(general);
   if (general.data != nullptr) to.add(p);
 }
 
@@ -84,12 +84,12 @@ inline int64_t workspace_bytes(const Shape& s, bool f64, int sets) {
 inline int64_t workspace(const ForwardParams& p) { return workspace_bytes(p.shape, p.accumulate_f64, p.u == nullptr); }
 inline cudaError_t pass(const ForwardParams& p, void* workspace, cudaStream_t stream) {
   const Shape& s = p.shape;
-  const Kept u{p.u != nullptr ? p.u : workspace, p.accumulate_f64, s.k, s.r, s.h};
-  Products ranks, y;
-  add_project(ranks, s, p.x, s.N, p.adapter.A, gralora::transposed(p.adapter.A_general), u, keep_scale(p.dropout),
+  const KeptLatents u{p.u != nullptr ? p.u : workspace, p.accumulate_f64, s.k, s.r, s.h};
+  Products latents, y;
+  add_project(latents, s, p.x, s.N, p.adapter.A, gralora::transposed(p.adapter.A_general), u, keep_scale(p.dropout),
               mask_of(p.dropout, s.N));
   y.add(expand(s, u, p.adapter.B, gralora::transposed(p.adapter.B_general), p.base, p.y, s.M, p.scaling, Mask{}));
-  const cudaError_t error = launch_products(ranks, p.accumulate_f64, stream);
+  const cudaError_t error = launch_products(latents, p.accumulate_f64, stream);
   return error != cudaSuccess ? error : launch_products(y, p.accumulate_f64, stream);
 }
 
@@ -100,19 +100,19 @@ inline cudaError_t pass(const BackwardParams& p, void* workspace, cudaStream_t s
   const Shape& s = p.shape;
   const Mask mask = mask_of(p.dropout, s.N);
   const double kept = keep_scale(p.dropout);
-  const Kept dH{workspace, p.accumulate_f64, s.k, s.r, s.h};
+  const KeptLatents dH{workspace, p.accumulate_f64, s.k, s.r, s.h};
   void* remade = static_cast<char*>(workspace) + workspace_bytes(s, p.accumulate_f64, 1);
-  const Kept u{p.u != nullptr ? const_cast<void*>(p.u) : remade, p.accumulate_f64, s.k, s.r, s.h};
-  Products ranks, dx, gradients;
-  add_project(ranks, s, p.grad_y, s.M, gralora::transposed(p.adapter.B), p.adapter.B_general, dH, p.scaling, Mask{});
+  const KeptLatents u{p.u != nullptr ? const_cast<void*>(p.u) : remade, p.accumulate_f64, s.k, s.r, s.h};
+  Products latents, dx, gradients;
+  add_project(latents, s, p.grad_y, s.M, gralora::transposed(p.adapter.B), p.adapter.B_general, dH, p.scaling, Mask{});
   if (p.u == nullptr)
-    add_project(ranks, s, p.x, s.N, p.adapter.A, gralora::transposed(p.adapter.A_general), u, kept, mask);
+    add_project(latents, s, p.x, s.N, p.adapter.A, gralora::transposed(p.adapter.A_general), u, kept, mask);
   if (p.grad_x.data != nullptr)
-    dx.add(
-        expand(s, dH, gralora::transposed(p.adapter.A), p.adapter.A_general, Activation{}, p.grad_x, s.N, kept, mask));
+    dx.add(expand(s, dH, gralora::transposed(p.adapter.A), p.adapter.A_general,
+                  p.add_to_grad_x ? p.grad_x : Activation{}, p.grad_x, s.N, kept, mask));
   add_gradient(gradients, s, u, p.grad_y, s.M, p.grad.B, gralora::transposed(p.grad.B_general), p.scaling, Mask{});
   add_gradient(gradients, s, dH, p.x, s.N, gralora::transposed(p.grad.A), p.grad.A_general, kept, mask);
-  for (const Products* products : {&ranks, &dx, &gradients}) {
+  for (const Products* products : {&latents, &dx, &gradients}) {
     const cudaError_t error = launch_products(*products, p.accumulate_f64, stream);
     if (error != cudaSuccess) return error;
   }

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """When a frozen base layer and its adapter are one operation, :func:`gralora_ext.ops.linear`, and the base layer is not called.
 
-Many tokens on a CPU, in two cases. In training torch multiplies by W as the base layer would, and both dx meet in one tensor, where
-autograd would add two. Where our GEMM is quicker than torch's, it takes a float32 layer, in inference too: one product with
-W + ΔW, or with dropout in training, where W + ΔW is not what multiplies x, the layer's own product.
+In training torch multiplies by W as the base layer would, and both dx meet in one tensor, where autograd would add two: on CUDA
+devices that have kernels, and for many tokens on a CPU. Where our GEMM is quicker than torch's, on a CPU, it takes a float32 layer
+of many tokens, in inference too: one product with W + ΔW, or with dropout in training, where W + ΔW is not what multiplies x, the
+layer's own product.
 Either is right only where calling the base layer would do nothing but multiply. Everything else goes through the base layer: quantized, offloaded, hooked,
 trained and subclassed ones, and those whose tensors are of a subclass, such as DTensor.
 """
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module
 from transformers.pytorch_utils import Conv1D
 
+from .. import kernels
 from .._loader import load
 
 if TYPE_CHECKING:
@@ -47,12 +49,12 @@ def how_to_multiply(layer: GraloraLinear, x: Tensor) -> tuple[str, bool] | None:
     if not _native.may_be_one_operation(x, _TOKENS * layer.in_features):
         return None
     dtype, trains = x.dtype, x.requires_grad and torch.is_grad_enabled()
-    quicker = _IS_QUICKER and dtype == torch.float32
+    quicker = _IS_QUICKER and dtype == torch.float32 and x.is_cpu
     compiles = torch.compiler.is_compiling()
     if not (trains or (quicker and not compiles)):
         return None
     modules = layer._modules
-    if not _is_frozen_layer(modules["base_layer"], dtype):
+    if not _is_frozen_layer(modules["base_layer"], dtype, x.device) or not (x.is_cpu or kernels.has_kernels(x.device)):
         return None
     name, adapters = layer._active_adapter, modules["gralora_A"]._parameters
     if type(adapters) is not dict:  # an engine's, which gathers what is read
@@ -129,20 +131,20 @@ def only_multiplies(linear: nn.Module) -> bool:
     return type(parameters) is dict and type(parameters.get("weight")) in _TENSORS
 
 
-def _is_frozen_layer(base: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether calling ``base`` is ``x Wᵀ + bias`` with tensors of ``dtype`` that need no gradient, and nothing beside it."""
+def _is_frozen_layer(base: nn.Module, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether calling ``base`` is ``x Wᵀ + bias`` with tensors like x that need no gradient, and nothing beside it."""
     if not only_multiplies(base):
         return False
     parameters = base.__dict__["_parameters"]
     bias = parameters.get("bias")
-    return _has_no_gradient(parameters["weight"], dtype) and (bias is None or _has_no_gradient(bias, dtype))
+    return _is_frozen(parameters["weight"], dtype, device) and (bias is None or _is_frozen(bias, dtype, device))
 
 
-def _has_no_gradient(parameter: Tensor, dtype: torch.dtype) -> bool:
+def _is_frozen(parameter: Tensor, dtype: torch.dtype, device: torch.device) -> bool:
     return (
         type(parameter) in _TENSORS
         and parameter.dtype == dtype
-        and parameter.is_cpu
+        and parameter.device == device
         and parameter.layout == torch.strided
         and not (parameter.requires_grad and torch.is_grad_enabled())
     )

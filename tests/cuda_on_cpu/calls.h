@@ -13,7 +13,8 @@ struct Call {
   int64_t weight_row, weight_column;  // strides of W
   int64_t needs;                      // a bit each: dx, dA, dB, dA_general, dB_general
   int64_t keep_u;                     // forward writes u and backward reads it
-  // Parts of columns and of tokens, on tensor cores; 0: through launch.h, which chooses them; -1: forward in one launch
+  int64_t add_to_dx;                  // backward adds to dx
+  // Parts of columns and of tokens, on tensor cores; 0: through launch.h, which chooses them
   int64_t column_splits, token_splits;
   int64_t seed;
   double scaling, dropout;
@@ -22,7 +23,7 @@ struct Call {
 extern "C" {
 
 int64_t test_workspace(const Call* c, int backward);
-// Into how many parts launch.h cuts columns (0: forward in one launch) and tokens (backward alone) on the current device
+// Into how many parts launch.h cuts columns and tokens (backward alone) on the current device
 void test_plan(const Call* c, int backward, int64_t splits[2]);
 int test_forward(const Call* c, const void* x, const void* base, void* y, const void* A, const void* B,
                  const void* A_general, const void* B_general, void* u, void* workspace);

@@ -13,7 +13,6 @@ DTYPES = ("fp32", "bf16", "fp16", "fp64")  # in the numbers of calls.h
 ELEMENT = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
 PASSES = ("forward", "backward", "merge")
 ALL_GRADIENTS = 31
-ONE_LAUNCH = -1  # in place of a number of parts
 
 
 class Call(ctypes.Structure):
@@ -22,7 +21,7 @@ class Call(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("T", "N", "M", "k", "r", "h", "x_dtype", "base_dtype", "adapter_dtype")),
         *((name, ctypes.c_int64) for name in ("x_row", "y_row", "weight_row", "weight_column", "needs", "keep_u")),
-        *((name, ctypes.c_int64) for name in ("column_splits", "token_splits", "seed")),
+        *((name, ctypes.c_int64) for name in ("add_to_dx", "column_splits", "token_splits", "seed")),
         *((name, ctypes.c_double) for name in ("scaling", "dropout")),
     ]
 
@@ -42,21 +41,20 @@ class Shape:
     dropout: float = 0.0
     keep_u: bool = True
     padding: int = 0  # elements between the rows of activations
-    columns: int = 0  # parts of columns and of tokens; 0: as launch.h chooses; ONE_LAUNCH: of forward
+    columns: int = 0  # parts of columns and of tokens; 0: as launch.h chooses
     tokens: int = 0
+    add_to_dx: bool = False
 
     def call(self) -> Call:
         dtype, adapter = DTYPES.index(self.dtype), DTYPES.index(self.adapter)
         return Call(
             *(self.T, self.N, self.M, self.k, self.r, self.h, dtype, dtype, adapter),
             *(self.N + self.padding, self.M + self.padding, self.N, 1, ALL_GRADIENTS, self.keep_u),
-            *(self.columns, self.tokens, 123_456_789_012, 0.75, self.dropout),
+            *(self.add_to_dx, self.columns, self.tokens, 123_456_789_012, 0.75, self.dropout),
         )
 
     def splits(self, library: Library, which: str) -> tuple[int, int]:
-        """Into how many parts ``which`` cuts columns (0: forward in one launch) and tokens."""
-        if self.columns == ONE_LAUNCH:
-            return int(which == "backward"), self.tokens
+        """Into how many parts ``which`` cuts columns and tokens."""
         if self.columns:
             return self.columns, self.tokens
         splits = (ctypes.c_int64 * 2)()

@@ -55,7 +55,7 @@ BackwardParams backward_params(const Call& c, const void* x, const void* grad_y,
   BackwardParams p;
   p.shape = {c.T, c.N, c.M, c.k, c.r, c.h}, p.adapter = adapter;
   p.x = rows(x, c.x_dtype, c.T, c.x_row), p.grad_y = rows(grad_y, c.base_dtype, c.T, c.y_row);
-  if (c.needs & 1) p.grad_x = rows(dx, c.x_dtype, c.T, c.x_row);
+  if (c.needs & 1) p.grad_x = rows(dx, c.x_dtype, c.T, c.x_row), p.add_to_grad_x = c.add_to_dx;
   if (c.needs & 2) p.grad.A = grad.A;
   if (c.needs & 4) p.grad.B = grad.B;
   if (c.needs & 8) p.grad.A_general = grad.A_general;
@@ -74,11 +74,9 @@ int64_t of_pass(const Call& c, int backward, F&& f) {
 }
 
 // As the call says
-cuda::ForwardPlan plan(const Call& c, const ForwardParams& p) {
-  return cuda::ForwardPlan::of(p, c.column_splits < 0 ? 0 : int(c.column_splits));
-}
+cuda::ForwardPlan plan(const Call& c, const ForwardParams& p) { return cuda::ForwardPlan::of(p, int(c.column_splits)); }
 cuda::BackwardPlan plan(const Call& c, const BackwardParams& p) {
-  return cuda::BackwardPlan::of(p, c.column_splits < 0 ? 1 : int(c.column_splits), int(c.token_splits));
+  return cuda::BackwardPlan::of(p, int(c.column_splits), int(c.token_splits));
 }
 
 int tokens(const cuda::ForwardPlan&) { return 0; }
@@ -87,11 +85,7 @@ int tokens(const cuda::BackwardPlan& plan) { return plan.token_splits; }
 template <class Params>
 int run(const Call& c, const Params& p, void* workspace) {
   if (c.column_splits == 0) return cuda::pass(p, workspace, nullptr);
-  return cuda::for_pair(p.x.dtype, p.adapter.A.dtype, [&](auto pair) {
-    using Types = decltype(pair);
-    return cuda::pass<typename Types::Activations, typename Types::Parameters>(p, plan(c, p),
-                                                                               static_cast<float*>(workspace), nullptr);
-  });
+  return cuda::tensor_cores::pass(p, plan(c, p), static_cast<float*>(workspace), nullptr);
 }
 
 __global__ void mask_kernel(cuda::Mask mask, int64_t t, int64_t column, uint16_t* kept) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs the kernels once in a process of its own, as the sanitizers need it. Each buffer is a heap block of its exact size.
-// Arguments: T N M k r h, dtypes of x and adapter, splits of columns (0: chosen; 2: u is made again; -1: forward in one launch) and tokens, dropout in per cent, order, seed, copies.
+// Arguments: T N M k r h, dtypes of x and adapter, splits of columns (0: chosen; 2: u is made again) and tokens, dropout in per cent, order, seed, copies.
 // Exits with 0, 2 (wrong arguments), 3 (a launch failed) or 4 (a result is not finite).
 #include <cmath>
 #include <cstdio>

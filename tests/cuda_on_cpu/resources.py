@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import compilers
-from calls import ONE_LAUNCH, PASSES, Shape, arrays_of, run
+from calls import PASSES, Shape, arrays_of, run
 from devices import DEVICES, Device
 from emulated import Launched, Library
 from traffic import MAIN, floor, library_of_kernels, megabytes, title
@@ -23,8 +23,9 @@ from work import Plan
 
 HERE = Path(__file__).resolve().parent
 TABLE = HERE / "tables" / "resources.md"
-DTYPES = [("bf16", "fp32"), ("bf16", "bf16"), ("fp16", "fp32"), ("fp16", "fp16"), ("fp32", "fp32")]
-RANKS, FUSED_RANKS = (16, 32, 64), (16, 32)  # the widths that project and fused_forward have
+DTYPES = [("bf16", "fp32"), ("bf16", "bf16"), ("fp16", "fp32"), ("fp16", "fp16")]
+DTYPES += [("fp32", adapter) for adapter in ("fp32", "bf16", "fp16")]
+RANKS = (16, 32, 64)  # the widths that the kernels have
 PRE_AMPERE = (75, 40)
 
 
@@ -33,12 +34,11 @@ HEAD = """\
 
 Written by `resources.py`, checked by `test_resources.py`.
 """
-MODELLED = [*((MAIN, which) for which in PASSES), (replace(MAIN, T=65536), "forward")]
 MODEL = f"""
-## Modelled times, {title(MAIN)}, and forward where it is one launch
+## Modelled times, {title(MAIN)}
 
 No measurement: the longer of bytes / bandwidth and FLOPs / peak. Bytes of memory are those that a kernel asks for, without
-those that it asks for again, of adapters, ranks and sums (they fit into L2). FLOPs are those of the mma instructions that
+those that it asks for again, of adapters, latents and sums (they fit into L2). FLOPs are those of the mma instructions that
 run, all pairs of pieces.
 """
 
@@ -76,8 +76,6 @@ def _all_ways() -> Iterator[tuple[Shape, tuple[int, int]]]:
     for dtype, adapter in DTYPES:
         for r in RANKS:
             yield Shape(1, 64, 64, 1, r, dtype=dtype, adapter=adapter), (80, 108)
-        for r in FUSED_RANKS:
-            yield Shape(1, 64, 64, 1, r, dtype=dtype, adapter=adapter, columns=ONE_LAUNCH, tokens=1), (80, 108)
     for dtype in ("fp32", "fp64"):
         yield Shape(1, 8, 8, 1, 2, dtype=dtype, adapter=dtype), PRE_AMPERE
 
@@ -141,7 +139,7 @@ def _order(name: str) -> tuple[str | int, ...]:
 
 def kernels_of(library: Library, plan: Plan, which: str) -> list[str]:
     """The names of the kernels that a pass launches"""
-    cut = {"columns": plan.column_splits or ONE_LAUNCH, "tokens": plan.token_splits}
+    cut = {"columns": plan.column_splits, "tokens": plan.token_splits}
     small = replace(plan.shape, T=1, N=128, M=128, **cut)
     run(library, small, which, arrays_of(library, small, which))
     symbols = [launch.symbol for launch in library.launched()]
@@ -151,7 +149,6 @@ def kernels_of(library: Library, plan: Plan, which: str) -> list[str]:
 def model_section(library: Library) -> str:
     titles = [
         "pass",
-        "tokens",
         "kernel",
         "MB of memory",
         "MB asked",
@@ -165,9 +162,9 @@ def model_section(library: Library) -> str:
         limits = f"{device.bandwidth / 1e12:g} TB/s, {device.peak / 1e12:g} TFLOP/s"
         lines += [f"\n### {name}: {limits}\n\n", row(titles), row(["---"] * len(titles))]
         library.device(device.capability, device.multiprocessors)
-        for shape, which in MODELLED:
-            total, tokens = 0.0, "" if which == "merge" else str(shape.T)
-            plan = Plan(shape, *shape.splits(library, which))
+        for which in PASSES:
+            total = 0.0
+            plan = Plan(MAIN, *MAIN.splits(library, which))
             kernels = kernels_of(library, plan, which)
             for work, kernel in zip(plan.work(which).values(), kernels, strict=True):
                 asked = sum(work.moved.values())
@@ -177,14 +174,14 @@ def model_section(library: Library) -> str:
                 lines.append(
                     row(
                         [
-                            *(which, tokens, f"`{kernel}`", megabytes(memory), megabytes(asked), f"{times[0]:.1f}"),
+                            *(which, f"`{kernel}`", megabytes(memory), megabytes(asked), f"{times[0]:.1f}"),
                             *(f"{work.flops / 1e9:.1f}", f"{times[1]:.1f}", f"{max(times):.1f}"),
                         ]
                     )
                 )
-            least = 1e6 * floor(shape, which) / device.bandwidth
+            least = 1e6 * floor(MAIN, which) / device.bandwidth
             whole = f"all; {total / least:.2f} of the floor's {least:.1f}"
-            lines.append(row([which, tokens, whole, *[""] * 5, f"{total:.1f}"]))
+            lines.append(row([which, whole, *[""] * 5, f"{total:.1f}"]))
     library.device()
     return "".join(lines)
 

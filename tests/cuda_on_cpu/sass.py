@@ -21,15 +21,15 @@ ALL_KERNELS_WITHOUT = {
 # Of a kernel by the start of its name: an opcode that it must hold.
 KERNELS_WITH = [
     *(
-        ("(project|expand|fused_forward|weight_gradient)<", opcode, what)
+        ("(project|expand|weight_gradient)<", opcode, what)
         for opcode, what in [
             (r"HMMA\.16816\.F32\.BF16", "tensor cores"),
             (r"LDGSTS\..*128", "asynchronous copies of 16 bytes"),
             (r"LDSM\..*4", "four matrices at once from shared memory"),
         ]
     ),
-    ("(expand|fused_forward)<", r"STG\.E\.128", "stores of 16 bytes"),
-    (r"(project|expand|fused_forward)<.*fp32, \d+>", r"LDG\.E\.128", "loads of 16 bytes of a factor"),
+    ("expand<", r"STG\.E\.128", "stores of 16 bytes"),
+    (r"(project|expand)<.*fp32, \d+>", r"LDG\.E\.128", "loads of 16 bytes of a factor"),
 ]
 
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 import compilers
 import numpy as np
 import pytest
-from calls import ELEMENT, ONE_LAUNCH, PASSES, Call, Shape, arrays_of, run
+from calls import ELEMENT, PASSES, Call, Shape, arrays_of, run
 from emulated import Library
 from ptx import Gpu
 from traffic import library_of_kernels
@@ -38,10 +38,6 @@ SHAPES = [
     Shape(33, 72, 40, 1, 9, h=2, dropout=0.5, dtype="fp32", columns=2, tokens=1),
     Shape(33, 72, 40, 1, 9, dtype="fp16", columns=1, tokens=1),
 ]
-FUSED = [
-    Shape(131, 144, 176, 2, 12, h=5, dropout=0.3, columns=ONE_LAUNCH, tokens=1),
-    Shape(33, 72, 68, 4, 12, h=2, dtype="fp32", columns=ONE_LAUNCH, tokens=1),
-]
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +58,7 @@ def ptx(source: str, flags: tuple[str, ...] = ()) -> str:
 
 
 def name(shape: Shape) -> str:
-    launches = "_one_launch" if shape.columns == ONE_LAUNCH else ""
-    return f"{shape.dtype}_{shape.adapter}_{shape.T}x{shape.N}x{shape.M}{launches}"
+    return f"{shape.dtype}_{shape.adapter}_{shape.T}x{shape.N}x{shape.M}"
 
 
 def fill(shape: Shape, arrays: dict[str, np.ndarray]) -> None:
@@ -98,11 +93,8 @@ def differing(library: Library, shape: Shape, which: str, on: Gpu, seed: int | N
     return [name for name, array in emulated.items() if (array != interpreted[name]).any()]
 
 
-@pytest.mark.parametrize(
-    ("shape", "which"),
-    [*((shape, which) for shape in SHAPES for which in PASSES), *((shape, "forward") for shape in FUSED)],
-    ids=lambda value: value if isinstance(value, str) else name(value),
-)
+@pytest.mark.parametrize("which", PASSES)
+@pytest.mark.parametrize("shape", SHAPES, ids=name)
 def test_the_ptx_computes_the_emulators_bits(shape: Shape, which: str, library: Library) -> None:
     assert differing(library, shape, which, gpu(SOURCES[shape.dtype])) == []
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from calls import ONE_LAUNCH, PASSES, Shape
+from calls import ELEMENT, PASSES, Shape
 from compilers import compiler, find_toolkit
 from devices import DEVICES, Device
 from emulated import Library
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(find_toolkit() is None or compiler() is None, re
 # 8 tiles of columns; one token; parts of columns and tokens; rows without vectors.
 SMALL = [
     Shape(256, 512, 768, 2, 32),
-    Shape(131, 144, 176, 2, 12, h=5, dropout=0.3),
+    Shape(131, 144, 176, 2, 12, h=5, dropout=0.3, add_to_dx=True),
     Shape(1, 1280, 1152, 2, 32),
     Shape(300, 200, 72, 1, 40, adapter="bf16"),
     Shape(100, 264, 1160, 2, 80, h=3, dropout=0.2, keep_u=False),
@@ -28,15 +28,6 @@ SMALL = [
     Shape(257, 130, 66, 2, 16, dtype="fp32", dropout=0.5),
     Shape(65, 90, 99, 3, 18, h=2, dtype="fp16", padding=3),
     Shape(64, 140, 132, 2, 140, dtype="fp16", adapter="fp16", keep_u=False),
-]
-# Forward in one launch, in each of its ways
-FUSED = [
-    Shape(256, 512, 768, 2, 32),
-    Shape(131, 144, 176, 2, 12, h=5, dropout=0.3),
-    Shape(300, 200, 72, 1, 32, adapter="bf16", keep_u=False),
-    Shape(257, 130, 66, 2, 16, dtype="fp32", dropout=0.5),
-    Shape(129, 120, 132, 4, 12, h=4, dtype="fp32"),
-    Shape(65, 90, 99, 3, 9, h=2, dtype="fp16", padding=3),
 ]
 LIMITS = {"forward": 1.05, "backward": 1.3, "merge": 1.05}
 MOST_LAUNCHES = {"forward": 2, "backward": 4, "merge": 1}
@@ -56,22 +47,11 @@ def test_the_formula_is_what_is_counted(shape: Shape, which: str, device: Device
     assert differences(library, shape, which) == {}
 
 
-@pytest.mark.parametrize("shape", FUSED, ids=lambda s: f"{s.T}x{s.N}x{s.M}")
-def test_the_formula_of_forward_in_one_launch_is_what_is_counted(shape: Shape, library: Library) -> None:
-    library.device()
-    library.configure("fifo")
-    assert differences(library, replace(shape, columns=ONE_LAUNCH, tokens=1), "forward") == {}
-    assert library.launches() == ["fused_forward"]
-
-
-@pytest.mark.parametrize(
-    ("shape", "which", "columns"),
-    [*((shape, which, 3) for shape in SMALL for which in PASSES), *((shape, "forward", 0) for shape in FUSED)],
-    ids=lambda value: f"{value.T}x{value.N}x{value.M}" if isinstance(value, Shape) else str(value),
-)
-def test_what_is_read_again_is_all_but_the_whole_buffer(shape: Shape, which: str, columns: int) -> None:
+@pytest.mark.parametrize("which", PASSES)
+@pytest.mark.parametrize("shape", SMALL, ids=lambda s: f"{s.T}x{s.N}x{s.M}")
+def test_what_is_read_again_is_all_but_the_whole_buffer(shape: Shape, which: str) -> None:
     sizes = replace(shape, padding=0).sizes(which)
-    for launch, work in Plan(shape, columns, 2).work(which).items():
+    for launch, work in Plan(shape, 3, 2).work(which).items():
         for name in ("x", "base", "grad_y", "u", "A", "B", "A_general", "B_general", "weight"):
             first = work.moved[name, READ] - work.again[name]
             assert first in (0, sizes.get(name)), f"{launch}, {name}"
@@ -88,6 +68,17 @@ def test_activations_are_read_about_once(which: str, device: Device, library: Li
     assert floor(MAIN, which) <= kinds["activations"] <= LIMITS[which] * floor(MAIN, which)
     assert 0 < kinds["adapters"] < kinds["activations"] / 2
     assert len(Plan(MAIN, *MAIN.splits(library, which)).work(which)) <= MOST_LAUNCHES[which]
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+def test_a_frozen_layers_backward_saves_what_autograds_addition_moves(device: Device, library: Library) -> None:
+    """Where the path's dx is added to the layer's, and is not a tensor of its own that autograd adds: two read, one written."""
+    library.device(device.capability, device.multiprocessors)
+    apart, together = (
+        by_kind(work_of(library, replace(MAIN, add_to_dx=adds), "backward"))["activations"] for adds in (False, True)
+    )
+    addition = 3 * MAIN.T * MAIN.N * ELEMENT[MAIN.dtype]
+    assert together <= 0.75 * (apart + addition)
 
 
 def test_the_committed_table_is_the_formulas(library: Library) -> None:

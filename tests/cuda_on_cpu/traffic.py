@@ -23,7 +23,7 @@ TABLE = HERE / "tables" / "traffic.md"
 KINDS = {
     "activations": ("x", "base", "y", "grad_y", "dx", "weight"),
     "adapters": ("A", "B", "A_general", "B_general"),
-    "ranks and sums": ("u", "workspace"),
+    "latents and sums": ("u", "workspace"),
     "gradients": ("dA", "dB", "dA_general", "dB_general"),
     "seed": ("seed",),
 }
@@ -39,6 +39,7 @@ SHAPES = [
     Shape(8192, 4096, 4096, 2, 32, h=8),
     Shape(8192, 4096, 4096, 2, 32, dropout=0.1),
     Shape(8192, 4096, 4096, 2, 32, keep_u=False),
+    Shape(8192, 4096, 4096, 2, 32, add_to_dx=True),
 ]
 
 
@@ -89,6 +90,7 @@ def megabytes(size: int) -> str:
 
 def title(s: Shape) -> str:
     more = [f"h={s.h}"] * (s.h > 0) + ["dropout"] * (s.dropout > 0) + ["u made again"] * (not s.keep_u)
+    more += ["added to dx"] * s.add_to_dx
     return ", ".join([f"T={s.T} {s.N}×{s.M} r={s.r} k={s.k} {s.dtype}/{s.adapter}", *more])
 
 
@@ -97,12 +99,12 @@ HEAD = """\
 
 Written by `traffic.py`, checked by `test_traffic.py`: the bytes that kernels ask of global memory, in MB (10^6), each access
 counted, whichever cache serves it. Activations are x, base, y or grad_y, x, dx, and W in merge; their floor is each once,
-dx as if it were added to. Adapters are read again by every tile of 128 tokens, ranks by every tile of 64 columns of the
+dx as if it were added to. Adapters are read again by every tile of 128 tokens, latents by every tile of 64 columns of the
 weight gradients: both are small enough for L2. The seed is one address. dtypes: of activations / of the adapter.
 """
 COLUMN_TITLES = (
     *("shape", "pass", "launches", "parts of columns, tokens", "floor", "activations", "÷ floor", "adapters"),
-    *("÷ activations", "ranks and sums", "gradients", "seed"),
+    *("÷ activations", "latents and sums", "gradients", "seed"),
 )
 WHOLE = "\nThe first shape was also run as a whole on the emulator (`--count`), for both devices: the same bytes.\n"
 
@@ -123,7 +125,7 @@ def table(library: Library, *, whole: bool) -> str:
 def _repeats(shape: Shape, which: str) -> bool:
     """Merge has no tokens, dropout or u; forward none that is made again."""
     merge_again = which == "merge" and (shape.dropout > 0 or shape.T != MAIN.T)
-    return merge_again or (not shape.keep_u and which != "backward")
+    return merge_again or ((not shape.keep_u or shape.add_to_dx) and which != "backward")
 
 
 def _row(library: Library, shape: Shape, which: str) -> list[str]:
@@ -135,7 +137,7 @@ def _row(library: Library, shape: Shape, which: str) -> list[str]:
     return [
         *(title(shape), which, str(len(launches)), cut, megabytes(least), megabytes(activations)),
         *(f"{activations / least:.2f}", megabytes(adapters), f"{adapters / activations:.2f}"),
-        *(megabytes(kinds[kind]) for kind in ("ranks and sums", "gradients", "seed")),
+        *(megabytes(kinds[kind]) for kind in ("latents and sums", "gradients", "seed")),
     ]
 
 

@@ -15,10 +15,11 @@ READ, WRITTEN = "read", "written"
 FLOAT, SEED = 4, 8  # bytes
 THREADS = 256  # of a block
 TOKENS, COLUMNS, RANKS, DEPTH = 128, 64, 64, 32  # of tiles
-ROW_BYTES, FUSED_ROW_BYTES = 128, 64  # of a stage of project's pipeline
+ROW_BYTES = 128  # of a chunk of project
 TILES = 8  # of columns, that a block of expand owns
 WARPS = TOKENS // 16
 PIECES = {"fp32": 3, "fp16": 2, "bf16": 1}
+FLOAT_LEVEL = 3
 FLOPS_OF_MMA = 2 * 16 * 8 * 16
 
 
@@ -26,9 +27,9 @@ def parts(size: int, part: int) -> int:
     return -(-size // part)
 
 
-def pairs(left: int, right: int) -> int:
+def pairs(left: int, right: int, level: int) -> int:
     """Of pieces whose products count"""
-    return sum(i + j < max(left, right) for i in range(left) for j in range(right))
+    return sum(i + j < level for i in range(left) for j in range(right))
 
 
 @dataclass
@@ -63,7 +64,7 @@ class Left:
 
 @dataclass(frozen=True)
 class Plan:
-    """A shape, cut into so many parts of columns (0: forward in one launch) and tokens."""
+    """A shape, cut into so many parts of columns and tokens."""
 
     shape: Shape
     column_splits: int
@@ -74,12 +75,12 @@ class Plan:
         return {"forward": self.forward, "backward": self.backward, "merge": self.merge}[which]()
 
     def forward(self) -> dict[str, Work]:
-        s, fused = self.shape, self.column_splits == 0
-        project = self.project("x", s.N, "A", dropped=True, row_bytes=FUSED_ROW_BYTES if fused else ROW_BYTES)
-        expand = self.expand([] if fused else self.partial(), parts(s.T, TOKENS), s.M, "B")
+        s = self.shape
+        project = self.project("x", s.N, "A", dropped=True)
+        expand = self.expand(self.partial(), parts(s.T, TOKENS), s.M, "B")
         expand.moved["u", WRITTEN] += self.kept_bytes() * s.keep_u
         expand.moved["base", READ] = expand.moved["y", WRITTEN] = s.T * s.M * self.element
-        return {"fused_forward": project + expand} if fused else {"project": project, "expand": expand}
+        return {"project": project, "expand": expand}
 
     def backward(self) -> dict[str, Work]:
         s = self.shape
@@ -90,6 +91,7 @@ class Plan:
         expand = self.expand(self.partial(), tiles, s.N, "A")
         expand.moved["workspace", WRITTEN] += self.kept_bytes()  # dH
         expand.moved["dx", WRITTEN] = s.T * s.N * self.element
+        expand.moved["dx", READ] = s.T * s.N * self.element * s.add_to_dx
         self.draw(expand, tiles * s.k * parts(s.N // s.k, COLUMNS))
         U, dH = self.kept("u") if s.keep_u else self.partial(), self.kept("workspace")
         gradients = self.weight_gradient("grad_y", s.M, U, dropped=False)
@@ -107,16 +109,16 @@ class Plan:
 
     # Kernels
 
-    def project(self, x: str, width: int, factor: str, *, dropped: bool, row_bytes: int = ROW_BYTES) -> Work:
+    def project(self, x: str, width: int, factor: str, *, dropped: bool) -> Work:
         """x once per group of ranks, the factor once per tile of tokens"""
-        s, columns = self.shape, next((c for c in (16, 32) if self.ranks <= c), 64)
-        groups, tiles, depth = parts(self.ranks, columns), parts(s.T, TOKENS), row_bytes // self.element
+        s, columns = self.shape, 16 if self.ranks <= 16 else 32
+        groups, tiles, depth = parts(self.ranks, columns), parts(s.T, TOKENS), ROW_BYTES // self.element
         work = self.factor(factor, width, tiles)
         work.read(x, s.T * width * self.element, groups)
         work.moved["workspace", WRITTEN] += self.column_splits * s.T * s.k * self.ranks * FLOAT
         chunks = groups * tiles * s.k * parts(width // s.k, depth)
         self.draw(work, dropped * chunks)
-        work.mma = chunks * WARPS * depth // 16 * columns // 8 * pairs(PIECES[s.dtype], PIECES[s.adapter])
+        work.mma = chunks * WARPS * depth // 16 * columns // 8 * pairs(PIECES[s.dtype], PIECES[s.adapter], FLOAT_LEVEL)
         return work
 
     def expand(
@@ -137,10 +139,10 @@ class Plan:
         work = self.factor(factor, width, row_tiles, row_blocks)
         for source in left:
             work.read(source.buffer, source.size, source.times * (parts(tiles, of_block) if fit else tiles))
-        rank_pieces = 3 if s.dtype == "fp32" else 2
-        factor_pieces = factor_pieces or min(PIECES[s.adapter], rank_pieces)
+        latent_pieces = 3 if s.dtype == "fp32" else 2
+        factor_pieces = factor_pieces or min(PIECES[s.adapter], latent_pieces)
         steps = row_tiles * s.k * tiles * parts(ranks, 16)
-        work.mma = steps * WARPS * COLUMNS // 8 * pairs(rank_pieces, factor_pieces)
+        work.mma = steps * WARPS * COLUMNS // 8 * pairs(latent_pieces, factor_pieces, max(latent_pieces, factor_pieces))
         return work
 
     def weight_gradient(self, x: str, width: int, left: list[Left], *, dropped: bool) -> Work:
@@ -153,7 +155,7 @@ class Plan:
         work.moved["workspace", WRITTEN] += self.token_splits * width * self.ranks * FLOAT
         chunks = column_tiles * rank_tiles * parts(s.T, DEPTH)
         self.draw(work, dropped * chunks)
-        work.mma = chunks * DEPTH // 16 * ranks // 16 * COLUMNS // 8 * pairs(3, PIECES[s.dtype])
+        work.mma = chunks * DEPTH // 16 * ranks // 16 * COLUMNS // 8 * pairs(3, PIECES[s.dtype], FLOAT_LEVEL)
         return work
 
     def reduce(self, name: str, width: int) -> Work:

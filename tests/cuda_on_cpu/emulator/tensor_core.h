@@ -22,13 +22,27 @@ struct TensorCore {
 // From compute capability 8.0 on
 inline TensorCore tensor_core(int capability) { return capability >= 90 ? TensorCore{25, 32} : TensorCore{24, 16}; }
 
-// Of a number as its format has it: subnormal numbers have the least exponent of the normal ones.
-inline int exponent(double x, int least) { return x == 0.0 ? least : std::max(std::ilogb(x), least); }
+inline double power_of_two(int exponent) {
+  const uint64_t bits = uint64_t(exponent + 1023) << 52;
+  double value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// Of a number as its format has it: subnormal numbers have the least exponent of the normal ones. All of the formats here
+// are normal numbers as doubles.
+inline int exponent(double x, int least) {
+  uint64_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return std::max(int(bits >> 52 & 0x7ff) - 1023, least);
+}
+
+// What is left of x above the bits below 2^-fraction_bits, in units of that
+inline int64_t units(double x, int fraction_bits) { return int64_t(x * power_of_two(fraction_bits)); }
 
 inline float cut_to_float(double x) {
-  if (x == 0.0) return 0.0f;
   const int e = exponent(x, -126);
-  return static_cast<float>(std::ldexp(std::trunc(std::ldexp(x, 23 - e)), e - 23)) + 0.0f;
+  return static_cast<float>(double(units(x, 23 - e)) * power_of_two(e - 23));
 }
 
 inline float not_a_number() {
@@ -52,10 +66,9 @@ inline float add_block(const double* a, const double* b, int terms, float c, int
   }
   if (std::isnan(plain)) return not_a_number();
   if (std::isinf(plain)) return static_cast<float>(plain);
-  const auto cut = [&](double x) { return std::trunc(std::ldexp(x, fraction_bits - most)); };
-  double sum = cut(c);
-  for (int i = 0; i < terms; i++) sum += cut(a[i] * b[i]);
-  return cut_to_float(std::ldexp(sum, most - fraction_bits));
+  int64_t sum = units(c, fraction_bits - most);
+  for (int i = 0; i < terms; i++) sum += units(a[i] * b[i], fraction_bits - most);
+  return cut_to_float(double(sum) * power_of_two(most - fraction_bits));
 }
 
 // K terms of operands of `bytes` each
