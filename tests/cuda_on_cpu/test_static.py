@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import compilers
 import pytest
+
+from gralora_ext.selftest.instructions import CASES
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"
@@ -33,6 +36,28 @@ def test_all_sources_are_compiled() -> None:
     assert sorted(included) == sorted(PASSES)
     others = {path.name for path in (CSRC / "cuda").glob("*.cu")} - set(PASSES)
     assert others == {"conformance.cu"}  # of test_conformance.py
+
+
+def intrinsics_in(paths: Iterable[Path]) -> set[str]:
+    """Those of csrc/cuda/intrinsics_device.cuh for device code, synchronisation apart"""
+    text = (CSRC / "cuda" / "intrinsics_device.cuh").read_text()
+    declared = set(re.findall(r"__device__ __forceinline__ [\w:]+\*? (\w+)\(", text)) - {"shared_address"}
+    assert len(declared) > 8
+    used = {name for path in paths for name in re.findall(r"\b\w+(?=[<(])", path.read_text())}
+    return {name for name in declared & used if not name.startswith("sync_")}
+
+
+def test_the_self_test_tries_the_instructions_that_kernels_use() -> None:
+    conformance = CSRC / "cuda" / "conformance.cu"
+    kernels = [
+        path for path in (CSRC / "cuda").glob("*.cu*") if not path.name.startswith(("intrinsics", "conformance"))
+    ]
+    assert intrinsics_in([conformance]) == intrinsics_in(kernels)
+    assert re.findall(r"^  GRALORA_RUN\((\w+)\)", conformance.read_text(), re.MULTILINE) == list(CASES)
+    of_cuda = re.compile(
+        r"\basm\b|\b__(?:shfl|ballot|any|all|match|reduce|activemask|threadfence|syncwarp|syncthreads)\w*"
+    )
+    assert {path.name: of_cuda.findall(path.read_text()) for path in kernels} == {path.name: [] for path in kernels}
 
 
 def test_kernels_hold_no_atomics() -> None:

@@ -53,10 +53,10 @@ GRALORA_EXPORTED void gralora_emulator_truncate(int truncates) { gralora::emulat
 
 // d[i] = c[i] + sum_k a[i][k] b[i][k] as those tensor cores add it: without a kernel, for a test of the arithmetic.
 GRALORA_EXPORTED void gralora_emulator_multiply_add(const double* a, const double* b, const float* c, float* d,
-                                                    int64_t count, int K, int bytes, int least) {
+                                                    int64_t count, int K) {
   using namespace gralora::emulator;
   for (int64_t i = 0; i < count; i++)
-    d[i] = multiply_add(a + i * K, b + i * K, K, c[i], bytes, least, tensor_core(config().capability));
+    d[i] = multiply_add(a + i * K, b + i * K, K, c[i], tensor_core(config().capability));
 }
 
 // The shared memory that a block may take; 227 KiB at first.

@@ -133,23 +133,8 @@ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, Location at = L
 
 template <class T>
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Location at = Location::here()) {
-  constexpr bool bf16 = std::is_same_v<T, __nv_bfloat16>;
-  static_assert(bf16 || std::is_same_v<T, __half>);
-  emulator::multiply_16<T>(bf16 ? "mma.bf16" : "mma.f16", d, a, b, at);
-}
-inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                             Location at = Location::here()) {
-  emulator::multiply_tf32(d, a, b, at);
-}
-
-// Half of what is dropped is added to the magnitude: to the nearest, ties away from zero.
-inline uint32_t to_tf32(float x) {
-  constexpr uint32_t kExponent = 0x7f800000u, kDropped = 0x1fffu, kNaN = 0x7fffffffu;
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  if (x != x) return kNaN;
-  if ((bits & kExponent) != kExponent) bits += (kDropped + 1) / 2;
-  return bits & ~kDropped;
+  static_assert(std::is_same_v<T, __nv_bfloat16>);
+  emulator::multiply_bf16(d, a, b, at);
 }
 
 inline const char* error_text(cudaError_t) { return emulator::error_message().c_str(); }
