@@ -8,7 +8,6 @@
 //   load_global(p), store_global(p, v)        one access of 2, 4, 8 or 16 bytes; all global traffic goes through these
 //                                             two and cp_async_16, so that it can be counted
 //   sync_block(), sync_warp()
-//   shfl_xor(v, lanes)                        v of lane ^ lanes, in a full warp
 //   current_device(), error_text(error)
 //   launch(name, kernel, grid, block, dynamic shared bytes, stream, arguments...)   returns the launch's cudaError_t
 //

@@ -34,11 +34,6 @@ __device__ __forceinline__ void store_global(T* p, T value) {
 __device__ __forceinline__ void sync_block() { __syncthreads(); }
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
 
-template <class T>
-__device__ __forceinline__ T shfl_xor(T value, int lanes) {
-  return __shfl_xor_sync(0xffffffffu, value, lanes);
-}
-
 // The host's pass declares them too: it parses kernels whose device code is for 8.0 and above.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 

@@ -104,7 +104,7 @@ __global__ void rotate_warp(const float* x, float* result) {
   if (defect != Defect::MissingWarpBarrier) gralora::cuda::sync_warp();
   float next = tile[i / 32 * 32 + (i + 1) % 32];
   if (defect != Defect::DivergentWarp || i % 32 < 16)
-    next = gralora::cuda::shfl_xor(gralora::cuda::shfl_xor(next, 1), 1);
+    next = __shfl_xor_sync(0xffffffffu, __shfl_xor_sync(0xffffffffu, next, 1), 1);
   if (i % 32 == 31) next = load_global(x + first + (i + 1) % kThreads);
   store_global(result + first + i, next);
 }

@@ -41,30 +41,6 @@ T __shfl_xor_sync(uint32_t mask, T value, int lanes,
                   gralora::emulator::Location at = gralora::emulator::Location::here()) {
   return gralora::emulator::shuffle("shfl.xor", mask, value, gralora::emulator::current()->lane ^ lanes, at);
 }
-// A lane for which there is none that far up keeps its own value.
-template <class T>
-T __shfl_down_sync(uint32_t mask, T value, int lanes,
-                   gralora::emulator::Location at = gralora::emulator::Location::here()) {
-  const int lane = gralora::emulator::current()->lane;
-  return gralora::emulator::shuffle("shfl.down", mask, value, lane + lanes < 32 ? lane + lanes : lane, at);
-}
-template <class T>
-T __shfl_sync(uint32_t mask, T value, int lane, gralora::emulator::Location at = gralora::emulator::Location::here()) {
-  return gralora::emulator::shuffle("shfl.idx", mask, value, lane & 31, at);
-}
-inline uint32_t __ballot_sync(uint32_t mask, bool vote,
-                              gralora::emulator::Location at = gralora::emulator::Location::here()) {
-  return gralora::emulator::ballot(mask, vote, at);
-}
-inline void __threadfence() {
-  char* fence;
-  {
-    gralora::emulator::OwnAccesses own;
-    fence = &gralora::emulator::machine()->fence;
-  }
-  gralora::emulator::release(fence);
-  gralora::emulator::acquire(fence);
-}
 template <class T>
 T atomicAdd(T* p, T value, gralora::emulator::Location at = gralora::emulator::Location::here()) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8);
@@ -108,11 +84,6 @@ void store_global(T* p, T value, Location at = Location::here()) {
 
 inline void sync_block(Location at = Location::here()) { emulator::sync_block(at); }
 inline void sync_warp(Location at = Location::here()) { emulator::sync_warp(emulator::kFullWarp, at); }
-
-template <class T>
-T shfl_xor(T value, int lanes, Location at = Location::here()) {
-  return __shfl_xor_sync(emulator::kFullWarp, value, lanes, at);
-}
 
 inline void cp_async_16(void* to, const void* from, int valid = 16, Location at = Location::here()) {
   emulator::copy_async(to, from, 16, valid, at);

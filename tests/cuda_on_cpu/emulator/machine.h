@@ -97,8 +97,7 @@ struct Machine {
     const void* bottom = nullptr;
     size_t bytes = 0;
   } host;
-  // Objects of release and acquire. Only the host acquires the launch's end.
-  char launch_end = 0, fence = 0;
+  char launch_end = 0;  // object of release and acquire; only the host acquires it
 
   uint64_t random() {  // xorshift64
     random_state ^= random_state << 13;
