@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The bodies of intrinsics.cuh on the device.
+// The bodies of intrinsics.cuh on the device; those of the host are in runtime.h.
 #pragma once
+
+#include "runtime.h"
 
 #define GRALORA_SHARED(T, name, dims) __shared__ __align__(128) T name dims
 
@@ -76,29 +78,5 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
 }
 
 #endif  // compute capability 8.0
-
-inline const char* error_text(cudaError_t error) { return cudaGetErrorString(error); }
-inline Device current_device() {
-  int device = 0, major = 0, minor = 0, multiprocessors = 1;
-  if (cudaGetDevice(&device) != cudaSuccess) return {0, 1};  // the launch that follows tells why
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  return {10 * major + minor, multiprocessors};
-}
-
-template <class... P, class... A>
-cudaError_t launch(const char* /*name*/, void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_bytes,
-                   cudaStream_t stream, A... arguments) {
-  constexpr size_t kWithoutAsking = 48 * 1024;
-  if (dynamic_bytes > kWithoutAsking) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(dynamic_bytes));
-    if (error != cudaSuccess) return error;
-  }
-  kernel<<<grid, block, dynamic_bytes, stream>>>(static_cast<P>(arguments)...);
-  return cudaGetLastError();
-}
 
 }  // namespace gralora::cuda
