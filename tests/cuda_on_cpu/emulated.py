@@ -76,9 +76,6 @@ class Library:
         self._library.gralora_emulator_multiply_add(*(_pointer(array) for array in (a, b, c, d)), *sizes)
         return d
 
-    def limit_shared(self, size: int) -> None:
-        self._check(self._library.gralora_emulator_limit_shared(ctypes.c_int64(size)))
-
     def register(self, **buffers: np.ndarray) -> None:
         for name, array in buffers.items():
             size = ctypes.c_int64(array.nbytes)

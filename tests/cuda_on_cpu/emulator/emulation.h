@@ -86,6 +86,7 @@ inline void sync_block(Location at = Location::here()) { emulator::sync_block(at
 inline void sync_warp(Location at = Location::here()) { emulator::sync_warp(emulator::kFullWarp, at); }
 
 inline void cp_async_16(void* to, const void* from, int valid = 16, Location at = Location::here()) {
+  emulator::need_ampere("cp.async", at);
   emulator::copy_async(to, from, 16, valid, at);
 }
 inline void cp_async_commit() { emulator::commit_copies(); }
@@ -96,15 +97,18 @@ void cp_async_wait() {
 }
 
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, Location at = Location::here()) {
+  emulator::need_ampere("ldmatrix", at);
   emulator::load_matrices(r, row, false, at);
 }
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, Location at = Location::here()) {
+  emulator::need_ampere("ldmatrix.trans", at);
   emulator::load_matrices(r, row, true, at);
 }
 
 template <class T>
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Location at = Location::here()) {
   static_assert(std::is_same_v<T, __nv_bfloat16>);
+  emulator::need_ampere("mma.bf16", at);
   emulator::multiply_bf16(d, a, b, at);
 }
 
