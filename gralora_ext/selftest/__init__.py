@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from .. import _loader
+from .. import _loader, kernels
 from .passes import cases, check
 
 LEAST_CAPABILITY = (8, 0)  # of the instructions that are tried; the plain kernels use none of them
@@ -40,7 +40,7 @@ def devices() -> list[torch.device]:
     found = [torch.device("cpu")]
     if _loader.load().build()["cuda_archs"] and torch.cuda.is_available():
         found += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-    return found
+    return [device for device in found if kernels.has_kernels(device)]
 
 
 def run(device: torch.device, say: Callable[[str], None] = lambda line: None) -> Result:

@@ -4,21 +4,24 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
 import compilers
 import pytest
 
+from gralora_ext import _build_config as config
 from gralora_ext.selftest.instructions import CASES
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"
 PASSES = ("bfloat16.cu", "float16.cu", "float32.cu", "launch.cu")
 toolkit = compilers.find_toolkit()
+needs_nvcc = pytest.mark.skipif(toolkit is None or toolkit.nvcc is None, reason="there is no nvcc")
 
 
-@pytest.mark.skipif(toolkit is None or toolkit.nvcc is None, reason="there is no nvcc")
+@needs_nvcc
 @pytest.mark.parametrize("arch", [*compilers.ARCHS, 75])
 def test_kernels_compile_without_warnings_spills_or_local_memory(arch: int) -> None:
     """A warning is an error. Before 8.0 there are the plain kernels alone."""
@@ -29,6 +32,24 @@ def test_kernels_compile_without_warnings_spills_or_local_memory(arch: int) -> N
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", built.log)
     assert len(frames) >= (2 if plain else 50)
     assert set(frames) == {("0", "0", "0")}
+
+
+@needs_nvcc
+def test_kernels_on_tensor_cores_are_never_compiled_into_nothing() -> None:
+    """For a device that lacks the instructions they are refused: PTX of 7.5 cannot hold them without a body."""
+    with pytest.raises(compilers.CompileError, match='"mma_m16n8k16" is undefined'):
+        compilers.ptx(CSRC / "cuda" / "bfloat16.cu", 75, include=[CSRC])
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("source", "held"), [("launch.cu", [("elf", "75"), ("ptx", "75")]), ("bfloat16.cu", [("ptx", "80")])]
+)
+def test_a_build_for_7_5_and_ptx_holds_code_for_every_later_card(source: str, held: list[tuple[str, str]]) -> None:
+    line = config.cuda.command(f"csrc/cuda/{source}", ["7.5+PTX"], config.cuda.find_toolkit(), CSRC, ["c++"])
+    command = [*line, "--dryrun", "-c", str(CSRC / "cuda" / source)]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    assert sorted(re.findall(r"--image3?=kind=(\w+),sm=(\d+)", said)) == held
 
 
 def test_all_sources_are_compiled() -> None:
