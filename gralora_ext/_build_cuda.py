@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SOURCES = [f"csrc/cuda/{name}.cu" for name in ("launch", "bfloat16", "float16", "float32", "conformance")]
-PORTABLE = SOURCES[:1]  # the others use tensor cores of 8.0 and above
+PORTABLE = SOURCES[:1]  # the others use tensor cores of 8.0 and above, and launch.cu calls them there
 # Compute capabilities that are built for where nothing else is asked for and no device is there, if
 # nvcc knows them.
 CAPABILITIES = ("7.0", "7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
@@ -125,20 +125,32 @@ def _number(capability: str) -> str:
     return capability.removesuffix("+PTX").replace(".", "")
 
 
+def codes(source: str, names: list[str]) -> list[str]:
+    """What ``source`` is compiled into for the devices ``names``, such as ["sm_80", "compute_80"]: machine code and PTX.
+
+    Where launch.cu has code for a device from 8.0 on, so have the kernels that it calls there. The PTX of an older device serves
+    all later ones: then these kernels get the PTX of 8.0.
+    """
+    found = []
+    for name in names:
+        number, has_ptx = _number(name), name.endswith("+PTX")
+        if source in PORTABLE or float(number.rstrip("af")) >= 80:
+            found += [f"sm_{number}", *([f"compute_{number}"] if has_ptx else [])]
+        elif has_ptx:
+            found.append("compute_80")
+    # A file without a device to be compiled for still defines what launch.cu calls.
+    return list(dict.fromkeys(found)) or ["compute_80"]
+
+
 def command(source: str, names: list[str], toolkit: Path, include: Path, compiler: list[str]) -> list[str]:
     """nvcc with all but the names of the files."""
-    tensor_cores = [name for name in names if float(name.rstrip("afPTX+")) >= 8.0]
-    # A file without a device to be compiled for still defines what launch.cu calls.
-    chosen = names if source in PORTABLE else tensor_cores or ["8.0"]
     line = [str(toolkit / "bin" / "nvcc"), "-std=c++17", "-O3", f"-I{include}", f"-I{include / 'cuda'}"]
     line += ["-ccbin", shlex.join(compiler)] if len(compiler) == 1 else []
     line += ["-Xcompiler", "-fPIC,-fvisibility=hidden,-fvisibility-inlines-hidden"]
     if os.environ.get("GRALORA_EXT_WERROR") == "1":
         line += ["-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror,-Wno-unknown-pragmas"]
-    for name in chosen:
-        line += ["-gencode", f"arch=compute_{_number(name)},code=sm_{_number(name)}"]
-        if name.endswith("+PTX"):
-            line += ["-gencode", f"arch=compute_{_number(name)},code=compute_{_number(name)}"]
+    for code in codes(source, names):
+        line += ["-gencode", f"arch=compute_{code.split('_')[1]},code={code}"]
     return line
 
 

@@ -75,16 +75,17 @@ def _why_not(kind: str, index: int | None) -> str | None:
         return None
     card = "{}.{}".format(*capability)
     return (
-        f"gralora_ext was built for CUDA devices of {', '.join(archs)}, and cuda:{index or 0} is of {card} (to have kernels "
-        f"for it, run `TORCH_CUDA_ARCH_LIST={card} {INSTALL_COMMAND}` in its source tree)"
+        f"gralora_ext was built for CUDA devices of compute capability {', '.join(archs)}, and cuda:{index or 0}, "
+        f"{torch.cuda.get_device_name(index)}, is of {card} (to have kernels for it, run "
+        f"`TORCH_CUDA_ARCH_LIST={card} {INSTALL_COMMAND}` in its source tree)"
     )
 
 
 def _covers(arch: str, capability: tuple[int, int]) -> bool:
     """Whether code built for ``arch``, such as 8.6, 9.0a or 12.0+PTX, runs on a device of ``capability``.
 
-    Machine code runs on devices of its major version, from its minor version on; with an ``a`` on its own version alone. PTX is
-    compiled by the driver for every later device.
+    Machine code runs on devices of its major version, from its minor version on. PTX is compiled by the driver for every later
+    device. With an ``f`` PTX too keeps to its major version, with an ``a`` both keep to their own version alone.
     """
     parts = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", arch)
     assert parts is not None  # the build has written it
@@ -92,4 +93,4 @@ def _covers(arch: str, capability: tuple[int, int]) -> bool:
     version = int(major), int(minor)
     if kind == "a":
         return version == capability
-    return version <= capability and (ptx is not None or version[0] == capability[0])
+    return version <= capability and (version[0] == capability[0] or (ptx is not None and kind == ""))

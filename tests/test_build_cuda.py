@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from pathlib import Path
 
 import pytest
 
 from gralora_ext import _build_config as config
+from gralora_ext import kernels
 
 cuda = config.cuda
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,10 +104,67 @@ def test_a_device_that_nvcc_does_not_know_is_refused(asked: str, toolkit: Path) 
 def test_tensor_core_kernels_are_compiled_for_the_devices_that_have_them(toolkit: Path) -> None:
     for source in cuda.SOURCES:
         line = " ".join(cuda.command(source, ["7.5", "8.0", "12.0+PTX"], toolkit, ROOT / "csrc", ["c++"]))
-        assert ("code=sm_75" in line) == (source in cuda.PORTABLE)
+        assert ("arch=compute_75,code=sm_75" in line) == (source in cuda.PORTABLE)
         for code in ("sm_80", "sm_120", "compute_120"):
-            assert f",code={code}" in line
+            assert f"arch=compute_{code.split('_')[1]},code={code}" in line
         assert ",code=sm_80" in " ".join(cuda.command(source, ["8.0"], toolkit, ROOT / "csrc", ["c++"]))
+
+
+NAMES = (
+    "7.5",
+    "7.5+PTX",
+    "8.0",
+    "8.0+PTX",
+    "8.6",
+    "8.9+PTX",
+    "9.0",
+    "9.0a",
+    "9.0a+PTX",
+    "10.0f+PTX",
+    "10.0",
+    "12.0+PTX",
+)
+CARDS = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1)]
+
+
+def runs(code: str, card: tuple[int, int]) -> bool:
+    """By NVIDIA's rules of compatibility"""
+    kind, major, minor, suffix = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", code).groups()
+    version = int(major), int(minor)
+    if suffix == "a":
+        return version == card
+    return version <= card and (version[0] == card[0] or (kind == "compute" and suffix == ""))
+
+
+def codes(source: str, names: list[str], toolkit: Path) -> list[str]:
+    line = cuda.command(source, names, toolkit, ROOT / "csrc", ["c++"])
+    return re.findall(r"arch=compute_\w+,code=(\w+)", " ".join(line))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_card_that_is_covered_finds_the_code_of_all_kernels_that_it_is_given(count: int, toolkit: Path) -> None:
+    """launch.cu gives a card of 8.0 or later the kernels on tensor cores."""
+    for names in map(list, itertools.combinations(NAMES, count)):
+        portable, others = (codes(f"csrc/cuda/{name}.cu", names, toolkit) for name in ("launch", "bfloat16"))
+        for card in CARDS:
+            covered = any(kernels._covers(name, card) for name in names)
+            assert covered == any(runs(code, card) for code in portable), (names, card)
+            assert not covered or card < (8, 0) or any(runs(code, card) for code in others), (names, card)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["7.5+PTX"], ["compute_80"]),
+        (["7.5+PTX", "8.0+PTX"], ["compute_80", "sm_80"]),
+        (["7.5", "9.0a+PTX"], ["sm_90a", "compute_90a"]),
+        (["7.0", "7.5"], ["compute_80"]),  # which no card is given: it defines what launch.cu calls
+    ],
+)
+def test_each_code_of_the_tensor_core_kernels_is_made_once(
+    names: list[str], expected: list[str], toolkit: Path
+) -> None:
+    assert codes("csrc/cuda/bfloat16.cu", names, toolkit) == expected
 
 
 def test_one_cuda_runtime_in_a_process(toolkit: Path) -> None:

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.utils import backend_registration
 from tuner_helpers import adapted, pair, rows
 
-from gralora_ext import kernels, ops
+from gralora_ext import kernels, ops, selftest
 from gralora_ext._loader import load
 
 CASE = Case((5,), 2, 6, 4, 3, 2)
@@ -131,11 +134,52 @@ def test_a_transform_compiles_in_one_graph_and_a_plain_call_beside_it_keeps_the_
         ("9.0a", (9, 0), True),
         ("10.0a", (10, 3), False),
         ("10.0f", (10, 3), True),
+        ("10.0f+PTX", (12, 0), False),
         ("12.0+PTX", (12, 1), True),
+        ("7.5+PTX", (9, 0), True),
     ],
 )
 def test_code_runs_on_devices_of_its_version_and_ptx_on_later_ones(arch, capability, covered) -> None:
     assert kernels._covers(arch, capability) is covered
+
+
+@pytest.fixture
+def ada(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine with a card of 8.9"""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 9))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA L40S")
+    kernels._reason_that_was_told.cache_clear()
+    yield
+    kernels._reason_that_was_told.cache_clear()
+
+
+def built_for(monkeypatch: pytest.MonkeyPatch, *archs: str) -> None:
+    extension = SimpleNamespace(build=lambda: {"cuda_archs": list(archs)})
+    monkeypatch.setattr(kernels, "_native", extension)
+    monkeypatch.setattr(selftest._loader, "load", lambda: extension)
+
+
+@pytest.mark.usefixtures("ada")
+def test_a_card_without_kernels_gets_one_warning_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    built_for(monkeypatch, "7.5", "9.0+PTX")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert [kernels.has_kernels(torch.device("cuda", 0)) for _ in range(3)] == [False] * 3
+        assert selftest.devices() == [torch.device("cpu")]
+    (warning,) = said
+    assert str(warning.message) == (
+        "gralora_ext was built for CUDA devices of compute capability 7.5, 9.0+PTX, and cuda:0, NVIDIA L40S, is of 8.9 (to have "
+        "kernels for it, run `TORCH_CUDA_ARCH_LIST=8.9 pip install --no-build-isolation .` in its source tree): GraLoRA layers "
+        "run there on plain torch operations, with the same results but slower"
+    )
+
+
+@pytest.mark.usefixtures("ada")
+def test_a_card_with_kernels_is_tried_by_the_self_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    built_for(monkeypatch, "7.5+PTX")
+    assert selftest.devices() == [torch.device("cpu"), torch.device("cuda", 0)]
 
 
 def test_a_device_is_looked_up_while_a_graph_is_made() -> None:

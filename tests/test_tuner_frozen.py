@@ -188,7 +188,7 @@ THROUGH_THE_BASE: dict[str, tuple[Callable[[GraloraLinear], Any], Around, Tensor
     "tensors for parameters": (tensors_for_parameters, nullcontext, rows(70, dtype=FP32)),
     "two adapters": (add_second_adapter, nullcontext, rows(70, dtype=FP32)),
     "merged": (lambda layer: layer.merge(), nullcontext, rows(70, dtype=FP32)),
-    "autocast": (lambda layer: None, lambda: torch.autocast("cpu", torch.bfloat16), rows(70, dtype=FP32)),
+    "autocast": (lambda layer: None, lambda: torch.autocast(DEVICE.type, torch.bfloat16), rows(70, dtype=FP32)),
     "switched off": (lambda layer: setattr(layer, "one_operation", False), nullcontext, rows(70, dtype=FP32)),
     "dispatch mode": (lambda layer: None, Looks, rows(70, dtype=FP32)),
 }

@@ -13,6 +13,7 @@ import torch
 from helpers import run_python, same_bits
 from torch import nn
 from tuner_helpers import (
+    DEVICE,
     Mlp,
     adapted,
     assert_same_gradients,
@@ -73,7 +74,7 @@ def test_autocast_gives_pefts_dtypes_and_no_larger_error(dtype: torch.dtype) -> 
     exact = adapted("stock", hybrid_r=3)(x.double())
     errors = []
     for model in pair(dtype=torch.float32, hybrid_r=3):
-        with torch.autocast("cpu", dtype):
+        with torch.autocast(DEVICE.type, dtype):
             y = model(x)
         y.square().sum().backward()
         assert y.dtype == torch.float32

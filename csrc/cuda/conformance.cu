@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// One kernel per intrinsic, each on one warp: operands in, results out. Hardware and emulator must
-// agree on them; on a GPU they are the first to run (`gralora-ext info --selftest`).
+// One kernel per intrinsic that the passes use, each on one warp: operands in, results out. Hardware
+// and emulator must agree on them; on a GPU they are the first to run
+// (`gralora-ext info --selftest`).
 #include <cstring>
 #include <utility>
 
@@ -11,19 +12,6 @@ namespace {
 
 using gralora::cuda::load_global;
 using gralora::cuda::store_global;
-
-// a: [32, 4], b: [32, 2], d: [32, 4], a lane's registers in a row.
-template <class Multiply>
-__device__ void multiply(const uint32_t* a, const uint32_t* b, float* d, Multiply mma) {
-  const int lane = static_cast<int>(threadIdx.x);
-  uint32_t a_registers[4], b_registers[2];
-  float d_registers[4];
-  for (int i = 0; i < 4; i++) a_registers[i] = load_global(a + lane * 4 + i);
-  for (int i = 0; i < 2; i++) b_registers[i] = load_global(b + lane * 2 + i);
-  for (int i = 0; i < 4; i++) d_registers[i] = load_global(d + lane * 4 + i);
-  mma(d_registers, a_registers, b_registers);
-  for (int i = 0; i < 4; i++) store_global(d + lane * 4 + i, d_registers[i]);
-}
 
 // x: [32, 8], rows: [32], result: [32, 4]. Lane t names row rows[t].
 template <class Load>
@@ -42,14 +30,16 @@ __device__ void load_matrices(const uint16_t* x, const int* rows, uint32_t* resu
 // Names without mangling, by which they are found in PTX.
 extern "C" {
 
+// a: [32, 4], b: [32, 2], d: [32, 4], a lane's registers in a row.
 __global__ void mma_bf16(const uint32_t* a, const uint32_t* b, float* d) {
-  multiply(a, b, d, [](auto& d, auto& a, auto& b) { gralora::cuda::mma_m16n8k16<__nv_bfloat16>(d, a, b); });
-}
-__global__ void mma_f16(const uint32_t* a, const uint32_t* b, float* d) {
-  multiply(a, b, d, [](auto& d, auto& a, auto& b) { gralora::cuda::mma_m16n8k16<__half>(d, a, b); });
-}
-__global__ void mma_tf32(const uint32_t* a, const uint32_t* b, float* d) {
-  multiply(a, b, d, [](auto& d, auto& a, auto& b) { gralora::cuda::mma_m16n8k8_tf32(d, a, b); });
+  const int lane = static_cast<int>(threadIdx.x);
+  uint32_t a_registers[4], b_registers[2];
+  float d_registers[4];
+  for (int i = 0; i < 4; i++) a_registers[i] = load_global(a + lane * 4 + i);
+  for (int i = 0; i < 2; i++) b_registers[i] = load_global(b + lane * 2 + i);
+  for (int i = 0; i < 4; i++) d_registers[i] = load_global(d + lane * 4 + i);
+  gralora::cuda::mma_m16n8k16<__nv_bfloat16>(d_registers, a_registers, b_registers);
+  for (int i = 0; i < 4; i++) store_global(d + lane * 4 + i, d_registers[i]);
 }
 
 __global__ void ldmatrix(const uint16_t* x, const int* rows, uint32_t* result) {
@@ -71,18 +61,6 @@ __global__ void cp_async(const uint4* x, const int* valid, uint4* result) {
   store_global(result + lane, tile[31 - lane]);
 }
 
-// x: [32], result: [5, 32], one row per lane mask 1, 2, 4, 8, 16.
-__global__ void shfl_xor(const float* x, float* result) {
-  const int lane = static_cast<int>(threadIdx.x);
-  const float value = load_global(x + lane);
-  for (int i = 0; i < 5; i++) store_global(result + i * 32 + lane, gralora::cuda::shfl_xor(value, 1 << i));
-}
-
-__global__ void to_tf32(const float* x, uint32_t* result) {
-  const int lane = static_cast<int>(threadIdx.x);
-  store_global(result + lane, gralora::cuda::to_tf32(load_global(x + lane)));
-}
-
 // Accesses of 2, 4, 8 and 16 bytes, those of 16 by way of dynamic shared memory; each lane takes
 // its neighbour's element. All arrays: [32].
 __global__ void accesses(const uint16_t* x2, const float* x4, const float2* x8, const float4* x16, uint16_t* result2,
@@ -95,20 +73,6 @@ __global__ void accesses(const uint16_t* x2, const float* x4, const float2* x8, 
   store_global(result2 + lane, load_global(x2 + (lane ^ 1)));
   store_global(result4 + lane, load_global(x4 + (lane ^ 1)));
   store_global(result8 + lane, load_global(x8 + (lane ^ 1)));
-}
-
-// CUDA's own functions that kernels use as they are. x, shifted, votes: [32]; total, float_total:
-// [1], added to.
-__global__ void plain_cuda(const int* x, int* shifted, uint32_t* votes, int* total, float* float_total) {
-  const int lane = static_cast<int>(threadIdx.x);
-  const int value = load_global(x + lane);
-  const int down = __shfl_down_sync(0xffffffffu, value, 3);
-  const int third = __shfl_sync(0xffffffffu, value, 3);
-  store_global(shifted + lane, down - third);
-  store_global(votes + lane, static_cast<uint32_t>(__ballot_sync(0xffffffffu, value % 3 == 0)));
-  atomicAdd(total, value);
-  __threadfence();
-  atomicAdd(float_total, static_cast<float>(value));
 }
 
 }  // extern "C"
@@ -128,10 +92,6 @@ extern "C" {
 int launch_mma_bf16(const uint32_t* a, const uint32_t* b, float* d) {
   return on_one_warp("mma_bf16", mma_bf16, a, b, d);
 }
-int launch_mma_f16(const uint32_t* a, const uint32_t* b, float* d) { return on_one_warp("mma_f16", mma_f16, a, b, d); }
-int launch_mma_tf32(const uint32_t* a, const uint32_t* b, float* d) {
-  return on_one_warp("mma_tf32", mma_tf32, a, b, d);
-}
 int launch_ldmatrix(const uint16_t* x, const int* rows, uint32_t* result) {
   return on_one_warp("ldmatrix", ldmatrix, x, rows, result);
 }
@@ -140,11 +100,6 @@ int launch_ldmatrix_trans(const uint16_t* x, const int* rows, uint32_t* result) 
 }
 int launch_cp_async(const uint4* x, const int* valid, uint4* result) {
   return on_one_warp("cp_async", cp_async, x, valid, result);
-}
-int launch_shfl_xor(const float* x, float* result) { return on_one_warp("shfl_xor", shfl_xor, x, result); }
-int launch_to_tf32(const float* x, uint32_t* result) { return on_one_warp("to_tf32", to_tf32, x, result); }
-int launch_plain_cuda(const int* x, int* shifted, uint32_t* votes, int* total, float* float_total) {
-  return on_one_warp("plain_cuda", plain_cuda, x, shifted, votes, total, float_total);
 }
 int launch_accesses(const uint16_t* x2, const float* x4, const float2* x8, const float4* x16, uint16_t* result2,
                     float* result4, float2* result8, float4* result16) {
@@ -172,15 +127,10 @@ int run_instruction(const char* name, void* const* arrays) {
 #define GRALORA_RUN(instruction) \
   if (strcmp(name, #instruction) == 0) return call(launch_##instruction, arrays);
   GRALORA_RUN(mma_bf16)
-  GRALORA_RUN(mma_f16)
-  GRALORA_RUN(mma_tf32)
   GRALORA_RUN(ldmatrix)
   GRALORA_RUN(ldmatrix_trans)
   GRALORA_RUN(cp_async)
-  GRALORA_RUN(shfl_xor)
-  GRALORA_RUN(to_tf32)
   GRALORA_RUN(accesses)
-  GRALORA_RUN(plain_cuda)
 #undef GRALORA_RUN
   return cudaErrorInvalidValue;
 }

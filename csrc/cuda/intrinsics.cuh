@@ -8,7 +8,6 @@
 //   load_global(p), store_global(p, v)        one access of 2, 4, 8 or 16 bytes; all global traffic goes through these
 //                                             two and cp_async_16, so that it can be counted
 //   sync_block(), sync_warp()
-//   shfl_xor(v, lanes)                        v of lane ^ lanes, in a full warp
 //   current_device(), error_text(error)
 //   launch(name, kernel, grid, block, dynamic shared bytes, stream, arguments...)   returns the launch's cudaError_t
 //
@@ -16,8 +15,7 @@
 //   cp_async_16(to, from, valid)              16 bytes, global to shared: the first `valid` of them, then zeros
 //   cp_async_commit(), cp_async_wait<N>()     all but the thread's N newest groups have landed, for this thread alone
 //   ldmatrix_x4(r, row), ldmatrix_x4_trans    lane 8 i + j names row j of the i-th 8 x 8 matrix of 16-bit elements
-//   mma_m16n8k16<T>(d, a, b)                  d += a b, T: __nv_bfloat16 or __half
-//   mma_m16n8k8_tf32(d, a, b), to_tf32(x)
+//   mma_m16n8k16<__nv_bfloat16>(d, a, b)      d += a b
 #pragma once
 
 #include <cuda_bf16.h>

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The bodies of intrinsics.cuh on the device.
+// The bodies of intrinsics.cuh on the device; those of the host are in runtime.h.
 #pragma once
+
+#include "runtime.h"
 
 #define GRALORA_SHARED(T, name, dims) __shared__ __align__(128) T name dims
 
@@ -33,11 +35,6 @@ __device__ __forceinline__ void store_global(T* p, T value) {
 
 __device__ __forceinline__ void sync_block() { __syncthreads(); }
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
-
-template <class T>
-__device__ __forceinline__ T shfl_xor(T value, int lanes) {
-  return __shfl_xor_sync(0xffffffffu, value, lanes);
-}
 
 // The host's pass declares them too: it parses kernels whose device code is for 8.0 and above.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
@@ -72,59 +69,14 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* 
 
 template <class T>
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>);
-  if constexpr (std::is_same_v<T, __nv_bfloat16>)
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-  else
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-__device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  static_assert(std::is_same_v<T, __nv_bfloat16>);
   asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// To the nearest, ties away from zero; without it an mma drops the low 13 bits of its operands.
-__device__ __forceinline__ uint32_t to_tf32(float x) {
-  uint32_t bits;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
-  return bits;
-}
-
 #endif  // compute capability 8.0
-
-inline const char* error_text(cudaError_t error) { return cudaGetErrorString(error); }
-inline Device current_device() {
-  int device = 0, major = 0, minor = 0, multiprocessors = 1;
-  if (cudaGetDevice(&device) != cudaSuccess) return {0, 1};  // the launch that follows tells why
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  return {10 * major + minor, multiprocessors};
-}
-
-template <class... P, class... A>
-cudaError_t launch(const char* /*name*/, void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_bytes,
-                   cudaStream_t stream, A... arguments) {
-  constexpr size_t kWithoutAsking = 48 * 1024;
-  if (dynamic_bytes > kWithoutAsking) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(dynamic_bytes));
-    if (error != cudaSuccess) return error;
-  }
-  kernel<<<grid, block, dynamic_bytes, stream>>>(static_cast<P>(arguments)...);
-  return cudaGetLastError();
-}
 
 }  // namespace gralora::cuda

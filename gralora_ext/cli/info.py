@@ -71,7 +71,7 @@ def _selftest() -> int:
         for line in found[-1].wrong:
             print(f"  - {line}")
     if len(found) == 1:
-        print("  No CUDA device was tried: there is none, or this build has no kernels for CUDA.")
+        print("  No CUDA device was tried: there is none, or this build has no kernels for it.")
     return 1 if any(result.wrong for result in found) else 0
 
 

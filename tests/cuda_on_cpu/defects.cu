@@ -104,7 +104,7 @@ __global__ void rotate_warp(const float* x, float* result) {
   if (defect != Defect::MissingWarpBarrier) gralora::cuda::sync_warp();
   float next = tile[i / 32 * 32 + (i + 1) % 32];
   if (defect != Defect::DivergentWarp || i % 32 < 16)
-    next = gralora::cuda::shfl_xor(gralora::cuda::shfl_xor(next, 1), 1);
+    next = __shfl_xor_sync(0xffffffffu, __shfl_xor_sync(0xffffffffu, next, 1), 1);
   if (i % 32 == 31) next = load_global(x + first + (i + 1) % kThreads);
   store_global(result + first + i, next);
 }
@@ -124,6 +124,16 @@ __global__ void rotate_other(const float* x, float* result) {
     gralora::cuda::ldmatrix_x4(r, tile + i * 4 + (defect == Defect::MisalignedMatrix ? 1 : 0));
   }
   store_global(result + first + i, load_global(x + first + (i + 1) % kThreads));
+}
+
+// Through dynamic shared memory, at its beginning and at its end.
+__global__ void rotate_dynamic(const float* x, float* result, int floats) {
+  float* const tile = gralora::cuda::dynamic_shared<float>();
+  const int i = static_cast<int>(threadIdx.x), first = static_cast<int>(blockIdx.x) * kThreads;
+  tile[i] = tile[floats - kThreads + i] = load_global(x + first + i);
+  gralora::cuda::sync_block();
+  const int next = (i + 1) % kThreads;
+  store_global(result + first + i, (tile[next] + tile[floats - kThreads + next]) / 2);
 }
 
 struct Named {
@@ -164,4 +174,10 @@ extern "C" int launch_defect(const char* name, const float* x, float* result, in
       return gralora::cuda::launch(name, named.kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, nullptr,
                                    x, result);
   return -1;
+}
+
+// With so many bytes of dynamic shared memory
+extern "C" int launch_dynamic(int bytes, const float* x, float* result, int blocks) {
+  return gralora::cuda::launch("dynamic", rotate_dynamic, dim3(static_cast<unsigned>(blocks)), dim3(kThreads),
+                               static_cast<size_t>(bytes), nullptr, x, result, bytes / static_cast<int>(sizeof(float)));
 }

@@ -69,15 +69,12 @@ class Library:
         """Whether mma adds as the tensor cores of the device's capability do, or in double."""
         self._library.gralora_emulator_truncate(int(truncates))
 
-    def multiply_add(self, a: np.ndarray, b: np.ndarray, c: np.ndarray, bytes_: int, least: int) -> np.ndarray:
+    def multiply_add(self, a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
         """``c + sum_k a_k b_k`` as those tensor cores add it; a and b: float64, c: float32."""
         d = np.empty_like(c)
-        sizes = ctypes.c_int64(c.size), a.shape[-1], bytes_, least
+        sizes = ctypes.c_int64(c.size), a.shape[-1]
         self._library.gralora_emulator_multiply_add(*(_pointer(array) for array in (a, b, c, d)), *sizes)
         return d
-
-    def limit_shared(self, size: int) -> None:
-        self._check(self._library.gralora_emulator_limit_shared(ctypes.c_int64(size)))
 
     def register(self, **buffers: np.ndarray) -> None:
         for name, array in buffers.items():

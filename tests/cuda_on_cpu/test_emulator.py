@@ -31,6 +31,7 @@ def loaded() -> Library:
 def library(loaded: Library) -> Iterator[Library]:
     loaded.clear()
     loaded.configure()
+    loaded.device()
     yield loaded
     loaded.clear()
 
@@ -80,7 +81,7 @@ def test_the_sanitizers_accept_a_right_kernel(name, variant):
         ),
         ("misaligned_copy", r"cp\.async at .*defects\.cu:\d+: address not aligned to 16 bytes"),
         ("misaligned_matrix", r"ldmatrix at .*defects\.cu:\d+: address not aligned to 16 bytes"),
-        ("too_much_shared", r"the block takes 4194304 bytes of shared memory, more than 232448"),
+        ("too_much_shared", r"the block takes 4194304 bytes of shared memory, more than 166912"),
     ],
 )
 @pytest.mark.parametrize("order", ORDERS)
@@ -163,13 +164,34 @@ def test_a_launch_of_no_blocks_fails(library, x):
         rotated(library, "none", x[:0])
 
 
-def test_the_limit_of_shared_memory_can_be_set(library, x):
-    library.limit_shared(255)
-    with pytest.raises(EmulatorError, match="256 bytes of shared memory, more than 255"):
-        rotated(library, "none", x)
-    library.limit_shared(227 * 1024)
-    rotated(library, "none", x)
-    assert library.statistics().shared_bytes == 256
+@pytest.mark.parametrize(
+    ("capability", "limit"),
+    [(70, 96), (75, 64), (80, 163), (86, 99), (89, 99), (90, 227), (100, 227), (120, 99)],
+)
+def test_a_block_takes_no_more_shared_memory_than_its_device_has(library, x, capability, limit):
+    library.device(capability)
+    result = np.full_like(x, -1)
+    library.launch("launch_dynamic", limit * 1024, x, result, len(x))
+    np.testing.assert_array_equal(result, np.roll(x, -1, axis=1))
+    assert library.statistics().shared_bytes == limit * 1024
+    with pytest.raises(
+        EmulatorError, match=rf"takes {limit * 1024 + 4} bytes of shared memory, more than {limit * 1024}$"
+    ):
+        library.launch("launch_dynamic", limit * 1024 + 4, x, result, len(x))
+
+
+def test_a_device_that_is_not_known_is_refused(library):
+    with pytest.raises(EmulatorError, match="no device of capability 99 is known"):
+        library.device(99)
+
+
+@pytest.mark.parametrize(("name", "operation"), [("none_copies", r"cp\.async"), ("none_matrix", "ldmatrix")])
+def test_an_older_device_lacks_what_came_with_ampere(library, x, name, operation):
+    library.device(75)
+    with pytest.raises(
+        EmulatorError, match=rf"{operation} at .*defects\.cu:\d+: there is none before compute capability 8.0"
+    ):
+        rotated(library, name, x)
 
 
 def test_libraries_share_nothing(library, x):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from calls import ALL_GRADIENTS
 from checks import AUTOCAST, CHOSEN, DTYPES, PAIRS, Way, check, check_infinity, check_mask, check_merge, results
-from compilers import compiler, emulated_library, find_toolkit, run, sanitized_kernels
+from compilers import ARCHS, compiler, emulated_library, find_toolkit, run, sanitized_kernels
 from emulated import Library
 from helpers import Case, assert_near
 from hypothesis import given, settings
@@ -172,6 +172,20 @@ def test_dx_is_added_where_the_base_layers_is(
 def test_float64_goes_to_the_portable_kernels(library: Library) -> None:
     check(library, Case((40,), 2, 24, 40, 4, 3, torch.float64, torch.float64, torch.float64), CHOSEN)
     assert set(library.launches()) == {"products"}
+
+
+@pytest.mark.parametrize("dtypes", PAIRS, ids=lambda p: "_".join(str(d)[6:] for d in p))
+@pytest.mark.parametrize("capability", [75, *sorted(ARCHS)])
+def test_each_pass_fits_into_the_shared_memory_of_every_device(
+    capability: int, dtypes: tuple[torch.dtype, torch.dtype], library: Library
+) -> None:
+    """With as many ranks as each kernel takes, on both sides of each choice among them"""
+    library.device(capability)
+    x, adapter = dtypes
+    for r in (16, 32, 64, 66):
+        check(library, Case((3,), 2, 64, 64, r // 2, 0, x, x, adapter), CHOSEN)
+        assert (library.launches() == ["products"] * 3) == (capability < 80)
+        check_merge(library, Case((1,), 2, 64, 64, r // 2, adapter_dtype=adapter), x)
 
 
 @pytest.mark.parametrize("T", [1, 300])

@@ -49,12 +49,12 @@ def library() -> Library:
 
 
 @functools.cache
-def gpu(source: str, flags: tuple[str, ...] = ()) -> Gpu:
-    return Gpu(ptx(source, flags))
+def gpu(source: str, arch: int = 80, flags: tuple[str, ...] = ()) -> Gpu:
+    return Gpu(ptx(source, arch, flags))
 
 
-def ptx(source: str, flags: tuple[str, ...] = ()) -> str:
-    return compilers.ptx(compilers.KERNELS / source, 80, include=[compilers.KERNELS.parent], flags=flags)
+def ptx(source: str, arch: int = 80, flags: tuple[str, ...] = ()) -> str:
+    return compilers.ptx(compilers.KERNELS / source, arch, include=[compilers.KERNELS.parent], flags=flags)
 
 
 def name(shape: Shape) -> str:
@@ -99,11 +99,12 @@ def test_the_ptx_computes_the_emulators_bits(shape: Shape, which: str, library: 
     assert differing(library, shape, which, gpu(SOURCES[shape.dtype])) == []
 
 
+@pytest.mark.parametrize("arch", [75, 80])
 @pytest.mark.parametrize("which", PASSES)
-def test_the_ptx_of_the_plain_kernels_computes_the_emulators_bits(which: str, library: Library) -> None:
+def test_the_ptx_of_the_plain_kernels_computes_the_emulators_bits(which: str, arch: int, library: Library) -> None:
     library.device(*NO_TENSOR_CORES)
     shape = Shape(37, 24, 70, 2, 6, h=3, dropout=0.3)
-    assert differing(library, shape, which, gpu("launch.cu", ("-fmad=false",))) == []
+    assert differing(library, shape, which, gpu("launch.cu", arch, ("-fmad=false",))) == []
     library.device()
 
 

@@ -16,16 +16,14 @@ import pytest
 import torch
 from emulated import Library
 from ptx import Gpu
-from ptx.tensor_core import BYTES, LEAST_EXPONENT, multiply_add, tensor_core
+from ptx.tensor_core import LEAST_EXPONENT, multiply_add, tensor_core
 
-from gralora_ext.selftest.instructions import CASES
+from gralora_ext.selftest.instructions import mma_bf16
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 SOURCE = CSRC / "cuda" / "conformance.cu"
 MODELS = {80: "Ampere", 89: "Ada Lovelace", 90: "Hopper", 100: "Blackwell", 120: "RTX Blackwell"}
-SHAPES = {"bf16": ("m16n8k16", 16), "f16": ("m16n8k16", 16), "tf32": ("m16n8k8", 8)}
-DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "tf32": torch.float32}
-SUMS = 16 * 8  # of one mma
+TERMS, SUMS = 16, 16 * 8  # of one mma
 RANDOM_MMA, MMA_AT_ONCE = 100_000, 2_000
 
 toolkit = compilers.find_toolkit()
@@ -35,14 +33,10 @@ pytestmark = [
 ]
 
 
-def operands(
-    rng: np.random.Generator, kind: str, ptx_type: str, sums: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows of A and of B^T, as their format holds them, and C."""
-    K, dtype = SHAPES[ptx_type][1], DTYPES[ptx_type]
-    least = LEAST_EXPONENT[ptx_type]
+def operands(rng: np.random.Generator, kind: str, sums: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows of A and of B^T in bf16, and C."""
 
-    def numbers(shape: tuple[int, ...], bits: int, of: torch.dtype, lowest: int) -> torch.Tensor:
+    def numbers(shape: tuple[int, ...], bits: int, of: torch.dtype, lowest: int = LEAST_EXPONENT) -> torch.Tensor:
         """Of the exponents that the kind asks for, with zeros among them."""
         mantissas = rng.standard_normal(shape)
         if kind == "normal":
@@ -54,16 +48,13 @@ def operands(
         values = np.ldexp(mantissas, exponents) * (rng.random(shape) < 0.9)
         return torch.from_numpy(values).to(of)
 
-    bits = {"bf16": 7, "f16": 10, "tf32": 10}[ptx_type]
-    a, b = numbers((sums, K), bits, dtype, least), numbers((sums, K), bits, dtype, least)
-    if ptx_type == "tf32":  # as registers hold them: the low bits are ignored
-        a, b = ((t.view(torch.int32) & ~0x1FFF).view(torch.float32) for t in (a, b))
-    return a, b, numbers((sums,), 23, torch.float32, -126 if kind != "normal" else 0)
+    a, b = (numbers((sums, TERMS), 7, torch.bfloat16) for _ in range(2))
+    return a, b, numbers((sums,), 23, torch.float32, LEAST_EXPONENT if kind != "normal" else 0)
 
 
-def model(capability: int, ptx_type: str) -> Any:
+def model(capability: int) -> Any:
     sim = pytest.importorskip("mmasim.nv_ptx.sim")
-    return sim.MMA(MODELS[capability], f"{SHAPES[ptx_type][0]}.f32.{ptx_type}.{ptx_type}.f32")
+    return sim.MMA(MODELS[capability], "m16n8k16.f32.bf16.bf16.f32")
 
 
 def bits_of(values: np.ndarray) -> np.ndarray:
@@ -84,59 +75,51 @@ def library(loaded: Library) -> Iterator[Library]:
 
 
 @pytest.mark.parametrize("kind", ["normal", "extreme", "subnormal"])
-@pytest.mark.parametrize("ptx_type", SHAPES)
 @pytest.mark.parametrize("capability", MODELS)
-def test_both_add_as_the_models(library: Library, capability: int, ptx_type: str, kind: str) -> None:
+def test_both_add_as_the_models(library: Library, capability: int, kind: str) -> None:
     """100,000 random mma of each architecture, and some of each other kind of operands."""
-    add = model(capability, ptx_type)
+    add = model(capability)
     library.device(capability)
     rng = np.random.default_rng(capability)
-    for _ in range(RANDOM_MMA // MMA_AT_ONCE if (ptx_type, kind) == ("bf16", "normal") else 1):
-        a, b, c = operands(rng, kind, ptx_type, MMA_AT_ONCE * SUMS)
+    for _ in range(RANDOM_MMA // MMA_AT_ONCE if kind == "normal" else 1):
+        a, b, c = operands(rng, kind, MMA_AT_ONCE * SUMS)
         want = bits_of(add.dpa(a, b, c).numpy())
         arrays = a.double().numpy(), b.double().numpy(), c.numpy()
-        interpreted = multiply_add(*arrays, ptx_type, tensor_core(capability))
-        emulated = library.multiply_add(*arrays, BYTES[ptx_type], LEAST_EXPONENT[ptx_type])
-        np.testing.assert_array_equal(bits_of(interpreted), want)
-        np.testing.assert_array_equal(bits_of(emulated), want)
+        np.testing.assert_array_equal(bits_of(multiply_add(*arrays, tensor_core(capability))), want)
+        np.testing.assert_array_equal(bits_of(library.multiply_add(*arrays)), want)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("ptx_type", SHAPES)
-def test_infinities_and_nan_are_those_of_the_models(library: Library, ptx_type: str, capability: int) -> None:
-    add = model(capability, ptx_type)
+def test_infinities_and_nan_are_those_of_the_models(library: Library, capability: int) -> None:
+    add = model(capability)
     library.device(capability)
     rng = np.random.default_rng(5)
-    a, b, c = operands(rng, "normal", ptx_type, 4096)
+    a, b, c = operands(rng, "normal", 4096)
     for tensor in (a, b, c):
         flat = tensor.view(-1)
         places = torch.from_numpy(rng.integers(0, flat.numel(), flat.numel() // 20))
         flat[places] = torch.tensor([torch.inf, -torch.inf, torch.nan])[places % 3].to(tensor.dtype)
     want = add.dpa(a, b, c).numpy()
     arrays = a.double().numpy(), b.double().numpy(), c.numpy()
-    got = library.multiply_add(*arrays, BYTES[ptx_type], LEAST_EXPONENT[ptx_type])
-    np.testing.assert_array_equal(bits_of(got), bits_of(want))
-    np.testing.assert_array_equal(bits_of(multiply_add(*arrays, ptx_type, tensor_core(capability))), bits_of(want))
+    np.testing.assert_array_equal(bits_of(library.multiply_add(*arrays)), bits_of(want))
+    np.testing.assert_array_equal(bits_of(multiply_add(*arrays, tensor_core(capability))), bits_of(want))
 
 
 @pytest.mark.skipif(toolkit is not None and toolkit.nvcc is None, reason="there is no nvcc")
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("ptx_type", SHAPES)
-def test_emulator_and_interpreter_have_the_same_bits_in_a_kernel(
-    library: Library, ptx_type: str, capability: int
-) -> None:
+def test_emulator_and_interpreter_have_the_same_bits_in_a_kernel(library: Library, capability: int) -> None:
     library.device(capability)
-    name, case = f"mma_{ptx_type}", CASES[f"mma_{ptx_type}"]()
-    exact, cut = ([array.copy() for array in case.arrays] for _ in range(2))
-    library.launch(f"launch_{name}", *cut)
+    a, b, _ = mma_bf16().arrays
+    c = np.random.default_rng(2).standard_normal((32, 4)).astype(np.float32)
+    exact, cut = ([a, b, c.copy()] for _ in range(2))
+    library.launch("launch_mma_bf16", *cut)
     library.truncate(False)
-    library.launch(f"launch_{name}", *exact)
+    library.launch("launch_mma_bf16", *exact)
     gpu = Gpu(compilers.ptx(SOURCE, capability, include=[CSRC]), tensor_core(capability))
-    arrays = [array.copy() for array in case.arrays]
-    gpu.launch(name, (1,), (32,), [gpu.upload(array) for array in arrays], dynamic_bytes=32 * 16)
+    arrays = [array.copy() for array in (a, b, c)]
+    gpu.launch("mma_bf16", (1,), (32,), [gpu.upload(array) for array in arrays])
     np.testing.assert_array_equal(bits_of(cut[-1]), bits_of(arrays[-1]))
     assert (bits_of(cut[-1]) != bits_of(exact[-1])).any()  # cutting is seen
-    case.check(cut)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -152,8 +135,8 @@ def test_a_long_sum_drifts_towards_zero_and_one_in_stretches_does_not(capability
         stretch = np.zeros(sums, np.float32)
         for k in (slice(first, first + 16), slice(first + 16, first + 32)):
             for i, j in ((2, 0), (1, 1), (0, 2), (1, 0), (0, 1), (0, 0)):
-                one = multiply_add(a[i][:, k], b[j][:, k], one, "bf16", core)
-                stretch = multiply_add(a[i][:, k], b[j][:, k], stretch, "bf16", core)
+                one = multiply_add(a[i][:, k], b[j][:, k], one, core)
+                stretch = multiply_add(a[i][:, k], b[j][:, k], stretch, core)
         total += stretch
     assert 5e-5 < relative_error(one, exact) < 5e-4
     assert relative_error(total, exact) < 2e-6

@@ -63,9 +63,10 @@ inline char* shared_array(const void* key, size_t bytes) {
       fresh = true;
       size_t total = bytes;
       for (const SharedArray& other : arrays) total += other.bytes;
-      if (total > config().shared_limit)
+      const size_t limit = shared_limit(config().capability);
+      if (total > limit)
         fail("the block takes " + std::to_string(total) + " bytes of shared memory, more than " +
-             std::to_string(config().shared_limit));
+             std::to_string(limit));
       if (int64_t(total) > statistics().shared_bytes) statistics().shared_bytes = int64_t(total);
       constexpr size_t kAlignment = 1024;
       void* data = nullptr;

@@ -3,6 +3,7 @@
 // Functions that can fail return 0 or 1; gralora_emulator_error() then tells why, and why a launch failed.
 #pragma once
 
+#include "machine.h"
 #include "tensor_core.h"
 #include "traffic.h"
 
@@ -38,11 +39,13 @@ GRALORA_EXPORTED int gralora_emulator_configure(int order, uint64_t seed, int co
   });
 }
 
-// What the kernels' launchers take for their device; 80 (for 8.0) and 108 multiprocessors at first.
+// The device that launchers find, with its limit of shared memory; 80 (for 8.0) and 108 multiprocessors at first.
 GRALORA_EXPORTED int gralora_emulator_device(int capability, int multiprocessors) {
   using namespace gralora::emulator;
   return reporting([&] {
     if (multiprocessors < 1) throw Error("multiprocessors must be at least 1, not " + std::to_string(multiprocessors));
+    if (shared_limit(capability) == 0)
+      throw Error("no device of capability " + std::to_string(capability) + " is known");
     config().capability = capability;
     config().multiprocessors = multiprocessors;
   });
@@ -53,19 +56,10 @@ GRALORA_EXPORTED void gralora_emulator_truncate(int truncates) { gralora::emulat
 
 // d[i] = c[i] + sum_k a[i][k] b[i][k] as those tensor cores add it: without a kernel, for a test of the arithmetic.
 GRALORA_EXPORTED void gralora_emulator_multiply_add(const double* a, const double* b, const float* c, float* d,
-                                                    int64_t count, int K, int bytes, int least) {
+                                                    int64_t count, int K) {
   using namespace gralora::emulator;
   for (int64_t i = 0; i < count; i++)
-    d[i] = multiply_add(a + i * K, b + i * K, K, c[i], bytes, least, tensor_core(config().capability));
-}
-
-// The shared memory that a block may take; 227 KiB at first.
-GRALORA_EXPORTED int gralora_emulator_limit_shared(int64_t bytes) {
-  using namespace gralora::emulator;
-  return reporting([&] {
-    if (bytes < 0) throw Error("the limit of shared memory must not be negative, it is " + std::to_string(bytes));
-    config().shared_limit = size_t(bytes);
-  });
+    d[i] = multiply_add(a + i * K, b + i * K, K, c[i], tensor_core(config().capability));
 }
 
 // From the first buffer on, kernels may touch global memory in registered buffers alone.

@@ -41,30 +41,6 @@ T __shfl_xor_sync(uint32_t mask, T value, int lanes,
                   gralora::emulator::Location at = gralora::emulator::Location::here()) {
   return gralora::emulator::shuffle("shfl.xor", mask, value, gralora::emulator::current()->lane ^ lanes, at);
 }
-// A lane for which there is none that far up keeps its own value.
-template <class T>
-T __shfl_down_sync(uint32_t mask, T value, int lanes,
-                   gralora::emulator::Location at = gralora::emulator::Location::here()) {
-  const int lane = gralora::emulator::current()->lane;
-  return gralora::emulator::shuffle("shfl.down", mask, value, lane + lanes < 32 ? lane + lanes : lane, at);
-}
-template <class T>
-T __shfl_sync(uint32_t mask, T value, int lane, gralora::emulator::Location at = gralora::emulator::Location::here()) {
-  return gralora::emulator::shuffle("shfl.idx", mask, value, lane & 31, at);
-}
-inline uint32_t __ballot_sync(uint32_t mask, bool vote,
-                              gralora::emulator::Location at = gralora::emulator::Location::here()) {
-  return gralora::emulator::ballot(mask, vote, at);
-}
-inline void __threadfence() {
-  char* fence;
-  {
-    gralora::emulator::OwnAccesses own;
-    fence = &gralora::emulator::machine()->fence;
-  }
-  gralora::emulator::release(fence);
-  gralora::emulator::acquire(fence);
-}
 template <class T>
 T atomicAdd(T* p, T value, gralora::emulator::Location at = gralora::emulator::Location::here()) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8);
@@ -109,12 +85,8 @@ void store_global(T* p, T value, Location at = Location::here()) {
 inline void sync_block(Location at = Location::here()) { emulator::sync_block(at); }
 inline void sync_warp(Location at = Location::here()) { emulator::sync_warp(emulator::kFullWarp, at); }
 
-template <class T>
-T shfl_xor(T value, int lanes, Location at = Location::here()) {
-  return __shfl_xor_sync(emulator::kFullWarp, value, lanes, at);
-}
-
 inline void cp_async_16(void* to, const void* from, int valid = 16, Location at = Location::here()) {
+  emulator::need_ampere("cp.async", at);
   emulator::copy_async(to, from, 16, valid, at);
 }
 inline void cp_async_commit() { emulator::commit_copies(); }
@@ -125,31 +97,19 @@ void cp_async_wait() {
 }
 
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, Location at = Location::here()) {
+  emulator::need_ampere("ldmatrix", at);
   emulator::load_matrices(r, row, false, at);
 }
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, Location at = Location::here()) {
+  emulator::need_ampere("ldmatrix.trans", at);
   emulator::load_matrices(r, row, true, at);
 }
 
 template <class T>
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Location at = Location::here()) {
-  constexpr bool bf16 = std::is_same_v<T, __nv_bfloat16>;
-  static_assert(bf16 || std::is_same_v<T, __half>);
-  emulator::multiply_16<T>(bf16 ? "mma.bf16" : "mma.f16", d, a, b, at);
-}
-inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                             Location at = Location::here()) {
-  emulator::multiply_tf32(d, a, b, at);
-}
-
-// Half of what is dropped is added to the magnitude: to the nearest, ties away from zero.
-inline uint32_t to_tf32(float x) {
-  constexpr uint32_t kExponent = 0x7f800000u, kDropped = 0x1fffu, kNaN = 0x7fffffffu;
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  if (x != x) return kNaN;
-  if ((bits & kExponent) != kExponent) bits += (kDropped + 1) / 2;
-  return bits & ~kDropped;
+  static_assert(std::is_same_v<T, __nv_bfloat16>);
+  emulator::need_ampere("mma.bf16", at);
+  emulator::multiply_bf16(d, a, b, at);
 }
 
 inline const char* error_text(cudaError_t) { return emulator::error_message().c_str(); }

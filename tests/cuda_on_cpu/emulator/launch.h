@@ -55,9 +55,10 @@ class Launch {
         grid.y > kMaxGridYZ || grid.z > kMaxGridYZ)
       throw Error("no such launch: grid " + text({grid.x, grid.y, grid.z}) + ", block " +
                   text({block.x, block.y, block.z}));
-    if (dynamic_bytes > config().shared_limit)
+    const size_t limit = shared_limit(config().capability);
+    if (dynamic_bytes > limit)
       throw Error("the launch takes " + std::to_string(dynamic_bytes) + " bytes of shared memory, more than " +
-                  std::to_string(config().shared_limit));
+                  std::to_string(limit));
     m_.grid = grid;
     m_.block_size = block;
     m_.dynamic_bytes = dynamic_bytes;

@@ -20,10 +20,9 @@ struct Config {
   Order order = Order::Random;
   uint64_t seed = 1;
   Copies copies = Copies::Lazy;
-  size_t shared_limit = 227 * 1024;  // of a block on sm_90; 163 KiB on sm_80
   int capability = 80, multiprocessors = 108;
-  bool truncates =
-      false;  // mma adds as this capability's tensor cores do (tensor_core.h); else in double, rounded once
+  // mma adds as this capability's tensor cores do (tensor_core.h); else in double, rounded once
+  bool truncates = false;
 };
 struct Statistics {
   int64_t switches, collectives, mma, ldmatrix;
@@ -38,6 +37,24 @@ inline Statistics& statistics() {
   static Statistics instance;
   return instance;
 }
+// The bytes of shared memory that a block may take on a device of this compute capability; 0 where we do not know it.
+// Source: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability", "Maximum amount of shared memory
+// per thread block".
+constexpr size_t shared_limit(int capability) {
+  constexpr size_t kKiB = 1024;
+  switch (capability) {
+    case 70: return 96 * kKiB;
+    case 75: return 64 * kKiB;
+    case 80: return 163 * kKiB;
+    case 86:
+    case 89:
+    case 120: return 99 * kKiB;
+    case 90:
+    case 100: return 227 * kKiB;
+    default: return 0;
+  }
+}
+
 // Of the last failure.
 inline std::string& error_message() {
   static std::string instance;
@@ -97,8 +114,7 @@ struct Machine {
     const void* bottom = nullptr;
     size_t bytes = 0;
   } host;
-  // Objects of release and acquire. Only the host acquires the launch's end.
-  char launch_end = 0, fence = 0;
+  char launch_end = 0;  // object of release and acquire; only the host acquires it
 
   uint64_t random() {  // xorshift64
     random_state ^= random_state << 13;
@@ -180,6 +196,12 @@ inline void wake(Fiber& fiber) {
   release(&m->launch_end);
   switch_to(m->current, nullptr);
   abort();
+}
+
+// For what intrinsics.cuh does not declare in code for older devices.
+GRALORA_HIDDEN_FROM_TSAN inline void need_ampere(const char* operation, Location at) {
+  if (config().capability < 80)
+    fail(std::string(operation) + " at " + at.text() + ": there is none before compute capability 8.0");
 }
 
 }  // namespace gralora::emulator

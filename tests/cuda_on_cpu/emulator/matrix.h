@@ -5,9 +5,6 @@
 // set, as hardware does (tensor_core.h).
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "block.h"
 #include "tensor_core.h"
 #include "traffic.h"
@@ -58,84 +55,45 @@ struct MmaOut {
   float d[4];
 };
 
-// An operand's format: bytes of an element, and the least exponent of its normal numbers.
-struct Format {
-  int bytes, least_exponent;
-};
+constexpr int kDepth = 16;
 
-inline float sum_of(const double* a, const double* b, int K, float c, Format format) {
-  if (config().truncates)
-    return multiply_add(a, b, K, c, format.bytes, format.least_exponent, tensor_core(config().capability));
+inline float sum_of(const double* a, const double* b, float c) {
+  if (config().truncates) return multiply_add(a, b, kDepth, c, tensor_core(config().capability));
   double sum = c;
-  for (int k = 0; k < K; k++) sum += a[k] * b[k];  // the products are exact
+  for (int k = 0; k < kDepth; k++) sum += a[k] * b[k];  // the products are exact
   return static_cast<float>(sum);
 }
 
-// D[16][8] = C + A[16][K] B[8][K]^T; read_A(lane, registers, A) and read_B put a lane's elements in their places.
-template <int K, class ReadA, class ReadB>
-void multiply(const char* operation, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Location at,
-              Format format, ReadA read_A, ReadB read_B) {
+// Element `i` of packed bf16.
+inline float element(const uint32_t* registers, int i) {
+  const uint32_t bits = registers[i / 2] >> i % 2 * 16 << 16;
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// D[16][8] = C + A[16][16] B[8][16]^T
+inline void multiply_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Location at) {
   MmaIn in;
   MmaOut out{};
   memcpy(in.a, a, sizeof a);
   memcpy(in.b, b, sizeof b);
   memcpy(in.c, d, sizeof d);
-  collective(operation, kFullWarp, in, out, false, at, [&](const MmaIn* const* ins, MmaOut* const* outs) {
-    double A[16][K], B[8][K];
+  collective("mma.bf16", kFullWarp, in, out, false, at, [&](const MmaIn* const* ins, MmaOut* const* outs) {
+    double A[16][kDepth], B[8][kDepth];
     for (int lane = 0; lane < 32; lane++) {
-      read_A(lane, ins[lane]->a, A);
-      read_B(lane, ins[lane]->b, B);
+      const int along = lane % 4 * 2, across = lane / 4;
+      for (int i = 0; i < 8; i++) A[across + i / 2 % 2 * 8][along + i % 2 + i / 4 * 8] = element(ins[lane]->a, i);
+      for (int i = 0; i < 4; i++) B[across][along + i % 2 + i / 2 * 8] = element(ins[lane]->b, i);
     }
     for (int lane = 0; lane < 32; lane++)
       for (int i = 0; i < 4; i++) {
         const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-        outs[lane]->d[i] = sum_of(A[row], B[column], K, ins[lane]->c[i], format);
+        outs[lane]->d[i] = sum_of(A[row], B[column], ins[lane]->c[i]);
       }
     statistics().mma++;
   });
   memcpy(d, out.d, sizeof d);
-}
-
-inline float float_of_bits(uint32_t bits) {
-  float value;
-  memcpy(&value, &bits, sizeof value);
-  return value;
-}
-// Element `i` of packed 16-bit elements.
-template <class T>
-double element(const uint32_t* registers, int i) {
-  const auto bits = static_cast<uint16_t>(registers[i / 2] >> i % 2 * 16);
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    return float_of_bits(uint32_t(bits) << 16);
-  } else {
-    __half_raw raw;
-    raw.x = bits;
-    return __half2float(__half(raw));
-  }
-}
-
-template <class T>
-void multiply_16(const char* operation, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Location at) {
-  multiply<16>(
-      operation, d, a, b, at, std::is_same_v<T, __nv_bfloat16> ? Format{2, -126} : Format{2, -14},
-      [](int lane, const uint32_t* r, double (&A)[16][16]) {
-        for (int i = 0; i < 8; i++) A[lane / 4 + i / 2 % 2 * 8][lane % 4 * 2 + i % 2 + i / 4 * 8] = element<T>(r, i);
-      },
-      [](int lane, const uint32_t* r, double (&B)[8][16]) {
-        for (int i = 0; i < 4; i++) B[lane / 4][lane % 4 * 2 + i % 2 + i / 2 * 8] = element<T>(r, i);
-      });
-}
-
-inline void multiply_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Location at) {
-  constexpr uint32_t kKept = ~uint32_t(0x1fff);
-  multiply<8>(
-      "mma.tf32", d, a, b, at, Format{4, -126},
-      [](int lane, const uint32_t* r, double (&A)[16][8]) {
-        for (int i = 0; i < 4; i++) A[lane / 4 + i % 2 * 8][lane % 4 + i / 2 * 4] = float_of_bits(r[i] & kKept);
-      },
-      [](int lane, const uint32_t* r, double (&B)[8][8]) {
-        for (int i = 0; i < 2; i++) B[lane / 4][lane % 4 + i * 4] = float_of_bits(r[i] & kKept);
-      });
 }
 
 }  // namespace gralora::emulator

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the emulator tells the sanitizers.
 //
-// ThreadSanitizer sees each CUDA thread as a fiber, ordered with others by the kernel's barriers and fences alone.
+// ThreadSanitizer sees each CUDA thread as a fiber, ordered with others by the kernel's barriers alone.
 // It then finds races in shared and global memory, within a block and between blocks. The emulator's own state,
 // which all fibers share, is hidden from it.
 #pragma once

@@ -99,16 +99,4 @@ T shuffle(const char* operation, uint32_t mask, T value, int source, Location at
   return out;
 }
 
-inline uint32_t ballot(uint32_t mask, bool vote, Location at) {
-  uint32_t out = 0;
-  collective("ballot", mask, vote, out, false, at, [&](const bool* const* ins, uint32_t* const* outs) {
-    uint32_t votes = 0;
-    for (int lane = 0; lane < 32; lane++)
-      if ((mask >> lane & 1) != 0 && *ins[lane]) votes |= 1u << lane;
-    for (int lane = 0; lane < 32; lane++)
-      if ((mask >> lane & 1) != 0) *outs[lane] = votes;
-  });
-  return out;
-}
-
 }  // namespace gralora::emulator

@@ -9,7 +9,7 @@ import numpy as np
 
 from .memory import SHARED_BASE
 from .registry import opcode
-from .types import TYPES, bf16_to_f32, f32_to_bf16, f32_to_tf32, is_float
+from .types import TYPES, bf16_to_f32, f32_to_bf16, is_float
 
 if TYPE_CHECKING:
     from .interpreter import Block
@@ -22,7 +22,7 @@ TO_INTEGER = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}
 def convert(block: Block, instruction: Instruction, lanes: np.ndarray) -> None:
     """``cvt.rounding.to.from``; of the roundings to a narrower float only the nearest."""
     *modifiers, to, source = instruction.modifiers
-    if set(modifiers) - {"rn", "rna", "ftz", "sat", "satfinite", *TO_INTEGER} or "satfinite" in modifiers:
+    if set(modifiers) - {"rn", "ftz", "sat", "satfinite", *TO_INTEGER} or "satfinite" in modifiers:
         raise NotImplementedError(instruction.text)
     result, *operands = instruction.operands
     values = [_float(block, operand, source) for operand in operands]
@@ -30,7 +30,7 @@ def convert(block: Block, instruction: Instruction, lanes: np.ndarray) -> None:
         high, low = (_narrow(value, to.removesuffix("x2")).view(np.uint16).astype(np.uint32) for value in values)
         return block.put(result, high << 16 | low, lanes)
     (value,) = values
-    if to in ("bf16", "tf32"):
+    if to == "bf16":
         return block.put(result, _narrow(value, to), lanes)
     if value.dtype.kind == "f":
         rounding = next((word for word in modifiers if word in TO_INTEGER), None)
@@ -55,7 +55,7 @@ def _narrow(value: np.ndarray, to: str) -> np.ndarray:
         return value.astype(np.float16)
     if value.dtype != np.float32:
         raise NotImplementedError(f"{value.dtype} to {to}")
-    return f32_to_bf16(value) if to == "bf16" else f32_to_tf32(value)
+    return f32_to_bf16(value)
 
 
 def _saturate(value: np.ndarray, dtype: np.dtype) -> np.ndarray:

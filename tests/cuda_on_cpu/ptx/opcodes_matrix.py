@@ -41,75 +41,39 @@ def _offsets(modes: Modes) -> np.ndarray:
     return sum(grids).ravel(order="F")
 
 
-@dataclass(frozen=True)
-class Mma:
-    """D[16, 8] = C + A[16, depth] B[8, depth]^T; the layouts of B are those of its transpose."""
-
-    depth: int
-    a: Layout
-    b: Layout
-    c: Layout
-
-
-# cute/atom/mma_traits_sm80.hpp
+# Of D[16, 8] = C + A[16, DEPTH] B[8, DEPTH]^T (cute/atom/mma_traits_sm80.hpp); that of B is of its transpose.
+DEPTH = 16
+A_LAYOUT = Layout(((4, 8), (32, 1)), ((2, 2, 2), (16, 8, 128)), 16)
+B_LAYOUT = Layout(((4, 8), (16, 1)), ((2, 2), (8, 64)), 8)
 C_LAYOUT = Layout(((4, 8), (32, 1)), ((2, 2), (16, 8)), 16)
-MMA = {
-    "m16n8k16": Mma(
-        depth=16,
-        a=Layout(((4, 8), (32, 1)), ((2, 2, 2), (16, 8, 128)), 16),
-        b=Layout(((4, 8), (16, 1)), ((2, 2), (8, 64)), 8),
-        c=C_LAYOUT,
-    ),
-    "m16n8k8": Mma(  # of tf32
-        depth=8,
-        a=Layout(((4, 8), (16, 1)), ((2, 2), (8, 64)), 16),
-        b=Layout(((4, 8), (8, 1)), ((2,), (32,)), 8),
-        c=C_LAYOUT,
-    ),
-}
-OPERANDS = {"m16n8k16": ("bf16", "f16"), "m16n8k8": ("tf32",)}
 
 
 @opcode("mma")
 def multiply(block: Block, instruction: Instruction, lanes: np.ndarray) -> None:
-    """``mma.sync.aligned.shape.row.col.f32.type.type.f32 d, a, b, c``.
+    """``mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 d, a, b, c``.
 
     The sum is formed in double and rounded once, or as the tensor cores of ``block.tensor_core`` do it.
     """
-    _, _, shape, *layout, result_type, a_type, b_type, c_type = instruction.modifiers
-    known = layout == ["row", "col"] and result_type == c_type == "f32" and a_type == b_type
-    if not known or a_type not in OPERANDS.get(shape, ()):
+    if instruction.modifiers[2:] != ("m16n8k16", "row", "col", "f32", "bf16", "bf16", "f32"):
         raise NotImplementedError(instruction.text)
-    mma = MMA[shape]
     d, *inputs = (members(operand) for operand in instruction.operands)
     a, b, c = (np.stack([block.get(name, "b32") for name in names], axis=1) for names in inputs)
-    a, b = _elements(a, a_type), _elements(b, b_type)
+    a, b = (bf16_to_f32(registers.view(np.uint16)) for registers in (a, b))
     c = c.view(np.float32)
     results = np.zeros((block.threads, len(d)), np.float32)
     for warp in block.whole_warps(lanes):
         threads = slice(32 * warp, 32 * warp + 32)
-        A = np.zeros((16, mma.depth))
-        B = np.zeros((8, mma.depth))
+        A = np.zeros((16, DEPTH))
+        B = np.zeros((8, DEPTH))
         C = np.zeros((16, 8))
-        A[mma.a.places()] = a[threads]
-        B[mma.b.places()] = b[threads]
-        C[mma.c.places()] = c[threads]
+        A[A_LAYOUT.places()] = a[threads]
+        B[B_LAYOUT.places()] = b[threads]
+        C[C_LAYOUT.places()] = c[threads]
         core = block.tensor_core
-        if core is None:
-            D = C + A @ B.T
-        else:
-            D = multiply_add(A[:, None, :], B[None, :, :], C.astype(np.float32), a_type, core)
-        results[threads] = D[mma.c.places()]
+        D = C + A @ B.T if core is None else multiply_add(A[:, None, :], B[None, :, :], C.astype(np.float32), core)
+        results[threads] = D[C_LAYOUT.places()]
     for i, name in enumerate(d):
         block.put(name, np.ascontiguousarray(results[:, i]), lanes)
-
-
-def _elements(registers: np.ndarray, ptx_type: str) -> np.ndarray:
-    """[threads, elements] of [threads, registers]."""
-    if ptx_type == "tf32":  # the low 13 bits are ignored
-        return (registers & np.uint32(0xFFFFE000)).view(np.float32)
-    halves = registers.view(np.uint16)
-    return bf16_to_f32(halves) if ptx_type == "bf16" else halves.view(np.float16)
 
 
 @opcode("ldmatrix")

@@ -37,11 +37,6 @@ def barrier(block: Block, instruction: Instruction, lanes: np.ndarray) -> None:
         raise NotImplementedError(instruction.text)
 
 
-@opcode("membar", "fence")
-def fence(block: Block, instruction: Instruction, lanes: np.ndarray) -> None:
-    """Memory is always coherent here."""
-
-
 @opcode("shfl")
 def shuffle(block: Block, instruction: Instruction, lanes: np.ndarray) -> None:
     """``shfl.sync.mode.b32 result|inside, value, b, c, mask``; c holds the segments' mask and the last lane."""
@@ -64,17 +59,6 @@ def shuffle(block: Block, instruction: Instruction, lanes: np.ndarray) -> None:
     taken = value[np.minimum(threads, block.threads - 1)]
     for name, result in zip(results.split("|"), (taken, inside), strict=False):
         block.put(name, result, lanes)
-
-
-@opcode("vote")
-def ballot(block: Block, instruction: Instruction, lanes: np.ndarray) -> None:
-    if "ballot" not in instruction.modifiers:
-        raise NotImplementedError(instruction.text)
-    result, vote, mask = instruction.operands
-    _check_mask(block, lanes, block.get(mask, "b32"))
-    negated = vote.startswith("!")
-    votes = lanes & (block.get(vote.lstrip("!"), "pred") ^ negated)
-    block.put(result, _by_warp(block, votes), lanes)
 
 
 def _by_warp(block: Block, lanes: np.ndarray) -> np.ndarray:

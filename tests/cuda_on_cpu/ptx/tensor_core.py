@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How tensor cores add, with float32 accumulators, written apart from emulator/tensor_core.h, which has the source."""
+"""How tensor cores add products of bf16 to float32, written apart from emulator/tensor_core.h, which has the source."""
 
 from __future__ import annotations
 
@@ -11,34 +11,30 @@ import numpy as np
 @dataclass(frozen=True)
 class TensorCore:
     fraction_bits: int  # that are kept below the largest exponent of a block
-    block_bytes: int  # of a row of A that are added at once
+    terms: int  # that are added at once
 
 
-AMPERE = TensorCore(24, 16)  # 8.0 to 8.9
-HOPPER = TensorCore(25, 32)  # 9.0 and later
-LEAST_EXPONENT = {"bf16": -126, "f16": -14, "tf32": -126}
-BYTES = {"bf16": 2, "f16": 2, "tf32": 4}
+AMPERE = TensorCore(24, 8)  # 8.0 to 8.9
+HOPPER = TensorCore(25, 16)  # 9.0 and later
+LEAST_EXPONENT = -126  # of the normal numbers of float32, and of bf16
 
 
 def tensor_core(capability: int) -> TensorCore:
     return HOPPER if capability >= 90 else AMPERE
 
 
-def multiply_add(a: np.ndarray, b: np.ndarray, c: np.ndarray, ptx_type: str, core: TensorCore) -> np.ndarray:
+def multiply_add(a: np.ndarray, b: np.ndarray, c: np.ndarray, core: TensorCore) -> np.ndarray:
     """``c + sum_i a_i b_i`` over the last dimension of a and b (float64), one block of terms after the other; c: float32."""
-    terms = core.block_bytes // BYTES[ptx_type]
-    for first in range(0, a.shape[-1], terms):
-        block = slice(first, first + terms)
-        c = _add_block(a[..., block], b[..., block], c, LEAST_EXPONENT[ptx_type], core.fraction_bits)
+    for first in range(0, a.shape[-1], core.terms):
+        block = slice(first, first + core.terms)
+        c = _add_block(a[..., block], b[..., block], c, core.fraction_bits)
     return c
 
 
-def _add_block(a: np.ndarray, b: np.ndarray, c: np.ndarray, least: int, fraction_bits: int) -> np.ndarray:
+def _add_block(a: np.ndarray, b: np.ndarray, c: np.ndarray, fraction_bits: int) -> np.ndarray:
     with np.errstate(invalid="ignore", over="ignore", under="ignore"):
         terms = np.concatenate([a * b, c.astype(np.float64)[..., None]], axis=-1)
-        exponents = np.concatenate(
-            [_exponents(a, least) + _exponents(b, least), _exponents(c, -126)[..., None]], axis=-1
-        )
+        exponents = np.concatenate([_exponents(a) + _exponents(b), _exponents(c)[..., None]], axis=-1)
         exponents = np.where(terms == 0, -108 - fraction_bits, np.where(np.isfinite(terms), exponents, -(2**20)))
         most = exponents.max(axis=-1)
         shift = fraction_bits - most
@@ -50,11 +46,11 @@ def _add_block(a: np.ndarray, b: np.ndarray, c: np.ndarray, least: int, fraction
         return np.where(finite, cut, plain)
 
 
-def _exponents(x: np.ndarray, least: int) -> np.ndarray:
+def _exponents(x: np.ndarray) -> np.ndarray:
     """Of numbers as their format has them: those of subnormal ones are the least of the normal ones."""
-    return np.maximum(np.frexp(x.astype(np.float64))[1] - 1, least)
+    return np.maximum(np.frexp(x.astype(np.float64))[1] - 1, LEAST_EXPONENT)
 
 
 def _cut_to_float(x: np.ndarray) -> np.ndarray:
-    exponents = _exponents(x, -126)
+    exponents = _exponents(x)
     return np.ldexp(np.trunc(np.ldexp(x, 23 - exponents)), exponents - 23).astype(np.float32) + np.float32(0)

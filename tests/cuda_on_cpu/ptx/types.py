@@ -21,7 +21,6 @@ TYPES = {
     "f32": np.dtype(np.float32),
     "f16x2": np.dtype(np.uint32),
     "bf16x2": np.dtype(np.uint32),
-    "tf32": np.dtype(np.uint32),
     "b64": np.dtype(np.uint64),
     "u64": np.dtype(np.uint64),
     "s64": np.dtype(np.int64),
@@ -52,11 +51,3 @@ def f32_to_bf16(values: np.ndarray) -> np.ndarray:
     bits = values.view(np.uint32)
     rounded = (bits + (0x7FFF + (bits >> 16 & 1))) >> 16
     return np.where(np.isnan(values), 0x7FFF, rounded).astype(np.uint16)
-
-
-def f32_to_tf32(values: np.ndarray) -> np.ndarray:
-    """The bits of the nearest tf32, ties away from zero."""
-    bits = values.view(np.uint32)
-    finite = (bits & 0x7F800000) != 0x7F800000
-    rounded = np.where(finite, bits + np.uint32(0x1000), bits) & np.uint32(0xFFFFE000)
-    return np.where(np.isnan(values), np.uint32(0x7FFFFFFF), rounded).astype(np.uint32)
