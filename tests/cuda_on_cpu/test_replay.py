@@ -49,8 +49,8 @@ def library() -> Library:
 
 
 @functools.cache
-def gpu(source: str, arch: int = 80, flags: tuple[str, ...] = ()) -> Gpu:
-    return Gpu(ptx(source, arch, flags))
+def gpu(*sources: str, arch: int = 80, flags: tuple[str, ...] = ()) -> Gpu:
+    return Gpu(*(ptx(source, arch, flags) for source in sources))
 
 
 def ptx(source: str, arch: int = 80, flags: tuple[str, ...] = ()) -> str:
@@ -96,7 +96,7 @@ def differing(library: Library, shape: Shape, which: str, on: Gpu, seed: int | N
 @pytest.mark.parametrize("which", PASSES)
 @pytest.mark.parametrize("shape", SHAPES, ids=name)
 def test_the_ptx_computes_the_emulators_bits(shape: Shape, which: str, library: Library) -> None:
-    assert differing(library, shape, which, gpu(SOURCES[shape.dtype])) == []
+    assert differing(library, shape, which, gpu(*sorted({SOURCES[shape.dtype], SOURCES[shape.adapter]}))) == []
 
 
 @pytest.mark.parametrize("arch", [75, 80])
@@ -104,7 +104,7 @@ def test_the_ptx_computes_the_emulators_bits(shape: Shape, which: str, library: 
 def test_the_ptx_of_the_plain_kernels_computes_the_emulators_bits(which: str, arch: int, library: Library) -> None:
     library.device(*NO_TENSOR_CORES)
     shape = Shape(37, 24, 70, 2, 6, h=3, dropout=0.3)
-    assert differing(library, shape, which, gpu("launch.cu", arch, ("-fmad=false",))) == []
+    assert differing(library, shape, which, gpu("launch.cu", arch=arch, flags=("-fmad=false",))) == []
     library.device()
 
 

@@ -115,7 +115,7 @@ def test_emulator_and_interpreter_have_the_same_bits_in_a_kernel(library: Librar
     library.launch("launch_mma_bf16", *cut)
     library.truncate(False)
     library.launch("launch_mma_bf16", *exact)
-    gpu = Gpu(compilers.ptx(SOURCE, capability, include=[CSRC]), tensor_core(capability))
+    gpu = Gpu(compilers.ptx(SOURCE, capability, include=[CSRC]), tensor_core=tensor_core(capability))
     arrays = [array.copy() for array in (a, b, c)]
     gpu.launch("mma_bf16", (1,), (32,), [gpu.upload(array) for array in arrays])
     np.testing.assert_array_equal(bits_of(cut[-1]), bits_of(arrays[-1]))

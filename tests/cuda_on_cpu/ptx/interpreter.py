@@ -29,13 +29,13 @@ Argument = int | float | bytes | ctypes.Structure
 
 
 class Gpu:
-    """The kernels of a PTX text and the global memory that they share.
+    """The kernels of PTX texts and the global memory that they share.
 
     ``tensor_core``: how mma adds; None: in double, rounded once.
     """
 
-    def __init__(self, ptx: str, tensor_core: TensorCore | None = None) -> None:
-        self.kernels = parse(ptx)
+    def __init__(self, *ptx: str, tensor_core: TensorCore | None = None) -> None:
+        self.kernels = {name: kernel for text in ptx for name, kernel in parse(text).items()}
         self.tensor_core = tensor_core
         self.memory = GlobalMemory()
 
