@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cpu/plan.h"
+#include "cuda/plan.h"
 
 namespace gralora {
 namespace {
@@ -199,6 +200,12 @@ dict explain(const dict& case_, const dict& machine) {
   to["backward_without_U"] = of(cpu::plan(without_U, m));
   to["merge"] = of(cpu::plan(c.merge(false), m)), to["merge_fan_in_fan_out"] = of(cpu::plan(c.merge(true), m));
   to["linear"] = of(cpu::plan(c.linear(), m));
+  const BackwardParams pass = c.backward();
+  dict on_cuda;
+  on_cuda["from compute capability 8.0 on"] =
+      cuda::has_tensor_core_kernels(pass.x.dtype, pass.adapter.A.dtype) ? "tensor cores" : "plain kernels";
+  on_cuda["before"] = "plain kernels";
+  to["cuda"] = on_cuda;
   return to;
 }
 

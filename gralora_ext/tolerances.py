@@ -67,22 +67,9 @@ ROUNDED_RANKS = Tolerance(
     "the ranks U and dH are rounded to bfloat16 as factors, then the result is: two roundings, 2.3e-3 in norm, 3.4e-3 where "
     "there are few ranks, and at most 7.8e-3 where there is one, of which 6.0e-3 was met",
 )
-# Of a float32 result that a CUDA device made.
-TENSOR_CORES = Tolerance(
-    3e-5,
-    3e-5,
-    3e-5,
-    "a tensor core cuts its sum toward zero after every 16 terms, and a product of floats takes six such steps: 1.4e-5 by a "
-    "model of it, of 2,048 terms in one sum, which are the most in the self-test",
-)
 
 
 def tolerance(result: torch.Tensor, inputs: Iterable[torch.dtype], gradient: bool = False) -> float:
     """The bound for ``result``, of tensors (x, base, the adapter's) of the dtypes ``inputs``."""
-    if set(inputs) == {torch.bfloat16}:
-        row = ROUNDED_RANKS
-    elif result.is_cuda and result.dtype == torch.float32:
-        row = TENSOR_CORES
-    else:
-        row = TOLERANCES[result.dtype]
+    row = ROUNDED_RANKS if set(inputs) == {torch.bfloat16} else TOLERANCES[result.dtype]
     return row.of(result, gradient)

@@ -208,6 +208,21 @@ def test_explain_prints_the_plans(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("activations", "adapter", "kernels"),
+    [
+        ("bfloat16", "float32", "tensor cores"),
+        ("float32", "float16", "tensor cores"),
+        ("bfloat16", "float16", "plain kernels"),
+        ("float64", "float64", "plain kernels"),
+    ],
+)
+def test_explain_tells_which_dtypes_run_on_tensor_cores(activations: str, adapter: str, kernels: str) -> None:
+    layer = {"T": 512, "N": 4096, "M": 1024, "r": 32, "k": 2, "h": 0, "dropout": False, "threads": 1}
+    plans = NATIVE.explain({**layer, "activations": activations, "parameters": adapter})
+    assert plans["cuda"]["from compute capability 8.0 on"] == kernels
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["512", "4096", "1023", "32", "2", "float32"], "M must be divisible by k = 2, but it is 1023"),

@@ -18,13 +18,13 @@ bool narrow(const Shape& s) {
 }
 
 bool on_tensor_cores(const ForwardParams& p, const Device& device) {
-  return device.capability >= 80 && narrow(p.shape) && tensor_cores::has_pair(p.x.dtype, p.adapter.A.dtype) &&
-         tensor_cores::has_pair(p.y.dtype, p.adapter.A.dtype) && plain_rows(p.x) && plain_rows(p.base) &&
+  return device.capability >= 80 && narrow(p.shape) && has_tensor_core_kernels(p.x.dtype, p.adapter.A.dtype) &&
+         has_tensor_core_kernels(p.y.dtype, p.adapter.A.dtype) && plain_rows(p.x) && plain_rows(p.base) &&
          plain_rows(p.y);
 }
 bool on_tensor_cores(const BackwardParams& p, const Device& device) {
-  return device.capability >= 80 && narrow(p.shape) && tensor_cores::has_pair(p.x.dtype, p.adapter.A.dtype) &&
-         tensor_cores::has_pair(p.grad_y.dtype, p.adapter.A.dtype) && !p.accumulate_f64 && plain_rows(p.x) &&
+  return device.capability >= 80 && narrow(p.shape) && has_tensor_core_kernels(p.x.dtype, p.adapter.A.dtype) &&
+         has_tensor_core_kernels(p.grad_y.dtype, p.adapter.A.dtype) && !p.accumulate_f64 && plain_rows(p.x) &&
          plain_rows(p.grad_y) && plain_rows(p.grad_x);
 }
 
@@ -75,7 +75,7 @@ int merge(const MergeParams& p, void* stream) {
   const auto on = static_cast<cudaStream_t>(stream);
   const bool by_rows = p.weight.column_stride == 1, by_columns = p.weight.row_stride == 1;
   if (current_device().capability < 80 || !narrow(p.shape) ||
-      !tensor_cores::has_pair(p.weight.dtype, p.adapter.A.dtype) || !(by_rows || by_columns))
+      !has_tensor_core_kernels(p.weight.dtype, p.adapter.A.dtype) || !(by_rows || by_columns))
     return simt::merge(p, on);
   return tensor_cores::merge(by_rows ? p : of_transposed_weight(p), on);
 }

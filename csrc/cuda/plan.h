@@ -11,6 +11,13 @@ constexpr int kTokens = 128;  // of a tile: a warp owns 16
 
 inline int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }
 
+// Whether the kernels on tensor cores take an activation of this dtype beside an adapter: in float32
+// beside any, in 16 bits beside the same or float32.
+inline bool has_tensor_core_kernels(DType activation, DType adapter) {
+  return activation != DType::f64 && adapter != DType::f64 &&
+         (adapter == DType::f32 || adapter == activation || activation == DType::f32);
+}
+
 // Enough blocks to fill every multiprocessor twice, so that the last wave is short; but a split's
 // partial sums are written and read again, so each takes at least so many steps of its pipeline
 // (128 bytes of a row, or 32 tokens).

@@ -14,11 +14,6 @@ struct Pair {
   using Parameters = P;
 };
 
-// An adapter in float32 beside any activations, in 16 bits beside the same or float32
-inline bool has_pair(DType x, DType adapter) {
-  return x != DType::f64 && adapter != DType::f64 && (adapter == DType::f32 || adapter == x || x == DType::f32);
-}
-
 template <class F>
 cudaError_t for_pair(DType x, DType adapter, F&& f) {
   const bool single = adapter == DType::f32;

@@ -52,7 +52,7 @@ def run(device: torch.device, say: Callable[[str], None] = lambda line: None) ->
             say("instructions")
             instructions, wrong = _instructions(device)
     results, worst = 0, 0.0
-    for case in cases(device):
+    for case in cases():
         say(str(case))
         for what, share in check(case, device):
             results, worst = results + 1, max(worst, share)
