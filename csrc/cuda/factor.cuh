@@ -54,13 +54,13 @@ struct FactorPair {
 
   // Zeros beyond the columns and the ranks
   __device__ void get_four(int n, int first_rank, FourAt at, float (&value)[4]) const {
-    const bool ranks = along_ranks(),
-               inside = ranks ? at.rank + 4 <= r && at.column < w : at.rank < r && at.column + 4 <= w;
-    if (block.vectors && inside && (!ranks || first_rank % 4 == 0))
+    const bool along = along_ranks(),
+               inside = along ? at.rank + 4 <= r && at.column < w : at.rank < r && at.column + 4 <= w;
+    if (block.vectors && inside && (!along || first_rank % 4 == 0))
       return block.get_four(n, at.column, first_rank + at.rank, value);
 #pragma unroll
     for (int e = 0; e < 4; e++) {
-      const int column = at.column + (ranks ? 0 : e), rank = at.rank + (ranks ? e : 0);
+      const int column = at.column + (along ? 0 : e), rank = at.rank + (along ? e : 0);
       value[e] = column >= w || rank >= r + h ? 0.0f
                  : rank < r                   ? block.get(n, column, first_rank + rank)
                                               : general.get(n, column, rank - r);

@@ -16,7 +16,7 @@
 namespace gralora::cuda {
 
 // A tensor [blocks, rows, columns] of any dtype and strides, in elements. Blocks are numbered
-// outer * inner_blocks + inner, columns lie in groups of `group`: those of merge, and of the ranks
+// outer * inner_blocks + inner, columns lie in groups of `group`: those of merge, and of latents
 // after the block exchange.
 struct View {
   void* data = nullptr;
@@ -79,13 +79,79 @@ struct Products {
   }
 };
 
+// A block of the grid at work: the 64 x 64 elements of block b of `out` from (m0, c0) on.
+template <class Acc>
+struct ProductBlock {
+  using Sums = Acc[4][4];  // of a thread: rows from thread_row on, columns from thread_column on
+  const Product& p;
+  int64_t b, m0, c0;
+  Acc (&left)[kSimtTile][kSimtDepth + 1];
+  Acc (&right)[kSimtDepth][kSimtTile + 4];
+
+  __device__ static int thread_row() { return int(threadIdx.x) / 16 * 4; }
+  __device__ static int thread_column() { return int(threadIdx.x) % 16 * 4; }
+  __device__ int64_t mask_column() const { return b * p.mask_width; }
+
+  // Both operands of a term from d0 of the depth on, zeros beyond their ends
+  __device__ void load(int term, int64_t d0) {
+    const View &L = p.left[term], &R = p.right[term];
+    const bool left_along_depth = L.column <= L.row, right_along_columns = R.column <= R.row;
+    for (int i = threadIdx.x; i < kSimtTile * kSimtDepth; i += kSimtThreads) {
+      const int m = left_along_depth ? i / kSimtDepth : i % kSimtTile;
+      const int d = left_along_depth ? i % kSimtDepth : i / kSimtTile;
+      const bool inside = m0 + m < p.rows && d0 + d < p.depth[term];
+      left[m][d] = inside ? load_as<Acc>(L, L.offset(b, p.inner_blocks, m0 + m, d0 + d)) : Acc(0);
+      const int c = right_along_columns ? i % kSimtTile : i / kSimtDepth;
+      const int e = right_along_columns ? i / kSimtTile : i % kSimtDepth;
+      const bool there = c0 + c < p.columns && d0 + e < p.depth[term];
+      right[e][c] = there ? load_as<Acc>(R, R.offset(b, p.inner_blocks, d0 + e, c0 + c)) : Acc(0);
+    }
+  }
+
+  __device__ void drop(int64_t d0) {
+    if (p.left_mask.seed != nullptr)
+      drop_tile(p.left_mask, &left[0][0], kSimtDepth + 1, kSimtTile, kSimtDepth, m0, mask_column() + d0, threadIdx.x,
+                kSimtThreads);
+    if (p.right_mask.seed != nullptr)
+      drop_tile(p.right_mask, &right[0][0], kSimtTile + 4, kSimtDepth, kSimtTile, d0, mask_column() + c0, threadIdx.x,
+                kSimtThreads);
+  }
+
+  __device__ void multiply(Sums& run) const {
+#pragma unroll
+    for (int d = 0; d < kSimtDepth; d++)
+#pragma unroll
+      for (int i = 0; i < 4; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) run[i][j] += left[thread_row() + i][d] * right[d][thread_column() + j];
+  }
+
+  __device__ void store_row(int64_t m, const Acc (&sum)[4]) const {
+    const int64_t column = c0 + thread_column();
+    const uint32_t kept =
+        p.sum_mask.seed != nullptr ? p.sum_mask.kept(p.sum_mask.key(), m, mask_column() + column) : ~uint32_t(0);
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      if (column + j >= p.columns) continue;
+      Acc value = kept >> j & 1 ? Acc(p.scale) * sum[j] : Acc(0);
+      if (p.base.data != nullptr) value += load_as<Acc>(p.base, p.base.offset(b, p.inner_blocks, m, column + j));
+      store_as<Acc>(p.out, p.out.offset(b, p.inner_blocks, m, column + j), value);
+    }
+  }
+};
+
+template <class Acc>
+__device__ __forceinline__ void add_run(Acc (&total)[4][4], Acc (&run)[4][4]) {
+#pragma unroll
+  for (int i = 0; i < 4; i++)
+#pragma unroll
+    for (int j = 0; j < 4; j++) total[i][j] += run[i][j], run[i][j] = Acc(0);
+}
+
 template <class Acc>
 __global__ void __launch_bounds__(kSimtThreads, 1) products_kernel(Products products) {
-  constexpr int kTile = kSimtTile, kDepth = kSimtDepth;
-  GRALORA_SHARED(Acc, left, [kTile][kDepth + 1]);
-  GRALORA_SHARED(Acc, right, [kDepth][kTile + 4]);
-  const int tid = threadIdx.x, thread_row = tid / 16 * 4, thread_column = tid % 16 * 4;
-
+  GRALORA_SHARED(Acc, left, [kSimtTile][kSimtDepth + 1]);
+  GRALORA_SHARED(Acc, right, [kSimtDepth][kSimtTile + 4]);
   int64_t tile = blockIdx.x;
   int which = 0;
   int64_t row_tiles = 0, column_tiles = 0;
@@ -96,61 +162,31 @@ __global__ void __launch_bounds__(kSimtThreads, 1) products_kernel(Products prod
     tile -= tiles;
   }
   const Product& p = products.product[which];
-  const int64_t b = tile / (row_tiles * column_tiles), m0 = tile / column_tiles % row_tiles * kTile,
-                c0 = tile % column_tiles * kTile, mask_column = b * p.mask_width;
+  ProductBlock<Acc> block{p,
+                          tile / (row_tiles * column_tiles),
+                          tile / column_tiles % row_tiles * kSimtTile,
+                          tile % column_tiles * kSimtTile,
+                          left,
+                          right};
 
   Acc total[4][4] = {};
   for (int term = 0; term < 2; term++) {
-    const View& L = p.left[term];
-    const View& R = p.right[term];
-    const bool left_along_depth = L.column <= L.row, right_along_columns = R.column <= R.row;
     Acc run[4][4] = {};
-    for (int64_t d0 = 0; d0 < p.depth[term]; d0 += kDepth) {
-      for (int i = tid; i < kTile * kDepth; i += kSimtThreads) {
-        const int m = left_along_depth ? i / kDepth : i % kTile, d = left_along_depth ? i % kDepth : i / kTile;
-        const bool inside = m0 + m < p.rows && d0 + d < p.depth[term];
-        left[m][d] = inside ? load_as<Acc>(L, L.offset(b, p.inner_blocks, m0 + m, d0 + d)) : Acc(0);
-        const int c = right_along_columns ? i % kTile : i / kDepth, e = right_along_columns ? i / kTile : i % kDepth;
-        const bool there = c0 + c < p.columns && d0 + e < p.depth[term];
-        right[e][c] = there ? load_as<Acc>(R, R.offset(b, p.inner_blocks, d0 + e, c0 + c)) : Acc(0);
-      }
+    for (int64_t d0 = 0; d0 < p.depth[term]; d0 += kSimtDepth) {
+      block.load(term, d0);
       sync_block();
-      if (p.left_mask.seed != nullptr)
-        drop_tile(p.left_mask, &left[0][0], kDepth + 1, kTile, kDepth, m0, mask_column + d0, tid, kSimtThreads);
-      if (p.right_mask.seed != nullptr)
-        drop_tile(p.right_mask, &right[0][0], kTile + 4, kDepth, kTile, d0, mask_column + c0, tid, kSimtThreads);
-      if (p.left_mask.seed != nullptr || p.right_mask.seed != nullptr) sync_block();
-#pragma unroll
-      for (int d = 0; d < kDepth; d++)
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-#pragma unroll
-          for (int j = 0; j < 4; j++) run[i][j] += left[thread_row + i][d] * right[d][thread_column + j];
-      if ((d0 + kDepth) % kSimtRun == 0 || d0 + kDepth >= p.depth[term]) {
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-#pragma unroll
-          for (int j = 0; j < 4; j++) total[i][j] += run[i][j], run[i][j] = Acc(0);
+      if (p.left_mask.seed != nullptr || p.right_mask.seed != nullptr) {
+        block.drop(d0);
+        sync_block();
       }
+      block.multiply(run);
+      if ((d0 + kSimtDepth) % kSimtRun == 0 || d0 + kSimtDepth >= p.depth[term]) add_run(total, run);
       sync_block();  // all are done with the operands
     }
   }
-
-  const auto store_row = [&](int64_t m, const Acc(&sum)[4]) {
-    const int64_t column = c0 + thread_column;
-    const uint32_t kept =
-        p.sum_mask.seed != nullptr ? p.sum_mask.kept(p.sum_mask.key(), m, mask_column + column) : ~uint32_t(0);
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-      if (column + j >= p.columns) continue;
-      Acc value = kept >> j & 1 ? Acc(p.scale) * sum[j] : Acc(0);
-      if (p.base.data != nullptr) value += load_as<Acc>(p.base, p.base.offset(b, p.inner_blocks, m, column + j));
-      store_as<Acc>(p.out, p.out.offset(b, p.inner_blocks, m, column + j), value);
-    }
-  };
 #pragma unroll
   for (int i = 0; i < 4; i++)
-    if (m0 + thread_row + i < p.rows) store_row(m0 + thread_row + i, total[i]);
+    if (block.m0 + block.thread_row() + i < p.rows) block.store_row(block.m0 + block.thread_row() + i, total[i]);
 }
 
 inline cudaError_t launch_products(const Products& products, bool f64, cudaStream_t stream) {
