@@ -30,7 +30,7 @@ struct ProjectTile {
   static constexpr int kFactorPieces = kPieces<P>;
   // Three, where two blocks still fit into the 163 KiB of a multiprocessor of 8.0
   static constexpr int kStages = kFactorPieces * kDepth * kRanks > 4096 ? 2 : 3;
-  // Groups of four elements of P that a thread converts, and whether all threads do
+  // Groups of four elements of P, and how many of them a thread converts
   static constexpr int kFours = kDepth * kRanks / 4, kHeld = (kFours + kThreads - 1) / kThreads;
   struct Shared {
     X x[kStages][kTokens][kPitch];
