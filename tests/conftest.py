@@ -27,7 +27,8 @@ settings.load_profile("deterministic")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where operations and layers are tested")
+    where = "where operations and layers are tested; emulated: by the CUDA kernels, on the CPU"
+    parser.addoption("--device", choices=("cpu", "cuda", "emulated"), default="cpu", help=where)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -39,6 +40,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
         if not build_info()["cuda_archs"]:
             raise pytest.UsageError("--device cuda: this build of gralora_ext has no CUDA kernels (GRALORA_EXT_CUDA=1)")
+    if device == "emulated":
+        sys.path.append(str(Path(__file__).resolve().parent / "cuda_on_cpu"))
+        import emulated_device
+
+        emulated_device.install()
+        config.pluginmanager.register(emulated_device)
+        device = emulated_device.DEVICE
     os.environ["GRALORA_TEST_DEVICE"] = device  # for tuner_helpers
 
 
@@ -68,6 +76,6 @@ def tree(sdist: Path, builds: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def device(pytestconfig: pytest.Config) -> torch.device:
+def device() -> torch.device:
     """The device on which the operations are tested."""
-    return torch.device(pytestconfig.getoption("--device"))
+    return torch.device(os.environ["GRALORA_TEST_DEVICE"])

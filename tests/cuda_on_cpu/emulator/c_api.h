@@ -59,6 +59,13 @@ GRALORA_EXPORTED void gralora_emulator_multiply_add(const double* a, const doubl
     d[i] = multiply_add(a + i * K, b + i * K, K, c[i], bytes, least, tensor_core(config().capability));
 }
 
+// Functions to call before and after each launch, with the kernel's name and the stream. The first one may register
+// buffers, and returns nullptr, or why the launch fails.
+GRALORA_EXPORTED void gralora_emulator_observe(const char* (*before)(const char*, void*), void (*after)()) {
+  gralora::emulator::config().before = before;
+  gralora::emulator::config().after = after;
+}
+
 // The shared memory that a block may take; 227 KiB at first.
 GRALORA_EXPORTED int gralora_emulator_limit_shared(int64_t bytes) {
   using namespace gralora::emulator;
