@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import os
+import random
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 # The benchmarks are not part of the installed package; appended, so that what is installed comes first.
@@ -29,6 +31,8 @@ settings.load_profile("deterministic")
 def pytest_addoption(parser: pytest.Parser) -> None:
     where = "where operations and layers are tested; emulated: by the CUDA kernels, on the CPU"
     parser.addoption("--device", choices=("cpu", "cuda", "emulated"), default="cpu", help=where)
+    most = "run at most N cases of each test, drawn at random, and the same ones each time"
+    parser.addoption("--most-cases", type=int, metavar="N", help=most)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -50,11 +54,27 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["GRALORA_TEST_DEVICE"] = device  # for tuner_helpers
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Builds, and the CUDA kernels on the CPU, are long; other long tests say so themselves."""
+    most = config.getoption("--most-cases")
+    if most is not None:
+        keep_cases(config, items, most)
     for item in items:
         if item.get_closest_marker("build") or "cuda_on_cpu" in item.path.parts:
             item.add_marker(pytest.mark.long)
+
+
+def keep_cases(config: pytest.Config, items: list[pytest.Item], most: int) -> None:
+    cases = defaultdict(list)
+    for item in items:
+        cases[item.nodeid.partition("[")[0]].append(item)
+    for item in items:  # hypothesis takes no other settings beside those of a test's own
+        if hasattr(item.obj, "hypothesis"):
+            own = item.obj._hypothesis_internal_use_settings
+            item.obj._hypothesis_internal_use_settings = settings(own, max_examples=most)
+    kept = {item for of in cases.values() for item in random.Random(0).sample(of, min(most, len(of)))}
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 @pytest.fixture(scope="session")

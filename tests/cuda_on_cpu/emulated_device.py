@@ -30,6 +30,7 @@ class DeviceModule(ModuleType):
     is_initialized = staticmethod(lambda: True)
     device_count = staticmethod(lambda: 2)
     current_device = staticmethod(lambda: 0)
+    device = staticmethod(lambda which: torch.accelerator.device_index(getattr(which, "index", which)))
     _is_in_bad_fork = staticmethod(lambda: False)
     manual_seed_all = staticmethod(lambda seed: None)
     get_amp_supported_dtype = staticmethod(lambda: [torch.bfloat16, torch.float16])
@@ -44,6 +45,9 @@ def install() -> ctypes.CDLL:
     torch._register_device_module(NAME, DeviceModule(f"torch.{NAME}"))
     torch.ops.load_library(library)
     torch.utils.generate_methods_for_privateuse1_backend(for_tensor=True, for_module=True, for_storage=True)
+    # Neither the default stream nor that of another thread
+    torch.accelerator.set_stream(torch.Stream(device=DEVICE))
+    torch.accelerator.set_device_index(0)
     why_not = kernels._why_not
     kernels._why_not = lambda kind, index: None if kind == NAME else why_not(kind, index)
     loaded = ctypes.CDLL(str(library))

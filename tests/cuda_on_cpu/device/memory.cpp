@@ -15,6 +15,7 @@ namespace {
 
 constexpr size_t kArena = size_t(1) << 33;  // addresses alone: pages are taken when they are written
 constexpr size_t kAlignment = 512;
+constexpr size_t kHugePage = size_t(1) << 21;  // to open and close few of them is quick
 
 class Memory {
  public:
@@ -58,6 +59,10 @@ class Memory {
     const auto block = taken_.find(first);
     auto hole = free_.emplace(first, block->second.room).first;
     taken_.erase(block);
+    if (hole->second >= 2 * kHugePage) {  // its pages are given back: to open and close them costs
+      const size_t from = (first + kHugePage - 1) / kHugePage * kHugePage;
+      madvise(arena_ + from, (first + hole->second - from) / kHugePage * kHugePage, MADV_DONTNEED);
+    }
     const auto next = std::next(hole);
     if (next != free_.end() && hole->first + hole->second == next->first)
       hole->second += next->second, free_.erase(next);
@@ -81,13 +86,15 @@ class Memory {
   };
 
   Memory() {
-    void* const arena = mmap(nullptr, kArena, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* const arena = mmap(nullptr, kArena + kHugePage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     TORCH_CHECK(arena != MAP_FAILED, "no addresses for the memory of the emulated devices");
-    arena_ = static_cast<char*>(arena);
+    arena_ = static_cast<char*>(arena) + (kHugePage - reinterpret_cast<uintptr_t>(arena) % kHugePage);
+    madvise(arena_, kArena, MADV_HUGEPAGE);
   }
 
   void protect(int how) {
-    if (used_ > 0) TORCH_CHECK(mprotect(arena_, used_, how) == 0, "mprotect failed");
+    const size_t pages = (used_ + kHugePage - 1) / kHugePage * kHugePage;
+    TORCH_CHECK(mprotect(arena_, pages, how) == 0, "mprotect failed");
   }
 
   std::recursive_mutex mutex_;

@@ -58,10 +58,30 @@ const at::Tensor& resize(const at::Tensor& self, at::IntArrayRef size, std::opti
   return at::native::resize_(self, size, format);
 }
 
+// As on CUDA devices, tensors of the host are taken as numbers and as indices alone.
+void check_devices(const c10::OperatorHandle& op, const torch::jit::Stack& stack) {
+  const std::string& name = op.schema().name();
+  if (name.rfind("aten::index", 0) == 0 || name.rfind("aten::_index", 0) == 0) return;
+  std::optional<c10::Device> expected;
+  const auto check = [&](const at::Tensor& tensor) {
+    if (!tensor.defined() || (tensor.is_cpu() && tensor.dim() == 0)) return;
+    const c10::Device device = expected.value_or(tensor.device());
+    TORCH_CHECK(tensor.device() == device, name, ": a tensor is on ", tensor.device(), " beside one on ", device);
+    expected = device;
+  };
+  for (const c10::IValue& argument : torch::jit::last(stack, op.schema().arguments().size()))
+    if (argument.isTensor()) {
+      check(argument.toTensor());
+    } else if (argument.isTensorList()) {
+      for (const at::Tensor& tensor : argument.toTensorVector()) check(tensor);
+    }
+}
+
 // An operation of ours for which there is no kernel for CUDA must not run on the CPU unseen.
 void on_the_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   TORCH_CHECK_NOT_IMPLEMENTED(op.schema().name().rfind("gralora_ext::", 0) != 0, op.schema().name(),
                               " has no kernel for this device");
+  check_devices(op, *stack);
   at::native::cpu_fallback(op, stack);
 }
 
@@ -76,9 +96,12 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("_copy_from", &copy_from);
   m.impl("_copy_from_and_resize", &copy_from_and_resize);
   m.impl("resize_", &resize);
+  m.impl("set_.source_Storage", static_cast<at::Tensor& (*)(at::Tensor&, at::Storage)>(&at::native::set_));
   m.impl("set_.source_Storage_storage_offset", &at::native::set_storage_cpu_);
   m.impl("set_.source_Tensor", &at::native::set_tensor_);
 }
+
+TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, m) { m.fallback(torch::CppFunction::makeFallthrough()); }
 
 TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, m) {
   KERNEL_PRIVATEUSEONE(linear, lower_precision_fp)
