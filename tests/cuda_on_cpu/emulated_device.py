@@ -20,6 +20,15 @@ from gralora_ext import kernels, ops  # noqa: F401  the operations are registere
 NAME = "emulated"
 # Not the current one: a pass that forgets to make it so is launched where its tensors are not.
 DEVICE = f"{NAME}:1"
+# Of the tests that take a device, by the beginnings of their names, and why
+LEFT_OUT = {
+    "test_opcheck_passes_gralora[": "opcheck of autograd knows devices of torch's own alone",
+    "test_opcheck_passes_beside": "opcheck of autograd knows devices of torch's own alone",
+    "test_saved_model_loads_in_a_process": "the process does not have this device",
+    "test_an_exported_layer_takes": "the process does not have this device",
+    "test_calls_from_several_threads": "the emulator runs one launch at a time",
+    "test_both_masks_are_the_references_to_the_bit[(30, 1037)": "15 s",
+}
 KERNELS = ("project", "expand", "weight_gradient", "reduce", "merge", "products", "shrink", "grow")
 
 
@@ -58,6 +67,13 @@ def install() -> ctypes.CDLL:
 def launches() -> dict[str, int]:
     """How often each kernel was launched so far"""
     return {name: install().gralora_device_launches(name.encode()) for name in KERNELS}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for name, reason in LEFT_OUT.items():
+            if item.name.startswith(name):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
