@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import build_helpers
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 settings.register_profile("deterministic", derandomize=True, deadline=None, database=None, print_blob=True)
 settings.register_profile("explore", deadline=None, print_blob=True)
@@ -68,10 +68,11 @@ def keep_cases(config: pytest.Config, items: list[pytest.Item], most: int) -> No
     cases = defaultdict(list)
     for item in items:
         cases[item.nodeid.partition("[")[0]].append(item)
-    for item in items:  # hypothesis takes no other settings beside those of a test's own
-        if hasattr(item.obj, "hypothesis"):
+    few = {"max_examples": most, "phases": (Phase.explicit, Phase.generate)}  # and no smaller ones that fail too
+    for item in items:
+        if hasattr(item.obj, "hypothesis"):  # whose decorator takes no settings beside those of a test's own
             own = item.obj._hypothesis_internal_use_settings
-            item.obj._hypothesis_internal_use_settings = settings(own, max_examples=most)
+            item.obj._hypothesis_internal_use_settings = settings(own, **few)
     kept = {item for of in cases.values() for item in random.Random(0).sample(of, min(most, len(of)))}
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]

@@ -86,7 +86,8 @@ class Memory {
   };
 
   Memory() {
-    void* const arena = mmap(nullptr, kArena + kHugePage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* const arena =
+        mmap(nullptr, kArena + kHugePage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     TORCH_CHECK(arena != MAP_FAILED, "no addresses for the memory of the emulated devices");
     arena_ = static_cast<char*>(arena) + (kHugePage - reinterpret_cast<uintptr_t>(arena) % kHugePage);
     madvise(arena_, kArena, MADV_HUGEPAGE);
