@@ -70,7 +70,7 @@ def keep_cases(config: pytest.Config, items: list[pytest.Item], most: int) -> No
         cases[item.nodeid.partition("[")[0]].append(item)
     few = {"max_examples": most, "phases": (Phase.explicit, Phase.generate)}  # and no smaller ones that fail too
     for item in items:
-        if hasattr(item.obj, "hypothesis"):  # whose decorator takes no settings beside those of a test's own
+        if hasattr(getattr(item, "obj", None), "hypothesis"):  # it takes no settings beside those of a test's own
             own = item.obj._hypothesis_internal_use_settings
             item.obj._hypothesis_internal_use_settings = settings(own, **few)
     kept = {item for of in cases.values() for item in random.Random(0).sample(of, min(most, len(of)))}

@@ -127,6 +127,7 @@ def torch_device() -> Path:
     flags = [f"-std=c++{config.torch_standard()}", "-O1", "-fPIC", "-fvisibility=hidden", "-fopenmp", *STRICT]
     flags += ["-Wno-array-bounds", "-Wno-stringop-overflow", "-DGRALORA_HAVE_CUDA", f"-I{KERNELS.parent}"]
     flags += [f"-isystem{folder}" for folder in include_paths()]
+    # The version: for another torch all is compiled anew.
     compile_one = [compiler() or "g++", *flags, f"-DGRALORA_TORCH_VERSION={torch.__version__}", "-c"]
     roots = (KERNELS.parent, HERE / "device")
     with ThreadPoolExecutor(os.cpu_count()) as pool:

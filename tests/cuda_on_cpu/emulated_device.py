@@ -26,7 +26,7 @@ LEFT_OUT = {
     "test_opcheck_passes_beside": "opcheck of autograd knows devices of torch's own alone",
     "test_saved_model_loads_in_a_process": "the process does not have this device",
     "test_an_exported_layer_takes": "the process does not have this device",
-    "test_both_masks_are_the_references_to_the_bit[(30, 1037)": "15 s",
+    "test_both_masks_are_the_references_to_the_bit[(30, 1037)": "it takes 15 s",
 }
 KERNELS = ("project", "expand", "weight_gradient", "reduce", "merge", "products")
 

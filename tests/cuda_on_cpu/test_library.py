@@ -29,7 +29,6 @@ FILES += [path.name for path in sorted(TESTS.glob("test_tuner_*.py"))]
 # The others there are about the CPU's threads.
 DETERMINISM = ("test_repeated_calls_give_the_same_bits", "test_results_do_not_depend_on_what_new_memory_holds")
 MOST_CASES = 6  # of each test: the emulator is slow
-# What is launched by the tests above; fused_forward takes more tokens than are emulated here
 LAUNCHED = ("project", "expand", "weight_gradient", "reduce", "merge", "products")
 
 
