@@ -115,6 +115,10 @@ bool is_unobserved() {
          !in_transform_or_forward_mode();
 }
 
+bool is_autocast_enabled(at::DeviceType device) {
+  return at::autocast::is_autocast_available(device) && at::autocast::is_autocast_enabled(device);
+}
+
 PyObject* needs_plain_torch(PyObject*, PyObject*) { return PyBool_FromLong(in_transform_or_forward_mode()); }
 
 // (x, least)
@@ -123,8 +127,9 @@ PyObject* may_be_one_operation(PyObject*, PyObject* const* all, Py_ssize_t count
   const Arguments a{all, count};
   a.expect(2);
   const at::Tensor& x = a.tensor(0);
-  return PyBool_FromLong(THPVariable_CheckExact(all[0]) && (x.is_cuda() || (x.is_cpu() && x.numel() >= a.number(1))) &&
-                         is_unobserved() && !at::autocast::is_autocast_enabled(x.device().type()));
+  const bool many = x.is_cpu() ? x.numel() >= a.number(1) : !x.is_meta();
+  return PyBool_FromLong(THPVariable_CheckExact(all[0]) && many && is_unobserved() &&
+                         !is_autocast_enabled(x.device().type()));
   END_HANDLE_TH_ERRORS
 }
 
@@ -156,8 +161,8 @@ PyMethodDef eager_methods[] = {
     {"needs_plain_torch", &needs_plain_torch, METH_NOARGS,
      "Whether a transform of torch.func or forward-mode differentiation is on, for which the ops have no rule."},
     {"may_be_one_operation", by_place(&may_be_one_operation), METH_FASTCALL,
-     "Whether the first tensor, x, is a tensor proper on a CUDA device, or on the CPU with as many elements at least, "
-     "and there is no autocast, no dispatch mode, no tracing, and needs_plain_torch is false."},
+     "Whether the first tensor, x, is a tensor proper, on the CPU of as many elements at least, and there is no "
+     "autocast, no dispatch mode, no tracing, and needs_plain_torch is false."},
     {"may_write_into", by_place(&may_write_into), METH_FASTCALL,
      "Whether y may take the memory of the first tensor, beside the second, x: tensors proper, contiguous, apart, with "
      "no dispatch mode, no tracing, and needs_plain_torch false."},

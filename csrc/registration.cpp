@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The schemas and the tables of kernels; nothing else.
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
-#include <torch/library.h>
+#include "registration.h"
 
-#include "ops.h"
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 
 TORCH_LIBRARY(gralora_ext, m) {
   m.def(
@@ -33,23 +32,9 @@ TORCH_LIBRARY(gralora_ext, m) {
       "bool[5] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
-namespace {
-
-void register_kernels(torch::Library& m) {
-  m.impl("gralora", &gralora::forward_kernel);
-  m.impl("gralora_", &gralora::forward_into_kernel);
-  m.impl("gralora_backward", &gralora::backward_kernel);
-  m.impl("merge_", &gralora::merge_kernel);
-  m.impl("delta_weight", &gralora::delta_weight_kernel);
-  m.impl("linear", &gralora::linear_kernel);
-  m.impl("linear_backward", &gralora::linear_backward_kernel);
-}
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(gralora_ext, CPU, m) { register_kernels(m); }
+TORCH_LIBRARY_IMPL(gralora_ext, CPU, m) { gralora::register_kernels(m); }
 #ifdef GRALORA_HAVE_CUDA
-TORCH_LIBRARY_IMPL(gralora_ext, CUDA, m) { register_kernels(m); }
+TORCH_LIBRARY_IMPL(gralora_ext, CUDA, m) { gralora::register_kernels(m); }
 #endif
 
 TORCH_LIBRARY_IMPL(gralora_ext, Autograd, m) {

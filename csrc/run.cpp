@@ -45,7 +45,7 @@ void run_on_device(const Params& p, const at::Tensor& like) {
 
 void run(ForwardParams p, [[maybe_unused]] const at::Tensor& like) {
 #ifdef GRALORA_HAVE_CUDA
-  if (like.is_cuda()) return run_on_device(p, like);
+  if (!like.is_cpu()) return run_on_device(p, like);
 #endif
   p.threads = threads();
   if (p.shape.T > 0) cpu::forward(p);
@@ -53,7 +53,7 @@ void run(ForwardParams p, [[maybe_unused]] const at::Tensor& like) {
 
 void run(BackwardParams p, [[maybe_unused]] const at::Tensor& like) {
 #ifdef GRALORA_HAVE_CUDA
-  if (like.is_cuda()) return run_on_device(p, like);
+  if (!like.is_cpu()) return run_on_device(p, like);
 #endif
   p.threads = threads();
   cpu::backward(p);
@@ -61,7 +61,7 @@ void run(BackwardParams p, [[maybe_unused]] const at::Tensor& like) {
 
 void run(MergeParams p, [[maybe_unused]] const at::Tensor& like) {
 #ifdef GRALORA_HAVE_CUDA
-  if (like.is_cuda()) {
+  if (!like.is_cpu()) {
     const c10::DeviceGuard guard(like.device());
     return check(cuda::merge(p, current_stream(like.device())));
   }

@@ -8,8 +8,8 @@
 
 namespace gralora {
 
-// `like` is one of the pass's tensors. On CUDA the pass goes to the current stream of that
-// tensor's device, and what it works in comes from torch's allocator.
+// `like` is one of the pass's tensors. Where it is not on the CPU it is on a CUDA device: the pass
+// goes to the current stream of that device, and what it works in comes from torch's allocator.
 void run(ForwardParams p, const at::Tensor& like);
 void run(BackwardParams p, const at::Tensor& like);
 void run(MergeParams p, const at::Tensor& like);

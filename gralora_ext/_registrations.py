@@ -41,9 +41,8 @@ def _() -> bool:
 def _(x: Tensor, least: int) -> bool:
     """Whatever the number of tokens, so that one graph serves them all; an exported program keeps the base layer."""
     kind = x.device.type
-    return kind in ("cpu", "cuda") and not (
-        torch.compiler.is_exporting() or torch.is_autocast_enabled(kind) or _in_a_transform()
-    )
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return kind != "meta" and not (torch.compiler.is_exporting() or autocast or _in_a_transform())
 
 
 @torch.compiler.substitute_in_graph(_native.linear, skip_signature_check=True)

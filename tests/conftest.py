@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import os
+import random
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 # The benchmarks are not part of the installed package; appended, so that what is installed comes first.
@@ -19,7 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import build_helpers
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 settings.register_profile("deterministic", derandomize=True, deadline=None, database=None, print_blob=True)
 settings.register_profile("explore", deadline=None, print_blob=True)
@@ -27,7 +29,10 @@ settings.load_profile("deterministic")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where operations and layers are tested")
+    where = "where operations and layers are tested; emulated: by the CUDA kernels, on the CPU"
+    parser.addoption("--device", choices=("cpu", "cuda", "emulated"), default="cpu", help=where)
+    most = "run at most N cases of each test, drawn at random, and the same ones each time"
+    parser.addoption("--most-cases", type=int, metavar="N", help=most)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -39,14 +44,38 @@ def pytest_configure(config: pytest.Config) -> None:
 
         if not build_info()["cuda_archs"]:
             raise pytest.UsageError("--device cuda: this build of gralora_ext has no CUDA kernels (GRALORA_EXT_CUDA=1)")
+    if device == "emulated":
+        sys.path.append(str(Path(__file__).resolve().parent / "cuda_on_cpu"))
+        import emulated_device
+
+        emulated_device.install()
+        config.pluginmanager.register(emulated_device)
+        device = emulated_device.DEVICE
     os.environ["GRALORA_TEST_DEVICE"] = device  # for tuner_helpers
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Builds, and the CUDA kernels on the CPU, are long; other long tests say so themselves."""
+    most = config.getoption("--most-cases")
+    if most is not None:
+        keep_cases(config, items, most)
     for item in items:
         if item.get_closest_marker("build") or "cuda_on_cpu" in item.path.parts:
             item.add_marker(pytest.mark.long)
+
+
+def keep_cases(config: pytest.Config, items: list[pytest.Item], most: int) -> None:
+    cases = defaultdict(list)
+    for item in items:
+        cases[item.nodeid.partition("[")[0]].append(item)
+    few = {"max_examples": most, "phases": (Phase.explicit, Phase.generate)}  # and no smaller ones that fail too
+    for item in items:
+        if hasattr(getattr(item, "obj", None), "hypothesis"):  # it takes no settings beside those of a test's own
+            own = item.obj._hypothesis_internal_use_settings
+            item.obj._hypothesis_internal_use_settings = settings(own, **few)
+    kept = {item for of in cases.values() for item in random.Random(0).sample(of, min(most, len(of)))}
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 @pytest.fixture(scope="session")
@@ -68,6 +97,6 @@ def tree(sdist: Path, builds: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def device(pytestconfig: pytest.Config) -> torch.device:
+def device() -> torch.device:
     """The device on which the operations are tested."""
-    return torch.device(pytestconfig.getoption("--device"))
+    return torch.device(os.environ["GRALORA_TEST_DEVICE"])

@@ -227,7 +227,8 @@ def assert_near(
     assert actual.shape == expected.shape, f"{name}: shape {list(actual.shape)}, expected {list(expected.shape)}"
     if bound is None:
         bound = TOLERANCES[actual.dtype].of(actual, gradient=False)
-    error = (actual.detach().cpu().double() - expected.double()).norm()
+    actual, expected = (t.detach().cpu() for t in (actual, expected))
+    error = (actual.double() - expected.double()).norm()
     most = bound * (expected.double().norm() if size is None else size)
     assert error <= most, f"{name} ({NAMES[actual.dtype]}): error {error:.3e} exceeds {most:.3e}"
 

@@ -88,15 +88,17 @@ def assert_identities(op: Callable[..., Tensor], inputs: Inputs, dropout_p: floa
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("dtypes", FLOAT64.values(), ids=FLOAT64.keys())
-def test_backward_reads_the_mask_that_forward_wrote(dtypes: tuple[torch.dtype, ...], width: int) -> None:
+def test_backward_reads_the_mask_that_forward_wrote(
+    dtypes: tuple[torch.dtype, ...], width: int, device: torch.device
+) -> None:
     x, base, adapter = dtypes
     for k, tokens, h, p in ((2, 7, 0, 1e-9), (1, 3, 2, 0.5), (3, 70, 0, 0.25)):
         case = Case((tokens,), k, width, 24, rb=2, h=h, x_dtype=x, base_dtype=base, adapter_dtype=adapter, seed=width)
-        assert_identities(path, case.inputs(), p)
+        assert_identities(path, case.inputs(device), p)
 
 
-def test_dropout_of_almost_nothing_zeroes_no_gradient() -> None:
-    inputs = Case((7,), k=2, n=264, m=24).uniform(torch.float64).inputs()
+def test_dropout_of_almost_nothing_zeroes_no_gradient(device: torch.device) -> None:
+    inputs = Case((7,), k=2, n=264, m=24).uniform(torch.float64).inputs(device)
     x = inputs.tensors["x"].requires_grad_()
     y = path(**inputs.tensors, scaling=1.0, dropout_p=1e-9)
     (dx,) = torch.autograd.grad(y, x, inputs.grad)
@@ -106,11 +108,11 @@ def test_dropout_of_almost_nothing_zeroes_no_gradient() -> None:
 @pytest.mark.parametrize(
     "dtypes", list(itertools.product(DTYPES, repeat=3)), ids=lambda d: "-".join(NAMES[t] for t in d)
 )
-def test_every_mix_of_dtypes(dtypes: tuple[torch.dtype, ...]) -> None:
+def test_every_mix_of_dtypes(dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
     x, base, adapter = dtypes
     for tokens, h, p in ((1, 1, 0.25), (9, 0, 0.25), (140, 2, 0.0)):
         case = Case((tokens,), 2, 264, 40, rb=4, h=h, x_dtype=x, base_dtype=base, adapter_dtype=adapter, seed=tokens)
-        assert_identities(path, case.inputs(), p)
+        assert_identities(path, case.inputs(device), p)
 
 
 CASES = st.builds(

@@ -19,9 +19,9 @@ MIXES = tuple(itertools.product(DTYPES, repeat=3))
 RANKS = (1, 2, 16)
 
 
-def forward(case: Case, dropout_p: float) -> tuple[list[Tensor | None], Tensor, Tensor, Tensor]:
-    x, base, *adapter = case.inputs().tensors.values()
-    seed = torch.tensor([5])
+def forward(case: Case, dropout_p: float, device: torch.device) -> tuple[list[Tensor | None], Tensor, Tensor, Tensor]:
+    x, base, *adapter = case.inputs(device).tensors.values()
+    seed = torch.tensor([5], device=device)
     arguments = [*adapter, *([None] * (4 - len(adapter))), seed, 0.5, dropout_p]
     y, u, kept = torch.ops.gralora_ext.gralora(x, base, *arguments)
     return [x, *arguments], torch.ones_like(y), u, kept
@@ -38,9 +38,11 @@ def case_of(dtypes: tuple[torch.dtype, ...], tokens: int, rank: int) -> Case:
 
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("dtypes", MIXES, ids=lambda d: "-".join(NAMES[t] for t in d))
-def test_backward_takes_an_empty_u_only_where_forward_keeps_none(dtypes: tuple[torch.dtype, ...], rank: int) -> None:
+def test_backward_takes_an_empty_u_only_where_forward_keeps_none(
+    dtypes: tuple[torch.dtype, ...], rank: int, device: torch.device
+) -> None:
     for tokens, dropout_p in itertools.product((1, 5, 12, 32), (0.0, 0.5)):
-        arguments, grad, u, kept = forward(case_of(dtypes, tokens, rank), dropout_p)
+        arguments, grad, u, kept = forward(case_of(dtypes, tokens, rank), dropout_p, device)
         x, _, adapter = dtypes
         keeps = x.itemsize > 2 or adapter.itemsize <= 2 or rank == 1
         assert len(u) == (tokens if keeps else 0)
@@ -52,8 +54,8 @@ def test_backward_takes_an_empty_u_only_where_forward_keeps_none(dtypes: tuple[t
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES.get)
-def test_without_tokens_u_is_empty_and_gradients_are_zeros(dtype: torch.dtype) -> None:
-    arguments, grad, u, kept = forward(case_of((dtype,) * 3, 0, 16), 0.5)
+def test_without_tokens_u_is_empty_and_gradients_are_zeros(dtype: torch.dtype, device: torch.device) -> None:
+    arguments, grad, u, kept = forward(case_of((dtype,) * 3, 0, 16), 0.5, device)
     dx, dA, dB, *_ = backward(arguments, grad, u, kept)
     assert u.shape == (0, 64) and dx.shape == (0, 96)
     assert not dA.any() and not dB.any()
@@ -74,11 +76,11 @@ def test_linear_as_one_product_keeps_no_u() -> None:
 
 
 @pytest.mark.parametrize("rank", RANKS)
-def test_fake_results_are_shaped_as_real_ones(rank: int) -> None:
+def test_fake_results_are_shaped_as_real_ones(rank: int, device: torch.device) -> None:
     for dtypes, width in itertools.product(MIXES, (48, 44)):
-        x, base, A, B = case_of(dtypes, 6, rank).inputs().tensors.values()
+        x, base, A, B = case_of(dtypes, 6, rank).inputs(device).tensors.values()
         x, A = x[:, : 2 * width], A[:, :width]
-        seed = torch.tensor([5])
+        seed = torch.tensor([5], device=device)
         real = torch.ops.gralora_ext.gralora(x, base, A, B, None, None, seed, 0.5, 0.25)
         with FakeTensorMode() as mode:
             fakes = [mode.from_tensor(t) for t in (x, base, A, B)]
@@ -87,7 +89,7 @@ def test_fake_results_are_shaped_as_real_ones(rank: int) -> None:
             assert one.shape == other.shape and one.dtype == other.dtype
 
 
-def test_backward_twice_has_the_same_bits() -> None:
+def test_backward_twice_has_the_same_bits(device: torch.device) -> None:
     """Nothing is drawn or left behind between two backwards of one forward."""
-    arguments, grad, u, kept = forward(case_of((torch.bfloat16,) * 3, 9, 16), 0.5)
+    arguments, grad, u, kept = forward(case_of((torch.bfloat16,) * 3, 9, 16), 0.5, device)
     assert all(map(same_bits, backward(arguments, grad, u, kept), backward(arguments, grad, u, kept)))

@@ -177,7 +177,7 @@ def test_dropout_is_one_mask_for_both_parts_and_follows_the_mode_and_the_seed() 
     torch.manual_seed(7)
     y = layer(x)
     torch.manual_seed(7)
-    seed = reference.draw_seed("cpu")
+    seed = reference.draw_seed(DEVICE)
     assert_same_output(y, reference.gralora(x, layer.base_layer(x), **_wide_operands(layer), dropout_p=0.4, seed=seed))
     assert not torch.equal(y, layer(x)), "a second call has to draw another mask"
     model.eval()

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 from transformers.pytorch_utils import Conv1D
 from tuner_helpers import (
+    DEVICE,
     Conv1DMlp,
     Mlp,
     Single,
@@ -192,7 +193,7 @@ def test_base_weight_that_cannot_take_a_merge_gives_an_error(safe: bool) -> None
     layer = adapted("fused").base_model.model.first
     weight = layer.base_layer.weight.data
     layer.base_layer.weight = nn.Parameter(weight.to("meta"), requires_grad=False)
-    with pytest.raises(ValueError, match="base weight is on meta, but adapter 'default' is on cpu"):
+    with pytest.raises(ValueError, match=f"base weight is on meta, but adapter 'default' is on {DEVICE}"):
         layer.merge(safe_merge=safe)
     layer.base_layer.weight = nn.Parameter(weight.to(torch.uint8), requires_grad=False)
     with pytest.raises(TypeError, match="uint8"):

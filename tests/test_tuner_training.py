@@ -29,21 +29,48 @@ from tuner_helpers import (
 from gralora_ext.tuner import accelerate
 
 
+def losses_of_training(model: nn.Module, autocast: torch.dtype | None = None) -> list[float]:
+    """Five steps of AdamW over two batches."""
+    losses = []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(5):
+        batch = tokens(4, 8, seed=step % 2)
+        optimizer.zero_grad()
+        with torch.autocast(DEVICE.type, autocast, enabled=autocast is not None):
+            loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
 def test_training_takes_pefts_steps() -> None:
     models = pair(llama, hybrid_r=2, target_modules="all-linear")
-    losses: list[list[float]] = [[], []]
-    for model, values in zip(models, losses, strict=True):
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        for step in range(5):
-            batch = tokens(4, 8, seed=step % 2)
-            optimizer.zero_grad()
-            loss = model(input_ids=batch, labels=batch).loss
-            loss.backward()
-            optimizer.step()
-            values.append(loss.item())
+    losses = [losses_of_training(model) for model in models]
     assert losses[1] == pytest.approx(losses[0], rel=1e-10)
     assert losses[1][4] < losses[1][0] - 0.1
     assert_same_gradients(models[1], models[0])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "apart"),
+    [
+        (torch.float32, None, 1e-4),
+        (torch.float32, torch.bfloat16, 5e-3),
+        (torch.float32, torch.float16, 3e-3),
+        (torch.bfloat16, None, 5e-3),
+    ],
+    ids=["fp32", "fp32 autocast bf16", "fp32 autocast fp16", "bf16"],
+)
+def test_training_in_less_precision_goes_pefts_way(
+    dtype: torch.dtype, autocast: torch.dtype | None, apart: float
+) -> None:
+    """To the roundings of the dtype; their adapters are float32 throughout."""
+    models = pair(llama, dtype, hybrid_r=2, target_modules="all-linear")
+    losses = [losses_of_training(model, autocast) for model in models]
+    assert losses[1] == pytest.approx(losses[0], rel=apart)
+    assert losses[1][4] < losses[1][0] - 0.1
+    assert {g.dtype for g in gradients(models[1]).values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

@@ -13,6 +13,7 @@ import tempfile
 import threading
 from collections import defaultdict
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,14 +97,14 @@ def emulated_program(
 def ptx(source: Path, arch: int, *, include: Sequence[Path] = (), flags: Sequence[str] = ()) -> str:
     """The PTX that nvcc makes of ``source`` for compute capability ``arch`` (80, 90)."""
     command = [*_nvcc(include), *NVCC_STRICT, *flags, "-ptx", f"-arch=compute_{arch}", str(source)]
-    return _cached(command, ".ptx", include).read_text()
+    return _cached(command, ".ptx", (KERNELS, HERE, *include)).read_text()
 
 
 def cubin(source: Path, arch: int, *, include: Sequence[Path] = (), strict: bool = True) -> Cubin:
     """The code of ``source`` for devices of compute capability ``arch``. strict: spills and warnings are errors."""
     flags = (*NVCC_STRICT, *PTXAS_STRICT) if strict else ()
     command = [*_nvcc(include), *flags, "-cubin", f"-arch=sm_{arch}", str(source)]
-    built = _cached(command, ".cubin", include)
+    built = _cached(command, ".cubin", (KERNELS, HERE, *include))
     return Cubin(built, built.with_suffix(".log").read_text())
 
 
@@ -114,6 +115,27 @@ def kernels_cubin(arch: int) -> Cubin:
 
 def sanitized_kernels(variant: str) -> Path:
     return emulated_program([HERE / "kernels_main.cpp", HERE / "kernels.cu"], variant, include=[KERNELS.parent])
+
+
+def torch_device() -> Path:
+    """A library for ``torch.ops.load_library``: the operations on emulated devices (``device/``), by the C++ of csrc/."""
+    import torch
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    kernels = emulated_library(HERE / "kernels.cu", include=[KERNELS.parent])
+    csrc = [KERNELS.parent / f"{name}.cpp" for name in ("ops", "linear_ops", "run", "result_memory")]
+    flags = [f"-std=c++{config.torch_standard()}", "-O1", "-fPIC", "-fvisibility=hidden", "-fopenmp", *STRICT]
+    flags += ["-Wno-array-bounds", "-Wno-stringop-overflow", "-DGRALORA_HAVE_CUDA", f"-I{KERNELS.parent}"]
+    flags += [f"-isystem{folder}" for folder in include_paths()]
+    # The version: for another torch all is compiled anew.
+    compile_one = [compiler() or "g++", *flags, f"-DGRALORA_TORCH_VERSION={torch.__version__}", "-c"]
+    roots = (KERNELS.parent, HERE / "device")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        sources = [str(source) for source in (*csrc, *sorted((HERE / "device").glob("*.cpp")))]
+        objects = list(pool.map(lambda source: str(_cached([*compile_one, source], ".o", roots)), sources))
+    link = [compile_one[0], "-shared", *objects, str(kernels), *(f"-L{folder}" for folder in library_paths())]
+    link += ["-lc10", "-ltorch_cpu", f"-Wl,-rpath,{kernels.parent}"]
+    return _cached(link, ".so", ())
 
 
 def nvcc_version() -> str:
@@ -171,14 +193,14 @@ def _host_compile(
         "-x",
         "c++",
     ]
-    return _cached([*command, *map(str, sources), "-ldl"], suffix, include)
+    return _cached([*command, *map(str, sources), "-ldl"], suffix, (KERNELS, HERE, *include))
 
 
-def _cached(command: Sequence[str], suffix: str, include: Sequence[Path]) -> Path:
-    """Runs ``command`` with an output file, unless that exists for the same command, compiler and sources."""
+def _cached(command: Sequence[str], suffix: str, roots: Sequence[Path]) -> Path:
+    """Runs ``command`` with an output file, unless that exists for the same command, compiler and sources of ``roots``."""
     digest = hashlib.sha256("\0".join(command).encode())
     digest.update(subprocess.run([command[0], "--version"], capture_output=True, check=True).stdout)
-    for file in sorted(_sources(include)):
+    for file in sorted(_sources(roots)):
         digest.update(str(file).encode() + b"\0" + file.read_bytes() + b"\0")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gralora_ext" / "cuda_on_cpu"
     built = cache / (digest.hexdigest()[:32] + suffix)
@@ -203,7 +225,7 @@ def _build(command: Sequence[str], built: Path) -> None:
         output.replace(built)  # other processes see all of it or nothing
 
 
-def _sources(include: Sequence[Path]) -> set[Path]:
+def _sources(roots: Sequence[Path]) -> set[Path]:
     """All that a source may include of ours, wanted or not: too many rebuilds are better than one too few."""
     suffixes = {".h", ".cuh", ".cu", ".cpp"}
-    return {file for root in (KERNELS, HERE, *include) for file in root.rglob("*") if file.suffix in suffixes}
+    return {file for root in roots for file in root.rglob("*") if file.suffix in suffixes}

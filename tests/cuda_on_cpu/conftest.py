@@ -22,6 +22,7 @@ def compiled_meanwhile(request: pytest.FixtureRequest) -> Iterator[None]:
         if wanted and toolkit is not None and compilers.compiler() is not None:
             for variant in ("asan", "tsan"):
                 pool.submit(compilers.sanitized_kernels, variant)
+            pool.submit(compilers.torch_device)
             if toolkit.nvcc is not None:
                 for arch in compilers.ARCHS:
                     pool.submit(compilers.kernels_cubin, arch)

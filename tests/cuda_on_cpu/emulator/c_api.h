@@ -62,6 +62,13 @@ GRALORA_EXPORTED void gralora_emulator_multiply_add(const double* a, const doubl
     d[i] = multiply_add(a + i * K, b + i * K, K, c[i], tensor_core(config().capability));
 }
 
+// Functions to call before and after each launch, with the kernel's name and the stream. The first one may register
+// buffers, and returns nullptr, or why the launch fails.
+GRALORA_EXPORTED void gralora_emulator_observe(const char* (*before)(const char*, void*), void (*after)()) {
+  gralora::emulator::config().before = before;
+  gralora::emulator::config().after = after;
+}
+
 // From the first buffer on, kernels may touch global memory in registered buffers alone.
 GRALORA_EXPORTED int gralora_emulator_register(const char* name, const void* data, int64_t bytes) {
   using namespace gralora::emulator;

@@ -116,12 +116,12 @@ inline const char* error_text(cudaError_t) { return emulator::error_message().c_
 inline Device current_device() { return {emulator::config().capability, emulator::config().multiprocessors}; }
 
 template <class... P, class... A>
-cudaError_t launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_bytes, cudaStream_t,
-                   A... arguments) {
+cudaError_t launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_bytes,
+                   cudaStream_t stream, A... arguments) {
   const emulator::Launched what{name,          emulator::symbol_of(reinterpret_cast<const void*>(kernel)),
                                 grid,          block,
                                 dynamic_bytes, {emulator::bytes_of<P>(arguments)...}};
-  return emulator::launch(what, [&] { kernel(static_cast<P>(arguments)...); });
+  return emulator::launch(what, stream, [&] { kernel(static_cast<P>(arguments)...); });
 }
 
 }  // namespace gralora::cuda

@@ -163,9 +163,24 @@ class Launch {
   std::vector<char*> freed_;  // at the end of the launch
 };
 
+// What an observer wants to know of a launch (Config).
+struct Observed {
+  Observed(const std::string& name, cudaStream_t stream) {
+    if (config().before == nullptr) return;
+    const char* wrong = config().before(name.c_str(), stream);
+    if (wrong != nullptr) config().after(), throw Error(wrong);
+  }
+  Observed(const Observed&) = delete;
+  Observed& operator=(const Observed&) = delete;
+  ~Observed() {
+    if (config().after != nullptr) config().after();
+  }
+};
+
 template <class Kernel>
-cudaError_t launch(const Launched& what, Kernel&& kernel) {
+cudaError_t launch(const Launched& what, cudaStream_t stream, Kernel&& kernel) {
   try {
+    const Observed observed(what.name, stream);
     traffic().launches.push_back(what);
     const auto entry = [](void* argument) { (*static_cast<std::remove_reference_t<Kernel>*>(argument))(); };
     Launch(what.grid, what.block, what.dynamic_bytes, entry, &kernel).run();

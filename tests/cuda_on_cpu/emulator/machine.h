@@ -23,6 +23,9 @@ struct Config {
   int capability = 80, multiprocessors = 108;
   // mma adds as this capability's tensor cores do (tensor_core.h); else in double, rounded once
   bool truncates = false;
+  // Called at each launch; what `before` returns is why it fails, and nullptr lets it run.
+  const char* (*before)(const char* name, void* stream) = nullptr;
+  void (*after)() = nullptr;
 };
 struct Statistics {
   int64_t switches, collectives, mma, ldmatrix;
