@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from .. import kernels, ops, reference
 from .._loader import load
 from ..reference import draw_seed
-from . import frozen
+from . import frozen, init
 
 _LINEAR_LAYERS = (nn.Linear, Conv1D)
 _native = load()
@@ -41,6 +41,11 @@ class GraloraLinear(Linear):
 
     # False, on the class or on a layer: the base layer is always called. Not stored in checkpoints.
     one_operation: bool = True
+
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Adds an adapter, as PEFT's layer does, and gives it what PEFT's does not know of the configuration."""
+        super().update_layer(adapter_name, *args, **kwargs)
+        init.finish(self, adapter_name, kwargs.get("config"))
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """The layer's output in x's dtype.
