@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 from peft.tuners import gralora as stock
@@ -12,8 +11,8 @@ from peft.tuners.gralora.layer import Linear
 from peft.tuners.lora import LoraModel
 from torch import nn
 
-from . import init, patterns
-from .layer import GraloraLinear, refuse_adapter_names
+from . import init, mixed_batch, patterns
+from .layer import GraloraLinear
 
 
 class GraloraModel(stock.GraloraModel):
@@ -48,9 +47,6 @@ class GraloraModel(stock.GraloraModel):
             self, peft_config, tied_weight_keys
         )  # which touches the configuration alone
 
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        # PeftModel's forward and generate enter this and then drop adapter_names; without it they
-        # are lost in silence.
-        refuse_adapter_names(kwargs.get("adapter_names"))
-        yield
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
+        # PeftModel's forward and generate enter this and then drop adapter_names.
+        return mixed_batch.hooks(self, kwargs.get("adapter_names"), kwargs.get("num_beams"))
