@@ -121,14 +121,14 @@ def hooks(model: nn.Module, adapter_names: Sequence[str] | None, num_beams: int 
 
 
 def _check_names(model: nn.Module, adapter_names: Sequence[str]) -> None:
+    if model.training:
+        raise ValueError(
+            "adapter_names: expected a model in evaluation mode, got one in training: call model.eval() first"
+        )
     if Version(peft.__version__) < Version(NEEDED):
         raise RuntimeError(
             f"adapter_names: mixed batches need peft {NEEDED} or newer, found {peft.__version__}: "
             "run `pip install --upgrade peft`"
-        )
-    if model.training:
-        raise ValueError(
-            "adapter_names: expected a model in evaluation mode, got one in training: call model.eval() first"
         )
     if isinstance(adapter_names, str) or not all(isinstance(name, str) for name in adapter_names):
         raise TypeError(f"adapter_names: expected a list of names, one for each row, got {adapter_names!r}")
