@@ -203,10 +203,10 @@ def test_targets_are_chosen_as_peft_does(fields: dict[str, Any]) -> None:
     assert list(stock.state_dict()) == list(fused.state_dict())
 
 
-def test_config_is_pefts_own_and_classes_extend_pefts() -> None:
+def test_config_and_classes_extend_pefts() -> None:
     model = adapted("fused")
     layer = model.base_model.model.first
-    assert GraloraConfig is peft.GraloraConfig is peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType.GRALORA]
+    assert issubclass(GraloraConfig, peft.GraloraConfig)
     assert type(model.base_model) is GraloraModel and issubclass(GraloraModel, peft.GraloraModel)
     assert type(layer) is GraloraLinear and isinstance(layer, StockLinear)
 
@@ -217,24 +217,6 @@ def test_width_that_k_does_not_divide_is_refused_as_by_peft(width: int) -> None:
         peft.get_peft_model(
             nn.Sequential(nn.Linear(width, 60 - width)), config(target_modules=["0"], r=10, gralora_k=5)
         )
-
-
-@pytest.mark.parametrize("names", [["default"], ["default", "__base__"]], ids=str)
-def test_adapter_names_are_refused_rather_than_ignored(names: list[str]) -> None:
-    model = adapted("fused", llama, torch.float32, target_modules=["q_proj"]).eval()
-    batch, layer = tokens(len(names), 4), model.get_submodule(fused_layers(model)[0])
-    calls = [
-        lambda: model(input_ids=batch, adapter_names=names),
-        lambda: model.generate(input_ids=batch, adapter_names=names, max_new_tokens=1),
-        lambda: layer(torch.zeros(len(names), 32, device=DEVICE), adapter_names=names),
-    ]
-    for call in calls:
-        with pytest.raises(ValueError, match=r"adapter_names.*set_adapter"):
-            call()
-    expected = model(input_ids=batch).logits
-    assert torch.equal(model(input_ids=batch, adapter_names=None).logits, expected)
-    one = torch.ones(32, device=DEVICE)
-    assert torch.equal(layer(one, adapter_names=None), layer(one))
 
 
 def test_wrong_inputs_and_unloaded_adapters_give_an_error() -> None:

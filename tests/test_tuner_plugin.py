@@ -173,13 +173,13 @@ def test_other_things_than_modules_are_refused(function: Any, value: Any) -> Non
         function(value)
 
 
-def test_adapters_added_after_accelerate_are_fused_and_adapter_names_refused() -> None:
+def test_adapters_added_after_accelerate_are_fused_and_adapter_names_are_no_longer_ignored() -> None:
     model = adapted("stock", target_modules=["first"])
     accelerate(model)
     model.add_adapter("other", config(target_modules=["second"]))
     assert len(fused_layers(model)) == 2
-    with pytest.raises(ValueError, match="adapter_names"):
-        model(rows(2), adapter_names=["default", "other"])
+    with pytest.raises(ValueError, match="adapter_names: expected a model in evaluation mode"):
+        model.train()(rows(2), adapter_names=["default", "other"])
 
 
 def test_merged_layers_may_be_converted_and_unmerged_by_the_other() -> None:

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from .. import kernels, ops, reference
 from .._loader import load
 from ..reference import draw_seed
-from . import frozen
+from . import frozen, init, mixed_batch
 
 _LINEAR_LAYERS = (nn.Linear, Conv1D)
 _native = load()
@@ -42,21 +42,26 @@ class GraloraLinear(Linear):
     # False, on the class or on a layer: the base layer is always called. Not stored in checkpoints.
     one_operation: bool = True
 
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Adds an adapter, as PEFT's layer does, and gives it what PEFT's does not know of the configuration."""
+        super().update_layer(adapter_name, *args, **kwargs)
+        init.finish(self, adapter_name, kwargs.get("config"))
+
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """The layer's output in x's dtype.
 
         Args:
             x: ``[..., N]``.
             args, kwargs: passed on to the base layer.
-            adapter_names: not supported, see Raises.
+            adapter_names: an adapter for each row of x, ``"__base__"`` for none; for inference.
 
         Raises:
-            ValueError: ``adapter_names`` was given, the adapter is on another device than x, or
-                :func:`gralora_ext.ops.gralora` refuses a shape.
+            ValueError: ``adapter_names`` has not as many names as x has rows, or an adapter is merged; the adapter is on another
+                device than x; or :func:`gralora_ext.ops.gralora` refuses a shape.
             TypeError: :func:`gralora_ext.ops.gralora` refuses a dtype.
         """
         if adapter_names is not None:
-            refuse_adapter_names(adapter_names)
+            return mixed_batch.forward(self, x, adapter_names, *args, **kwargs).to(x.dtype)
         # What PEFT's properties and nn.Module's own lookup return: calls, which cost microseconds
         # here (frozen.how_to_multiply).
         modules, base_layer = self._modules, self._modules["base_layer"]
@@ -82,7 +87,7 @@ class GraloraLinear(Linear):
             active, adapters = self._active_adapter, modules["gralora_A"]
             for name in (active,) if type(active) is str else active:
                 if name in adapters._parameters or name in adapters:  # FSDP puts tensors in the parameters' places
-                    result = self._add_adapter(name, x, result, in_place)
+                    result = self.add_adapter(name, x, result, in_place)
         return result if result.dtype == x.dtype else result.to(x.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -136,7 +141,8 @@ class GraloraLinear(Linear):
             fan_in_fan_out=self.fan_in_fan_out,
         )
 
-    def _add_adapter(self, name: str, x: Tensor, result: Tensor, in_place: bool) -> Tensor:
+    def add_adapter(self, name: str, x: Tensor, result: Tensor, in_place: bool) -> Tensor:
+        """``result`` and the path of x through an adapter, in the memory of ``result`` if it may be."""
         dropout = self._modules["gralora_dropout"]._modules[name]
         if not frozen.is_fused_dropout(dropout):
             x = dropout(x.to(self.gralora_A[name].dtype))
@@ -223,12 +229,3 @@ def _refuse_device(name: str, tensor: Tensor, adapter: str, A: Tensor) -> NoRetu
         f"{name} is on {tensor.device}, but adapter {adapter!r} is on {A.device}: move the model to one device, "
         "or load the weights of what is on meta"
     )
-
-
-def refuse_adapter_names(adapter_names: list[str] | None) -> None:
-    """Raises a ValueError for ``adapter_names``, which PEFT's GraLoRA takes and ignores, giving wrong results."""
-    if adapter_names is not None:
-        raise ValueError(
-            f"adapter_names: one adapter per sample is not supported by GraLoRA, got {adapter_names!r}; "
-            "call model.set_adapter(name) and run the samples of each adapter as a batch of their own"
-        )

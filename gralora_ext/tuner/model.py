@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 from peft.tuners import gralora as stock
 from peft.tuners.gralora.layer import Linear
+from peft.tuners.lora import LoraModel
 from torch import nn
 
-from .layer import GraloraLinear, refuse_adapter_names
+from . import init, mixed_batch, patterns
+from .layer import GraloraLinear
 
 
 class GraloraModel(stock.GraloraModel):
@@ -22,17 +23,30 @@ class GraloraModel(stock.GraloraModel):
     """
 
     @staticmethod
-    def _create_new_module(*args: Any, **kwargs: Any) -> nn.Module:
+    def _create_new_module(config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> nn.Module:
         # PEFT builds and initializes its layer, whatever its signature is in this release; only the
         # class changes.
-        module = stock.GraloraModel._create_new_module(*args, **kwargs)
+        module = stock.GraloraModel._create_new_module(config, adapter_name, *args, **kwargs)
         if type(module) is Linear:
             module.__class__ = GraloraLinear
+            init.finish(module, adapter_name, config)
         return module
 
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        # PeftModel's forward and generate enter this and then drop adapter_names; without it they
-        # are lost in silence.
-        refuse_adapter_names(kwargs.get("adapter_names"))
-        yield
+    def _create_and_replace(self, config: Any, adapter_name: str, target: nn.Module, *args: Any, **kwargs: Any) -> None:
+        # PEFT's code makes the layer, from a configuration that says what this layer gets.
+        own = patterns.of_layer(config, kwargs["current_key"], target)
+        super()._create_and_replace(own, adapter_name, target, *args, **kwargs)
+        config.fan_in_fan_out = own.fan_in_fan_out  # which PEFT sets by the class of the layer
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        patterns.store_chosen_k(self.peft_config[adapter_name], adapter_name, model)
+
+    def _add_modules_to_save_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
+        LoraModel._add_modules_to_save_to_tie(
+            self, peft_config, tied_weight_keys
+        )  # which touches the configuration alone
+
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
+        # PeftModel's forward and generate enter this and then drop adapter_names.
+        return mixed_batch.hooks(self, kwargs.get("adapter_names"), kwargs.get("num_beams"))

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the configuration says of one layer: its r, alpha and k."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import Counter
+from typing import Any
+
+from peft.tuners.gralora import GraloraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import get_pattern_key
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .config import GraloraConfig, check_init_weights
+
+CHOICES = (1, 2, 4, 8)
+NEAR = 8  # r/k² of the paper's settings
+
+
+def of_layer(config: Any, name: str, layer: nn.Module) -> Any:
+    """``config`` with the r, alpha and gralora_k of the layer of that name; ``config`` itself where they are its own.
+
+    Raises:
+        ValueError: r is not divisible by k, or no k can be chosen.
+    """
+    check_init_weights(config)
+    if not isinstance(config, GraloraConfig):
+        return config  # PEFT's own
+    r = _matching(config.rank_pattern, name, config.r)
+    alpha = _matching(config.alpha_pattern, name, config.alpha)
+    k = _matching(config.k_pattern, name, config.gralora_k)
+    if k == "auto":
+        k = choose_k(r, *_features(layer))
+    if r % k != 0:
+        raise ValueError(f"{name}: r must be divisible by gralora_k, but r is {r} and gralora_k is {k} there")
+    if (r, alpha, k) == (config.r, config.alpha, config.gralora_k):
+        return config
+    own = copy.copy(config)
+    own.r, own.alpha, own.gralora_k = r, alpha, k
+    return own
+
+
+def choose_k(r: int, in_features: int, out_features: int) -> int:
+    """The k of 1, 2, 4 and 8 that divides all three and brings r/k² nearest to 8; the smaller at a tie."""
+    possible = [k for k in CHOICES if r % k == in_features % k == out_features % k == 0]
+    return min(possible, key=lambda k: (abs(r / k**2 - NEAR), k))
+
+
+def store_chosen_k(config: Any, adapter: str, model: nn.Module) -> None:
+    """Puts the k that ``"auto"`` has chosen for the layers of ``model`` in its place: the commonest, and the others by name."""
+    if not isinstance(config, GraloraConfig) or config.gralora_k != "auto":
+        return
+    chosen = {
+        name: layer.gralora_k[adapter]
+        for name, layer in model.named_modules()
+        if isinstance(layer, GraloraLayer) and adapter in layer.gralora_k
+    }
+    ((common, _),) = Counter(chosen.values()).most_common(1) or [(CHOICES[0], 0)]
+    own = {name for name in chosen if _matching(config.k_pattern, name, None) is not None}
+    exceptions = {f"^{re.escape(name)}": k for name, k in chosen.items() if k != common and name not in own}
+    config.gralora_k, config.k_pattern = common, {**config.k_pattern, **exceptions}
+
+
+def _matching(pattern: dict[str, Any], name: str, default: Any) -> Any:
+    return pattern.get(get_pattern_key(pattern.keys(), name), default)
+
+
+def _features(layer: nn.Module) -> tuple[int, int]:
+    if isinstance(layer, GraloraLayer):
+        return layer.in_features, layer.out_features
+    base: Any = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+    if isinstance(base, Conv1D):
+        rows, columns = getattr(base.weight, "ds_shape", base.weight.shape)
+        return rows, columns
+    return base.in_features, base.out_features

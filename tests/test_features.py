@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page of features says what trying each of them says."""
+
+from __future__ import annotations
+
+import peft
+import pytest
+from features import FEATURES, PAGE, TUNERS, page, works
+from packaging.version import Version
+
+from gralora_ext.tuner.config import NEEDED_FOR_FIELDS
+
+pytestmark = pytest.mark.skipif(
+    Version(peft.__version__) < Version(NEEDED_FOR_FIELDS), reason="the features need a newer PEFT"
+)
+
+
+@pytest.mark.parametrize("title", FEATURES)
+def test_ours_has_the_feature(title: str) -> None:
+    assert works(TUNERS[-1], title) == ""
+
+
+def test_the_page_is_what_was_tried() -> None:
+    assert PAGE.read_text("utf-8") == page(), "`python tests/features.py` rewrites the page"
