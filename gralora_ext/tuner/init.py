@@ -13,12 +13,24 @@ from torch import Tensor, nn
 def finish(layer: GraloraLayer, adapter: str, config: object) -> None:
     """What the configuration asks for beyond what PEFT has done with the adapter: its scaling and how it begins."""
     if getattr(config, "use_rslora", False):
-        layer.scaling[adapter] = layer.alpha[adapter] / math.sqrt(layer.r[adapter] + layer.hybrid_r[adapter])
+        layer.use_rslora = {**layer.use_rslora, adapter: True}  # type: ignore[attr-defined]
+        layer.scaling[adapter] = scaling(layer, adapter)
     how = getattr(config, "init_weights", True)
     if isinstance(how, str):
         begin = {"gaussian": _gaussian, "orthogonal": _orthogonal}[how]
         with torch.no_grad():
             begin(layer, adapter)
+
+
+def scaling(layer: GraloraLayer, adapter: str) -> float:
+    """What an adapter's alpha, r and h make its scaling, whatever it has been set to since: alpha/(r + h), or alpha/√(r + h)."""
+    uses_root = adapter in getattr(layer, "use_rslora", {})  # PEFT's own layer does not have it
+    return scaling_for(layer.alpha[adapter], layer.r[adapter] + layer.hybrid_r[adapter], uses_root)
+
+
+def scaling_for(alpha: float, ranks: int, use_rslora: bool) -> float:
+    """alpha/ranks, or with ``use_rslora`` alpha/√ranks."""
+    return alpha / math.sqrt(ranks) if use_rslora else alpha / ranks
 
 
 def _gaussian(layer: GraloraLayer, adapter: str) -> None:
