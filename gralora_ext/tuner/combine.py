@@ -112,5 +112,6 @@ def _merged(tensors: list[Tensor], weights: list[float], merge: Callable[..., Te
 
 def _delta(term: Term, dtype: torch.dtype) -> Tensor:
     """ΔW of a term as ``[M, N]``."""
-    A, B, A_general, B_general = (None if t is None else t.to(dtype) for t in term.tensors)
+    A, B = term.tensors.A.to(dtype), term.tensors.B.to(dtype)
+    A_general, B_general = (None if t is None else t.to(dtype) for t in term.tensors[2:])
     return ops.delta_weight(A, B, scaling=term.scaling, A_general=A_general, B_general=B_general)

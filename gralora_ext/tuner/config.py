@@ -178,7 +178,7 @@ def _check_usable(used: list[str]) -> None:
         return
     names, is_one = ", ".join(used), len(used) == 1
     check_peft(f"{names}: {'this field needs' if is_one else 'these fields need'}")
-    from .plugin import is_enabled
+    from .patches import is_enabled
 
     if not is_enabled():
         raise RuntimeError(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 def finish(layer: GraloraLayer, adapter: str, config: object) -> None:
     """What the configuration asks for beyond what PEFT has done with the adapter: its scaling and how it begins."""
     if getattr(config, "use_rslora", False):
-        layer.use_rslora = {**layer.use_rslora, adapter: True}  # type: ignore[attr-defined]
+        layer.use_rslora = {**layer.use_rslora, adapter: True}
         layer.scaling[adapter] = scaling(layer, adapter)
     how = getattr(config, "init_weights", True)
     if isinstance(how, str):

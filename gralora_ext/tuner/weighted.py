@@ -65,7 +65,7 @@ def _put(layer: Any, name: str, tensors: Weights) -> None:
     parameters = [layer.gralora_A[name], layer.gralora_B[name]]
     if tensors.A_general is not None:
         parameters += [layer.gralora_A_general[name].weight, layer.gralora_B_general[name].weight]
-    for parameter, tensor in zip(parameters, tensors, strict=False):
+    for parameter, tensor in zip(parameters, (t for t in tensors if t is not None), strict=True):
         parameter.data = tensor.contiguous()
         parameter.requires_grad_(False)
 
@@ -92,7 +92,9 @@ def _checked(
         raise ValueError(f"weights: expected one for each of {len(adapters)} adapters, got {len(weights)}")
     for adapter in adapters:
         if getattr(tuner.peft_config[adapter], "trainable_token_indices", None):
-            raise ValueError(f"adapters: {adapter!r} has trained tokens (trainable_token_indices), which are not combined")
+            raise ValueError(
+                f"adapters: {adapter!r} has trained tokens (trainable_token_indices), which are not combined"
+            )
     shared = [w for w in _saved_modules(tuner) if sum(adapter in w.modules_to_save for adapter in set(adapters)) > 1]
     if shared:
         raise ValueError(
@@ -111,7 +113,9 @@ def _checked(
     if majority_sign_method not in ("total", "frequency"):
         raise ValueError(f"majority_sign_method: expected 'total' or 'frequency', got {majority_sign_method!r}")
     if len({type(tuner.peft_config[adapter].target_modules) for adapter in adapters}) > 1:
-        raise ValueError("adapters: the target_modules of some are a text and those of others a list, expected one kind")
+        raise ValueError(
+            "adapters: the target_modules of some are a text and those of others a list, expected one kind"
+        )
     merge = None if kind == "cat" else combine.merge_function(kind, density, majority_sign_method)
     return Combination(adapters, weights, kind, svd_rank, svd, merge)
 
@@ -163,11 +167,11 @@ def _multiple_of(k: int, *ranks: int) -> int:
 
 
 def _tensors(layer: Any, adapter: str) -> Weights:
-    parameters = [layer.gralora_A[adapter], layer.gralora_B[adapter]]
+    A, B = layer.gralora_A[adapter].detach(), layer.gralora_B[adapter].detach()
     if layer.hybrid_r[adapter] == 0:
-        return Weights(*(p.detach() for p in parameters), None, None)
-    parameters += [layer.gralora_A_general[adapter].weight, layer.gralora_B_general[adapter].weight]
-    return Weights(*(p.detach() for p in parameters))
+        return Weights(A, B, None, None)
+    general = (layer.gralora_A_general[adapter].weight, layer.gralora_B_general[adapter].weight)
+    return Weights(A, B, *(weight.detach() for weight in general))
 
 
 # ---------------------------------------------------------------- the configuration
