@@ -28,6 +28,9 @@ _pefts_prepare = pefts.prepare_model_for_compiled_hotswap
 _pefts_swap = pefts.hotswap_adapter_from_state_dict
 # In which of the new adapter's values PEFT wants it to be like the old one: those that are not in its weights, nor in B here.
 SAME_IN_BOTH = ["gralora_dropout"]
+_IS_COMPILED = (
+    "prepare_model_for_compiled_hotswap: the model is compiled already, and would be compiled again: call it before"
+)
 
 
 def prepare_model_for_compiled_hotswap(
@@ -161,12 +164,9 @@ def _check_not_compiled(model: nn.Module, check: str) -> None:
         raise ValueError(f"check_compiled: expected 'error', 'warn' or 'ignore', got {check!r}")
     if check == "ignore" or not (hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", False)):
         return
-    message = (
-        "prepare_model_for_compiled_hotswap: the model is compiled already, and would be compiled again: call it before"
-    )
     if check == "error":
-        raise ValueError(message)
-    warnings.warn(message, stacklevel=3)
+        raise ValueError(_IS_COMPILED)
+    warnings.warn(_IS_COMPILED, stacklevel=3)
 
 
 def _check_room(layers: dict[str, Any], target_rank: int) -> None:
