@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters over a model's life: scaled, loaded and deleted by the hundred, restored; and what of PEFT is replaced meanwhile."""
+"""Adapters over a model's life: scaled, loaded and deleted by the hundred, restored; and what is replaced in PEFT."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_rescale_adapter_scale_refuses_what_it_refused() -> None:
     with enable():
         with pytest.raises(ValueError, match="only supported for models with"), rescale_adapter_scale(Mlp(), 2):
             pass
-        with pytest.raises(TypeError, match="multiplier"), rescale_adapter_scale(adapted("fused"), "2"):  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="multiplier"), rescale_adapter_scale(adapted("fused"), "2"):
             pass
     with pytest.raises(ValueError, match="only supported for models with"), rescale_adapter_scale(adapted("fused"), 2):
         pass

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Another adapter in the place of the loaded one: in the same tensors, without compiling again, or with an error and no change."""
+"""Another adapter in the place of the loaded one: in the same tensors and graphs, or refused without any change."""
 
 from __future__ import annotations
 

@@ -80,7 +80,9 @@ def test_adapters_of_different_layers_stay_readable_by_stock_peft(tmp_path: Path
 def test_patterns_of_the_parts_become_patterns_of_the_sum(tmp_path: Path) -> None:
     a = {"rank_pattern": {"first": 4}, "k_pattern": {"second": 3}, "alpha_pattern": {"second": 7}}
     model = two(a, {**SMALL, "k_pattern": {"second": 3}})
+    disable()  # a model that was built in a `with` block is used behind it
     model.add_weighted_adapter(["one", "two"], WEIGHTS, "sum", combination_type="cat")
+    enable()
     for layer in layers(model).values():
         torch.testing.assert_close(delta(layer, "sum"), summed(layer), rtol=1e-12, atol=1e-14)
     assert [layer.r["sum"] for layer in layers(model).values()] == [10, 18]

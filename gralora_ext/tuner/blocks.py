@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ranks of A and B by block: block (n, j) has ranks j·rb to (j+1)·rb of ``A[n]`` and n·rb to (n+1)·rb of ``B[j]``."""
+"""The ranks of A and B by block.
+
+Block (n, j) has the ranks j·rb to (j+1)·rb of ``A[n]`` and n·rb to (n+1)·rb of ``B[j]``.
+"""
 
 from __future__ import annotations
 

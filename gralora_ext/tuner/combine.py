@@ -47,7 +47,10 @@ class Svd(NamedTuple):
 
 
 def concatenated(terms: list[Term], r: int, h: int) -> Weights:
-    """``ΔW = Σ weight_i ΔW_i``: the ranks of each block, and of the hybrid part, one adapter after the other, then zeros up to r and h."""
+    """``ΔW = Σ weight_i ΔW_i``, exactly.
+
+    The ranks of each block, and of the hybrid part, one adapter after the other, then zeros up to r and h.
+    """
     factors = [term.weight * term.scaling for term in terms]
     A = torch.cat([blocks.split_A(t.tensors.A) * f for t, f in zip(terms, factors, strict=True)], dim=3)
     B = torch.cat([blocks.split_B(t.tensors.B) for t in terms], dim=2)
@@ -89,7 +92,10 @@ def task_arithmetic(terms: list[Term], merge: Callable[..., Tensor]) -> Weights:
 
 
 def decomposed(terms: list[Term], r: int, merge: Callable[..., Tensor], svd: Svd) -> Weights:
-    """The adapter of rank r without a hybrid part that is nearest to the merged ΔW: of each block the r/k largest singular values."""
+    """The adapter of rank r without a hybrid part that is nearest to the merged ΔW.
+
+    It keeps of each block the r/k largest singular values.
+    """
     A, B = terms[0].tensors.A, terms[0].tensors.B
     k, dtype = A.shape[0], torch.promote_types(A.dtype, torch.float32)
     delta = _merged([_delta(term, dtype) for term in terms], [term.weight for term in terms], merge)

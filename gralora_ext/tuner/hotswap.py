@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Another adapter's weights in the place of those that are loaded, in the same tensors: for compiled models, and without reloading.
+"""Another adapter's weights in the place of those that are loaded, in the same tensors, so that compiled models go on.
 
-:func:`gralora_ext.enable` puts these functions where PEFT has its own, which know LoRA alone; LoRA still goes to PEFT's.
+:func:`gralora_ext.enable` puts these functions where PEFT has its own, which know LoRA alone, and still serve it.
 
-A layer keeps its scaling at a swap, because a compiled graph holds it as a number. What the new adapter's scaling is beyond it is
-multiplied into B. That rounds B once, where the quotient is no power of two; in return the adapter's configuration stays true, and what
-is saved after a swap loads as it was.
+A layer keeps its scaling at a swap, because a compiled graph holds it as a number; B is multiplied by the quotient of
+the new scaling and the old one. That rounds B once, where the quotient is no power of two. In return the configuration
+of the loaded adapter stays true, and what is saved after a swap loads as it was.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .config import check_peft
 
 _pefts_prepare = pefts.prepare_model_for_compiled_hotswap
 _pefts_swap = pefts.hotswap_adapter_from_state_dict
-# In which of the new adapter's values PEFT wants it to be like the old one: those that are not in its weights, nor in B here.
+# What PEFT wants to be the same in both configurations: what is not in the weights, nor in B here.
 SAME_IN_BOTH = ["gralora_dropout"]
 _IS_COMPILED = (
     "prepare_model_for_compiled_hotswap: the model is compiled already, and would be compiled again: call it before"
@@ -38,16 +38,18 @@ def prepare_model_for_compiled_hotswap(
 ) -> None:
     """PEFT's function, for GraLoRA too: gives all adapters the rank ``target_rank``, before the model is compiled.
 
-    Zeros are put behind the ranks of each block, and B is multiplied so that the outputs stay. The parameters stay the same objects.
+    Zeros are put behind the ranks of each block, and B is multiplied so that the outputs stay. The parameters stay the
+    same objects.
 
     Args:
         model: with the adapter that will be replaced.
         target_rank: the largest r of all adapters to come, a multiple of gralora_k; None leaves the ranks.
-        config: configurations, or a dictionary of them, whose r becomes ``target_rank`` too; so does that of the model's own.
+        config: configurations, or a dictionary of them, whose r becomes ``target_rank``, as does that of the model's.
         check_compiled: ``"error"``, ``"warn"`` or ``"ignore"``: what to do where the model is compiled already.
 
     Raises:
-        ValueError: the model is compiled already, has no adapters, or an adapter does not fit ``target_rank``; it is then as it was.
+        ValueError: the model is compiled already, has no adapters, or an adapter does not fit ``target_rank``. The
+            model is then as it was.
         RuntimeError: PEFT is older than 0.21.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, GraloraLayer)}
@@ -77,10 +79,10 @@ def prepare_model_for_compiled_hotswap(
 def hotswap_adapter_from_state_dict(
     model: nn.Module, state_dict: dict[str, Tensor], adapter_name: str, config: Any, parameter_prefix: str = "lora_"
 ) -> None:
-    """PEFT's function, for GraLoRA too: the weights of ``state_dict`` take the place of those of ``adapter_name``, in its tensors.
+    """PEFT's function, for GraLoRA too: puts the weights of ``state_dict`` into the tensors of ``adapter_name``.
 
-    The new adapter may have a smaller r and hybrid_r, another alpha, and fewer layers; its gralora_k is that of the old one. Scalings
-    that were changed, by ``set_scale`` say, are again those that alpha and r make.
+    The new adapter may have a smaller r and hybrid_r, another alpha, and fewer layers; its gralora_k is that of the old
+    one. Scalings that were changed, by ``set_scale`` say, are again those that alpha and r make.
 
     Args:
         model: with the adapter; it may be compiled.
@@ -148,7 +150,7 @@ def _fill(name: str, parameter: Tensor, new: Tensor | None, factor: float) -> No
 
 
 def _fitted(name: str, tensor: Tensor, shape: Sequence[int], factor: float) -> Tensor:
-    """The tensor of that name with zeros up to ``shape``: behind the ranks of each block, or of the hybrid part. B is multiplied by ``factor``."""
+    """The tensor with zeros up to ``shape``, behind the ranks of each block or the hybrid part; B times ``factor``."""
     if name.startswith("gralora_B") and factor != 1.0:
         tensor = (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * factor).to(tensor.dtype)
     if ".weight" in name:  # [h, N] or [M, h]
@@ -175,8 +177,8 @@ def _check_room(layers: dict[str, Any], target_rank: int) -> None:
             k = layer.gralora_k[adapter]
             if target_rank < r or target_rank % k != 0:
                 raise ValueError(
-                    f"target_rank: expected a multiple of gralora_k, which is {k}, and at least r, which is {r}, of adapter "
-                    f"{adapter!r} in {name}, got {target_rank}"
+                    f"target_rank: expected a multiple of gralora_k, which is {k}, and at least r, which is {r}, of "
+                    f"adapter {adapter!r} in {name}, got {target_rank}"
                 )
 
 
@@ -195,13 +197,18 @@ def _planned(model: nn.Module, state_dict: dict[str, Tensor], adapter: str, conf
         swaps.append(_Swap(layer, tensors, _checked(layer, tensors, adapter, config)))
     if left:
         raise RuntimeError(
-            f"hotswap_adapter: the new adapter has weights that adapter {adapter!r} of this model has no place for: {', '.join(left)}"
+            f"hotswap_adapter: the new adapter has weights that adapter {adapter!r} of this model has no place for: "
+            f"{', '.join(left)}"
         )
     return swaps
 
 
 def _checked(layer: Any, tensors: dict[str, Tensor], adapter: str, config: Any) -> float:
-    """By what B is to be multiplied so that the layer's own scaling does what the new one's would; raises where a tensor does not fit."""
+    """The quotient of the new scaling and the layer's own, by which B is to be multiplied.
+
+    Raises:
+        ValueError: a tensor does not fit.
+    """
     if not tensors:
         return 1.0
     name, k = layer.module_name, layer.gralora_k[adapter]
@@ -216,8 +223,8 @@ def _checked(layer: Any, tensors: dict[str, Tensor], adapter: str, config: Any) 
         )
     if h > layer.hybrid_r[adapter]:
         raise ValueError(
-            f"{name}: the new adapter's hybrid_r is {h}, and the model has room for {layer.hybrid_r[adapter]}: load the adapter with "
-            "the largest hybrid_r first"
+            f"{name}: the new adapter's hybrid_r is {h}, and the model has room for {layer.hybrid_r[adapter]}: load "
+            "the adapter with the largest hybrid_r first"
         )
     N, M = layer.in_features, layer.out_features
     shapes: dict[str, tuple[int, ...]] = {

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 def finish(layer: GraloraLayer, adapter: str, config: object) -> None:
     """What the configuration asks for beyond what PEFT has done with the adapter: its scaling and how it begins."""
-    if getattr(config, "use_rslora", False):
-        layer.use_rslora = {**layer.use_rslora, adapter: True}
+    layer.use_rslora = {**layer.use_rslora, adapter: getattr(config, "use_rslora", False)}
+    if layer.use_rslora[adapter]:
         layer.scaling[adapter] = scaling(layer, adapter)
     how = getattr(config, "init_weights", True)
     if isinstance(how, str):
@@ -23,8 +23,8 @@ def finish(layer: GraloraLayer, adapter: str, config: object) -> None:
 
 
 def scaling(layer: GraloraLayer, adapter: str) -> float:
-    """What an adapter's alpha, r and h make its scaling, whatever it has been set to since: alpha/(r + h), or alpha/√(r + h)."""
-    uses_root = adapter in getattr(layer, "use_rslora", {})  # PEFT's own layer does not have it
+    """alpha/(r + h), or alpha/√(r + h), of an adapter, whatever its scaling has been set to since."""
+    uses_root = getattr(layer, "use_rslora", {}).get(adapter, False)  # PEFT's own layer does not have it
     return scaling_for(layer.alpha[adapter], layer.r[adapter] + layer.hybrid_r[adapter], uses_root)
 
 

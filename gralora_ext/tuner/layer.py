@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
@@ -42,8 +44,8 @@ class GraloraLinear(Linear):
     # False, on the class or on a layer: the base layer is always called. Not stored in checkpoints.
     one_operation: bool = True
 
-    # The adapters with rslora; a layer that has one has a dictionary of its own.
-    use_rslora: dict[str, bool] = {}  # noqa: RUF012
+    # Whether an adapter's scaling is by the root; a layer that PEFT has built has none such.
+    use_rslora: Mapping[str, bool] = MappingProxyType({})
     other_param_names = (*Linear.other_param_names, "use_rslora")
 
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -52,7 +54,7 @@ class GraloraLinear(Linear):
         init.finish(self, adapter_name, kwargs.get("config"))
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Makes the scaling of ``adapter`` ``scale`` times what alpha, r and h make it; nothing where the layer does not have it."""
+        """Makes the scaling of ``adapter``, if the layer has it, ``scale`` times what alpha, r and h make it."""
         if adapter in self.scaling:
             self.scaling[adapter] = scale * init.scaling(self, adapter)
 

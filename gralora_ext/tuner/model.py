@@ -57,19 +57,21 @@ class GraloraModel(stock.GraloraModel):
         density: float | None = None,
         majority_sign_method: str = "total",
     ) -> None:
-        """Adds the adapter ``ΔW = Σ weights[i] ΔW_i``, or what comes near to it, as LoRA's method of this name does. Nothing is done
-        where ``adapter_name`` exists. The new adapter is frozen, its scaling is 1, and PEFT's own tuner reads its checkpoint, unless
-        layers differ in r or k.
+        """Adds the adapter ``ΔW = Σ weights[i] ΔW_i``, or what comes near to it, as LoRA's method of this name does.
+
+        The new adapter is frozen, its scaling is 1, and PEFT's own tuner reads its checkpoint, unless layers differ in
+        r or k. Nothing is done where ``adapter_name`` exists.
 
         Args:
             adapters: names. One is the same as ``"linear"``, whatever the type.
             weights: one for each; negative ones subtract.
             adapter_name: of the new one.
-            combination_type: ``"cat"`` is exact: the ranks of each block, and those of the hybrid part, one adapter after the other, so
-                that r and hybrid_r are the sums. ``"svd"`` makes ΔW of each layer dense, merges these, and keeps of each block its r/k
-                largest singular values: no adapter of that r and k without a hybrid part is nearer. ``"linear"``, ``"ties"``,
-                ``"dare_linear"``, ``"dare_ties"`` and ``"magnitude_prune"`` merge A with A and B with B, which is rough;
-                each of the latter four with ``_svd`` merges ΔW instead.
+            combination_type: ``"cat"`` is exact: the ranks of each block, and those of the hybrid part, one adapter
+                after the other, so that r and hybrid_r are the sums. ``"svd"`` makes ΔW of each layer dense, merges
+                these, and keeps of each block its r/k largest singular values: no adapter of that r and k without a
+                hybrid part is nearer. ``"linear"``, ``"ties"``, ``"dare_linear"``, ``"dare_ties"`` and
+                ``"magnitude_prune"`` merge A with A and B with B, which is rough; each of the latter four with ``_svd``
+                merges ΔW instead.
             svd_rank: r of the new adapter for the SVD types; without it the largest r + hybrid_r of the adapters.
             svd_clamp: the quantile to which the factors are clamped.
             svd_full_matrices: whether the full SVD is computed; the result is the same.
@@ -78,8 +80,8 @@ class GraloraModel(stock.GraloraModel):
             majority_sign_method: ``"total"`` or ``"frequency"``, for the types with ties.
 
         Raises:
-            ValueError: an argument is none of these; gralora_k of a layer differs between the adapters (but for SVD types), or r or
-                hybrid_r (for linear and the others that merge A with A); two adapters have trained a copy of one module
+            ValueError: an argument is none of these; the adapters differ in a layer's gralora_k (but for SVD types), or
+                in r or hybrid_r (for the types that merge A with A); two adapters have trained a copy of one module
                 (modules_to_save), or one has trained tokens. The model is then as it was.
             RuntimeError: PEFT is older than 0.21.
         """

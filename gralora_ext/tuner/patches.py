@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of PEFT :func:`gralora_ext.enable` replaces: all of it is here, and each is an entry of a dictionary that PEFT looks up."""
+"""All that :func:`gralora_ext.enable` replaces in PEFT: entries of dictionaries that PEFT reads when it is called."""
 
 from __future__ import annotations
 

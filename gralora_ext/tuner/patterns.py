@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 from peft.tuners.gralora import GraloraLayer
@@ -75,7 +76,7 @@ def store_chosen_k(config: Any, adapter: str, model: nn.Module) -> None:
     config.k_pattern = {**config.k_pattern, **exceptions}
 
 
-def common_and_others(values: dict[str, Any], but: set[str] = frozenset()) -> tuple[Any, dict[str, Any]]:  # type: ignore[assignment]
+def common_and_others(values: dict[str, Any], but: Collection[str] = ()) -> tuple[Any, dict[str, Any]]:
     """The commonest of the values of layers, and a pattern for the layers with another, except those in ``but``."""
     ((common, _),) = Counter(values.values()).most_common(1)
     return common, {f"^{re.escape(name)}": v for name, v in values.items() if v != common and name not in but}

@@ -44,8 +44,9 @@ class Activation:
 def enable() -> Activation:
     """From here on PEFT builds fused layers for ``GraloraConfig``, in this process; models already built stay as they are.
 
-    It also reads configurations as :class:`gralora_ext.GraloraConfig`, which has more fields; PEFT's own class goes on working. And
-    PEFT's functions for hot-swapping and rescaling adapters, which know LoRA alone, take GraLoRA too (``patches.py``).
+    It also reads configurations as :class:`gralora_ext.GraloraConfig`, which has more fields; PEFT's own class goes on
+    working. And PEFT's functions for hot-swapping and rescaling, which know LoRA alone, take GraLoRA too
+    (``patches.py``).
 
     Calling it again changes nothing. ``with gralora_ext.enable():`` limits it to a block (blocks may be nested): at its
     end the tuner of before the block is back. Models built inside keep their fused layers.

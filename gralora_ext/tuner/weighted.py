@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A new adapter made of others: what each layer gets, and the configuration that says so, so that it saves and loads."""
+"""A new adapter made of others: what each layer gets, and the configuration with which it saves and loads."""
 
 from __future__ import annotations
 
@@ -98,8 +98,8 @@ def _checked(
     shared = [w for w in _saved_modules(tuner) if sum(adapter in w.modules_to_save for adapter in set(adapters)) > 1]
     if shared:
         raise ValueError(
-            f"adapters: more than one of them has trained a copy of the same module (modules_to_save), {len(shared)} in all: "
-            "such copies are not combined"
+            "adapters: more than one of them has trained a copy of the same module (modules_to_save), "
+            f"{len(shared)} in all: such copies are not combined"
         )
     kinds = ("cat", *TASK_ARITHMETIC, *BY_SVD)
     if kind not in kinds:
@@ -130,8 +130,8 @@ def _saved_modules(tuner: Any) -> list[ModulesToSaveWrapper]:
 def _combined(configs: dict[str, Any], name: str, layer: Any, what: Combination) -> Weights:
     """The new adapter's tensors for a layer that has one or more of the adapters.
 
-    An adapter that is not in this layer counts with the rank that it would have, so that layers have the same r where the
-    configurations say so; r/k is rounded up.
+    An adapter that is not in this layer counts with the rank that it would have, so that layers have the same r where
+    the configurations say so; r/k is rounded up.
     """
     present = [
         (adapter, weight)
@@ -142,7 +142,8 @@ def _combined(configs: dict[str, Any], name: str, layer: Any, what: Combination)
     k = next(iter(ks.values()))
     if what.kind not in BY_SVD and len(set(ks.values())) > 1:
         raise ValueError(
-            f"{name}: the gralora_k of all adapters must agree for combination_type {what.kind!r}, but are {ks}: use 'svd'"
+            f"{name}: the gralora_k of all adapters must agree for combination_type {what.kind!r}, but are {ks}: "
+            "use 'svd'"
         )
     ranks = [layer.r.get(adapter, patterns.rank_of(configs[adapter], name)) for adapter in what.adapters]
     hybrid = [configs[adapter].hybrid_r for adapter in what.adapters]
@@ -152,8 +153,8 @@ def _combined(configs: dict[str, Any], name: str, layer: Any, what: Combination)
     if what.kind in TASK_ARITHMETIC:
         if len(set(ranks)) > 1 or len(set(hybrid)) > 1:
             raise ValueError(
-                f"{name}: r and hybrid_r of all adapters must agree for combination_type {what.kind!r}, but r are {ranks} and "
-                f"hybrid_r {hybrid}: use 'cat' or 'svd'"
+                f"{name}: r and hybrid_r of all adapters must agree for combination_type {what.kind!r}, but r are "
+                f"{ranks} and hybrid_r {hybrid}: use 'cat' or 'svd'"
             )
         return combine.task_arithmetic(terms, what.merge)
     if what.svd_rank is not None and what.svd_rank % k != 0:
@@ -178,7 +179,7 @@ def _tensors(layer: Any, adapter: str) -> Weights:
 
 
 def _configuration(configs: dict[str, Any], adapters: list[str], tensors: dict[str, Weights]) -> GraloraConfig:
-    """That of the first adapter, but with what was made: alpha is r + hybrid_r, so that the scaling is 1 without rslora too."""
+    """That of the first adapter, but with what was made; alpha is r + hybrid_r, so that the scaling is 1."""
     first = {f.name: getattr(configs[adapters[0]], f.name) for f in fields(PeftsConfig) if f.init}
     some = next(iter(tensors.values()))
     h = 0 if some.A_general is None else some.A_general.shape[0]
