@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import peft.helpers
+import peft.utils.hotswap
 import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -279,6 +281,69 @@ def _(tuner: Tuner) -> None:
     y = model.generate(input_ids=batch, adapter_names=["second", "default"], **options)
     model.set_adapter("second")
     assert torch.equal(y[:1], model.generate(input_ids=batch[:1], **options))
+
+
+@feature('`add_weighted_adapter`: "cat", exact')
+def _(tuner: Tuner) -> None:
+    model = with_second(tuner, r=4)
+    model.add_weighted_adapter(["default", "second"], [0.5, -2.0], "sum", combination_type="cat")
+    near(delta(model, adapter="sum"), 0.5 * delta(model) - 2 * delta(model, adapter="second"))
+
+
+@feature('`add_weighted_adapter`: "linear"')
+def _(tuner: Tuner) -> None:
+    model = with_second(tuner)
+    model.add_weighted_adapter(["default"], [3.0], "sum", combination_type="linear")
+    near(delta(model, adapter="sum"), 3 * delta(model))
+
+
+@feature('`add_weighted_adapter`: "svd"')
+def _(tuner: Tuner) -> None:
+    model = with_second(tuner)
+    model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum", combination_type="svd", svd_rank=16)
+    near(delta(model, adapter="sum"), delta(model) + delta(model, adapter="second"))
+
+
+@feature('`add_weighted_adapter`: "ties", "dare_ties", "dare_linear", "magnitude_prune"')
+def _(tuner: Tuner) -> None:
+    model = with_second(tuner)
+    for how in ("ties", "dare_ties", "dare_linear", "magnitude_prune"):
+        model.add_weighted_adapter(["default", "default"], [0.5, 0.5], how, combination_type=how, density=1.0)
+        assert delta(model, adapter=how).abs().max() > 0.01
+
+
+@feature("`set_scale`, `scale_layer`, `unscale_layer`")
+def _(tuner: Tuner) -> None:
+    model = tuner.model()
+    before = delta(model)
+    layer(model).set_scale("default", 3.0)
+    near(delta(model), 3 * before)
+    layer(model).scale_layer(0.5)
+    near(delta(model), 1.5 * before)
+    layer(model).unscale_layer()
+    near(delta(model), before)
+
+
+@feature("`rescale_adapter_scale`")
+def _(tuner: Tuner) -> None:
+    model = tuner.model()
+    before = delta(model)
+    with peft.helpers.rescale_adapter_scale(model, 0.25):
+        near(delta(model), before / 4)
+    near(delta(model), before)
+
+
+@feature("`hotswap_adapter`")
+def _(tuner: Tuner) -> None:
+    other, model = tuner.model(alpha=8), tuner.model(r=16)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(2.0)
+    with tempfile.TemporaryDirectory() as folder:
+        other.save_pretrained(folder)
+        peft.utils.hotswap.hotswap_adapter(model, folder, "default", torch_device="cpu")
+    near(delta(model), delta(other))
 
 
 @feature("conversion to LoRA")

@@ -3,16 +3,11 @@
 
 from __future__ import annotations
 
-import peft
 import pytest
 from features import FEATURES, PAGE, TUNERS, page, works
-from packaging.version import Version
+from tuner_helpers import needs_new_peft
 
-from gralora_ext.tuner.config import NEEDED_FOR_FIELDS
-
-pytestmark = pytest.mark.skipif(
-    Version(peft.__version__) < Version(NEEDED_FOR_FIELDS), reason="the features need a newer PEFT"
-)
+pytestmark = needs_new_peft
 
 
 @pytest.mark.parametrize("title", FEATURES)

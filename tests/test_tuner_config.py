@@ -13,17 +13,15 @@ import peft
 import pytest
 import torch
 from helpers import same_bits
-from packaging.version import Version
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.gralora.layer import GraloraLayer
-from tuner_helpers import Mlp, gpt2, llama, rows, tokens
+from tuner_helpers import Mlp, gpt2, llama, needs_new_peft, rows, tokens
 
 from gralora_ext import GraloraConfig, reference
 from gralora_ext.tuner import disable, enable
-from gralora_ext.tuner.config import NEEDED_FOR_FIELDS
 from gralora_ext.tuner.patterns import choose_k
 
-pytestmark = pytest.mark.skipif(Version(peft.__version__) < Version(NEEDED_FOR_FIELDS), reason="needs a newer PEFT")
+pytestmark = needs_new_peft
 FIELDS = {"r": 12, "alpha": 24, "gralora_k": 2, "target_modules": ["first", "second"], "init_weights": False}
 
 

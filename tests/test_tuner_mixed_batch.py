@@ -10,16 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from transformers import T5Config, T5ForConditionalGeneration
-from tuner_helpers import DEVICE, adapted, config, llama, rows, tokens
+from tuner_helpers import DEVICE, adapted, config, llama, needs_new_peft, rows, tokens
 
 from gralora_ext.tuner import enable
-from gralora_ext.tuner.config import NEEDED_FOR_FIELDS
 from gralora_ext.tuner.mixed_batch import order_of
 
-pytestmark = pytest.mark.skipif(Version(peft.__version__) < Version(NEEDED_FOR_FIELDS), reason="needs a newer PEFT")
+pytestmark = needs_new_peft
 ADAPTERS = ("default", "second", "third")
 
 

@@ -7,7 +7,10 @@ import os
 from contextlib import nullcontext
 from typing import Any
 
+import peft
+import pytest
 import torch
+from packaging.version import Version
 from peft import GraloraConfig, PeftModel, get_peft_model
 from peft.tuners.gralora.layer import Linear as StockLinear
 from torch import Tensor, nn
@@ -15,7 +18,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers.pytorch_utils import Conv1D
 
 from gralora_ext.tuner import GraloraLinear, enable
+from gralora_ext.tuner.config import NEEDED_PEFT
 
+needs_new_peft = pytest.mark.skipif(
+    Version(peft.__version__) < Version(NEEDED_PEFT), reason=f"what LoRA users do needs PEFT {NEEDED_PEFT}"
+)
 DEVICE = torch.device(os.environ.get("GRALORA_TEST_DEVICE", "cpu"))
 
 

@@ -27,7 +27,7 @@ except ImportError as error:
 
 __all__ = ["GraloraConfig", "PeftsConfig"]
 
-NEEDED_FOR_FIELDS = "0.21.0"  # of PEFT
+NEEDED_PEFT = "0.21.0"  # for what PEFT's GraLoRA does not have
 CHANGES_NUMBERS = ("rank_pattern", "alpha_pattern", "k_pattern", "use_rslora", "trainable_token_indices")
 _MARKED = re.compile(r"(\d+|auto) \(needs gralora_ext: [\w, ]+\)")
 _OTHER_NAMES = {"lora_alpha": "alpha", "lora_dropout": "gralora_dropout", "init_lora_weights": "init_weights"}
@@ -132,6 +132,14 @@ def check_init_weights(config: PeftsConfig) -> None:
         )
 
 
+def check_peft(who_needs: str) -> None:
+    """Raises a RuntimeError, which begins with ``who_needs``, where PEFT is older than what this package adds to it."""
+    if Version(peft.__version__) < Version(NEEDED_PEFT):
+        raise RuntimeError(
+            f"{who_needs} peft {NEEDED_PEFT} or newer, found {peft.__version__}: run `pip install --upgrade peft`"
+        )
+
+
 def _own_fields() -> list[Any]:
     theirs = {f.name for f in fields(PeftsConfig)}
     return [f for f in fields(GraloraConfig) if f.name not in theirs]
@@ -169,12 +177,8 @@ def _check_usable(used: list[str]) -> None:
     if not used:
         return
     names, is_one = ", ".join(used), len(used) == 1
-    if Version(peft.__version__) < Version(NEEDED_FOR_FIELDS):
-        raise RuntimeError(
-            f"{names}: {'this field needs' if is_one else 'these fields need'} peft {NEEDED_FOR_FIELDS} or newer, found "
-            f"{peft.__version__}: run `pip install --upgrade peft`"
-        )
-    from .plugin import is_enabled
+    check_peft(f"{names}: {'this field needs' if is_one else 'these fields need'}")
+    from .patches import is_enabled
 
     if not is_enabled():
         raise RuntimeError(

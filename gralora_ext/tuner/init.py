@@ -12,13 +12,25 @@ from torch import Tensor, nn
 
 def finish(layer: GraloraLayer, adapter: str, config: object) -> None:
     """What the configuration asks for beyond what PEFT has done with the adapter: its scaling and how it begins."""
-    if getattr(config, "use_rslora", False):
-        layer.scaling[adapter] = layer.alpha[adapter] / math.sqrt(layer.r[adapter] + layer.hybrid_r[adapter])
+    layer.use_rslora = {**layer.use_rslora, adapter: getattr(config, "use_rslora", False)}
+    if layer.use_rslora[adapter]:
+        layer.scaling[adapter] = scaling(layer, adapter)
     how = getattr(config, "init_weights", True)
     if isinstance(how, str):
         begin = {"gaussian": _gaussian, "orthogonal": _orthogonal}[how]
         with torch.no_grad():
             begin(layer, adapter)
+
+
+def scaling(layer: GraloraLayer, adapter: str) -> float:
+    """alpha/(r + h), or alpha/√(r + h), of an adapter, whatever its scaling has been set to since."""
+    uses_root = getattr(layer, "use_rslora", {}).get(adapter, False)  # PEFT's own layer does not have it
+    return scaling_for(layer.alpha[adapter], layer.r[adapter] + layer.hybrid_r[adapter], uses_root)
+
+
+def scaling_for(alpha: float, ranks: int, use_rslora: bool) -> float:
+    """alpha/ranks, or with ``use_rslora`` alpha/√ranks."""
+    return alpha / math.sqrt(ranks) if use_rslora else alpha / ranks
 
 
 def _gaussian(layer: GraloraLayer, adapter: str) -> None:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
@@ -42,10 +44,29 @@ class GraloraLinear(Linear):
     # False, on the class or on a layer: the base layer is always called. Not stored in checkpoints.
     one_operation: bool = True
 
+    # Whether an adapter's scaling is by the root; a layer that PEFT has built has none such.
+    use_rslora: Mapping[str, bool] = MappingProxyType({})
+    other_param_names = (*Linear.other_param_names, "use_rslora")
+
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Adds an adapter, as PEFT's layer does, and gives it what PEFT's does not know of the configuration."""
         super().update_layer(adapter_name, *args, **kwargs)
         init.finish(self, adapter_name, kwargs.get("config"))
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Makes the scaling of ``adapter``, if the layer has it, ``scale`` times what alpha, r and h make it."""
+        if adapter in self.scaling:
+            self.scaling[adapter] = scale * init.scaling(self, adapter)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiplies the scaling of each active adapter by ``scale``."""
+        for adapter in self._active_here():
+            self.scaling[adapter] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divides the scaling of each active adapter by ``scale``; None makes it again what alpha, r and h make it."""
+        for adapter in self._active_here():
+            self.scaling[adapter] = init.scaling(self, adapter) if scale is None else self.scaling[adapter] / scale
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """The layer's output in x's dtype.
@@ -140,6 +161,9 @@ class GraloraLinear(Linear):
             B_general=B_general,
             fan_in_fan_out=self.fan_in_fan_out,
         )
+
+    def _active_here(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.scaling]
 
     def add_adapter(self, name: str, x: Tensor, result: Tensor, in_place: bool) -> Tensor:
         """``result`` and the path of x through an adapter, in the memory of ``result`` if it may be."""

@@ -12,13 +12,11 @@ from contextlib import ExitStack, contextmanager
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import peft
 import torch
-from packaging.version import Version
 from peft.tuners.gralora.layer import GraloraLayer
 from torch import Tensor, nn
 
-from .config import NEEDED_FOR_FIELDS as NEEDED
+from .config import check_peft
 
 if TYPE_CHECKING:
     from .layer import GraloraLinear
@@ -125,11 +123,7 @@ def _check_names(model: nn.Module, adapter_names: Sequence[str]) -> None:
         raise ValueError(
             "adapter_names: expected a model in evaluation mode, got one in training: call model.eval() first"
         )
-    if Version(peft.__version__) < Version(NEEDED):
-        raise RuntimeError(
-            f"adapter_names: mixed batches need peft {NEEDED} or newer, found {peft.__version__}: "
-            "run `pip install --upgrade peft`"
-        )
+    check_peft("adapter_names: mixed batches need")
     if isinstance(adapter_names, str) or not all(isinstance(name, str) for name in adapter_names):
         raise TypeError(f"adapter_names: expected a list of names, one for each row, got {adapter_names!r}")
     there = {name for layer in model.modules() if isinstance(layer, GraloraLayer) for name in layer.gralora_A}

@@ -11,7 +11,8 @@ from peft.tuners.gralora.layer import Linear
 from peft.tuners.lora import LoraModel
 from torch import nn
 
-from . import init, mixed_batch, patterns
+from . import init, mixed_batch, patterns, weighted
+from .combine import Svd
 from .layer import GraloraLinear
 
 
@@ -41,6 +42,59 @@ class GraloraModel(stock.GraloraModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         patterns.store_chosen_k(self.peft_config[adapter_name], adapter_name, model)
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Adds the adapter ``ΔW = Σ weights[i] ΔW_i``, or what comes near to it, as LoRA's method of this name does.
+
+        The new adapter is frozen, its scaling is 1, and PEFT's own tuner reads its checkpoint, unless layers differ in
+        r or k. Nothing is done where ``adapter_name`` exists.
+
+        Args:
+            adapters: names. One is the same as ``"linear"``, whatever the type.
+            weights: one for each; negative ones subtract.
+            adapter_name: of the new one.
+            combination_type: ``"cat"`` is exact: the ranks of each block, and those of the hybrid part, one adapter
+                after the other, so that r and hybrid_r are the sums. ``"svd"`` makes ΔW of each layer dense, merges
+                these, and keeps of each block its r/k largest singular values: no adapter of that r and k without a
+                hybrid part is nearer. ``"linear"``, ``"ties"``, ``"dare_linear"``, ``"dare_ties"`` and
+                ``"magnitude_prune"`` merge A with A and B with B, which is rough; each of the latter four with ``_svd``
+                merges ΔW instead.
+            svd_rank: r of the new adapter for the SVD types; without it the largest r + hybrid_r of the adapters.
+            svd_clamp: the quantile to which the factors are clamped.
+            svd_full_matrices: whether the full SVD is computed; the result is the same.
+            svd_driver: cuSOLVER's method, on CUDA alone.
+            density: the fraction of values that is kept, for all types but cat, linear and svd.
+            majority_sign_method: ``"total"`` or ``"frequency"``, for the types with ties.
+
+        Raises:
+            ValueError: an argument is none of these; the adapters differ in a layer's gralora_k (but for SVD types), or
+                in r or hybrid_r (for the types that merge A with A); two adapters have trained a copy of one module
+                (modules_to_save), or one has trained tokens. The model is then as it was.
+            RuntimeError: PEFT is older than 0.21.
+        """
+        weighted.add(
+            self,
+            adapter_name,
+            adapters,
+            weights,
+            combination_type,
+            svd_rank=svd_rank,
+            svd=Svd(svd_clamp, svd_full_matrices, svd_driver),
+            density=density,
+            majority_sign_method=majority_sign_method,
+        )
 
     def _add_modules_to_save_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
         LoraModel._add_modules_to_save_to_tie(

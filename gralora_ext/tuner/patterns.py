@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 from peft.tuners.gralora import GraloraLayer
@@ -29,8 +30,7 @@ def of_layer(config: Any, name: str, layer: nn.Module) -> Any:
     check_init_weights(config)
     if not isinstance(config, GraloraConfig):
         return config  # PEFT's own
-    r = _matching(config.rank_pattern, name, config.r)
-    alpha = _matching(config.alpha_pattern, name, config.alpha)
+    r, alpha = rank_of(config, name), alpha_of(config, name)
     k = _matching(config.k_pattern, name, config.gralora_k)
     if k == "auto":
         k = choose_k(r, *_features(layer))
@@ -41,6 +41,16 @@ def of_layer(config: Any, name: str, layer: nn.Module) -> Any:
     own = copy.copy(config)
     own.r, own.alpha, own.gralora_k = r, alpha, k
     return own
+
+
+def rank_of(config: Any, name: str) -> int:
+    """The r that a configuration, ours or PEFT's own, gives the layer of that name."""
+    return _matching(getattr(config, "rank_pattern", {}), name, config.r)
+
+
+def alpha_of(config: Any, name: str) -> float:
+    """The alpha that a configuration, ours or PEFT's own, gives the layer of that name."""
+    return _matching(getattr(config, "alpha_pattern", {}), name, config.alpha)
 
 
 def choose_k(r: int, in_features: int, out_features: int) -> int:
@@ -58,10 +68,18 @@ def store_chosen_k(config: Any, adapter: str, model: nn.Module) -> None:
         for name, layer in model.named_modules()
         if isinstance(layer, GraloraLayer) and adapter in layer.gralora_k
     }
-    ((common, _),) = Counter(chosen.values()).most_common(1) or [(CHOICES[0], 0)]
+    if not chosen:
+        config.gralora_k = CHOICES[0]
+        return
     own = {name for name in chosen if _matching(config.k_pattern, name, None) is not None}
-    exceptions = {f"^{re.escape(name)}": k for name, k in chosen.items() if k != common and name not in own}
-    config.gralora_k, config.k_pattern = common, {**config.k_pattern, **exceptions}
+    config.gralora_k, exceptions = common_and_others(chosen, but=own)
+    config.k_pattern = {**config.k_pattern, **exceptions}
+
+
+def common_and_others(values: dict[str, Any], but: Collection[str] = ()) -> tuple[Any, dict[str, Any]]:
+    """The commonest of the values of layers, and a pattern for the layers with another, except those in ``but``."""
+    ((common, _),) = Counter(values.values()).most_common(1)
+    return common, {f"^{re.escape(name)}": v for name, v in values.items() if v != common and name not in but}
 
 
 def _matching(pattern: dict[str, Any], name: str, default: Any) -> Any:

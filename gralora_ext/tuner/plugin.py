@@ -5,42 +5,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from types import MethodType, TracebackType
-from typing import NamedTuple, final
+from typing import final
 
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PeftType
 from peft.tuners import gralora as stock
 from peft.tuners.gralora.layer import Linear
 from torch import nn
 
-from .config import GraloraConfig, PeftsConfig
+from . import patches
 from .layer import GraloraLinear
 from .model import GraloraModel
-
-
-class InUse(NamedTuple):
-    """The classes that PEFT looks up for its GRALORA type."""
-
-    tuner: type[stock.GraloraModel]
-    config: type[PeftsConfig]
-
-
-OURS, PEFTS = InUse(GraloraModel, GraloraConfig), InUse(stock.GraloraModel, PeftsConfig)
-
-
-def _in_use() -> InUse:
-    return InUse(PEFT_TYPE_TO_TUNER_MAPPING[PeftType.GRALORA], PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.GRALORA])
-
-
-def _install(classes: InUse) -> InUse:
-    """Makes ``classes`` those that PEFT looks up, and returns those before them."""
-    previous = _in_use()
-    PEFT_TYPE_TO_TUNER_MAPPING[PeftType.GRALORA], PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.GRALORA] = classes
-    return previous
-
-
-def is_enabled() -> bool:
-    """Whether PEFT builds fused layers now."""
-    return _in_use() == OURS
+from .patches import OURS, InUse
 
 
 @final
@@ -48,13 +22,13 @@ class Activation:
     """What :func:`enable` returns. Leaving a ``with`` block over it puts back the tuner that was there before."""
 
     def __init__(self) -> None:
-        self._before_call: InUse | None = _install(OURS)
+        self._before_call: InUse | None = patches.install(OURS)
         self._before_block: list[InUse] = []
 
     def __enter__(self) -> Activation:
         # `with enable():` has already displaced the earlier tuner in the call; an object used again
         # has not.
-        previous = _install(OURS)
+        previous = patches.install(OURS)
         if previous == OURS and self._before_call is not None:
             previous = self._before_call
         self._before_call = None
@@ -64,13 +38,15 @@ class Activation:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _install(self._before_block.pop())
+        patches.install(self._before_block.pop())
 
 
 def enable() -> Activation:
     """From here on PEFT builds fused layers for ``GraloraConfig``, in this process; models already built stay as they are.
 
-    It also reads configurations as :class:`gralora_ext.GraloraConfig`, which has more fields; PEFT's own class goes on working.
+    It also reads configurations as :class:`gralora_ext.GraloraConfig`, which has more fields; PEFT's own class goes on
+    working. And PEFT's functions for hot-swapping and rescaling, which know LoRA alone, take GraLoRA too
+    (``patches.py``).
 
     Calling it again changes nothing. ``with gralora_ext.enable():`` limits it to a block (blocks may be nested): at its
     end the tuner of before the block is back. Models built inside keep their fused layers.
@@ -80,8 +56,7 @@ def enable() -> Activation:
 
 def disable() -> None:
     """From here on PEFT builds its own GraLoRA layers again; models already built stay as they are."""
-    if is_enabled():
-        _install(PEFTS)
+    patches.remove()
 
 
 @dataclass(frozen=True, repr=False)
