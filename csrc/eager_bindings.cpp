@@ -127,9 +127,10 @@ PyObject* may_be_one_operation(PyObject*, PyObject* const* all, Py_ssize_t count
   const Arguments a{all, count};
   a.expect(2);
   const at::Tensor& x = a.tensor(0);
-  const bool many = x.is_cpu() ? x.numel() >= a.number(1) : !x.is_meta();
-  return PyBool_FromLong(THPVariable_CheckExact(all[0]) && many && is_unobserved() &&
-                         !is_autocast_enabled(x.device().type()));
+  // Where somebody looks on, sizes may be symbols.
+  const bool plain =
+      THPVariable_CheckExact(all[0]) && !x.is_meta() && is_unobserved() && !is_autocast_enabled(x.device().type());
+  return PyBool_FromLong(plain && (!x.is_cpu() || x.numel() >= a.number(1)));
   END_HANDLE_TH_ERRORS
 }
 
