@@ -66,6 +66,7 @@ def llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
 def hqq_layer(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
+    linear.requires_grad_(False)  # or its bias cannot be copied
     return HQQLinear(linear, BaseQuantizeConfig(nbits=4, group_size=BLOCK), compute_dtype=dtype, device="cpu")
 
 

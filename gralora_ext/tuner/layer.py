@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
@@ -45,8 +47,8 @@ class GraloraLinear(Linear):
     # PEFT's, for a quantized base layer (quantized.py): the packed weight of before the first merge,
     # and by adapter how much of dW quantizing again has lost.
     quantization_backend: Any = None
-    kept_weight: list[tuple[Any, str, Any]] = []
-    merge_errors: dict[str, float] = {}
+    kept_weight: tuple[tuple[Any, str, Any], ...] = ()
+    merge_errors: Mapping[str, float] = MappingProxyType({})
 
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Adds an adapter, as PEFT's layer does, and gives it what PEFT's does not know of the configuration."""

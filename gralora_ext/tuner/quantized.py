@@ -123,7 +123,7 @@ def unmerge(layer: GraloraLinear) -> None:
     base = layer.get_base_layer()
     if packed(base).device != device:  # the model was moved while it was merged
         base.to(device)
-    layer.kept_weight, layer.merge_errors = [], {}
+    layer.kept_weight, layer.merge_errors = (), {}
 
 
 def read(layer: GraloraLinear) -> Tensor:
@@ -152,27 +152,31 @@ def _write_4bit(base: Any, weight: Tensor) -> None:
     from bitsandbytes.nn import Params4bit
 
     old = base.weight
-    settings = {name: getattr(old, name) for name in ("blocksize", "compress_statistics", "quant_type", "quant_storage")}
+    settings = {
+        name: getattr(old, name) for name in ("blocksize", "compress_statistics", "quant_type", "quant_storage")
+    }
     base.weight = Params4bit(weight, requires_grad=False, module=old.module, **settings).to(old.device)
     base.weight.quant_state.dtype = old.quant_state.dtype
 
 
 def _write_hqq(base: Any, weight: Tensor) -> None:
     settings = copy.deepcopy(base.quant_config)
-    new = type(base)(None, {**settings, "offload_meta": base.offload_meta}, compute_dtype=base.compute_dtype, device=base.device)
+    new = type(base)(
+        None, {**settings, "offload_meta": base.offload_meta}, compute_dtype=base.compute_dtype, device=base.device
+    )
     new.quantize(weight, **settings)
     base.W_q, base.meta = new.W_q, new.meta
 
 
-def _contents(base: Any) -> list[tuple[Any, str, Any]]:
+def _contents(base: Any) -> tuple[tuple[Any, str, Any], ...]:
     """Where the packed weight and its statistics are, as (holder, attribute, object); nothing writes into these objects."""
     places = [(base, "weight"), (base, "quant_state"), (base, "W_q"), (base, "meta")]
     if hasattr(base, "state"):
         places += [(base.state, "CB"), (base.state, "SCB")]
-    return [(holder, name, getattr(holder, name)) for holder, name in places if hasattr(holder, name)]
+    return tuple((holder, name, getattr(holder, name)) for holder, name in places if hasattr(holder, name))
 
 
-def _put_back(contents: list[tuple[Any, str, Any]]) -> None:
+def _put_back(contents: tuple[tuple[Any, str, Any], ...]) -> None:
     for holder, name, value in contents:
         setattr(holder, name, value)
 
