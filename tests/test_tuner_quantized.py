@@ -290,13 +290,13 @@ def test_a_bfloat16_base_keeps_its_dtype(kind: str) -> None:
 @pytest.mark.parametrize("kind", BITSANDBYTES[:3])
 def test_a_base_that_was_evaluated_before_gets_its_layout_back(kind: str) -> None:
     base = quantized(kind)
-    expected = {n: dequantized(m) for n, m in base.named_modules() if n.endswith("q_proj")}
+    expected = {n: dequantized(base.get_submodule(n)) for n, _ in base.named_modules() if n.endswith(tuple(TARGETS))}
     y = logits(base)  # on some processors bitsandbytes repacks the weights here, and rounds their statistics
     with enable():
         model = get_peft_model(base, config(init_weights=True))
     for name, weight in expected.items():
         restored = dequantized(model.base_model.model.get_submodule(name).get_base_layer())
-        torch.testing.assert_close(restored, weight, rtol=1e-2, atol=2e-3)
+        assert (restored - weight).norm() < 0.01 * weight.norm()
     torch.testing.assert_close(logits(model), y, rtol=0, atol=0.05)
     assert step(model)[1]
 
