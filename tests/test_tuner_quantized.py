@@ -339,3 +339,44 @@ def test_8_bit_layers_that_keep_their_fp16_weight_are_refused() -> None:
         model = get_peft_model(base, GraloraConfig(r=4, gralora_k=2, target_modules=["0"]))
     with pytest.raises(TypeError, match="bitsandbytes' 8 bits, got torch.float32: .*has_fp16_weights"):
         model.merge_adapter()
+
+
+def gptqmodel_layer(method: str) -> nn.Module:
+    """A layer of gptqmodel's, of 4 bits rounded to the nearest."""
+    pytest.importorskip("gptqmodel", reason="gptqmodel is not installed")
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+    from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
+
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 96)
+    scales = linear.weight.detach().reshape(96, 2, 32).abs().amax(-1) / 7
+    zeros, groups = torch.full_like(scales, 8), torch.arange(64, dtype=torch.int32) // 32
+    cls = TorchLinear if method == "gptq" else AwqTorchLinear
+    layer = cls(bits=4, group_size=32, sym=True, desc_act=False, in_features=64, out_features=96, bias=True)
+    if method == "gptq":
+        layer.pack_original(linear, scales, zeros, groups)
+    else:
+        layer.pack(linear, scales, zeros)
+    layer.optimized = True  # it would have its dequantization compiled
+    layer.post_init()
+    return layer
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_layers_of_gptqmodel_are_trained_and_not_merged(method: str) -> None:
+    base = nn.Sequential(gptqmodel_layer(method))
+    with enable():
+        model = get_peft_model(base, GraloraConfig(r=4, gralora_k=2, target_modules=["0"], init_weights=False))
+    layer = model.base_model.model[0]
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+    model.train()
+    y, alone = layer(x), layer.base_layer(x.detach())
+    assert y.dtype == torch.bfloat16
+    expected = alone.float() + x.float() @ layer.get_delta_weight("default").T
+    torch.testing.assert_close(y.float(), expected, rtol=2**-7, atol=2**-7)
+    y.float().sum().backward()
+    assert x.grad is not None and layer.gralora_A["default"].grad is not None
+    with pytest.raises(TypeError, match=f"merging needs a base weight that can be quantized again, and {method} weights"):
+        model.merge_adapter()
+    assert not layer.merged
+    assert model.unload()[0] is layer.base_layer

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..program.errors import JobError, first_sentence
 from ..program.files import LOCK, PARTIAL
-from .options import SETTINGS
+from .options import SETTINGS, bits_of
 from .output import RECORD
 
 NEEDED = ("torch", "transformers", "peft", "accelerate", "safetensors", "matplotlib", "tqdm")
@@ -53,6 +53,13 @@ def check_backend(backend: str) -> None:
             import gralora_ext.ops  # noqa: F401  loads the native extension
         except (ImportError, RuntimeError, ValueError) as error:
             raise JobError(f"{first_sentence(error, 600)} (--backend peft runs without it)") from error
+
+
+def check_quantization(options: argparse.Namespace) -> None:
+    """That the package which quantizes the base is there."""
+    bits = bits_of(options)
+    if bits and importlib.util.find_spec("bitsandbytes") is None:
+        raise JobError(f"--load-in-{bits}bit needs bitsandbytes: `pip install bitsandbytes`")
 
 
 def device(options: argparse.Namespace) -> str:

@@ -11,6 +11,7 @@ from peft.tuners import gralora as stock
 from peft.tuners.gralora.layer import Linear
 from peft.tuners.lora import LoraModel
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from .. import repacking
 from . import init, patterns, quantized

@@ -71,7 +71,7 @@ def stand_in(target: nn.Module) -> nn.Linear | None:
 
 def packed(base: nn.Module) -> Tensor:
     """The tensor that holds the elements of the weight, packed or not."""
-    return next(getattr(base, name) for name in ("weight", "W_q", "qweight") if hasattr(base, name))
+    return next(getattr(base, name) for name in ("W_q", "qweight", "weight") if hasattr(base, name))
 
 
 def check(layer: GraloraLinear) -> None:
