@@ -376,7 +376,9 @@ def test_layers_of_gptqmodel_are_trained_and_not_merged(method: str) -> None:
     torch.testing.assert_close(y.float(), expected, rtol=2**-7, atol=2**-7)
     y.float().sum().backward()
     assert x.grad is not None and layer.gralora_A["default"].grad is not None
-    with pytest.raises(TypeError, match=f"merging needs a base weight that can be quantized again, and {method} weights"):
+    with pytest.raises(
+        TypeError, match=f"merging needs a base weight that can be quantized again, and {method} weights"
+    ):
         model.merge_adapter()
     assert not layer.merged
     assert model.unload()[0] is layer.base_layer

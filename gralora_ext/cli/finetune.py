@@ -175,7 +175,9 @@ class Job:
             if "merged" in self.written:
                 say("merging, writing the merged model, and comparing its logits with adapter + base")
                 batch = self.encoder.collate(self.held_out_examples[:2])
-                merged = write_merged(self._to_merge(stage / "adapter"), self.tokenizer, batch, o.dtype, stage / "merged")
+                merged = write_merged(
+                    self._to_merge(stage / "adapter"), self.tokenizer, batch, o.dtype, stage / "merged"
+                )
                 say("the logits differ by at most {max_difference:.1e} in {max_logit:.1f}".format(**merged))
             metrics = summary.metrics(
                 self.history,
@@ -209,7 +211,9 @@ class Job:
 
         if self.bits is None:
             return self.model
-        self.console.say(f"loading {self.source.name} in {self.options.dtype}, not quantized, to merge the adapter into it")
+        self.console.say(
+            f"loading {self.source.name} in {self.options.dtype}, not quantized, to merge the adapter into it"
+        )
         model = add_adapter(load(self.source, self.options.dtype, self.console.say)[0], self.options)
         load_adapter(model, adapter)
         return model.to(self.device)

@@ -188,7 +188,9 @@ def load_adapter(model: Any, folder: Path) -> None:
 def _check_widths(layers: list[tuple[str, Any]], k: int) -> None:
     for name, module in layers:
         # A quantized weight is packed and has another shape.
-        shape = (module.out_features, module.in_features) if isinstance(module, torch.nn.Linear) else module.weight.shape
+        shape = (
+            (module.out_features, module.in_features) if isinstance(module, torch.nn.Linear) else module.weight.shape
+        )
         for width in shape:
             if width % k:
                 raise JobError(f"--k {k} does not divide the width {width} of {name} ({tuple(shape)})")

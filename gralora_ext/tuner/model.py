@@ -51,10 +51,8 @@ class GraloraModel(stock.GraloraModel):
         quantized.prepare(model)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if new_module is getattr(child, "base_layer", None) and not hasattr(new_module, "weight"):
-            setattr(
-                parent, child_name, new_module
-            )  # a quantized layer is put back, and PEFT's code asks it for its weight
+        if new_module is getattr(child, "base_layer", None) and not isinstance(new_module, (nn.Linear, Conv1D)):
+            setattr(parent, child_name, new_module)  # a quantized layer; PEFT's code would write its weight
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
