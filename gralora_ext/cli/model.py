@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,9 @@ def _quantization(bits: int | None, dtype: str, device: str) -> dict[str, Any]:
 
 def _check_finite(model: torch.nn.Module, source: Source) -> None:
     """A weight that is no number makes every loss one that is none; of a quantized one the statistics tell."""
-    for name, weight in model.state_dict().items():
+    states = ((name, getattr(weight, "quant_state", None)) for name, weight in model.named_parameters())
+    offsets = ((name, state.offset) for name, state in states if state is not None and state.nested)
+    for name, weight in chain(model.state_dict().items(), offsets):
         if weight.is_floating_point() and weight.numel() and not all(e.isfinite() for e in torch.aminmax(weight)):
             raise JobError(
                 f"--model {source.name}: its weight {name} holds NaN or infinity in {weight.dtype}: the file is damaged, "
