@@ -238,7 +238,7 @@ class GraloraLinear(Linear):
             kind = "" if dense else f" of class {type(weight.data).__name__}"
             raise TypeError(
                 f"merging needs a dense floating-point base weight, got {weight.dtype}{kind}: dequantize or gather the base "
-                "model first, or load it in a floating-point dtype"
+                f"model first, or load it in a floating-point dtype{quantized.NEEDS}"
             )
         return weight
 

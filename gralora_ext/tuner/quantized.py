@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
+import peft
 import torch
 from peft.tuners.gralora.layer import GraloraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -21,9 +22,11 @@ from torch.nn.utils import skip_init
 
 from .. import ops, repacking
 
+NEEDS = ""  # for the end of a sentence on what is refused
 try:
     from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 except ImportError:  # PEFT before 0.21
+    NEEDS = f"; quantized weights need peft 0.21.0 or newer, found {peft.__version__}"
 
     def get_quantization_kwargs(model: Any) -> dict[str, Any]:
         return {}
@@ -96,7 +99,8 @@ def merge(layer: GraloraLinear, adapter: str, safe: bool) -> None:
         ValueError: the sum is not finite (``safe``).
         TypeError: the library's settings did not make a weight of the same kind.
     """
-    A, B, A_general, B_general = (None if t is None else t.detach().float() for t in layer._weights(adapter))
+    weights: Any = [None if t is None else t.detach().float() for t in layer._weights(adapter)]
+    A, B, A_general, B_general = weights
     delta = ops.delta_weight(A, B, scaling=layer.scaling[adapter], A_general=A_general, B_general=B_general)
     total = read(layer) + delta
     if safe and not torch.isfinite(total).all():
@@ -201,5 +205,5 @@ class _StraightThrough(torch.autograd.Function):
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return grad @ ctx.weight.dequantize().to(grad.dtype), None, None
