@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from tuner_helpers import fused_layers, tokens
 
 from gralora_ext import GraloraLinear, accelerate, enable, reference, restore
+from gralora_ext.tuner import quantized as quantized_bases
 
-pytest.importorskip("peft.utils.quantization_utils", reason="quantized bases need PEFT 0.21")
+pytestmark = pytest.mark.skipif(quantized_bases.NEEDS != "", reason="quantized bases need PEFT 0.21")
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 

@@ -27,7 +27,7 @@ except ImportError as error:
 
 __all__ = ["GraloraConfig", "PeftsConfig"]
 
-NEEDED_FOR_FIELDS = "0.21.0"  # of PEFT
+NEEDED_FOR_FIELDS = "0.21.0"  # of PEFT; for merging into quantized weights too
 CHANGES_NUMBERS = ("rank_pattern", "alpha_pattern", "k_pattern", "use_rslora", "trainable_token_indices")
 _MARKED = re.compile(r"(\d+|auto) \(needs gralora_ext: [\w, ]+\)")
 _OTHER_NAMES = {"lora_alpha": "alpha", "lora_dropout": "gralora_dropout", "init_lora_weights": "init_weights"}

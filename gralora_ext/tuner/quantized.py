@@ -15,18 +15,22 @@ from typing import TYPE_CHECKING, Any
 
 import peft
 import torch
+from packaging.version import Version
 from peft.tuners.gralora.layer import GraloraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
+from transformers.pytorch_utils import Conv1D
 
 from .. import ops, repacking
+from .config import NEEDED_FOR_FIELDS
 
-NEEDS = ""  # for the end of a sentence on what is refused
-try:
+if Version(peft.__version__) >= Version(NEEDED_FOR_FIELDS):
     from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
-except ImportError:  # PEFT before 0.21
-    NEEDS = f"; quantized weights need peft 0.21.0 or newer, found {peft.__version__}"
+
+    NEEDS = ""  # for the end of a sentence on what is refused
+else:
+    NEEDS = f"; quantized weights need peft {NEEDED_FOR_FIELDS} or newer, found {peft.__version__}"
 
     def get_quantization_kwargs(model: Any) -> dict[str, Any]:
         return {}
@@ -55,6 +59,8 @@ def prepare(model: nn.Module) -> None:
 
 def _backend(base: nn.Module, kwargs: dict[str, Any]) -> Any:
     """PEFT's backend for ``base``; None where it is not quantized, or nothing is known that could quantize it again."""
+    if type(base) in (nn.Linear, Conv1D) and type(base._parameters.get("weight")) is nn.Parameter:
+        return None  # at once: PEFT imports each library that it asks
     try:
         return resolve_quantization_backend(base, **kwargs)
     except ValueError:  # a torchao weight, and the model does not say with what configuration it was made
