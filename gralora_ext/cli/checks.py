@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..program.errors import JobError, first_sentence
 from ..program.files import LOCK, PARTIAL
-from .options import SETTINGS
+from .options import SETTINGS, bits_of
 from .output import RECORD
 
 NEEDED = ("torch", "transformers", "peft", "accelerate", "safetensors", "matplotlib", "tqdm")
@@ -55,6 +55,13 @@ def check_backend(backend: str) -> None:
             raise JobError(f"{first_sentence(error, 600)} (--backend peft runs without it)") from error
 
 
+def check_quantization(options: argparse.Namespace) -> None:
+    """That the package which quantizes the base is there."""
+    bits = bits_of(options)
+    if bits and importlib.util.find_spec("bitsandbytes") is None:
+        raise JobError(f"--load-in-{bits}bit needs bitsandbytes: `pip install bitsandbytes`")
+
+
 def device(options: argparse.Namespace) -> str:
     """``cuda`` where it is there and the backend has kernels for it, else ``cpu``; or what ``--device`` says."""
     import torch
@@ -80,7 +87,8 @@ def quiet_libraries() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    for name in ("accelerate", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def command() -> str:

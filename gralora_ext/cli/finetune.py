@@ -16,8 +16,8 @@ from ..program.files import CHECKPOINTS, free_bytes, locked, write_json
 from ..program.signals import stopper
 from . import resume, summary
 from .checkpoints import Checkpoints, History
-from .checks import check_backend, check_output, command, device, quiet_libraries
-from .options import LARGEST, SETTINGS, decisive, settings
+from .checks import check_backend, check_output, check_quantization, command, device, quiet_libraries
+from .options import LARGEST, SETTINGS, bits_of, decisive, settings
 from .output import Output
 from .rows import read_rows
 from .source import find_model
@@ -61,6 +61,7 @@ class Job:
         """All that can be wrong before a model is loaded, and what needs no torch before that is: it takes seconds."""
         o = self.options
         check_output(self.output.folder)
+        check_quantization(o)
         self.source = find_model(o.model)
         rows = read_rows(o.data, o.prompt_field, o.answer_field, o.data_config, o.data_split)
         self.pairs, held_out = rows.split(o.held_out or 0)
@@ -90,8 +91,9 @@ class Job:
         from .model import add_adapter, check_vocabulary, load, trainable_parameters
 
         o, say = self.options, self.console.say
-        say(f"model: loading {self.source.name} in {o.dtype}")
-        self.model, self.tokenizer = load(self.source, o.dtype, say)
+        self.bits = bits_of(o)
+        say(f"model: loading {self.source.name} in {o.dtype}{f', quantized to {self.bits} bits' if self.bits else ''}")
+        self.model, self.tokenizer = load(self.source, o.dtype, say, self.bits, self.device)
         longest = getattr(self.model.config, "max_position_embeddings", None)
         if longest and o.max_length > longest:
             raise JobError(f"--max-length {o.max_length} is more than the {longest} positions of {self.source.name}")
@@ -173,7 +175,9 @@ class Job:
             if "merged" in self.written:
                 say("merging, writing the merged model, and comparing its logits with adapter + base")
                 batch = self.encoder.collate(self.held_out_examples[:2])
-                merged = write_merged(self.model, self.tokenizer, batch, o.dtype, stage / "merged")
+                merged = write_merged(
+                    self._to_merge(stage / "adapter"), self.tokenizer, batch, o.dtype, stage / "merged"
+                )
                 say("the logits differ by at most {max_difference:.1e} in {max_logit:.1f}".format(**merged))
             metrics = summary.metrics(
                 self.history,
@@ -197,6 +201,22 @@ class Job:
             print(summary.samples(metrics))
         say(summary.in_words(metrics))
         say(f"written: {', '.join(str(self.output.folder / name) for name in self.written)}")
+
+    def _to_merge(self, adapter: Path) -> Any:
+        """The model that the adapter is merged into: the trained one, or where that is quantized its base as the files have it.
+
+        Quantizing again would lose a part of the adapter, and the merged model is to load everywhere.
+        """
+        from .model import add_adapter, load, load_adapter
+
+        if self.bits is None:
+            return self.model
+        self.console.say(
+            f"loading {self.source.name} in {self.options.dtype}, not quantized, to merge the adapter into it"
+        )
+        model = add_adapter(load(self.source, self.options.dtype, self.console.say)[0], self.options)
+        load_adapter(model, adapter)
+        return model.to(self.device)
 
     def how_to_go_on(self) -> str:
         last = self.checkpoints.last_of_run()
@@ -239,7 +259,8 @@ class Job:
         # the adapter, the rest.
         needed = 10 * trained + 2**23
         if self.options.merge:
-            needed += sum(p.numel() * p.element_size() for p in self.model.parameters() if not p.requires_grad)
+            size = 2 if self.options.dtype == "bf16" else 4
+            needed += size * self.model.num_parameters()
         free = free_bytes(self.output.folder)
         if free < needed:
             raise JobError(

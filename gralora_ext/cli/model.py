@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import re
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .. import repacking
 from ..program.errors import JobError, clipped, first_sentence
 from ..program.resources import memory_failure
 from .gguf import folder_of_gguf
@@ -17,8 +19,11 @@ from .source import Source, parse_targets
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def load(source: Source, dtype: str, say: Any) -> tuple[Any, Any]:
-    """The model and its tokenizer. A GGUF file is converted once, into a cache of safetensors folders."""
+def load(source: Source, dtype: str, say: Any, bits: int | None = None, device: str = "cpu") -> tuple[Any, Any]:
+    """The model and its tokenizer. A GGUF file is converted once, into a cache of safetensors folders.
+
+    With ``bits`` the model is quantized with them, on ``device``, where it stays.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     place = str(folder_of_gguf(Path(source.place), say)) if source.is_gguf else source.place
@@ -28,7 +33,9 @@ def load(source: Source, dtype: str, say: Any) -> tuple[Any, Any]:
         part = "tokenizer"
         tokenizer = AutoTokenizer.from_pretrained(place)
         part = "weights"
-        model, info = AutoModelForCausalLM.from_pretrained(place, output_loading_info=True, dtype=DTYPES[dtype])
+        model, info = AutoModelForCausalLM.from_pretrained(
+            place, output_loading_info=True, dtype=DTYPES[dtype], **_quantization(bits, dtype, device)
+        )
     except Exception as error:  # the hub, the network, safetensors and tokenizers all raise their own
         if memory_failure(error):
             raise
@@ -41,13 +48,32 @@ def load(source: Source, dtype: str, say: Any) -> tuple[Any, Any]:
         raise JobError(f"--model {source.name} lacks {len(missing)} of its weights, such as {missing[0]}")
     _check_finite(model, source)
     _check_ends(model, source)
+    repacking.stop(model)  # whatever the backend: evaluations come before training steps
     return model, tokenizer
 
 
+def _quantization(bits: int | None, dtype: str, device: str) -> dict[str, Any]:
+    """What ``from_pretrained`` is told beside the dtype: QLoRA's settings for 4 bits, and the device, since it quantizes there."""
+    if bits is None:
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=bits == 4,
+        load_in_8bit=bits == 8,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=DTYPES[dtype],
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
 def _check_finite(model: torch.nn.Module, source: Source) -> None:
-    """A weight that is no number makes every loss one that is none."""
-    for name, weight in model.named_parameters():
-        if weight.numel() and not all(extreme.isfinite() for extreme in torch.aminmax(weight)):
+    """A weight that is no number makes every loss one that is none; of a quantized one the statistics tell."""
+    states = ((name, getattr(weight, "quant_state", None)) for name, weight in model.named_parameters())
+    offsets = ((name, state.offset) for name, state in states if state is not None and state.nested)
+    for name, weight in chain(model.state_dict().items(), offsets):
+        if weight.is_floating_point() and weight.numel() and not all(e.isfinite() for e in torch.aminmax(weight)):
             raise JobError(
                 f"--model {source.name}: its weight {name} holds NaN or infinity in {weight.dtype}: the file is damaged, "
                 "get or convert it again"
@@ -164,9 +190,13 @@ def load_adapter(model: Any, folder: Path) -> None:
 
 def _check_widths(layers: list[tuple[str, Any]], k: int) -> None:
     for name, module in layers:
-        for width in module.weight.shape:
+        # A quantized weight is packed and has another shape.
+        shape = (
+            (module.out_features, module.in_features) if isinstance(module, torch.nn.Linear) else module.weight.shape
+        )
+        for width in shape:
             if width % k:
-                raise JobError(f"--k {k} does not divide the width {width} of {name} ({tuple(module.weight.shape)})")
+                raise JobError(f"--k {k} does not divide the width {width} of {name} ({tuple(shape)})")
 
 
 def trainable_parameters(model: torch.nn.Module) -> int:

@@ -46,6 +46,11 @@ written all the same, but for merged/), 1 a failure nobody foresaw.
 _FREE = {"output", "merge", "steps", "epochs", "save_every", "eval_every", "sample_tokens"}
 
 
+def bits_of(options: argparse.Namespace) -> int | None:
+    """How many bits bitsandbytes leaves of a weight of the base; None where it is not quantized."""
+    return 4 if options.load_in_4bit else 8 if options.load_in_8bit else None
+
+
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """The options as a file for ``--config`` that works from any folder: paths are absolute, what is unset is left out."""
     values = {k: v for k, v in vars(options).items() if v is not None and k not in ("config", "resume", "debug")}
@@ -217,6 +222,12 @@ def build_parser(prog: str = "gralora-ext finetune") -> Parser:
         metavar="NAME",
         help="of the base: fp32 or bf16; adapters are fp32",
     )
+    add(
+        "--load-in-4bit",
+        action=_switch,
+        help="quantize the base with bitsandbytes: nf4 with double quantization; merged/ is of the base that is not quantized",
+    )
+    add("--load-in-8bit", action=_switch, help="the same with bitsandbytes' 8 bits")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where the backend can use it")
 
     evaluation = parser.add_argument_group("evaluation")
@@ -251,6 +262,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         options = with_file(parser, argv, Path(options.config))
     if options.steps is not None and options.epochs is not None:
         raise JobError("--steps and --epochs exclude each other")
+    if options.load_in_4bit and options.load_in_8bit:
+        raise JobError("--load-in-4bit and --load-in-8bit exclude each other")
     if options.backend != "lora" and options.r % options.k:
         raise JobError(f"--k {options.k} does not divide --r {options.r}")
     check_targets(options.target_modules)

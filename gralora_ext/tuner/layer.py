@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from .. import kernels, ops, reference
 from .._loader import load
 from ..reference import draw_seed
-from . import frozen, init, mixed_batch
+from . import frozen, init, mixed_batch, quantized
 
 _LINEAR_LAYERS = (nn.Linear, Conv1D)
 _native = load()
@@ -47,6 +47,12 @@ class GraloraLinear(Linear):
     # Whether an adapter's scaling is by the root; a layer that PEFT has built has none such.
     use_rslora: Mapping[str, bool] = MappingProxyType({})
     other_param_names = (*Linear.other_param_names, "use_rslora")
+
+    # PEFT's, for a quantized base layer (quantized.py): the packed weight of before the first merge,
+    # and by adapter how much of dW quantizing again has lost.
+    quantization_backend: Any = None
+    kept_weight: tuple[tuple[Any, str, Any], ...] = ()
+    merge_errors: Mapping[str, float] = MappingProxyType({})
 
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Adds an adapter, as PEFT's layer does, and gives it what PEFT's does not know of the configuration."""
@@ -114,6 +120,9 @@ class GraloraLinear(Linear):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Adds the adapters' weights to the base weight in place, one after the other.
 
+        A quantized weight becomes Q(D(W) + dW): dequantized, added to in float32, and quantized again with its own settings.
+        ``merge_errors[adapter]`` is then ‖Q(D(W) + dW) - (D(W) + dW)‖ / ‖dW‖.
+
         Args:
             safe_merge: merge into a copy and keep it only if it is finite; an adapter that fails leaves the base weight
                 as it was before this adapter, with the adapters before it in the list merged.
@@ -121,13 +130,15 @@ class GraloraLinear(Linear):
 
         Raises:
             ValueError: the merged weight is not finite (``safe_merge``), or weight and adapter are not on one device.
-            TypeError: the base weight is not a floating-point tensor.
+            TypeError: the base weight is neither a floating-point tensor nor of a library that can quantize it again.
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.gralora_A:
                 continue
             weight = self._mergeable_weight(name)
-            if safe_merge:
+            if self.quantization_backend is not None:
+                quantized.merge(self, name, safe_merge)
+            elif safe_merge:
                 merged = weight.detach().clone()
                 self._add_to(merged, name)
                 if not torch.isfinite(merged).all():
@@ -141,9 +152,15 @@ class GraloraLinear(Linear):
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
-        """Subtracts the merged adapters from the base weight again; exact up to the rounding of the weight's dtype."""
+        """Subtracts the merged adapters from the base weight again; exact up to the rounding of the weight's dtype.
+
+        A quantized weight is the one of before again, bit for bit.
+        """
         if not self.merged:
             return super().unmerge()  # PEFT's warning that there is nothing to do
+        if self.kept_weight:
+            quantized.unmerge(self)
+            self.merged_adapters.clear()
         while self.merged_adapters:
             name = self.merged_adapters[-1]
             if name in self.gralora_A:
@@ -230,10 +247,13 @@ class GraloraLinear(Linear):
             )
 
     def _mergeable_weight(self, adapter: str) -> Tensor:
-        weight = self.get_base_layer().weight
+        weight = quantized.packed(self.get_base_layer())
         A = self.gralora_A[adapter]
         if weight.device != A.device:
             _refuse_device("the base weight", weight, adapter, A)
+        if self.quantization_backend is not None:
+            quantized.check(self)
+            return weight
         # A quantized weight may report a float dtype, as torchao's do; such classes, and DTensor,
         # keep their elements elsewhere.
         dense = type(weight.data) in (Tensor, FakeTensor)
@@ -241,7 +261,7 @@ class GraloraLinear(Linear):
             kind = "" if dense else f" of class {type(weight.data).__name__}"
             raise TypeError(
                 f"merging needs a dense floating-point base weight, got {weight.dtype}{kind}: dequantize or gather the base "
-                "model first, or load it in a floating-point dtype"
+                f"model first, or load it in a floating-point dtype{quantized.NEEDS}"
             )
         return weight
 

@@ -10,8 +10,10 @@ from peft.tuners import gralora as stock
 from peft.tuners.gralora.layer import Linear
 from peft.tuners.lora import LoraModel
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from . import init, mixed_batch, patterns, weighted
+from .. import repacking
+from . import init, mixed_batch, patterns, quantized, weighted
 from .combine import Svd
 from .layer import GraloraLinear
 
@@ -27,7 +29,11 @@ class GraloraModel(stock.GraloraModel):
     def _create_new_module(config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> nn.Module:
         # PEFT builds and initializes its layer, whatever its signature is in this release; only the
         # class changes.
-        module = stock.GraloraModel._create_new_module(config, adapter_name, *args, **kwargs)
+        target, *rest = args
+        linear = quantized.stand_in(target)
+        module = stock.GraloraModel._create_new_module(config, adapter_name, linear or target, *rest, **kwargs)
+        if linear is not None:
+            module.base_layer = target
         if type(module) is Linear:
             module.__class__ = GraloraLinear
             init.finish(module, adapter_name, config)
@@ -42,6 +48,18 @@ class GraloraModel(stock.GraloraModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         patterns.store_chosen_k(self.peft_config[adapter_name], adapter_name, model)
+        quantized.prepare(model)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if new_module is getattr(child, "base_layer", None) and not isinstance(new_module, (nn.Linear, Conv1D)):
+            setattr(parent, child_name, new_module)  # a quantized layer; PEFT's code would write its weight
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        repacking.allow(model)
+        return model
 
     def add_weighted_adapter(
         self,

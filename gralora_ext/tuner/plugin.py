@@ -11,7 +11,7 @@ from peft.tuners import gralora as stock
 from peft.tuners.gralora.layer import Linear
 from torch import nn
 
-from . import patches
+from . import patches, quantized
 from .layer import GraloraLinear
 from .model import GraloraModel
 from .patches import OURS, InUse
@@ -81,7 +81,7 @@ def accelerate(model: nn.Module) -> Report:
 
     Parameters, optimizer state, hooks, merged and active adapters and state_dict keys stay; adapters added later are
     fused too. Layers that are fused already count neither as converted nor as skipped, so a second call reports 0. The
-    base layers may be quantized, as only their output is used (merging, though, needs a floating-point weight). Skipped,
+    base layers may be quantized. Skipped,
     with the reason: subclasses of PEFT's layer, and layers whose forward or dropout is not PEFT's.
 
     Args:
@@ -90,7 +90,9 @@ def accelerate(model: nn.Module) -> Report:
     Raises:
         TypeError: ``model`` is not a module.
     """
-    return _convert(model, Linear, GraloraLinear, stock.GraloraModel, GraloraModel)
+    report = _convert(model, Linear, GraloraLinear, stock.GraloraModel, GraloraModel)
+    quantized.prepare(model)
+    return report
 
 
 def restore(model: nn.Module) -> Report:
@@ -124,6 +126,8 @@ def _obstacle(module: Linear, source: type[Linear]) -> str | None:
     """Why the class of ``module`` may not be changed from ``source``, or None where it may."""
     if type(module) is not source:
         return f"its class {type(module).__qualname__} is not {source.__module__}.{source.__qualname__} itself"
+    if getattr(module, "kept_weight", None):
+        return "adapters are merged into its quantized base layer: unmerge them first"
     if not hasattr(module.get_base_layer(), "weight"):
         return f"its base layer {type(module.get_base_layer()).__qualname__} has no weight"
     unknown = [d for d in module.gralora_dropout.values() if type(d) not in (nn.Dropout, nn.Identity)]

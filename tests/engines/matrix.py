@@ -110,8 +110,6 @@ def what_is_wrong(row: str, outcomes: dict[str, dict[str, Any]]) -> str | None:
     limit = LIMIT
     if "bf16" in row and pefts is not None and pefts["ok"]:
         limit = 2 * pefts["difference"]
-    if "merge" in row:  # into quantized weights
-        limit = 0.05
     if not ours["difference"] <= limit:
         return f"a difference of {ours['difference']:.1e}, and {limit:.1e} is allowed"
     if ours["count"] is not None and pefts is not None and pefts["ok"] and ours["count"] > pefts["count"]:
