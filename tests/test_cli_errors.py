@@ -202,6 +202,8 @@ def test_mistake_is_answered_before_torch_is_imported(work, mistake):
 
 LITTLE_MEMORY = """
 import resource, sys
+from gralora_ext.cli.checks import quiet_libraries
+quiet_libraries()
 import peft, transformers, gralora_ext.ops, gralora_ext.cli.trainer
 from gralora_ext.cli import main
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()

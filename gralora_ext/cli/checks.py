@@ -87,7 +87,12 @@ def quiet_libraries() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    for name in ("accelerate", "bitsandbytes"):
+    for name in (
+        "accelerate",
+        "bitsandbytes",
+        "torchao",
+        "torch.utils._pytree",
+    ):  # to the last torchao speaks at its import
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
