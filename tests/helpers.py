@@ -239,10 +239,10 @@ def assert_results_near(
     op: Callable[..., Tensor] = reference.gralora,
     like_y: str = "base",
     **options: object,
-) -> None:
+) -> dict[str, Tensor]:
     """y and every gradient in ``actual`` agree with ``op`` in float64 within the table, each in its tensor's dtype.
 
-    ``like_y`` names the tensor whose dtype is y's.
+    ``like_y`` names the tensor whose dtype is y's. Returns what ``op`` gives.
     """
     expected, sizes = expected_results(inputs, op, **options)
     for name, result in actual.items():
@@ -250,6 +250,7 @@ def assert_results_near(
         assert result.dtype == owner.dtype, f"{name}: dtype {result.dtype}, expected {owner.dtype}"
         bound = tolerance(result, (t.dtype for t in inputs.tensors.values()), gradient=name != "y")
         assert_near(name, result, expected[name], sizes[name], bound)
+    return expected
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

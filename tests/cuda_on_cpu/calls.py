@@ -20,9 +20,11 @@ class Call(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("T", "N", "M", "k", "r", "h", "x_dtype", "base_dtype", "adapter_dtype")),
-        *((name, ctypes.c_int64) for name in ("x_row", "y_row", "weight_row", "weight_column", "needs", "keep_u")),
-        *((name, ctypes.c_int64) for name in ("add_to_dx", "column_splits", "token_splits", "seed")),
+        *((name, ctypes.c_int64) for name in ("x_row", "dx_row", "base_row", "y_row", "grad_row")),
+        *((name, ctypes.c_int64) for name in ("weight_row", "weight_column", "needs", "keep_u", "add_to_dx")),
+        *((name, ctypes.c_int64) for name in ("overwrite", "column_splits", "token_splits", "seed")),
         *((name, ctypes.c_double) for name in ("scaling", "dropout")),
+        *((name, ctypes.c_int64 * 3 * 4) for name in ("strides", "gradient_strides")),
     ]
 
 
@@ -49,8 +51,9 @@ class Shape:
         dtype, adapter = DTYPES.index(self.dtype), DTYPES.index(self.adapter)
         return Call(
             *(self.T, self.N, self.M, self.k, self.r, self.h, dtype, dtype, adapter),
-            *(self.N + self.padding, self.M + self.padding, self.N, 1, ALL_GRADIENTS, self.keep_u),
-            *(self.add_to_dx, self.columns, self.tokens, 123_456_789_012, 0.75, self.dropout),
+            *([self.N + self.padding] * 2 + [self.M + self.padding] * 3),
+            *(self.N, 1, ALL_GRADIENTS, self.keep_u, self.add_to_dx, False),
+            *(self.columns, self.tokens, 123_456_789_012, 0.75, self.dropout),
         )
 
     def splits(self, library: Library, which: str) -> tuple[int, int]:

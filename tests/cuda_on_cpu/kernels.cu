@@ -24,18 +24,22 @@ Activation rows(const void* data, int64_t dtype, int64_t T, int64_t stride) {
   return to;
 }
 
-Param param(const void* data, int64_t dtype, int64_t rows, int64_t columns) {
+Param param(const void* data, int64_t dtype, const int64_t (&strides)[3], int64_t rows, int64_t columns) {
+  const bool given = strides[2] != 0;
   Param to;
   to.data = const_cast<void*>(data), to.dtype = kDTypes[dtype];
-  to.block_stride = rows * columns, to.row_stride = columns, to.column_stride = 1;
+  to.block_stride = given ? strides[0] : rows * columns, to.row_stride = given ? strides[1] : columns;
+  to.column_stride = given ? strides[2] : 1;
   return to;
 }
 
-// A, B, A_general, B_general as PEFT stores them; the last two may be null.
-Adapter adapter(const Call& c, const void* const (&data)[4]) {
-  const int64_t type = c.adapter_dtype;
-  Adapter to{param(data[0], type, c.N / c.k, c.r), param(data[1], type, c.r, c.M / c.k), {}, {}};
-  if (c.h > 0) to.A_general = param(data[2], type, c.h, c.N), to.B_general = param(data[3], type, c.M, c.h);
+// A, B, A_general, B_general; the last two may be null.
+Adapter adapter(const Call& c, const void* const (&data)[4], const int64_t (&strides)[4][3]) {
+  const int64_t rows[4] = {c.N / c.k, c.r, c.h, c.M}, columns[4] = {c.r, c.M / c.k, c.N, c.h};
+  Adapter to;
+  Param* const params[4] = {&to.A, &to.B, &to.A_general, &to.B_general};
+  for (int i = 0; i < (c.h > 0 ? 4 : 2); i++)
+    *params[i] = param(data[i], c.adapter_dtype, strides[i], rows[i], columns[i]);
   return to;
 }
 
@@ -45,7 +49,7 @@ ForwardParams forward_params(const Call& c, const void* x, const void* base, voi
   ForwardParams p;
   p.shape = {c.T, c.N, c.M, c.k, c.r, c.h}, p.adapter = adapter;
   p.x = rows(x, c.x_dtype, c.T, c.x_row);
-  p.base = rows(base, c.base_dtype, c.T, c.y_row), p.y = rows(y, c.base_dtype, c.T, c.y_row);
+  p.base = rows(base, c.base_dtype, c.T, c.base_row), p.y = rows(y, c.base_dtype, c.T, c.y_row);
   p.u = c.keep_u ? u : nullptr, p.scaling = c.scaling, p.dropout = {c.dropout, &c.seed}, p.accumulate_f64 = f64(c);
   return p;
 }
@@ -54,8 +58,8 @@ BackwardParams backward_params(const Call& c, const void* x, const void* grad_y,
                                void* dx, Adapter grad) {
   BackwardParams p;
   p.shape = {c.T, c.N, c.M, c.k, c.r, c.h}, p.adapter = adapter;
-  p.x = rows(x, c.x_dtype, c.T, c.x_row), p.grad_y = rows(grad_y, c.base_dtype, c.T, c.y_row);
-  if (c.needs & 1) p.grad_x = rows(dx, c.x_dtype, c.T, c.x_row), p.add_to_grad_x = c.add_to_dx;
+  p.x = rows(x, c.x_dtype, c.T, c.x_row), p.grad_y = rows(grad_y, c.base_dtype, c.T, c.grad_row);
+  if (c.needs & 1) p.grad_x = rows(dx, c.x_dtype, c.T, c.dx_row), p.add_to_grad_x = c.add_to_dx;
   if (c.needs & 2) p.grad.A = grad.A;
   if (c.needs & 4) p.grad.B = grad.B;
   if (c.needs & 8) p.grad.A_general = grad.A_general;
@@ -68,7 +72,7 @@ BackwardParams backward_params(const Call& c, const void* x, const void* grad_y,
 template <class F>
 int64_t of_pass(const Call& c, int backward, F&& f) {
   static int64_t some = 0;
-  const Adapter parameters = adapter(c, {&some, &some, &some, &some});
+  const Adapter parameters = adapter(c, {&some, &some, &some, &some}, c.strides);
   if (backward) return f(backward_params(c, &some, &some, &some, parameters, &some, parameters));
   return f(forward_params(c, &some, &some, &some, parameters, &some));
 }
@@ -107,6 +111,12 @@ int64_t test_workspace(const Call* c, int backward) {
   });
 }
 
+int64_t test_place_of_latents(const Call* c, int64_t split, int64_t t, int64_t block) {
+  static float first = 0.0f;
+  const cuda::Latents latents{&first, c->T, int(c->k), int(c->r), int(c->h), int(c->column_splits), nullptr};
+  return split < 0 ? latents.kept(t, int(block), 0) : latents.partial(int(split), t, int(block)) - &first;
+}
+
 void test_plan(const Call* c, int backward, int64_t splits[2]) {
   of_pass(*c, backward, [&](const auto& p) {
     const auto plan = cuda::plan_of(p, cuda::current_device());
@@ -117,15 +127,15 @@ void test_plan(const Call* c, int backward, int64_t splits[2]) {
 
 int test_forward(const Call* c, const void* x, const void* base, void* y, const void* A, const void* B,
                  const void* A_general, const void* B_general, void* u, void* workspace) {
-  return run(*c, forward_params(*c, x, base, y, adapter(*c, {A, B, A_general, B_general}), u), workspace);
+  return run(*c, forward_params(*c, x, base, y, adapter(*c, {A, B, A_general, B_general}, c->strides), u), workspace);
 }
 
 int test_backward(const Call* c, const void* x, const void* grad_y, const void* u, const void* A, const void* B,
                   const void* A_general, const void* B_general, void* dx, void* dA, void* dB, void* dA_general,
                   void* dB_general, void* workspace) {
   return run(*c,
-             backward_params(*c, x, grad_y, u, adapter(*c, {A, B, A_general, B_general}), dx,
-                             adapter(*c, {dA, dB, dA_general, dB_general})),
+             backward_params(*c, x, grad_y, u, adapter(*c, {A, B, A_general, B_general}, c->strides), dx,
+                             adapter(*c, {dA, dB, dA_general, dB_general}, c->gradient_strides)),
              workspace);
 }
 
@@ -133,9 +143,8 @@ int test_merge(const Call* c, void* weight, const void* A, const void* B, const 
                const void* B_general) {
   MergeParams p;
   p.shape = {0, c->N, c->M, c->k, c->r, c->h};
-  p.adapter = adapter(*c, {A, B, A_general, B_general});
-  p.weight = param(weight, c->base_dtype, 0, 0);
-  p.weight.row_stride = c->weight_row, p.weight.column_stride = c->weight_column;
-  p.scaling = c->scaling, p.accumulate_f64 = f64(*c);
+  p.adapter = adapter(*c, {A, B, A_general, B_general}, c->strides);
+  p.weight = param(weight, c->base_dtype, {0, c->weight_row, c->weight_column}, c->M, c->N);
+  p.accumulate = c->overwrite == 0, p.scaling = c->scaling, p.accumulate_f64 = f64(*c);
   return cuda::merge(p, nullptr);
 }

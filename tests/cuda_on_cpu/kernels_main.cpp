@@ -56,7 +56,7 @@ int main(int argc, char** argv) {
   Call c{};
   c.T = number(1), c.N = number(2), c.M = number(3), c.k = number(4), c.r = number(5), c.h = number(6);
   c.x_dtype = c.base_dtype = number(7), c.adapter_dtype = number(8);
-  c.x_row = c.N, c.y_row = c.M, c.weight_row = c.N, c.weight_column = 1;
+  c.x_row = c.dx_row = c.N, c.base_row = c.y_row = c.grad_row = c.M, c.weight_row = c.N, c.weight_column = 1;
   c.needs = 31, c.keep_u = number(9) != 2, c.column_splits = number(9), c.token_splits = number(10);
   c.seed = 77, c.scaling = 0.75, c.dropout = double(number(11)) / 100.0;
   if (gralora_emulator_configure(int(number(12)), uint64_t(number(13)), int(number(14))) != 0) return failed();

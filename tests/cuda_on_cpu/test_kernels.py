@@ -9,7 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 from calls import ALL_GRADIENTS
-from checks import AUTOCAST, CHOSEN, DTYPES, PAIRS, Way, check, check_infinity, check_mask, check_merge, results
+from checks import (
+    AUTOCAST,
+    CHOSEN,
+    DTYPES,
+    PAIRS,
+    Way,
+    check,
+    check_choices,
+    check_far,
+    check_infinity,
+    check_mask,
+    check_memory,
+    check_merge,
+    results,
+)
 from compilers import ARCHS, compiler, emulated_library, find_toolkit, run, sanitized_kernels
 from emulated import Library
 from helpers import Case, assert_near
@@ -21,6 +35,7 @@ from gralora_ext.tolerances import tolerance
 
 pytestmark = pytest.mark.skipif(find_toolkit() is None or compiler() is None, reason="needs CUDA's headers and g++")
 HERE = Path(__file__).resolve().parent
+ADAPTER_LAYOUTS = ("contiguous", "padded", "row_slice", "leading_permuted", "transposed", "column_stride")
 CSRC = HERE.parent.parent / "csrc"
 
 
@@ -58,8 +73,15 @@ def test_forward_and_backward(
     way=st.builds(
         Way,
         *(st.integers(0, 3), st.integers(1, 3), st.sampled_from([0.0, 0.4]), st.integers(0, 2**62)),
-        *(st.booleans(), st.integers(0, ALL_GRADIENTS), st.sampled_from([0, 1, 8]), st.booleans()),
+        *(
+            st.booleans(),
+            st.integers(0, ALL_GRADIENTS),
+            st.sampled_from([0, 1, 4, 8]),
+            st.sampled_from([0, 1]),
+            st.booleans(),
+        ),
     ),
+    adapter_layout=st.sampled_from(ADAPTER_LAYOUTS),
     order=st.tuples(
         st.sampled_from(["fifo", "lifo", "random"]), st.integers(1, 2**31), st.sampled_from(["lazy", "eager", "random"])
     ),
@@ -73,12 +95,13 @@ def test_random_shapes_orders_and_arrivals_of_copies(
     h: int,
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
     way: Way,
+    adapter_layout: str,
     order: tuple[str, int, str],
     compiled: Library,
 ) -> None:
     compiled.device()
     compiled.configure(*order)
-    check(compiled, Case((T,), k, *widths, rb, h, *dtypes, seed=T), way)
+    check(compiled, Case((T,), k, *widths, rb, h, *dtypes, adapter_layout=adapter_layout, seed=T), way)
 
 
 @pytest.mark.parametrize("h", [0, 3], ids=["", "hybrid"])
@@ -100,6 +123,18 @@ def test_merge_into_a_weight_of_other_strides(
 ) -> None:
     check_merge(library, Case((1,), k, n, m, rb, h), torch.bfloat16, layout)
     assert library.launches() == ["merge" if layout == "columns" else "products"]
+
+
+def test_a_call_gets_the_kernels_that_take_it(library: Library) -> None:
+    check_choices(library)
+
+
+def test_tensors_may_lie_anywhere(library: Library) -> None:
+    check_memory(library)
+
+
+def test_rows_and_latents_may_lie_beyond_what_32_bits_count(library: Library) -> None:
+    check_far(library)
 
 
 @pytest.mark.parametrize("needs", [1, 2, 4, 6, 8 + 16, 3, 5], ids=["x", "A", "B", "A_B", "general", "x_A", "x_B"])
@@ -127,7 +162,12 @@ def test_the_portable_kernels(dtypes: tuple[torch.dtype, torch.dtype], way: Way,
     rb=st.one_of(st.integers(1, 9), st.sampled_from([16, 33])),
     h=st.one_of(st.just(0), st.integers(1, 20)),
     dtypes=st.tuples(*[st.sampled_from(DTYPES)] * 3),
-    dropout=st.sampled_from([0.0, 0.4]),
+    way=st.builds(
+        Way,
+        *(st.just(0), st.just(0), st.sampled_from([0.0, 0.4]), st.integers(0, 2**62)),
+        *(st.booleans(), st.integers(0, ALL_GRADIENTS), st.sampled_from([0, 1]), st.just(0), st.booleans()),
+    ),
+    adapter_layout=st.sampled_from(ADAPTER_LAYOUTS),
     order=st.tuples(st.sampled_from(["fifo", "lifo", "random"]), st.integers(1, 2**31)),
 )
 @settings(max_examples=30)
@@ -138,13 +178,14 @@ def test_the_portable_kernels_take_any_dtypes(
     rb: int,
     h: int,
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
-    dropout: float,
+    way: Way,
+    adapter_layout: str,
     order: tuple[str, int],
     compiled: Library,
 ) -> None:
     compiled.device(75)
     compiled.configure(*order)
-    check(compiled, Case((T,), k, *widths, rb, h, *dtypes, seed=T), Way(0, 0, dropout))
+    check(compiled, Case((T,), k, *widths, rb, h, *dtypes, adapter_layout=adapter_layout, seed=T), way)
 
 
 @pytest.mark.parametrize("keep_u", [True, False], ids=["", "u_again"])
@@ -223,6 +264,15 @@ def test_an_infinity_stays_in_its_token(library: Library) -> None:
     check_infinity(library)
 
 
+def test_an_infinity_stays_one_where_the_adapter_is_one_piece(library: Library) -> None:
+    """Its first piece holds it, and the others are zero: NaN times anything would be NaN."""
+    inputs = Case((3,), 1, 16, 16, 1, adapter_dtype=torch.bfloat16).inputs()
+    inputs.tensors["A"].fill_(1.0), inputs.tensors["B"].fill_(1.0)
+    inputs.tensors["x"][1, 5] = float("inf")
+    y = results(library, inputs, Way())["y"]
+    assert (y[1] == float("inf")).all() and y[::2].isfinite().all()
+
+
 def test_the_mask_is_the_references(library: Library) -> None:
     check_mask(library)
 
@@ -263,6 +313,10 @@ def test_long_sums_are_right_where_tensor_cores_cut(
         "130 66 90 2 12 5 0 0 2 2 30",
         "65 96 72 1 20 0 1 0 1 3 0",
         "1 33 40 1 3 1 2 2 1 1 10",
+        # More chunks of columns and tokens than a ring has stages, more tiles of y than a block holds
+        "161 328 200 1 16 0 1 0 1 1 30",
+        # More ranks than are multiplied at once
+        "20 33 145 1 70 0 0 0 1 1 0",
     ],
 )
 @pytest.mark.parametrize("variant", ["asan", "tsan"])

@@ -12,7 +12,7 @@ from pathlib import Path
 import compilers
 import pytest
 import torch
-from checks import CHOSEN, Way, check, check_infinity, check_mask, check_merge
+from checks import CHOSEN, Way, check, check_choices, check_far, check_infinity, check_mask, check_memory, check_merge
 from emulated import EmulatorError, Library
 from helpers import Case
 from planted import DEFECTS
@@ -21,9 +21,13 @@ pytestmark = pytest.mark.skipif(
     compilers.find_toolkit() is None or compilers.compiler() is None, reason="needs CUDA's headers and g++"
 )
 
-# On tensor cores, and by the plain kernels
+# On tensor cores: by single elements, and by vectors, with more chunks of columns and of tokens than
+# a ring has stages, and more tiles of y than a block holds; more ranks than are multiplied at once.
+# And by the plain kernels.
 RACE_CALLS = (
     "130 66 290 2 12 5 0 0 2 2 30 2 7 0",
+    "161 328 200 1 16 0 1 0 1 1 30 2 7 0",
+    "20 33 145 1 70 0 0 0 1 1 0 2 7 0",
     "70 40 130 2 4 3 1 2 0 0 30 2 7 0",
 )
 HERE = Path(__file__).resolve().parent
@@ -36,20 +40,25 @@ def battery(library: Library) -> None:
     bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
     check(library, Case((131,), 2, 136, 88, 6, 5, bf16, bf16, f32), Way(3, 2, 0.3))
     check(library, Case((70,), 3, 11, 150, 4, 2, f32, f32, f32), Way(1, 2, 0.3))
-    check(library, Case((129,), 2, 64, 136, 16, 0, bf16, bf16, f32), Way(2, 3, keep_u=False, padding=3))
+    check(library, Case((129,), 2, 64, 136, 16, 0, bf16, bf16, f32), Way(2, 3, 0.3, keep_u=False, padding=3))
     assert library.statistics().wavefronts == library.statistics().least_wavefronts, "bank conflicts"
-    check(library, Case((131,), 2, 136, 72, 6, 5, bf16, bf16, f32), Way(dropout=0.3, add_to_dx=True))
+    check(library, Case((131,), 2, 136, 72, 32, 5, bf16, bf16, f32), Way(dropout=0.3, add_to_dx=True))
     check_merge(library, Case((1,), 3, 22, 150, 4, 3), f32)
-    check_merge(library, Case((1,), 4, 40, 32, 6), bf16)
-    check_merge(library, Case((1,), 4, 40, 32, 6), bf16, "columns")
-    check(library, Case((200,), 3, 70, 65, 4, 2, bf16, bf16, f16), Way(0, 0, 0.3, keep_u=False))
+    check_merge(library, Case((1,), 4, 40, 32, 6, 3), bf16)
+    check_merge(library, Case((1,), 4, 40, 32, 6, 3), bf16, "columns")
+    check(
+        library, Case((200,), 3, 70, 65, 4, 2, bf16, bf16, f16), Way(0, 0, 0.3, keep_u=False, padding=3, add_to_dx=True)
+    )
     check(library, Case((20,), 2, 24, 24, 2, 0, bf16, f32, f32), Way(0, 0, keep_u=False))
     check(library, Case((20,), 2, 24, 24, 2, 0, f32, torch.float64, f32), CHOSEN)
     check_merge(library, Case((1,), 2, 40, 32, 6, 2), bf16, "neither")
     check_mask(library)
     check_infinity(library)
+    check_choices(library)
+    check_memory(library)
+    check_far(library)
     library.truncate(True)
-    check(library, Case((16,), 1, 4096, 64, 16, 0, f32, f32, f32), Way())
+    check(library, Case((16,), 1, 4160, 64, 16, 0, f32, f32, f32), Way())
     check(library, Case((4096,), 1, 16, 16, 16, 0, bf16, bf16, f32), Way())
     check(library, Case((16,), 1, 64, 64, 1024, 0, f32, f32, f32), Way())
     library.truncate(False)

@@ -39,6 +39,11 @@ DEFECTS = {
         "if (error != cudaSuccess) cudaGetLastError();",
         "an error of the launch is its own beside an earlier one",
     ),
+    "shared memory is not asked for where it must be": (
+        "dynamic_bytes > kWithoutAsking",
+        "dynamic_bytes > 2 * kWithoutAsking",
+        "much shared memory is asked for before the launch",
+    ),
     "a launch without the shared memory that it asked for": (
         f"error == cudaSuccess ? {LAUNCH} : error",
         LAUNCH,
