@@ -127,7 +127,9 @@ def held() -> dict[str, int]:
     re.purge()  # Python keeps the last 512 patterns, and PEFT makes some with the names of adapters
     gc.collect()
     objects = gc.get_objects()
-    tensors = [each for each in objects if issubclass(type(each), torch.Tensor)]
+    tensors = [
+        each for each in objects if type(each) in (torch.Tensor, torch.nn.Parameter)
+    ]  # none that only tells a shape
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return {"objects": len(objects), "tensors": len(tensors), "bytes": sum(storages.values())}
 
