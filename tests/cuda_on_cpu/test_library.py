@@ -25,7 +25,9 @@ TESTS = Path(__file__).resolve().parent.parent
 OPERATIONS = ("backward", "compile", "dropout", "few_tokens", "forward", "identities", "inplace", "kept", "merge")
 OPERATIONS += ("pairs", "pieces")
 FILES = [*(f"test_ops_{name}.py" for name in OPERATIONS), "test_model_gradients.py", "test_cuda.py"]
-FILES += [path.name for path in sorted(TESTS.glob("test_tuner_*.py"))]
+# Those of layers' passes; the others are about files, configurations and weights alone.
+LAYERS = ("adapters", "checkpoints", "engines", "forward", "frozen", "merge", "mixed_batch", "plugin", "training")
+FILES += [f"test_tuner_{name}.py" for name in LAYERS]
 # The others there are about the CPU's threads.
 DETERMINISM = ("test_repeated_calls_give_the_same_bits", "test_results_do_not_depend_on_what_new_memory_holds")
 MOST_CASES = 6  # of each test: the emulator is slow
