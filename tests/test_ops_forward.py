@@ -154,6 +154,8 @@ def test_16_bit_values_are_converted_exactly_over_their_whole_range(dtype: torch
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=NAMES.get)
 def test_16_bit_results_are_rounded_as_torch_rounds(dtype: torch.dtype, device: torch.device) -> None:
     """To the nearest, ties to even, overflow to infinity, gradual underflow: random floats of which half are ties."""
+    if device.type != "cpu":
+        pytest.skip("of a summand of a 16-bit y tensor cores get 16 bits, so a tie may go the other way")
     generator = torch.Generator().manual_seed(1)
     bits = torch.randint(-(2**31), 2**31, (2048, 32), generator=generator).to(torch.int32)
     if dtype == torch.float16:  # exponents from below the smallest subnormal up to infinity
