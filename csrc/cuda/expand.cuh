@@ -170,8 +170,17 @@ struct ExpandBlock {
   }
 };
 
+// Blocks of a multiprocessor that must have registers, where sums stand beside totals: nvcc takes a
+// few more than 128 of a thread for devices from 10.0 on, and would spill them.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kBlocksWithTotals = 1;
+#else
+constexpr int kBlocksWithTotals = 2;
+#endif
+
 template <class Left, class Y, class P, int kRanks>
-__global__ void __launch_bounds__(kThreads, 2) expand_kernel(Left left, ExpandSide<Y, P> side, int tiles) {
+__global__ void __launch_bounds__(kThreads, ExpandTile<Left, Y, P, kRanks>::kPromotes ? kBlocksWithTotals : 2)
+    expand_kernel(Left left, ExpandSide<Y, P> side, int tiles) {
   using Tile = ExpandTile<Left, Y, P, kRanks>;
   const int begin = blockIdx.y * tiles * kColumns, last = begin + tiles * kColumns, w = side.factor.w;
   ExpandBlock<Tile, Left, Y, P> block{*dynamic_shared<typename Tile::Shared>(),
