@@ -156,7 +156,8 @@ PyMethodDef eager_methods[] = {
      "torch.ops.gralora_ext.gralora_ by position, its first result alone. For eager mode, where may_write_into says "
      "so."},
     {"linear", by_place(&linear), METH_FASTCALL,
-     "torch.ops.gralora_ext.linear by position, its first result alone. For eager mode, where is_plain_mode says so."},
+     "torch.ops.gralora_ext.linear by position, its first result alone. For eager mode, where may_be_one_operation "
+     "says so."},
     {"merge_into", by_place(&merge_into), METH_FASTCALL,
      "torch.ops.gralora_ext.merge_ by position, of which autograd learns nothing."},
     {"needs_plain_torch", &needs_plain_torch, METH_NOARGS,

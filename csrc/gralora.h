@@ -107,7 +107,8 @@ struct BackwardParams {
   int threads = 1;
 };
 
-// W[j*M/k + o, n*N/k + i] (+)= s * sum_q A[n,i,j*rb+q] * B[j,n*rb+q,o]  (+ s * Bg Ag); W is [M, N] by its strides.
+// W[j*M/k + o, n*N/k + i] (+)= s * sum_q A[n,i,j*rb+q] * B[j,n*rb+q,o]  (+ s * Bg Ag); W is [M, N]
+// by its strides.
 struct MergeParams {
   Shape shape;  // T is not used
   Adapter adapter;

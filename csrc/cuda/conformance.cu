@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// One kernel per intrinsic that the passes use, each on one warp: operands in, results out. Hardware
-// and emulator must agree on them; on a GPU they are the first to run
+// One kernel per intrinsic that the passes use, each on one warp: operands in, results out.
+// Hardware and emulator must agree on them. On a GPU they are the first to run
 // (`gralora-ext info --selftest`).
 #include <cstring>
 #include <utility>
@@ -38,7 +38,7 @@ __global__ void mma_bf16(const uint32_t* a, const uint32_t* b, float* d) {
   for (int i = 0; i < 4; i++) a_registers[i] = load_global(a + lane * 4 + i);
   for (int i = 0; i < 2; i++) b_registers[i] = load_global(b + lane * 2 + i);
   for (int i = 0; i < 4; i++) d_registers[i] = load_global(d + lane * 4 + i);
-  gralora::cuda::mma_m16n8k16<__nv_bfloat16>(d_registers, a_registers, b_registers);
+  gralora::cuda::mma_m16n8k16(d_registers, a_registers, b_registers);
   for (int i = 0; i < 4; i++) store_global(d + lane * 4 + i, d_registers[i]);
 }
 

@@ -1,16 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // expand: from latents to a wide activation, added to base where there is one.
 //
-//   y[t, j*w + o] = base[t, j*w + o] + m * (sum_c s*U[t, j, c] * Q[j][o, c] + sum_c s*U[t, c] * G[j][o, c])
+//   y[t, j*w + o] = base[t, j*w + o] + m * s * sum_c U[t, j, c] * Q[j][o, c]      c < r
+//                                    + m * s * sum_c U[t, c] * G[j][o, c]         c < h
 //
 // Forward: U = exchange(H), B^T, Bg give y. Backward: dH = exchange(dU), A, Ag^T give dx, m is the
 // mask of dropout (1 elsewhere). Merge: y is W, its rows are the tokens, U is B^T and Bg, Q is A
 // and Ag^T. w = width/k; `Left` says which latents a row has (Latents does the exchange).
 //
 // A block owns 128 tokens and `tiles` tiles of 64 columns of one j; a warp owns 16 tokens. base is
-// read once and y written once, in 16-byte pieces through shared memory; Q is converted to bfloat16
-// pieces once a block and tile; the latents are read once a block, into shared memory, 64 ranks at
-// a time (again for each tile where there are more). One sum in a fixed order per y, rounded once.
+// read once and y written once, in 16-byte pieces through shared memory. Q is converted to
+// bfloat16 pieces once a block and tile. The latents are read once a block, into shared memory, 64
+// ranks at a time (again for each tile where there are more). Each y is one sum in a fixed order,
+// rounded once.
 #pragma once
 
 #include "fragments.cuh"
@@ -24,10 +26,12 @@ constexpr int kColumns = 64;  // of y in a tile
 template <class Left, class Y, class P, int kRanks_>
 struct ExpandTile {
   static constexpr int kRanks = kRanks_;
-  // Tiles of y, the next one on its way from base: two where two blocks a multiprocessor still have room
+  // Tiles of y, the next one on its way from base: two where two blocks of a multiprocessor still
+  // have room for them
   static constexpr int kTiles = sizeof(Y) == 2 && kRanks == 32 ? 2 : 1, kAhead = kTiles - 1;
-  // A 16-bit y needs no third piece of its summands, 2^-16 of them. A merged weight, which is rounded
-  // for good, keeps all pieces of its factor: of float16, 0.13 % and not 0.31 % round the other way.
+  // A 16-bit y needs no third piece of its summands, 2^-16 of them. A merged weight, which is
+  // rounded for good, keeps all pieces of its factor: of float16, 0.13 % and not 0.31 % round the
+  // other way.
   static constexpr int kLatentPieces = sizeof(Y) == 4 ? 3 : 2;
   static constexpr int kFactorPieces = Left::kAllPieces || kPieces<P> < kLatentPieces ? kPieces<P> : kLatentPieces;
   static constexpr int kLevel = kFactorPieces > kLatentPieces ? kFactorPieces : kLatentPieces;
@@ -170,8 +174,8 @@ struct ExpandBlock {
   }
 };
 
-// Blocks of a multiprocessor that must have registers, where sums stand beside totals: nvcc takes a
-// few more than 128 of a thread for devices from 10.0 on, and would spill them.
+// Blocks of a multiprocessor that must have registers, where sums stand beside totals: for devices
+// from 10.0 on nvcc wants a few more than 128 of a thread, and would spill them.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 constexpr int kBlocksWithTotals = 1;
 #else

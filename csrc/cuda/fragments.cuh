@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Fragments of mma.m16n8k16 from shared memory, as bfloat16 pieces. Of lane l, with g = l/4 and
 // q = l%4:
-//   a word 0: row g, columns 2q and 2q+1;  word 1: row g+8;  words 2 and 3: the same rows, columns 8 further.
+//   a word 0: row g, columns 2q and 2q+1      word 1: row g+8
+//     words 2 and 3: the same rows, columns 8 further
 #pragma once
 
 #include "geometry.cuh"

@@ -11,8 +11,8 @@ namespace gralora::cuda {
 constexpr int kWarps = kTokens / 16;
 constexpr int kThreads = 32 * kWarps;
 
-// An activation [T, width] whose rows lie `stride` elements apart and are contiguous. vectors: rows
-// and blocks begin at multiples of 16 bytes, and a block is whole vectors of 16 bytes.
+// An activation [T, width] whose rows lie `stride` elements apart and are contiguous. vectors:
+// rows and blocks begin at multiples of 16 bytes, and a block is whole vectors of 16 bytes.
 template <class X>
 struct ActivationView {
   X* data;
@@ -42,8 +42,9 @@ struct TileColumns {
   __device__ int64_t in_row() const { return block + from; }
 };
 
-// kRows x kColumns elements of x from rows.first on, to shared memory, by all threads of the block;
-// zeros beyond rows.last and beyond the block's columns. They are there after cp_async_wait.
+// kRows x kColumns elements of x from rows.first on, to shared memory, by all threads of the
+// block; zeros beyond rows.last and beyond the block's columns. They are there after
+// cp_async_wait.
 template <int kRows, int kColumns, class X>
 __device__ __forceinline__ void load_tile(X* tile, int pitch, const ActivationView<const X>& x, RowRange rows,
                                           TileColumns columns) {

@@ -15,7 +15,7 @@
 //   cp_async_16(to, from, valid)              16 bytes, global to shared: the first `valid` of them, then zeros
 //   cp_async_commit(), cp_async_wait<N>()     all but the thread's N newest groups have landed, for this thread alone
 //   ldmatrix_x4(r, row), ldmatrix_x4_trans    lane 8 i + j names row j of the i-th 8 x 8 matrix of 16-bit elements
-//   mma_m16n8k16<__nv_bfloat16>(d, a, b)      d += a b
+//   mma_m16n8k16(d, a, b)                     d += a b, of bfloat16 in float32
 #pragma once
 
 #include <cuda_bf16.h>

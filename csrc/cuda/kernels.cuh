@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The tensor-core kernels as host code calls them: what a launch works on, in gralora.h's structs,
 // and a launcher for each kernel by the dtypes that it depends on. Defined in launchers.cuh,
-// instantiated in float32.cu, bfloat16.cu and float16.cu. Activations have one leading dimension (or
-// none) and columns of stride 1, and so has W.
+// instantiated in float32.cu, bfloat16.cu and float16.cu. Activations have one leading dimension
+// (or none) and columns of stride 1, and so has W.
 #pragma once
 
 #include "latents.cuh"

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Dropout: the CPU's mask, bit for bit (cpu/philox.h says how an element's draw of 16 bits comes
-// from Philox). Kept elements are scaled by 1/(1-p), which the kernels leave to the factor of their
-// sums. The seed stays on the device: a captured graph draws anew where its seed is drawn anew.
+// from Philox). Kept elements are scaled by 1/(1-p), which the kernels leave to the factor of
+// their sums. The seed stays on the device: a captured graph draws anew where its seed is drawn
+// anew.
 #pragma once
 
 #include "pieces.cuh"

@@ -5,8 +5,8 @@
 //
 // A product of two such sums takes the pairs (i, j) with i + j < level. A bfloat16 is one piece, a
 // half two, a float three: each of them exactly (8 bits a piece), but for parts of a float below
-// bfloat16's least number. What is left out of a product is 2^-8*level of it: below the rounding of
-// float sums for level = 3, below that of a 16-bit result for level = 2.
+// bfloat16's least number. What is left out of a product is 2^-8*level of it: below the rounding
+// of float sums for level = 3, below that of a 16-bit result for level = 2.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -79,12 +79,12 @@ __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[piec
   for (int sum = level - 1; sum >= 0; sum--)
 #pragma unroll
     for (int i = 0; i < pieces_a; i++)
-      if (sum - i >= 0 && sum - i < pieces_b) mma_m16n8k16<bf16>(d, a[i], b[sum - i]);
+      if (sum - i >= 0 && sum - i < pieces_b) mma_m16n8k16(d, a[i], b[sum - i]);
 }
 
 // Tensor cores cut what they add instead of rounding it, so a long sum drifts towards zero. A
-// stretch of 32 to 64 terms is therefore added to a total that rounds to nearest (Ootomo and Yokota,
-// "Recovering single precision accuracy from Tensor Cores", 2022).
+// stretch of 32 to 64 terms is therefore added to a total that rounds to nearest (Ootomo and
+// Yokota, "Recovering single precision accuracy from Tensor Cores", 2022).
 __device__ __forceinline__ void promote(float (&total)[4], const float (&sum)[4]) {
 #pragma unroll
   for (int i = 0; i < 4; i++) total[i] += sum[i];

@@ -11,8 +11,8 @@ constexpr int kTokens = 128;  // of a tile: a warp owns 16
 
 inline int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }
 
-// Whether the kernels on tensor cores take an activation of this dtype beside an adapter: in float32
-// beside any, in 16 bits beside the same or float32.
+// Whether the kernels on tensor cores take an activation of this dtype beside an adapter: in
+// float32 beside any, in 16 bits beside the same or float32.
 inline bool has_tensor_core_kernels(DType activation, DType adapter) {
   return activation != DType::f64 && adapter != DType::f64 &&
          (adapter == DType::f32 || adapter == activation || activation == DType::f32);
@@ -45,7 +45,8 @@ inline int token_splits(const Shape& s, const Device& device) {
   return splits_to_fill(tiles, ceil_div(s.T, kDepth), device);
 }
 
-// A forward pass: latents before the exchange between its two launches, [splits][T][k][r + h] floats
+// A forward pass: latents before the exchange between its two launches, [splits][T][k][r + h]
+// floats
 struct ForwardPlan {
   int splits;
   int64_t latents;

@@ -8,16 +8,17 @@
 // dropout.
 //
 // A block owns 128 tokens, one n, `kRanks` ranks and one split of the w columns; a warp owns 16
-// tokens. x goes through a ring of kStages chunks of 128 bytes a row (cp.async), each read once per
-// group of ranks; P through two buffers of bfloat16 pieces, converted once a block. Both are read
-// by ldmatrix from rows that are 16 bytes longer than a multiple of 64, or a float x by 8-byte
-// loads from rows that are 32 longer: no bank conflicts. Sums are taken in the order of i, in
-// registers, and each chunk's is added to a total that rounds to nearest (promote): the result
+// tokens. x goes through a ring of kStages chunks of 128 bytes a row (cp.async), each read once
+// per group of ranks; P through two buffers of bfloat16 pieces, converted once a block. Both are
+// read by ldmatrix from rows that are 16 bytes longer than a multiple of 64, or a float x by
+// 8-byte loads from rows that are 32 longer: no bank conflicts. Sums are taken in the order of i,
+// in registers, and each chunk's is added to a total that rounds to nearest (promote): the result
 // depends on nothing but the shape and the number of splits.
 #pragma once
 
 #include "fragments.cuh"
 #include "latents.cuh"
+#include "pipeline.cuh"
 
 namespace gralora::cuda {
 
@@ -72,7 +73,7 @@ struct ProjectBlock {
     cp_async_commit();
   }
 
-  __device__ __forceinline__ void load_factor(int chunk) {
+  __device__ __forceinline__ void load_operand(int chunk) {
 #pragma unroll
     for (int q = 0; q < Tile::kHeld; q++) {
       const FourAt at = four(q);
@@ -80,7 +81,7 @@ struct ProjectBlock {
         side.factor.get_four(n, 0, {chunk * Tile::kDepth + at.column, rank0 + at.rank}, held[q]);
     }
   }
-  __device__ __forceinline__ void store_factor(int chunk) {
+  __device__ __forceinline__ void store_operand(int chunk) {
     bf16(&factor)[Tile::kFactorPieces][Tile::kDepth][Tile::kFactorPitch] = shared.factor[chunk % 2];
 #pragma unroll
     for (int q = 0; q < Tile::kHeld; q++) {
@@ -161,21 +162,7 @@ __global__ void __launch_bounds__(kThreads, 2) project_kernel(ProjectSides<X, P>
                                  {}};
 
   float total[kRanks / 8][4] = {};
-  for (int stage = 0; stage < Tile::kStages - 1; stage++) block.load_x(first + stage);
-  block.load_factor(first);
-  block.store_factor(first);
-  for (int chunk = first; chunk < last; chunk++) {
-    cp_async_wait<Tile::kStages - 2>();
-    sync_block();  // this chunk has landed for all, and all are done with the one that is filled next
-    block.load_x(chunk + Tile::kStages - 1);
-    block.load_factor(chunk + 1);
-    if (side.mask.seed != nullptr) {
-      block.drop(chunk);
-      sync_block();
-    }
-    block.multiply_chunk(chunk, total);
-    block.store_factor(chunk + 1);
-  }
+  multiply_chunks<Tile::kStages>(block, first, side.mask.seed != nullptr, total);
   block.store(split, total);
 }
 

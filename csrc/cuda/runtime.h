@@ -2,9 +2,9 @@
 // What is asked of CUDA's runtime: the current device, and launches. Host code.
 //
 // The runtime returns an error to the call that failed, and also keeps it until somebody asks for
-// the last error, as torch does after each launch of its own. So an error that is found there may be
-// anybody's: a launch of ours is judged by what it returns alone. What our own calls leave there is
-// taken away again, and what others left is not.
+// the last error, as torch does after each launch of its own. So an error that is found there may
+// be anybody's: a launch of ours is judged by what it returns alone. What our own calls leave
+// there is taken away again, and what others left is not.
 #pragma once
 
 #include <cuda_runtime.h>

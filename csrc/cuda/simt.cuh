@@ -5,9 +5,9 @@
 //
 //   out[b][m, c] (+)= f * ( sum_d L[b][m, d] R[b][d, c]  +  sum_d L'[b][m, d] R'[b][d, c] )
 //
-// A block of 256 threads owns 64 x 64 of one `out`; a thread 4 x 4. Both operands go through shared
-// memory, 16 of the depth at a time, converted to the accumulation type; the depth is summed in
-// runs of 128, which are added in their order.
+// A block of 256 threads owns 64 x 64 of one `out`; a thread 4 x 4. Both operands go through
+// shared memory, 16 of the depth at a time, converted to the accumulation type; the depth is
+// summed in runs of 128, which are added in their order.
 #pragma once
 
 #include "gralora.h"

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The passes on tensor cores. Each kernel is chosen by the dtypes that it reads and writes, so x, y
-// and the adapter may differ: under autocast, x or g is float32 beside a 16-bit base.
+// The passes on tensor cores. Each kernel is chosen by the dtypes that it reads and writes, so x,
+// y and the adapter may differ: under autocast, x or g is float32 beside a 16-bit base.
 #pragma once
 
 #include "dropout.cuh"

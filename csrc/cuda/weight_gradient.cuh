@@ -8,14 +8,15 @@
 // the gradients: no atomics, so the result depends on the shape and the number of splits alone.
 //
 // A block owns 64 columns of x, kRanks ranks (32 where there are no more, or 64) and one split of
-// the tokens; each of its 8 warps 16 of the ranks and as many columns as are left to it. x comes 32
-// tokens at a time through a ring of kStages chunks (cp.async), each element once per kRanks ranks;
-// the latents through two buffers of bfloat16 pieces. Each chunk's sum is added to a total that
-// rounds to nearest (promote).
+// the tokens; each of its 8 warps 16 of the ranks and as many columns as are left to it. x comes
+// 32 tokens at a time through a ring of kStages chunks (cp.async), each element once per kRanks
+// ranks; the latents through two buffers of bfloat16 pieces. Each chunk's sum is added to a total
+// that rounds to nearest (promote).
 #pragma once
 
 #include "fragments.cuh"
 #include "latents.cuh"
+#include "pipeline.cuh"
 
 namespace gralora::cuda {
 
@@ -52,8 +53,8 @@ struct GradientSides {
   GradientSide<X> side[2];
 };
 
-// A block of the grid at work: sums over the chunks of tokens before `last`, of columns from column0
-// on of block n, for the ranks from rank0 on.
+// A block of the grid at work: sums over the chunks of tokens before `last`, of columns from
+// column0 on of block n, for the ranks from rank0 on.
 template <class Tile, class X>
 struct GradientBlock {
   typename Tile::Shared& shared;
@@ -68,7 +69,7 @@ struct GradientBlock {
     cp_async_commit();
   }
 
-  __device__ __forceinline__ void load_latents(int chunk) {
+  __device__ __forceinline__ void load_operand(int chunk) {
 #pragma unroll
     for (int q = 0; q < Tile::kHeld; q++) {
       const int i = threadIdx.x + q * kThreads, rank = rank0 + i % Tile::kRanks;
@@ -76,7 +77,7 @@ struct GradientBlock {
       held[q] = chunk < last && t < side.latents.T && rank < ranks() ? side.latents.get(t, n, rank) : 0.0f;
     }
   }
-  __device__ __forceinline__ void store_latents(int chunk) {
+  __device__ __forceinline__ void store_operand(int chunk) {
 #pragma unroll
     for (int q = 0; q < Tile::kHeld; q++) {
       const int i = threadIdx.x + q * kThreads;
@@ -155,21 +156,7 @@ __global__ void __launch_bounds__(kThreads, GradientTile<X, kRanks>::kBlocks)
                                {}};
 
   float total[Tile::kWarpColumns / 8][4] = {};
-  for (int stage = 0; stage < Tile::kStages - 1; stage++) block.load_x(first + stage);
-  block.load_latents(first);
-  block.store_latents(first);
-  for (int chunk = first; chunk < last; chunk++) {
-    cp_async_wait<Tile::kStages - 2>();
-    sync_block();  // this chunk has landed for all, and all are done with the one that is filled next
-    block.load_x(chunk + Tile::kStages - 1);
-    block.load_latents(chunk + 1);
-    if (side.mask.seed != nullptr) {
-      block.drop(chunk);
-      sync_block();
-    }
-    block.multiply_chunk(chunk, total);
-    block.store_latents(chunk + 1);
-  }
+  multiply_chunks<Tile::kStages>(block, first, side.mask.seed != nullptr, total);
   block.store(split, total);
 }
 

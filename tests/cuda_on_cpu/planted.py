@@ -5,12 +5,12 @@ from __future__ import annotations
 
 DEFECTS = {
     "no barrier before a stage of x is read": (
-        "project.cuh",
+        "pipeline.cuh",
         "    sync_block();  // this chunk has landed for all, and all are done with the one that is filled next\n",
         "",
     ),
-    "a wait that leaves the stage in flight": ("project.cuh", "cp_async_wait<Tile::kStages - 2>", "cp_async_wait<Tile::kStages - 1>"),
-    "P is written to the buffer that is read": ("project.cuh", "block.store_factor(chunk + 1)", "block.store_factor(chunk)"),
+    "a wait that leaves the stage in flight": ("pipeline.cuh", "cp_async_wait<kStages - 2>", "cp_async_wait<kStages - 1>"),
+    "an operand is written to the buffer that is read": ("pipeline.cuh", "block.store_operand(chunk + 1)", "block.store_operand(chunk)"),
     "a row too many of x": ("geometry.cuh", "rows.first + m < rows.last && left", "rows.first + m <= rows.last && left"),
     "no zeros beyond the end of a row": (
         "geometry.cuh",
@@ -20,8 +20,8 @@ DEFECTS = {
     "a rank too many": ("project.cuh", "rank < side.factor.r + side.factor.h)", "rank <= side.factor.r + side.factor.h)"),
     "splits that overlap": ("project.cuh", "first = int(int64_t(chunks) * split / splits)", "first = int(int64_t(chunks) * split / (splits + 1))"),
     "no scaling in project": ("project.cuh", "side.scale * total[c][v]", "total[c][v]"),
-    "x is not dropped": ("project.cuh", "if (side.mask.seed != nullptr)", "if (false)"),
-    "no barrier after dropout": ("project.cuh", "block.drop(chunk);\n      sync_block();", "block.drop(chunk);"),
+    "x is not dropped": ("project.cuh", "first, side.mask.seed != nullptr, total", "first, false, total"),
+    "no barrier after dropout": ("pipeline.cuh", "block.drop(chunk);\n      sync_block();", "block.drop(chunk);"),
     "rows and columns of a fragment swapped": (
         "fragments.cuh",
         "(lane / 4 + v % 2 * 8) * pitch + lane % 4 * 2 + v / 2 * 8",
@@ -53,7 +53,6 @@ DEFECTS = {
     "a counter that is not advanced": ("mask.cuh", "first / 16 + 1", "first / 16"),
     "a draw's low byte from another word": ("mask.cuh", "c[word ^ 1] << 24", "c[word] << 24"),
     "an element index in 32 bits": ("mask.cuh", "uint64_t(t) * uint64_t(width)", "uint64_t(uint32_t(t) * uint32_t(width))"),
-    "no barrier between tokens": ("weight_gradient.cuh", "    sync_block();  // this chunk has landed for all, and all are done with the one that is filled next\n", ""),
     "no scaling of a gradient": ("weight_gradient.cuh", "side.scale * total[c][v]", "total[c][v]"),
     "sums beyond the block's columns": ("weight_gradient.cuh", "rank < ranks() && column < side.w", "rank < ranks()"),
     "the second pass forgets a split": ("reduce.cuh", "split < splits", "split < splits - 1"),
@@ -119,15 +118,10 @@ DEFECTS = {
     "tiles of columns that are nobody's": ("launchers.cuh", "unsigned(ceil_div(all, tiles)), unsigned(k)", "unsigned(all / tiles), unsigned(k)"),
     "groups of ranks without the general part": ("project.cuh", "(factor.r + factor.h + kRanks - 1) / kRanks", "(factor.r + kRanks - 1) / kRanks"),
     "a tile's ranks and columns mixed up": ("weight_gradient.cuh", "tile / side.rank_tiles % side.column_tiles *", "tile % side.column_tiles *"),
-    "a stage of columns is filled while it is read": (
-        "project.cuh",
-        "    sync_block();  // this chunk has landed for all, and all are done with the one that is filled next\n    block.load_x(chunk + Tile::kStages - 1);\n",
-        "    block.load_x(chunk + Tile::kStages - 1);\n    sync_block();\n",
-    ),
-    "a stage of tokens is filled while it is read": (
-        "weight_gradient.cuh",
-        "    sync_block();  // this chunk has landed for all, and all are done with the one that is filled next\n    block.load_x(chunk + Tile::kStages - 1);\n",
-        "    block.load_x(chunk + Tile::kStages - 1);\n    sync_block();\n",
+    "a stage is filled while it is read": (
+        "pipeline.cuh",
+        "    sync_block();  // this chunk has landed for all, and all are done with the one that is filled next\n    block.load_x(chunk + kStages - 1);\n",
+        "    block.load_x(chunk + kStages - 1);\n    sync_block();\n",
     ),
     "no barrier between chunks of ranks": ("expand.cuh", "      if (chunk + 1 < chunks) sync_block();  // all are done with these latents\n", ""),
     "one piece of latents for 16 bits of y": ("expand.cuh", "kLatentPieces = sizeof(Y) == 4 ? 3 : 2;", "kLatentPieces = sizeof(Y) == 4 ? 3 : 1;"),

@@ -105,9 +105,8 @@ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, Location at = L
   emulator::load_matrices(r, row, true, at);
 }
 
-template <class T>
-void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Location at = Location::here()) {
-  static_assert(std::is_same_v<T, __nv_bfloat16>);
+inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                         Location at = Location::here()) {
   emulator::need_ampere("mma.bf16", at);
   emulator::multiply_bf16(d, a, b, at);
 }
