@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import pytest
-from features import FEATURES, PAGE, TUNERS, page, works
+from feature_tuners import FEATURES, TUNERS
+from features import PAGE, page, works
 from tuner_helpers import needs_new_peft
 
 pytestmark = needs_new_peft

@@ -87,12 +87,8 @@ def quiet_libraries() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    for name in (
-        "accelerate",
-        "bitsandbytes",
-        "torchao",
-        "torch.utils._pytree",
-    ):  # to the last torchao speaks at its import
+    # torchao speaks to the last one when it is imported.
+    for name in ("accelerate", "bitsandbytes", "torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

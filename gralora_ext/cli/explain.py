@@ -11,7 +11,8 @@ from typing import Any, NoReturn, Protocol
 
 METAVAR = ("T", "N", "M", "r", "k", "DTYPE")
 HELP = (
-    "print the plans of the CPU kernels, and which CUDA kernels there are, for a layer of N inputs and M outputs, T tokens, rank r and k x k blocks; DTYPE is that of "
+    "print the plans of the CPU kernels, and which CUDA kernels there are, for a layer of N inputs and M outputs, T tokens, "
+    "rank r and k x k blocks; DTYPE is that of "
     "activations and adapter, such as bfloat16, or both, such as bfloat16/float32"
 )
 DTYPES = ("float32", "bfloat16", "float16", "float64")

@@ -5,8 +5,9 @@ In training torch multiplies by W as the base layer would, and both dx meet in o
 devices that have kernels, and for many tokens on a CPU. Where our GEMM is quicker than torch's, on a CPU, it takes a float32 layer
 of many tokens, in inference too: one product with W + ΔW, or with dropout in training, where W + ΔW is not what multiplies x, the
 layer's own product.
-Either is right only where calling the base layer would do nothing but multiply. Everything else goes through the base layer: quantized, offloaded, hooked,
-trained and subclassed ones, and those whose tensors are of a subclass, such as DTensor.
+
+Either is right only where calling the base layer would do nothing but multiply. Everything else goes through the base layer:
+quantized, offloaded, hooked, trained and subclassed ones, and those whose tensors are of a subclass, such as DTensor.
 """
 
 from __future__ import annotations

@@ -27,8 +27,9 @@ _native = load()
 class GraloraLinear(Linear):
     """``y = base_layer(x) + Σ_adapters s·exchange(x_n A_n) B_j (+ s·(x Agᵀ) Bgᵀ)``, one kernel per active adapter.
 
-    Where calling a frozen base layer would do nothing but multiply, many tokens on the CPU are one operation with it
-    (:func:`gralora_ext.ops.linear`) instead: in training, and on AMD's processors in float32, as one product with W + ΔW (``frozen.py``).
+    Where calling a frozen base layer would do nothing but multiply, the two are one operation instead
+    (:func:`gralora_ext.ops.linear`, ``frozen.py``): in training, of many tokens on the CPU and of any number on CUDA; and on AMD's
+    processors in float32, as one product with W + ΔW.
 
     Built by :class:`~gralora_ext.tuner.GraloraModel`, or made in place of PEFT's layer by
     :func:`~gralora_ext.tuner.accelerate`. It differs from PEFT's layer in this: x may have any rank ≥ 1 (PEFT: 2 or 3);
@@ -114,7 +115,7 @@ class GraloraLinear(Linear):
             active, adapters = self._active_adapter, modules["gralora_A"]
             for name in (active,) if type(active) is str else active:
                 if name in adapters._parameters or name in adapters:  # FSDP puts tensors in the parameters' places
-                    result = self.add_adapter(name, x, result, in_place)
+                    result = self.add_path(name, x, result, in_place)
         return result if result.dtype == x.dtype else result.to(x.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -182,7 +183,7 @@ class GraloraLinear(Linear):
     def _active_here(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.scaling]
 
-    def add_adapter(self, name: str, x: Tensor, result: Tensor, in_place: bool) -> Tensor:
+    def add_path(self, name: str, x: Tensor, result: Tensor, in_place: bool) -> Tensor:
         """``result`` and the path of x through an adapter, in the memory of ``result`` if it may be."""
         dropout = self._modules["gralora_dropout"]._modules[name]
         if not frozen.is_fused_dropout(dropout):
@@ -191,8 +192,8 @@ class GraloraLinear(Linear):
         A, _, A_general, _, seed, scaling, dropout_p = path
         if A_general is None and self.hybrid_r[name] > 0:
             kept = x if seed is None else reference.drop(x, seed, dropout_p)
-            ranks = self.gralora_A_general[name](kept.to(A.dtype))
-            result = result + scaling * self.gralora_B_general[name](ranks).to(result.dtype)
+            latents = self.gralora_A_general[name](kept.to(A.dtype))
+            result = result + scaling * self.gralora_B_general[name](latents).to(result.dtype)
         return _native.gralora_into(x, result, *path) if in_place else ops.add_path(x, result, *path)
 
     def _path(self, adapter: str, x: Tensor) -> tuple[Any, ...]:

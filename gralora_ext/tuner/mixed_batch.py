@@ -77,7 +77,7 @@ def forward(layer: GraloraLinear, x: Tensor, adapter_names: Sequence[str], *args
     if order.rows is not None:
         x, result = x[order.rows], result[order.rows]
     parts = [
-        layer.add_adapter(name, x[first:last], result[first:last], in_place=False)
+        layer.add_path(name, x[first:last], result[first:last], in_place=False)
         if name in layer.gralora_A
         else result[first:last]
         for name, first, last in order.groups
