@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import peft
@@ -18,7 +19,21 @@ from tuner_helpers import Mlp, llama, rows, tokens
 
 import gralora_ext
 
-FEATURES: dict[str, Callable[[Tuner], None]] = {}  # in the order in which they are registered
+
+@dataclass(frozen=True)
+class Feature:
+    """``try_it`` tries it on a small model and checks its numbers; without the feature it fails."""
+
+    try_it: Callable[[Tuner], None]
+    needs: str = ""  # a package
+    later: bool = False  # ours refuses it today
+
+    @property
+    def can_be_tried(self) -> bool:
+        return not self.needs or find_spec(self.needs) is not None
+
+
+FEATURES: dict[str, Feature] = {}  # by title, in the order in which they are registered
 
 
 @dataclass(frozen=True)
@@ -53,11 +68,13 @@ class Tuner:
 TUNERS = [Tuner("LoRA", is_lora=True), Tuner("PEFT's GraLoRA"), Tuner("gralora_ext", is_ours=True)]
 
 
-def feature(title: str) -> Callable[[Callable[[Tuner], None]], Callable[[Tuner], None]]:
-    """Registers a function that tries the feature on a small model and checks its numbers; without it the function fails."""
+def feature(
+    title: str, *, needs: str = "", later: bool = False
+) -> Callable[[Callable[[Tuner], None]], Callable[[Tuner], None]]:
+    """Registers a function as the :class:`Feature` of this title."""
 
     def register(function: Callable[[Tuner], None]) -> Callable[[Tuner], None]:
-        FEATURES[title] = function
+        FEATURES[title] = Feature(function, needs, later)
         return function
 
     return register

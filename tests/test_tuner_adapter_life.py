@@ -195,7 +195,7 @@ def test_adapters_that_come_and_go_take_no_memory_of_pythons(tmp_path: Path) -> 
 @pytest.mark.usefixtures("enabled")
 def test_pefts_layers_compute_the_same_after_all_of_it(tmp_path: Path) -> None:
     """Nothing here needs a layer of ours: sums, scalings and swapped weights are plain tensors and numbers."""
-    model = two({"hybrid_r": 3, "use_rslora": True}, {**SMALL, "hybrid_r": 2})
+    model = two({"hybrid_r": 3}, {**SMALL, "hybrid_r": 2})
     model.add_weighted_adapter(["one", "two"], [0.5, -2.0], "sum", combination_type="cat")
     model.save_pretrained(tmp_path, selected_adapters=["two"])
     hotswap.prepare_model_for_compiled_hotswap(model, target_rank=20)

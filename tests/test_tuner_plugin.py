@@ -23,12 +23,13 @@ from tuner_helpers import (
     config,
     fused_layers,
     llama,
+    needs_new_peft,
     rows,
     stock_layers,
     tokens,
 )
 
-from gralora_ext.tuner import GraloraLinear, GraloraModel, Report, accelerate, disable, enable, restore
+from gralora_ext.tuner import GraloraConfig, GraloraLinear, GraloraModel, Report, accelerate, disable, enable, restore
 
 
 def active() -> type:
@@ -290,3 +291,35 @@ def test_quantized_base_is_converted_since_only_its_output_is_used() -> None:
     torch.testing.assert_close(model(x), expected)
     with pytest.raises(TypeError, match="int8"):
         model.merge_adapter()
+
+
+@needs_new_peft
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rank_pattern": {"first": 6}},
+        {"alpha_pattern": {"first": 6}},
+        {"k_pattern": {"first": 3}},
+        {"use_rslora": True},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_restore_leaves_by_name_what_pefts_tuner_would_misread(fields: dict[str, Any], merged: bool) -> None:
+    torch.manual_seed(0)
+    with enable():
+        values = {"r": 12, "alpha": 24, "target_modules": ["first", "second"], "init_weights": False}
+        model = get_peft_model(Mlp().double(), GraloraConfig(**values, **fields))
+        y = model(rows(3))
+        if merged:
+            model.merge_adapter()
+        report = restore(model)
+        assert report.converted == 0 and len(report.skipped) == 2
+        assert all(f"adapter 'default' has {next(iter(fields))}, which" in reason for _, reason in report.skipped)
+        assert type(model.base_model) is GraloraModel and len(fused_layers(model)) == 2
+        torch.testing.assert_close(model(rows(3)), y)
+        if merged:
+            model.unmerge_adapter()
+        model.add_adapter("plain", config(**values))
+        model.delete_adapter("default")
+        assert restore(model).converted == 2 and not fused_layers(model)

@@ -241,7 +241,7 @@ def test_a_merged_model_can_be_copied_and_unmerged(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [*BITSANDBYTES, *TORCHAO])
-def test_accelerated_layers_merge_and_are_restored_when_unmerged(kind: str) -> None:
+def test_accelerated_layers_merge_and_unmerge(kind: str) -> None:
     base = quantized(kind)
     torch.manual_seed(1)
     model = get_peft_model(base, config())
@@ -251,20 +251,21 @@ def test_accelerated_layers_merge_and_are_restored_when_unmerged(kind: str) -> N
         logits(each)
         each.merge_adapter()
     assert_same_bits(all_bits(model), all_bits(expected))
-    report = restore(model)
-    assert report.converted == 0 and len(report.skipped) == 2 * len(TARGETS)
-    assert "merged into its quantized base layer" in report.skipped[0][1]
     model.unmerge_adapter()
     assert_same_bits(all_bits(model), before)
-    assert restore(model).converted == 2 * len(TARGETS)
 
 
-def test_restore_names_layers_that_pefts_cannot_be() -> None:
-    model = adapted("hqq")
-    report = restore(model)
-    assert report.converted == 0 and {reason for _, reason in report.skipped} == {
-        "its base layer HQQLinear has no weight"
-    }
+@pytest.mark.parametrize("kind", ["nf4", "8 bit", "torchao int8", "hqq"])
+def test_restore_names_layers_that_pefts_cannot_be(kind: str) -> None:
+    model = adapted(kind)
+    reason = "has no weight" if kind == "hqq" else "is quantized, and PEFT's layer cannot merge into it"
+    for merge in (False, True):
+        if merge:
+            model.merge_adapter()
+            reason = "merged into its quantized base layer"
+        report = restore(model)
+        assert report.converted == 0 and len(report.skipped) == 2 * len(TARGETS)
+        assert all(reason in said for _, said in report.skipped)
     assert len(fused_layers(model)) == 2 * len(TARGETS)
 
 

@@ -109,6 +109,10 @@ class GraloraConfig(PeftsConfig):
         beyond = {"gralora_k": self.gralora_k == "auto", "init_weights": isinstance(self.init_weights, str)}
         return [name for name, is_ours in beyond.items() if is_ours] + used
 
+    def marks(self) -> list[str]:
+        """The fields in use with which PEFT's own tuner, which would drop them, would compute other numbers."""
+        return [name for name in CHANGES_NUMBERS if name in self.fields_in_use()]
+
     def to_dict(self) -> dict[str, Any]:
         """As PEFT's, without our fields that are at their defaults."""
         used = self.fields_in_use()
@@ -117,8 +121,7 @@ class GraloraConfig(PeftsConfig):
             for name, value in super().to_dict().items()
             if name in used or name not in {f.name for f in _own_fields()}
         }
-        marks = [name for name in CHANGES_NUMBERS if name in used]
-        if marks:
+        if marks := self.marks():
             values["gralora_k"] = f"{self.gralora_k} (needs gralora_ext: {', '.join(marks)})"
         return values
 

@@ -12,6 +12,7 @@ from peft.tuners.gralora.layer import Linear
 from torch import nn
 
 from . import patches, quantized
+from .config import GraloraConfig
 from .layer import GraloraLinear
 from .model import GraloraModel
 from .patches import OURS, InUse
@@ -98,7 +99,9 @@ def accelerate(model: nn.Module) -> Report:
 def restore(model: nn.Module) -> Report:
     """Turns the fused layers of ``model`` into PEFT's own ones, in place: :func:`accelerate` undone.
 
-    It does so with every fused layer, also one built after :func:`enable`. Args, raises: as :func:`accelerate`.
+    It does so with every fused layer, also one built after :func:`enable`. Skipped, with the reason, are layers where PEFT's
+    would do something else in silence: with an adapter whose configuration has fields that change the numbers and that PEFT
+    lacks (``config.CHANGES_NUMBERS``), and over a quantized base. Args, raises: as :func:`accelerate`.
     """
     return _convert(model, GraloraLinear, Linear, GraloraModel, stock.GraloraModel)
 
@@ -108,12 +111,13 @@ def _convert(
 ) -> Report:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    beyond_peft = _fields_beyond_peft(model) if target is Linear else {}
     converted, skipped = 0, list[tuple[str, str]]()
     for name, module in model.named_modules():
-        if type(module) is source_tuner:
+        if type(module) is source_tuner and not beyond_peft:
             module.__class__ = target_tuner
         elif isinstance(module, stock.GraloraLayer) and type(module) is not target:
-            reason = _obstacle(module, source)
+            reason = _obstacle(module, source) or _needs_ours(module, target, beyond_peft)
             if reason:
                 skipped.append((name, reason))
             else:
@@ -136,6 +140,29 @@ def _obstacle(module: Linear, source: type[Linear]) -> str | None:
     if "forward" in vars(module) and not _instance_forwards(module, source):
         return f"its forward has been replaced by {vars(module)['forward']!r}"
     return None
+
+
+def _needs_ours(module: Linear, target: type[Linear], beyond_peft: dict[str, str]) -> str | None:
+    """Why PEFT's layer would do something else than ``module`` without a word, or None where it would not."""
+    if target is not Linear:
+        return None
+    if getattr(module, "quantization_backend", None) is not None:
+        return f"its base layer {type(module.get_base_layer()).__qualname__} is quantized, and PEFT's layer cannot merge into it"
+    for adapter in module.gralora_A:
+        if adapter in beyond_peft:
+            return f"adapter {adapter!r} has {beyond_peft[adapter]}, which PEFT's GraLoRA does not know"
+    return None
+
+
+def _fields_beyond_peft(model: nn.Module) -> dict[str, str]:
+    """By adapter, the fields of its configuration that change what PEFT's tuner would make of it."""
+    found = {}
+    for module in model.modules():
+        configs = getattr(module, "peft_config", None)
+        for adapter, config in configs.items() if isinstance(configs, dict) else ():
+            if isinstance(config, GraloraConfig) and config.marks():
+                found[adapter] = ", ".join(config.marks())
+    return found
 
 
 def _instance_forwards(module: Linear, source: type[Linear]) -> list[str]:
