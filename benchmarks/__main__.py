@@ -18,6 +18,7 @@ BENCHES = (
     "layer",
     "merge",
     "memory",
+    "mixed",
     "calls",
     "inference",
     "threads",

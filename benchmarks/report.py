@@ -196,6 +196,28 @@ class Tables:
         text = "Kept alive for backward by a whole layer beside its weights, x included: a frozen layer alone does not keep it."
         return self._page(text, rows, runs)
 
+    def mixed(self) -> str:
+        """Batches in which each row has its adapter, beside LoRA and the model without one."""
+        runs = self._with("mixed")
+        rows = [["processor", "adapters", "rows of an adapter", "beside frozen", "beside PEFT's LoRA"]]
+        for run in runs:
+            for r in run.records("mixed"):
+                case, ratios = r["case"], r["ratios"]
+                rows.append(
+                    [
+                        run.processor,
+                        str(case["adapters"]),
+                        case["order"],
+                        *(f"{ratios[n]:.2f}" for n in ("base", "lora")),
+                    ]
+                )
+        case = runs[0].records("mixed")[0]["case"]
+        text = (
+            f"Time of a batch of {case['rows']} rows of {case['T'] // case['rows']} tokens through four layers of width "
+            f"{case['N']}, as a part of the others' time (medians of the rounds' ratios):"
+        )
+        return self._page(text, rows, runs)
+
     def job(self) -> str:
         """The default fine-tuning job, as it wrote its metrics; where it ran is in the file beside them."""
         folder = self.folder / JOB
@@ -250,6 +272,7 @@ TABLES: dict[str, Callable[[Tables], str]] = {
     "one-token": Tables.one_token,
     "kept": Tables.kept,
     "merge": Tables.merge,
+    "mixed": Tables.mixed,
     "job": Tables.job,
 }
 

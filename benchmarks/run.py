@@ -22,7 +22,7 @@ from gralora_ext.program.errors import JobError, first_sentence
 from gralora_ext.program.files import staged
 from gralora_ext.program.memory import keep_freed_memory
 
-from . import layer, machine, memory, merge, model, path, plots, results
+from . import layer, machine, memory, merge, mixed, model, path, plots, results
 from .bench import LEVELS, Bench, Context, Level, Skip, Task
 from .machine import measure_floor
 from .tables import number, table
@@ -30,7 +30,10 @@ from .tables import number, table
 FLOOR_SECONDS = 2.0
 OUT = Path("runs/benchmarks")
 
-BENCHES = {bench.name: bench for bench in (*path.BENCHES, *layer.BENCHES, merge.BENCH, memory.BENCH, *model.BENCHES)}
+BENCHES = {
+    bench.name: bench
+    for bench in (*path.BENCHES, *layer.BENCHES, merge.BENCH, memory.BENCH, mixed.BENCH, *model.BENCHES)
+}
 
 Plan = list[tuple[Bench, list[Task]]]
 
