@@ -25,6 +25,7 @@ from .results import LABELS
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 JOB = "finetune-default"
+FOUR_BIT = "finetune-4bit"
 PASSES = {"forward": "forward", "forward + backward": "training"}  # of the path, and their benches
 PEERS = ("peft", "peft-compiled", "lora", "torch")
 NOT_MEASURED = "not measured"
@@ -192,6 +193,25 @@ class Tables:
         table = markdown([list(shown), list(shown.values())])
         return f"{table}\n\nMeasured with {versions}: {place}, commit {commit}, {date}."
 
+    def four_bit(self) -> str:
+        """The default fine-tuning job with the base in 4 bits, over seeds, beside PEFT's LoRA."""
+        jobs = [json.loads(read(file)) for file in sorted((self.folder / FOUR_BIT).glob("*.json"))]
+        rows = [["adapter", "seeds", "held-out loss before", "after, mean (least to greatest)", "standard deviation"]]
+        for backend, label in (("fused", "ours"), ("lora", "PEFT's LoRA")):
+            of_backend = [job for job in jobs if job["config"]["backend"] == backend]
+            before, after = ([job[f"eval_loss_{when}"] for job in of_backend] for when in ("before", "after"))
+            span = f"{statistics.mean(after):.3f} ({min(after):.3f} to {max(after):.3f})"
+            rows.append(
+                [label, str(len(of_backend)), f"{statistics.mean(before):.3f}", span, f"{statistics.stdev(after):.3f}"]
+            )
+        settings, versions = jobs[0]["config"], jobs[0]["versions"]
+        sentence = (
+            f"`gralora-ext finetune --load-in-4bit`, SmolLM2-135M in nf4, {jobs[0]['steps']} steps on the CPU, "
+            f"r = {settings['r']}, learning rate {settings['lr']} for both, {jobs[0]['eval_rows']} held-out rows:"
+        )
+        measured = f"Measured with torch {versions['torch']}, PEFT {versions['peft']}, bitsandbytes {versions['bitsandbytes']}."
+        return f"{sentence}\n\n{markdown(rows)}\n\n{measured}"
+
     def _with(self, *benches: str, what: str | None = None) -> list[Run]:
         """The runs that have records of these benches."""
         runs = [run for run in self.runs if run.records(*benches, what=what)]
@@ -227,6 +247,7 @@ TABLES: dict[str, Callable[[Tables], str]] = {
     "merge": Tables.merge,
     "mixed": Tables.mixed,
     "job": Tables.job,
+    "four-bit": Tables.four_bit,
 }
 
 

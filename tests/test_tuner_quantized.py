@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -173,6 +174,18 @@ def test_adapters_merged_one_after_the_other_are_unmerged_together(kind: str) ->
     assert layer.merged_adapters == list(layer.merge_errors) == ["default", "other"]
     model.unmerge_adapter()
     assert_same_bits(all_bits(model), before)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "torchao int8"])
+def test_merging_an_adapter_of_zeros_loses_nothing_or_says_so(kind: str) -> None:
+    model = adapted(kind, init_weights=True)  # B is zero
+    before = all_bits(model)
+    model.merge_adapter()
+    for layer in layers_of(model).values():
+        lost = layer.merge_errors["default"]
+        assert lost in (0.0, math.inf)
+    if not differs(all_bits(model), before):
+        assert all(layer.merge_errors["default"] == 0.0 for layer in layers_of(model).values())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -15,6 +15,7 @@ PACKAGES = (
     "transformers",
     "peft",
     "accelerate",
+    "bitsandbytes",
     "safetensors",
     "tokenizers",
     "datasets",

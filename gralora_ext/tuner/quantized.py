@@ -123,7 +123,8 @@ def merge(layer: GraloraLinear, adapter: str, safe: bool) -> None:
         _put_back(before)
         raise
     layer.kept_weight = layer.kept_weight or before
-    layer.merge_errors = {**layer.merge_errors, adapter: (lost.norm() / delta.norm()).item()}
+    error = (lost.norm() / delta.norm()).item() if lost.any() else 0.0  # an adapter of zeros loses nothing
+    layer.merge_errors = {**layer.merge_errors, adapter: error}
 
 
 def unmerge(layer: GraloraLinear) -> None:
