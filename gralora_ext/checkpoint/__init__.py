@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models and adapters in files: checked before use, and read and written in pieces."""
