@@ -16,6 +16,7 @@ PASS_ON = {
     "csrc/bindings.cpp",
     "csrc/cpu/memory.h",
     "gralora_ext/cli/config_file.py",
+    "gralora_ext/cli/export_lora.py",
     "gralora_ext/cli/finetune.py",
     "gralora_ext/cli/main.py",
     "gralora_ext/cli/options.py",

@@ -91,11 +91,13 @@ class Adapter:
             such layers; one sentence with the file, what was expected and what came.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, config: dict[str, Any] | None = None):
+        """``config`` takes the place of the file's."""
         self.folder = folder
-        self.config = _read_config(folder)
+        self.config = read_config(folder) if config is None else config
+        _check_config(folder / CONFIG, self.config)
         self.kind = str(self.config["peft_type"])
-        self.file = SafetensorsFile(_weights_of(folder))
+        self.file = SafetensorsFile(weights_of(folder))
         try:
             parts, self.whole = self._sorted_tensors()
             self.layers = {name: self._layer(name, parts[name]) for name in sorted(parts)}
@@ -212,11 +214,14 @@ class Adapter:
         return alpha / math.sqrt(ranks) if self.config.get("use_rslora") is True else alpha / ranks
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration in an adapter's folder, not checked yet."""
     if not folder.is_dir():
         raise FileError(f"{folder} is not a folder: expected an adapter's, with {CONFIG} and {WEIGHTS}")
-    path = folder / CONFIG
-    config = read_object(path)
+    return read_object(folder / CONFIG)
+
+
+def _check_config(path: Path, config: dict[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind not in _PARTS:
         raise FileError(f"{path}: peft_type: expected GRALORA or LORA, got {str(kind)[:60]!r}")
@@ -239,10 +244,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise FileError(f"{path}: trainable_token_indices is set: such an adapter is merged by PEFT, not in files")
     for field in ("rank_pattern", "alpha_pattern", "k_pattern"):
         _check_pattern(path, field, config.get(field))
-    return config
 
 
-def _weights_of(folder: Path) -> Path:
+def weights_of(folder: Path) -> Path:
+    """The file with the adapter's tensors, which need not be there; a FileError where there is a pickle in its place."""
     path = folder / WEIGHTS
     if not path.exists():
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES and p.stem == "adapter_model")
