@@ -13,9 +13,10 @@ import pytest
 import torch
 from checkpoint_helpers import gralora, llama, save_adapter, save_base
 from cli_helpers import call, sentence
+from official_helpers import TARGETS, make
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import gralora_ext
@@ -24,55 +25,11 @@ from gralora_ext.program.errors import FileError
 
 TOKENS = torch.arange(24).view(2, 12) * 7 % 96
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-TARGETS = ("q_proj", "k_proj", "up_proj", "down_proj")
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_base(tmp_path_factory.mktemp("base"), llama())
-
-
-def official_config(base: Path, **fields: Any) -> dict[str, Any]:
-    """adapter_config.json as that repository writes it: all fields of its GraloraConfig and of the PEFT of its day."""
-    return {
-        "auto_mapping": None,
-        "base_model_name_or_path": str(base),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "gralora_alpha": 20,
-        "gralora_dropout": 0.05,
-        "gralora_k": 2,
-        "hybrid_r": 0,
-        "inference_mode": True,
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "modules_to_save": None,
-        "peft_type": "GRALORA",
-        "r": 8,
-        "revision": None,
-        "target_modules": list(TARGETS),
-        "task_type": "CAUSAL_LM",
-        **fields,
-    }
-
-
-def make(folder: Path, base: Path, **fields: Any) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
-    """A checkpoint with random tensors, its configuration and its tensors."""
-    config = official_config(base, **fields)
-    torch.manual_seed(3)
-    r, h, k, tensors = config["r"], config["hybrid_r"], config["gralora_k"], {}
-    for name, module in AutoModelForCausalLM.from_pretrained(base).named_modules():
-        if isinstance(module, nn.Linear) and name.endswith(TARGETS):
-            N, M, key = module.in_features, module.out_features, f"base_model.model.{name}"
-            tensors[f"{key}.gralora_A"] = 0.3 * torch.randn(k, N // k, r - h)
-            tensors[f"{key}.gralora_B"] = 0.3 * torch.randn(k, r - h, M // k)
-            if h:
-                tensors[f"{key}.gralora_A_general.weight"] = 0.3 * torch.randn(h, N)
-                tensors[f"{key}.gralora_B_general.weight"] = 0.3 * torch.randn(M, h)
-    folder.mkdir()
-    (folder / CONFIG).write_text(json.dumps(config, indent=2))
-    save_file(tensors, folder / WEIGHTS)
-    return folder, config, tensors
 
 
 def papers_layer(x: Tensor, config: dict[str, Any], tensors: dict[str, Tensor], key: str) -> Tensor:
