@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import pytest
 import torch
 from checkpoint_helpers import gpt2, gralora, llama, lora, save_adapter, save_base
 from cli_helpers import call, sentence
+from official_helpers import make
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -20,6 +24,7 @@ from transformers import AutoModelForCausalLM
 from tuner_helpers import needs_new_peft
 
 import gralora_ext
+from gralora_ext.checkpoint import import_official
 from gralora_ext.checkpoint.export import SERVED_RANKS, export_lora
 from gralora_ext.program.errors import FileError
 
@@ -314,6 +319,64 @@ def test_a_configuration_that_lora_cannot_have_is_refused(
     with pytest.raises(FileError, match=message):
         export_lora(tmp_path / "a", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+HOSTILE = [
+    *(None, True, 0, 1, -1, 3, 8, 10**30, 1.5, float("nan"), float("inf"), "", "x", "(", "a" * 5000, "all", "auto"),
+    *([], [1], ["q_proj"], [None], {}, {"a": 1}, {"q_proj": 4}, {"a": {"b": []}}, "\ud800"),
+]
+FIELDS_OF_FILES = [
+    *(
+        "alpha",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "fan_in_fan_out",
+        "gralora_alpha",
+        "gralora_dropout",
+        "gralora_k",
+    ),
+    *(
+        "hybrid_r",
+        "inference_mode",
+        "layers_pattern",
+        "layers_to_transform",
+        "modules_to_save",
+        "peft_type",
+        "r",
+        "rank_pattern",
+    ),
+    *(
+        "revision",
+        "target_modules",
+        "task_type",
+        "exclude_modules",
+        "alpha_pattern",
+        "use_rslora",
+        "trainable_token_indices",
+    ),
+    *("ensure_weight_tying", "runtime_config", "use_dora", "unknown"),
+]
+
+
+@pytest.mark.parametrize("kind", ["export", "import"])
+def test_a_hostile_configuration_is_refused_in_one_sentence_or_taken(base: Path, tmp_path: Path, kind: str) -> None:
+    if kind == "export":
+        save_adapter(tmp_path / "a", base, gralora(target_modules=["q_proj", "up_proj"], hybrid_r=2))
+    else:
+        make(tmp_path / "a", base, r=10, hybrid_r=2)
+    config, refused = json.loads((tmp_path / "a" / CONFIG).read_text()), 0
+    cases = list(itertools.product(FIELDS_OF_FILES, HOSTILE))
+    for name, value in random.Random(0).sample(cases, 250):
+        (tmp_path / "a" / CONFIG).write_text(json.dumps({**config, name: value}))
+        try:
+            (export_lora if kind == "export" else import_official)(tmp_path / "a", tmp_path / "out")
+            shutil.rmtree(tmp_path / "out")
+        except FileError as error:
+            refused += 1
+            assert len(str(error)) < 600 and "\n" not in str(error)
+        assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert 50 < refused < 240
 
 
 def test_what_is_not_finite_is_named_where_it_would_be_decomposed(base: Path, tmp_path: Path) -> None:
