@@ -46,6 +46,7 @@ def logits(base: Path, adapter: Path) -> Tensor:
     """What PEFT computes with the adapter; what it warns its users of is an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # of PEFT 0.19, where it is False
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
     with torch.no_grad():
         return model(TOKENS).logits
@@ -180,6 +181,7 @@ def test_a_truncated_rank_is_as_near_as_the_dense_optimum(
             assert kept == rank and abs(error - least) < 1e-6 and abs(told - least) < 1e-6
 
 
+@needs_new_peft
 def test_layers_with_fewer_ranks_than_asked_for_stay_exact(base: Path, tmp_path: Path) -> None:
     with gralora_ext.enable():
         save_adapter(tmp_path / "a", base, gralora(target_modules=["q_proj", "up_proj"], rank_pattern={"q_proj": 4}))
