@@ -3,7 +3,16 @@
 
 import pytest
 import torch
-from checkpoint_helpers import assert_same_weights, gpt2, gralora, llama, lora, merged_in_memory, save_adapter, save_base
+from checkpoint_helpers import (
+    assert_same_weights,
+    gpt2,
+    gralora,
+    llama,
+    lora,
+    merged_in_memory,
+    save_adapter,
+    save_base,
+)
 from transformers import AutoModelForCausalLM
 
 from gralora_ext.checkpoint import merge
@@ -80,8 +89,8 @@ def test_tied_embeddings(tmp_path, name):
     make, fields = TIED[name]
 
     def train(model):
-        for name, parameter in model.named_parameters():
-            if "modules_to_save" in name:
+        for key, parameter in model.named_parameters():
+            if "modules_to_save" in key:
                 parameter.normal_()
 
     adapter = save_adapter(tmp_path / "adapter", base, make(**fields), change=train)

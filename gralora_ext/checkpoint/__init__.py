@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models and adapters in files: checked before use, and read and written in pieces."""
 
-from .merge import MergeReport, merge
+from .merging import MergeReport, merge
 
 __all__ = ["MergeReport", "merge"]

@@ -80,7 +80,7 @@ class BaseModel:
                 f"{self.folder} has neither {SINGLE} nor {INDEX}: expected a model as save_pretrained writes it"
             )
         self._weight_map, self.index_metadata = _read_index(path)
-        names = list(dict.fromkeys(self._weight_map.values()))
+        names = sorted(set(self._weight_map.values()))
         for name in names:
             if name != Path(name).name or name.startswith(".") or "\0" in name or not name.endswith(".safetensors"):
                 raise FileError(f"{path} names {name[:80]!r}: expected names of safetensors files beside it")

@@ -17,11 +17,13 @@ USAGE = """\
 usage: gralora-ext COMMAND [options]
 
   finetune   fine-tune a causal language model with GraLoRA (gralora-ext finetune --help)
+  merge      merge adapters into a model, from files into files (gralora-ext merge --help)
   info       what is built, installed and in use, and what to do if something is missing
 
   --help     this text
   --version  the version of gralora_ext
 """
+COMMANDS = ("finetune", "merge", "info")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,6 +74,10 @@ def _dispatch(arguments: list[str]) -> int:
 
         keep_freed_memory()
         return run(options)
+    if name == "merge":
+        from .merge import run as merge
+
+        return merge(rest)
     if name == "info":
         from .info import run as info
 
@@ -87,8 +93,8 @@ def _dispatch(arguments: list[str]) -> int:
     if not name:
         print(USAGE, end="", file=sys.stderr)
         return 2
-    hint = did_you_mean(name, ("finetune", "info"))
-    raise JobError(f"unknown command '{clipped(name)}'{hint}; the commands are finetune and info")
+    hint = did_you_mean(name, COMMANDS)
+    raise JobError(f"unknown command '{clipped(name)}'{hint}; the commands are {', '.join(COMMANDS)}")
 
 
 def _explain(arguments: list[str], error: Exception) -> int:
