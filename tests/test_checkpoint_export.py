@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
 import shutil
+import signal
 import warnings
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ import gralora_ext
 from gralora_ext.checkpoint import import_official
 from gralora_ext.checkpoint.export import SERVED_RANKS, export_lora
 from gralora_ext.program.errors import FileError
+from gralora_ext.program.signals import stopper
 
 TOKENS = torch.arange(24).view(2, 12) * 7 % 96
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -427,4 +430,17 @@ def test_the_command_refuses_in_one_sentence(
     save_adapter(tmp_path / "a", base, gralora(target_modules=["q_proj"]))
     result = call("export-lora", *arguments, cwd=tmp_path)
     assert result.returncode == 2 and sentence(result).startswith(f"gralora-ext: error: {message}")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_nothing(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: signal.Signals
+) -> None:
+    save_adapter(tmp_path / "a", base, gralora())
+    monkeypatch.setattr(stopper, "signum", None)  # and again at the end
+    monkeypatch.setattr("gralora_ext.checkpoint.export.ExportedLayer", lambda *_: os.kill(os.getpid(), signum))
+    result = call("export-lora", "a", "out", cwd=tmp_path)
+    assert result.returncode == 128 + signum
+    assert sentence(result).endswith("before anything was written; run the same command again")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -112,6 +112,10 @@ class Adapter:
         """What the configuration says of all layers; the shape of a weight that is not square says it better."""
         return self.config.get("fan_in_fan_out") is True
 
+    @property
+    def files(self) -> list[Path]:
+        return [self.folder / CONFIG, self.file.path]
+
     def close(self) -> None:
         self.file.close()
 
@@ -140,7 +144,8 @@ class Adapter:
                     f"{self.file.path}: {key} is not of a plain linear layer with a {self.kind} adapter, and cannot be merged "
                     "in files: load the model with PEFT and merge it there"
                 )
-            whole[name.replace(".base_layer.", ".")] = info
+            if ".original_module." not in name:  # what is frozen beside a module that is trained whole
+                whole.setdefault(name.replace(".base_layer.", ".").replace(".modules_to_save.", "."), info)
         for info in [*whole.values(), *(info for layer in parts.values() for info in layer.values())]:
             if info.dtype not in _FLOATS:
                 raise FileError(

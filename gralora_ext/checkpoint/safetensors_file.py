@@ -12,7 +12,7 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ TORCH_DTYPES = {
     "F64": torch.float64,
 }
 NAMES_OF_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+_PIECE = 1 << 20
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 HOW_TO_CONVERT = (
     "pickles can run code and are not read: load it once with transformers or PEFT and save it again with "
@@ -87,10 +88,23 @@ class SafetensorsFile:
             self.read_into(info.begin, tensor.reshape(-1).view(torch.uint8).numpy())
         return tensor
 
+    def is_same(self, one: TensorInfo, other: TensorInfo) -> bool:
+        """Whether two tensors have the same dtype, shape and bytes."""
+        if (one.dtype, one.shape) != (other.dtype, other.shape):
+            return False
+        for at in range(0, one.nbytes, _PIECE):
+            count = min(_PIECE, one.nbytes - at)
+            first, second = bytearray(count), bytearray(count)
+            self.read_into(one.begin + at, first)
+            self.read_into(other.begin + at, second)
+            if first != second:
+                return False
+        return True
+
     def check_unchanged(self) -> None:
         """Raises a FileError where the file has been written to since it was opened."""
         if _measured(self.fd, self.path)[1] != self.stamp:
-            raise FileError(f"{self.path} was changed while it was read: run the command again when it is at rest")
+            refuse_changed(self.path)
 
     def close(self) -> None:
         os.close(self.fd)
@@ -153,12 +167,16 @@ class SafetensorsWriter:
         os.close(self.fd)
 
 
-def stamp_of(status: os.stat_result) -> list[int]:
+def refuse_changed(path: Path) -> NoReturn:
+    raise FileError(f"{path} was changed while it was read: run the command again when it is at rest")
+
+
+def stamp_of(status: os.stat_result) -> tuple[int, ...]:
     """What differs once a file was written to, replaced or touched, though not always the other way round."""
-    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
-def _measured(fd: int, path: Path) -> tuple[int, list[int]]:
+def _measured(fd: int, path: Path) -> tuple[int, tuple[int, ...]]:
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
         raise FileError(f"{path} is not a file: expected a safetensors file")

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..program.errors import JobError
+from ..program.signals import stopper
 from .options import Parser
 
 DESCRIPTION = """Writes a GraLoRA adapter as a LoRA adapter, from its files alone. Without --rank the LoRA is exact: its rank is
@@ -28,6 +29,7 @@ def run(argv: list[str]) -> int:
     )
     parser.add_argument("--debug", action="store_true", help="on an error, show where it happened")
     options = parser.parse_args(argv)
+    stopper.install()
     from ..checkpoint.export import check_arguments, export_lora
 
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..program.signals import stopper
 from .options import Parser
 
 DESCRIPTION = """Writes a checkpoint of the paper's own repository (SqueezeBits/GraLoRA) as one that PEFT reads. The tensors stay; r,
@@ -18,6 +19,7 @@ def run(argv: list[str]) -> int:
     parser.add_argument("out", metavar="OUT", type=Path, help="a new or empty folder")
     parser.add_argument("--debug", action="store_true", help="on an error, show where it happened")
     options = parser.parse_args(argv)
+    stopper.install()
     from ..checkpoint.official import import_official
 
     report = import_official(options.adapter, options.out)

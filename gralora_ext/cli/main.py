@@ -17,6 +17,7 @@ USAGE = """\
 usage: gralora-ext COMMAND [options]
 
   finetune         fine-tune a causal language model with GraLoRA (gralora-ext finetune --help)
+  merge            merge adapters into a model, from files into files (gralora-ext merge --help)
   export-lora      write a GraLoRA adapter as a LoRA adapter, exactly or of a smaller rank
   import-official  write a checkpoint of the paper's own repository as one that PEFT reads
   info             what is built, installed and in use, and what to do if something is missing
@@ -24,7 +25,7 @@ usage: gralora-ext COMMAND [options]
   --help           this text
   --version        the version of gralora_ext
 """
-COMMANDS = ("finetune", "export-lora", "import-official", "info")
+COMMANDS = ("finetune", "merge", "export-lora", "import-official", "info")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,7 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     except JobError as error:
         return _fail(arguments, str(error), 2)
     except Stopped as stop:
-        print(f"stopped by {stop.name} before anything was trained; run the same command again", file=sys.stderr)
+        what = "anything was trained" if arguments[0] == "finetune" else "anything was written"
+        print(f"stopped by {stop.name} before {what}; run the same command again", file=sys.stderr)
         return stop.exit_code
     except KeyboardInterrupt:
         return 130
@@ -75,6 +77,10 @@ def _dispatch(arguments: list[str]) -> int:
 
         keep_freed_memory()
         return run(options)
+    if name == "merge":
+        from .merge import run as merge
+
+        return merge(rest)
     if name == "export-lora":
         from .export_lora import run as export_lora
 
