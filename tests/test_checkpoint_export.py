@@ -147,6 +147,18 @@ def test_the_exact_form_holds_the_adapters_elements_bit_for_bit(base: Path, tmp_
                 assert not own_A.any() and not own_B.any()
 
 
+def test_parts_of_different_dtypes_lose_nothing(base: Path, tmp_path: Path) -> None:
+    save_adapter(tmp_path / "a", base, gralora(target_modules=["q_proj"], hybrid_r=2, r=4))
+    tensors = load_file(tmp_path / "a" / WEIGHTS)
+    save_file({n: t if "general" in n else t.bfloat16() for n, t in tensors.items()}, tmp_path / "a" / WEIGHTS)
+    export_lora(tmp_path / "a", tmp_path / "lora")
+    _, factors = written(tmp_path / "lora")
+    for name, tensor in factors.items():
+        general = tensors[name.replace("lora_", "gralora_").replace(".weight", "_general.weight")]
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor[8:] if "lora_A" in name else tensor[:, 8:], general)
+
+
 def deltas(folder: Path) -> dict[str, Tensor]:
     """ΔW of each layer of a LoRA in a folder, in float64, by PEFT's words for rank and alpha."""
     config, tensors = written(folder)
@@ -327,7 +339,26 @@ def test_a_configuration_that_lora_cannot_have_is_refused(
 
 
 HOSTILE = [
-    *(None, True, 0, 1, -1, 3, 8, 10**30, 1.5, float("nan"), float("inf"), "", "x", "(", "a" * 5000, "all", "auto"),
+    *(
+        None,
+        True,
+        0,
+        1,
+        -1,
+        3,
+        8,
+        10**30,
+        1e308,
+        1.5,
+        float("nan"),
+        float("inf"),
+        "",
+        "x",
+        "(",
+        "a" * 5000,
+        "all",
+        "auto",
+    ),
     *([], [1], ["q_proj"], [None], {}, {"a": 1}, {"q_proj": 4}, {"a": {"b": []}}, "\ud800"),
 ]
 FIELDS_OF_FILES = [

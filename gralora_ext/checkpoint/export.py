@@ -25,7 +25,6 @@ _COPIED = (
     *("auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "modules_to_save"),
     *("exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "ensure_weight_tying"),
 )
-_OTHER_NAMES = {"gralora_dropout": "lora_dropout"}
 _BIASES = {"none": "none", "all": "all", "gralora_only": "lora_only"}
 
 
@@ -157,7 +156,6 @@ def _write_config(opened: Adapter, plan: list[_Planned], folder: Path) -> None:
     r, rank_pattern = common_and_others({p.layer.name: p.rank for p in plan})
     alpha, alpha_pattern = common_and_others({p.layer.name: _alpha(p) for p in plan})
     fields = {name: given[name] for name in _COPIED if given.get(name) is not None}
-    fields |= {theirs: given[ours] for ours, theirs in _OTHER_NAMES.items() if given.get(ours) is not None}
     try:
         config = LoraConfig(
             r=r,
@@ -166,6 +164,7 @@ def _write_config(opened: Adapter, plan: list[_Planned], folder: Path) -> None:
             alpha_pattern=alpha_pattern,
             target_modules=given.get("target_modules") or list(opened.layers),
             bias=_BIASES[bias],
+            lora_dropout=given.get("gralora_dropout") or 0.0,
             **fields,
         )
     except (TypeError, ValueError) as error:
@@ -178,7 +177,7 @@ def _write_config(opened: Adapter, plan: list[_Planned], folder: Path) -> None:
 
 def _alpha(planned: _Planned) -> float:
     alpha = planned.rank * (1.0 if planned.is_scaled else planned.layer.scaling)
-    return int(alpha) if alpha == int(alpha) else alpha
+    return int(alpha) if alpha.is_integer() else alpha
 
 
 def _write_weights(opened: Adapter, plan: list[_Planned], path: Path) -> list[ExportedLayer]:
@@ -206,7 +205,7 @@ def _write_weights(opened: Adapter, plan: list[_Planned], path: Path) -> list[Ex
 def _factors(planned: _Planned) -> tuple[Factors, float]:
     """The two factors as they are written, and the relative error of their product."""
     layer = planned.layer
-    read = {part: layer.file.read(info.name) for part, info in layer.parts.items()}
+    read = {part: layer.file.read(info.name).to(planned.dtype) for part, info in layer.parts.items()}
     tensors = read["A"], read["B"], read.get("A_general"), read.get("B_general")
     error = 0.0
     if planned.kept == planned.exact_rank:
