@@ -223,7 +223,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     config = read_object(path)
     kind = config.get("peft_type")
-    if kind not in _PARTS:
+    if not isinstance(kind, str) or kind not in _PARTS:
         raise FileError(f"{path}: peft_type: expected GRALORA or LORA, got {str(kind)[:60]!r}")
     if "gralora_alpha" in config:
         raise FileError(
