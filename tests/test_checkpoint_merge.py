@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -95,6 +96,9 @@ TIED = {
     "projections alone": (gralora, {}),
     "the embedding trained whole": (gralora, {"modules_to_save": ["embed_tokens"]}),
     "the head trained whole": (gralora, {"modules_to_save": ["lm_head"]}),
+    "both trained whole, apart": (gralora, {"modules_to_save": ["embed_tokens", "lm_head"]}),
+    "both trained as one": (gralora, {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
+    "both trained as one, LoRA": (lora, {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}),
 }
 
 
@@ -111,8 +115,11 @@ def test_tied_embeddings(tmp_path, name):
     adapter = save_adapter(tmp_path / "adapter", base, make(**fields), change=train)
     merge(base, adapter, tmp_path / "out")
     got, expected = loaded(tmp_path / "out"), merged_in_memory(base, adapter)
-    assert_same_weights(got, expected)
-    assert (got.lm_head.weight is got.model.embed_tokens.weight) == (name == "projections alone")
+    if make is gralora:
+        assert_same_weights(got, expected)
+    torch.testing.assert_close(got.lm_head.weight, expected.lm_head.weight, rtol=0, atol=0)
+    torch.testing.assert_close(got.model.embed_tokens.weight, expected.model.embed_tokens.weight, rtol=0, atol=0)
+    assert (got.lm_head.weight is got.model.embed_tokens.weight) == (name == "projections alone" or "as one" in name)
 
 
 def test_pieces_smaller_than_a_row_give_the_same_bits(tmp_path, monkeypatch):
@@ -302,3 +309,19 @@ def test_an_index_cannot_name_files_elsewhere(tmp_path):
         path.write_text(json.dumps(index))
         with pytest.raises(FileError, match="index.json names"):
             merge(base, adapter, tmp_path / "out")
+
+
+@pytest.mark.parametrize("labels", [2, 5])
+def test_a_new_head_is_written_and_the_configuration_tells_of_it(tmp_path, labels):
+    base = save_base(tmp_path / "base", llama(pad_token_id=0), torch.bfloat16)
+    loads = AutoModelForSequenceClassification.from_pretrained
+    torch.manual_seed(3)
+    with gralora_ext.enable():
+        model = get_peft_model(loads(base, num_labels=labels), gralora(task_type="SEQ_CLS"))
+        model.save_pretrained(tmp_path / "adapter")
+        expected = model.merge_and_unload()
+    report = merge(base, tmp_path / "adapter", tmp_path / "out")
+    got = loads(tmp_path / "out")
+    assert report.replaced == 1 and got.config.num_labels == labels
+    assert_same_weights(got, expected)
+    assert got.config.architectures == ["LlamaForSequenceClassification"]

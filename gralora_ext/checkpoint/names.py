@@ -23,12 +23,26 @@ class Names:
     """``tensors``: names in the base's files, by names of parameters. ``tied``: parameters by those that they share memory with.
 
     ``converted``: parameters that transformers computes from tensors of other names, so that no tensor in a file is theirs.
+    ``model``: the model on ``meta``, where transformers was asked.
     """
 
-    def __init__(self, tensors: dict[str, str], tied: dict[str, str] | None = None, converted: Iterable[str] = ()):
+    def __init__(
+        self,
+        tensors: dict[str, str],
+        tied: dict[str, str] | None = None,
+        converted: Iterable[str] = (),
+        model: Any = None,
+    ):
         self.tensors = tensors
         self.tied = tied or {}
         self.converted = frozenset(converted)
+        self.model = model
+        self.shapes = {} if model is None else {name: tuple(t.shape) for name, t in model.state_dict().items()}
+
+    def is_new(self, parameter: str) -> bool:
+        """Whether the model has a parameter that the base's files lack, as the head of another task."""
+        known = parameter in self.tensors or parameter in self.tied or parameter in self.converted
+        return parameter in self.shapes and not known
 
     def of(self, parameter: str, adapter: Adapter, base: BaseModel) -> str:
         """The tensor of a parameter that ``adapter`` names; a FileError with both names where there is none."""
@@ -53,6 +67,7 @@ def names_of(base: BaseModel, adapters: list[Adapter]) -> Names:
     """The names of ``base`` as the ``adapters`` use them."""
     needed = [parameter for adapter in adapters for parameter in parameters_of(adapter)]
     same = {name: name for name in base.tensors}
+    whole = [parameter for adapter in adapters for parameter in adapter.whole]
     # A matrix that is trained whole may be tied to another one, of which only transformers knows.
     may_be_tied = any(len(info.shape) == 2 for adapter in adapters for info in adapter.whole.values())
     if all(name in same for name in needed) and not may_be_tied:
@@ -60,7 +75,7 @@ def names_of(base: BaseModel, adapters: list[Adapter]) -> Names:
     best = Names(same)
     for model in _models(base, adapters):
         names = _renamed(base, model)
-        known = {*names.tensors, *names.tied, *names.converted}
+        known = {*names.tensors, *names.tied, *names.converted, *filter(names.is_new, whole)}
         if all(name in known for name in needed):
             return names
         best = best if any(name in best.tensors for name in needed) else names
@@ -133,4 +148,4 @@ def _renamed(base: BaseModel, model: Any) -> Names:
         converter = next(each for each in converters if pattern in each.source_patterns)
         converted.update(name.replace(converter.target_patterns[0], other) for other in converter.target_patterns)
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
-    return Names(tensors, tied, converted - tensors.keys())
+    return Names(tensors, tied, converted - tensors.keys(), model)

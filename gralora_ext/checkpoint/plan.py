@@ -123,6 +123,7 @@ def make_plan(
         for name, source in base.tensors.items()
     }
     owners = {name: name for name in jobs}  # the tensor of the base beside which one is written
+    _add_heads(adapters, names, jobs, owners)
     shared = _untie(base, adapters, names, jobs, owners)
     for adapter in adapters:
         _add(base, adapter, names, jobs, scale)
@@ -133,6 +134,7 @@ def make_plan(
             job.computed = NAMES_OF_DTYPES[torch.promote_types(TORCH_DTYPES[job.dtype], dtype)]
             job.dtype = NAMES_OF_DTYPES[dtype]
     changes: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")} if dtype is not None else {}
+    changes |= _config_of_heads(names, jobs, base)
     if shared and len(names.tied) == 1 and base.config.get("tie_word_embeddings", True):
         changes["tie_word_embeddings"] = False
     new = sum(math.prod(job.shape) for name, job in jobs.items() if name not in base.tensors)
@@ -142,6 +144,33 @@ def make_plan(
     shards = _shards(base, jobs, owners, max_shard_size)
     metadata["total_size"] = sum(shard.nbytes for shard in shards)
     return Plan(shards, [shard.name for shard in shards] != [SINGLE], metadata, changes, dtype)
+
+
+def _add_heads(adapters: list[Adapter], names: Names, jobs: dict[str, Job], owners: dict[str, str]) -> None:
+    """Makes room for what is trained whole and new, as the head of another task, in the dtype of the base's weights."""
+    last, dtype = next(reversed(jobs)), next((job.dtype for job in jobs.values() if job.dtype in FLOATS), "F32")
+    for adapter in adapters:
+        for parameter, info in adapter.whole.items():
+            if names.is_new(parameter):
+                source = Source(adapter.file.path, adapter.file.stamp, info)
+                jobs[parameter] = Job(parameter, dtype, info.shape, source, dtype)
+                owners[parameter] = last
+                names.tensors[parameter] = parameter
+
+
+def _config_of_heads(names: Names, jobs: dict[str, Job], base: BaseModel) -> dict[str, Any]:
+    """What a model with a new head says of itself: its class, and how many labels it has."""
+    new = [name for name in jobs if name not in base.tensors and name not in names.tied and name in names.shapes]
+    if not new:
+        return {}
+    changes: dict[str, Any] = {"architectures": [type(names.model).__name__]}
+    labels = names.model.config.num_labels
+    for name in new:
+        theirs, ours = names.shapes[name], jobs[name].shape
+        if theirs != ours and theirs[:1] == (labels,):
+            changes["id2label"] = {str(n): f"LABEL_{n}" for n in range(ours[0])}
+            changes["label2id"] = {label: int(n) for n, label in changes["id2label"].items()}
+    return changes
 
 
 def _untie(
