@@ -89,9 +89,9 @@ def merge(
     start = time.perf_counter()
     paths = [adapter] if isinstance(adapter, (str, os.PathLike)) else list(adapter)
     if not paths:
-        raise ValueError("adapter: expected at least one folder, got none")
+        raise FileError("adapter: expected at least one folder, got none")
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
-        raise ValueError(f"scale: expected a finite number, got {scale!r}")
+        raise FileError(f"scale: expected a finite number, got {scale!r}")
     kind, most = parse_dtype(dtype), parse_size(max_shard_size)
     place = Path(out)
     with ExitStack() as stack:

@@ -90,7 +90,7 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """One of bf16, fp16 and fp32, by torch's name or these; None stays None."""
     found = _DTYPES.get(str(dtype).removeprefix("torch."))
     if dtype is not None and found is None:
-        raise ValueError(f"dtype: expected bf16, fp16 or fp32, got {dtype!r}")
+        raise FileError(f"dtype: expected bf16, fp16 or fp32, got {dtype!r}")
     return found
 
 
@@ -103,9 +103,9 @@ def parse_size(size: int | str | None) -> int | None:
     try:
         count = int(size) if isinstance(size, int) or str(size).strip().isdigit() else parse_size_to_int(size)
     except (ValueError, OverflowError) as error:
-        raise ValueError(f"max_shard_size: expected a number of bytes or a text such as 5GB, got {size!r}") from error
+        raise FileError(f"max_shard_size: expected a number of bytes or a text such as 5GB, got {size!r}") from error
     if count <= 0 or isinstance(size, bool):
-        raise ValueError(f"max_shard_size: expected a positive size such as 5GB, got {size!r}")
+        raise FileError(f"max_shard_size: expected a positive size such as 5GB, got {size!r}")
     return count
 
 
