@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers.modeling_utils  # noqa: F401  else each question about names starts a process
 from safetensors.torch import load_file
 
 from gralora_ext.checkpoint import merge

@@ -83,6 +83,15 @@ def test_several_adapters_one_after_the_other(tmp_path):
     assert_same_weights(loaded(tmp_path / "out"), merged_in_memory(base, first, second))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_adapters_in_other_dtypes(tmp_path, dtype):
+    base = save_base(tmp_path / "base", llama(), torch.bfloat16)
+    adapter = save_adapter(tmp_path / "adapter", base, gralora(hybrid_r=2), change=lambda model: model.to(dtype))
+    assert load_file(adapter / "adapter_model.safetensors").popitem()[1].dtype == dtype
+    merge(base, adapter, tmp_path / "out")
+    assert_same_weights(loaded(tmp_path / "out"), merged_in_memory(base, adapter))
+
+
 def test_a_lora(tmp_path):
     base = save_base(tmp_path / "base", llama())
     adapter = save_adapter(tmp_path / "adapter", base, lora())

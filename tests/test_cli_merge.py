@@ -12,9 +12,10 @@ import time
 
 import pytest
 import torch
-from checkpoint_helpers import assert_same_weights, gralora, llama, merged_in_memory, save_adapter, save_base
+from checkpoint_helpers import assert_same_weights, gpt2, gralora, llama, merged_in_memory, save_adapter, save_base
 from cli_helpers import call, sentence
 from error_messages import ROOT
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from gralora_ext.cli.merge import parse
@@ -57,6 +58,18 @@ def test_options_of_the_page_are_taken(folder):
     assert call("merge", "base", "first", "second", "of-the-page", *words, cwd=folder).returncode == 0
     request = json.loads((folder / "of-the-page" / "merge.json").read_text())["request"]
     assert request["scale"] == 0.5 and request["dtype"] == "bfloat16" and request["max_shard_size"] == 5_000_000_000
+
+
+def test_names_are_found_in_a_process_of_their_own(tmp_path):
+    base = save_base(tmp_path / "base", gpt2())
+    save_adapter(tmp_path / "adapter", base, gralora(target_modules=["c_attn"], fan_in_fan_out=True))
+    expected = merged_in_memory(base, tmp_path / "adapter")
+    path = base / "model.safetensors"
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    done = call("merge", "base", "adapter", "out", cwd=tmp_path)
+    assert done.returncode == 0 and not done.stderr
+    assert_same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), expected)
 
 
 WRONG = {

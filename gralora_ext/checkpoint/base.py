@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..program.errors import FileError
 from .header import TensorInfo
@@ -21,8 +20,7 @@ _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin.index.json", ".gguf
 _QUANTIZED = ("F8_", "F6_", "F4")
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """A tensor, the file that it is in, and that file's stamp when its header was read."""
 
     path: Path
