@@ -72,7 +72,14 @@ class Layer:
 
         float32 is what PEFT makes of an adapter when it loads it. A LoRA is a GraLoRA with k = 1.
         """
-        read = {part: self.file.read(info.name).to(torch.float32) for part, info in self.parts.items()}
+        return {part: tensor.to(torch.float32) for part, tensor in self.stored().items()}
+
+    def stored(self) -> dict[str, Tensor]:
+        """:meth:`weights` in the file's dtype, where it is one that float32 holds, and in less memory."""
+        read = {part: self.file.read(info.name) for part, info in self.parts.items()}
+        dtypes = {tensor.dtype for tensor in read.values()}
+        if len(dtypes) > 1 or torch.float64 in dtypes:
+            read = {part: tensor.to(torch.float32) for part, tensor in read.items()}
         if self.is_lora:
             return {"A": read["A"].T.unsqueeze(0), "B": read["B"].T.unsqueeze(0)}
         return read
@@ -146,7 +153,7 @@ class Adapter:
                 )
             if ".original_module." not in name:  # what is frozen beside a module that is trained whole
                 whole.setdefault(name.replace(".base_layer.", ".").replace(".modules_to_save.", "."), info)
-        for info in [*whole.values(), *(info for layer in parts.values() for info in layer.values())]:
+        for info in (info for layer in parts.values() for info in layer.values()):
             if info.dtype not in _FLOATS:
                 raise FileError(
                     f"{self.file.path}: {info.name} has dtype {info.dtype}: expected one of {', '.join(_FLOATS)}"

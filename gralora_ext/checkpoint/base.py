@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..program.errors import FileError
 from .header import TensorInfo
@@ -18,11 +17,11 @@ CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.i
 MOST_INDEX_BYTES = 16 << 20
 MOST_SMALL_BYTES = 256 << 20  # tokenizers have up to some 40 MB
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin.index.json", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
+_QUANTIZATION = ("quantization_config", "compression_config")
 _QUANTIZED = ("F8_", "F6_", "F4")
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """A tensor, the file that it is in, and that file's stamp when its header was read."""
 
     path: Path
@@ -42,9 +41,10 @@ class BaseModel:
         if not folder.is_dir():
             raise FileError(f"{folder} is not a folder: expected a model's, as save_pretrained writes it")
         self.config = read_object(folder / CONFIG)
-        if self.config.get("quantization_config"):
-            method = self.config["quantization_config"]
-            method = method.get("quant_method") if isinstance(method, dict) else method
+        parts = [self.config, *(part for part in self.config.values() if isinstance(part, dict))]
+        found = next((part[key] for part in parts for key in _QUANTIZATION if part.get(key)), None)
+        if found is not None:
+            method = found.get("quant_method") if isinstance(found, dict) else found
             raise FileError(
                 f"{folder / CONFIG}: the model is quantized ({str(method)[:40]}): merge into the model that it was made of, in "
                 "bf16, fp16 or fp32, and quantize the result"

@@ -12,12 +12,12 @@ import json
 import math
 import re
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from .json_text import Malformed, each_member, read_texts, skip
 
-# The format's own limit is 100 MB. 4 MiB hold 30,000 tensors in one file, and no model has as many.
-MOST_HEADER_BYTES = 4 << 20
+# The format's own limit is 100 MB. 3 MiB hold 24,000 tensors in one file, and no model has as many.
+MOST_HEADER_BYTES = 3 << 20
 MOST_DIMENSIONS = 64  # as many as a torch tensor can have
 _BITS = {
     "BOOL": 8,
@@ -118,19 +118,21 @@ def lay_out(
     They keep their order but for the sizes of their elements, the largest first: so each begins at a multiple of its own, which
     readers rely on.
     """
-    entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    placed, offset = [], 0
+    parts = [f'"__metadata__":{json.dumps(metadata, ensure_ascii=False)}'] if metadata else []
+    placed, offset = {}, 0
     for name, dtype, shape in sorted(tensors, key=lambda tensor: -_BITS[tensor[1]]):
-        size = nbytes_of(dtype, shape)
-        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
-        placed.append((name, dtype, tuple(shape), offset, offset + size))
-        offset += size
-    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+        end = offset + nbytes_of(dtype, shape)
+        sizes = ",".join(map(str, shape))
+        quoted = json.dumps(name, ensure_ascii=False)
+        parts.append(f'{quoted}:{{"dtype":"{dtype}","shape":[{sizes}],"data_offsets":[{offset},{end}]}}')
+        placed[name] = TensorInfo(name, dtype, shape, offset, end)
+        offset = end
+    text = f"{{{','.join(parts)}}}".encode()
     text += b" " * (-len(text) % 8)
     begin = 8 + len(text)
-    return len(text).to_bytes(8, "little") + text, {
-        name: TensorInfo(name, dtype, shape, begin + first, begin + last) for name, dtype, shape, first, last in placed
-    }
+    for name, info in placed.items():
+        placed[name] = info._replace(begin=begin + info.begin, end=begin + info.end)
+    return len(text).to_bytes(8, "little") + text, placed
 
 
 def _check_without_holes(ordered: list[TensorInfo], data_begin: int, file_size: int) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from .base import CONFIG, INDEX, BaseModel
 from .pipeline import Pipeline, RunningHash
 from .plan import Plan, Shard, make_plan, parse_dtype, parse_size
 from .safetensors_file import refuse_changed
-from .staging import MANIFEST, Staging, entry_of, opened, sha256_of
+from .staging import MANIFEST, Staging, blocks_of, entry_of, opened, sha256_of
 
 PathLike = str | os.PathLike[str]
 
@@ -89,9 +89,9 @@ def merge(
     start = time.perf_counter()
     paths = [adapter] if isinstance(adapter, (str, os.PathLike)) else list(adapter)
     if not paths:
-        raise ValueError("adapter: expected at least one folder, got none")
+        raise FileError("adapter: expected at least one folder, got none")
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
-        raise ValueError(f"scale: expected a finite number, got {scale!r}")
+        raise FileError(f"scale: expected a finite number, got {scale!r}")
     kind, most = parse_dtype(dtype), parse_size(max_shard_size)
     place = Path(out)
     with ExitStack() as stack:
@@ -149,12 +149,12 @@ def _write(
                 hashes.keep()
                 staging.finished(shard.name, sha256)
         for path in small:
-            _finish(staging, path.name, lambda beside, path=path: _copy(path, beside))
+            _finish(staging, path.name, partial(_copy, path))
         if plan.sharded:
             files = {job.name: shard.name for shard in plan.shards for job in shard.jobs}
             index = {"metadata": plan.index_metadata, "weight_map": dict(sorted(files.items()))}
-            _finish(staging, INDEX, lambda beside: write_json(beside, index))
-        _finish(staging, CONFIG, lambda beside: _write_config(beside, base, plan))
+            _finish(staging, INDEX, partial(write_json, value=index))
+        _finish(staging, CONFIG, partial(_write_config, base=base, plan=plan))
         hashes.complete()
     for name, entry in staging.inputs.items():
         if entry_of(Path(name))["stamp"] != entry["stamp"]:
@@ -215,8 +215,8 @@ def _finish(staging: Staging, name: str, write: Callable[[Path], None]) -> None:
 
 
 def _copy(path: Path, to: Path) -> None:
-    with open(path, "rb") as source, open(to, "wb") as target:
-        shutil.copyfileobj(source, target, 1 << 20)
+    with open(to, "wb") as target:
+        target.writelines(blocks_of(path))
 
 
 def _write_config(path: Path, base: BaseModel, plan: Plan) -> None:

@@ -144,6 +144,7 @@ class Pipeline:
         if file is None:
             file = SafetensorsFile(source.path)
             self._files[source.path] = file
+            os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
             if file.stamp != source.stamp:
                 refuse_changed(source.path)
             if running is not None:
@@ -183,7 +184,7 @@ class Pipeline:
         """What the adapters have for a weight; those of the weight before are freed first."""
         if self._loaded is None or self._loaded[0] is not job:
             self._loaded = None
-            self._loaded = (job, [addition.layer.weights() for addition in job.additions])
+            self._loaded = (job, [addition.layer.stored() for addition in job.additions])
         return self._loaded[1]
 
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ class Addition:
     fan_in_fan_out: bool
 
 
-@dataclass
+@dataclass(slots=True)  # a model may have 100,000 tensors
 class Job:
     """One tensor of the result."""
 
@@ -45,7 +45,7 @@ class Job:
     shape: tuple[int, ...]
     source: Source
     computed: str  # the dtype in which it is added to: that of the base, or a wider one
-    additions: list[Addition] = field(default_factory=list)
+    additions: tuple[Addition, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -90,22 +90,22 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """One of bf16, fp16 and fp32, by torch's name or these; None stays None."""
     found = _DTYPES.get(str(dtype).removeprefix("torch."))
     if dtype is not None and found is None:
-        raise ValueError(f"dtype: expected bf16, fp16 or fp32, got {dtype!r}")
+        raise FileError(f"dtype: expected bf16, fp16 or fp32, got {dtype!r}")
     return found
 
 
 def parse_size(size: int | str | None) -> int | None:
     """A number of bytes, or a text such as 5GB, as transformers takes it."""
-    from huggingface_hub.serialization._base import parse_size_to_int
-
     if size is None:
         return None
+    from huggingface_hub.serialization._base import parse_size_to_int
+
     try:
         count = int(size) if isinstance(size, int) or str(size).strip().isdigit() else parse_size_to_int(size)
     except (ValueError, OverflowError) as error:
-        raise ValueError(f"max_shard_size: expected a number of bytes or a text such as 5GB, got {size!r}") from error
+        raise FileError(f"max_shard_size: expected a number of bytes or a text such as 5GB, got {size!r}") from error
     if count <= 0 or isinstance(size, bool):
-        raise ValueError(f"max_shard_size: expected a positive size such as 5GB, got {size!r}")
+        raise FileError(f"max_shard_size: expected a positive size such as 5GB, got {size!r}")
     return count
 
 
@@ -122,7 +122,8 @@ def make_plan(
         name: Job(name, source.info.dtype, source.info.shape, source, source.info.dtype)
         for name, source in base.tensors.items()
     }
-    owners = {name: name for name in jobs}  # the tensor of the base beside which one is written
+    owners: dict[str, str] = {}  # the tensor of the base beside which a new one is written
+    _add_heads(adapters, names, jobs, owners)
     shared = _untie(base, adapters, names, jobs, owners)
     for adapter in adapters:
         _add(base, adapter, names, jobs, scale)
@@ -133,6 +134,7 @@ def make_plan(
             job.computed = NAMES_OF_DTYPES[torch.promote_types(TORCH_DTYPES[job.dtype], dtype)]
             job.dtype = NAMES_OF_DTYPES[dtype]
     changes: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")} if dtype is not None else {}
+    changes |= _config_of_heads(names, jobs)
     if shared and len(names.tied) == 1 and base.config.get("tie_word_embeddings", True):
         changes["tie_word_embeddings"] = False
     new = sum(math.prod(job.shape) for name, job in jobs.items() if name not in base.tensors)
@@ -142,6 +144,31 @@ def make_plan(
     shards = _shards(base, jobs, owners, max_shard_size)
     metadata["total_size"] = sum(shard.nbytes for shard in shards)
     return Plan(shards, [shard.name for shard in shards] != [SINGLE], metadata, changes, dtype)
+
+
+def _add_heads(adapters: list[Adapter], names: Names, jobs: dict[str, Job], owners: dict[str, str]) -> None:
+    """Makes room for what is trained whole and new, as the head of another task, in the dtype of the base's weights."""
+    last, dtype = next(reversed(jobs)), next((job.dtype for job in jobs.values() if job.dtype in FLOATS), "F32")
+    for adapter in adapters:
+        for parameter, info in adapter.whole.items():
+            if parameter in names.new:
+                source = Source(adapter.file.path, adapter.file.stamp, info)
+                jobs[parameter] = Job(parameter, dtype, info.shape, source, dtype)
+                owners[parameter] = last
+                names.tensors[parameter] = parameter
+
+
+def _config_of_heads(names: Names, jobs: dict[str, Job]) -> dict[str, Any]:
+    """What a model with a new head says of itself: its class, and how many labels it has."""
+    if not names.new:
+        return {}
+    changes: dict[str, Any] = {"architectures": [names.model_class]}
+    for name, shape in names.new.items():
+        ours = jobs[name].shape
+        if shape != list(ours) and shape[:1] == [names.num_labels]:
+            changes["id2label"] = {str(n): f"LABEL_{n}" for n in range(ours[0])}
+            changes["label2id"] = {label: int(n) for n, label in changes["id2label"].items()}
+    return changes
 
 
 def _untie(
@@ -197,20 +224,20 @@ def _add(base: BaseModel, adapter: Adapter, names: Names, jobs: dict[str, Job], 
         if tensor is None and parameter in names.tied:  # both are trained as one, and the base has the other
             continue
         job = jobs[names.of(parameter, adapter, base)]
-        if job.shape != info.shape or job.dtype not in FLOATS:
+        if job.shape != info.shape or (job.dtype != info.dtype and not {job.dtype, info.dtype} <= set(FLOATS)):
             raise FileError(
                 f"{adapter.file.path}: {info.name} is {info.dtype} {list(info.shape)}, but {job.name} of {base.folder} is "
                 f"{job.dtype} {list(job.shape)}: expected the adapter's own base model"
             )
         job.source = Source(adapter.file.path, adapter.file.stamp, info)
-        job.additions = []
+        job.additions = ()
     found = {layer.name: jobs[names.of(f"{layer.name}.weight", adapter, base)] for layer in adapter.layers.values()}
     transposed = {name: _is_transposed(adapter.layers[name], job, adapter, base) for name, job in found.items()}
     for name, job in found.items():
         layer, stored = adapter.layers[name], transposed[name]
         if stored is None:
             stored = _by_others(name, transposed, adapter.fan_in_fan_out)
-        job.additions.append(Addition(layer, layer.scaling * scale, stored))
+        job.additions += (Addition(layer, layer.scaling * scale, stored),)
 
 
 def _is_transposed(layer: Layer, job: Job, adapter: Adapter, base: BaseModel) -> bool | None:

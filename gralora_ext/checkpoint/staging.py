@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..program.errors import FileError, JobError
-from ..program.files import disk_errors, flush, write_json
+from ..program.files import disk_errors, flush
 from ..program.signals import stopper
 from .base import CONFIG
 from .json_text import read_bytes
@@ -31,8 +31,20 @@ OVERWRITE = "give overwrite=True (--overwrite) to write it anew"
 
 
 def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+    value = hashlib.sha256()
+    for block in blocks_of(path):
+        value.update(block)
+    return value.hexdigest()
+
+
+def blocks_of(path: Path) -> Iterator[bytes]:
+    """The bytes of a file that is read, in blocks; a FileError where it cannot be."""
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                yield block
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror}") from error
 
 
 class Staging:
@@ -109,6 +121,9 @@ def opened(
         with disk_errors(out):
             if not staging.is_done:
                 staging.folder.mkdir(exist_ok=True)
+                for path in staging.folder.iterdir():
+                    if path.name not in staging.outputs:  # what was being written when an earlier try was killed
+                        path.unlink()
                 staging.save()
             yield staging
 
@@ -183,7 +198,7 @@ def is_as_written(path: Path, entry: dict[str, Any], since: int) -> bool:
         if path.is_symlink() or not path.is_file() or status.st_size != entry["bytes"]:
             return False
         return status.st_ctime_ns <= since or sha256_of(path) == entry["sha256"]
-    except OSError:
+    except (OSError, FileError):
         return False
 
 
@@ -227,7 +242,7 @@ def entry_of(path: Path) -> dict[str, Any]:
 def write_sealed(path: Path, content: dict[str, Any]) -> None:
     """Writes ``content`` with a digest of itself, beside its place, flushed and renamed."""
     beside = path.with_name(f"{path.name}.new")
-    write_json(beside, {**content, "seal": _seal(content)})
+    beside.write_text(json.dumps({**content, "seal": _seal(content)}, indent=2) + "\n", encoding="utf-8")
     flush(beside)
     os.replace(beside, path)
 
@@ -248,10 +263,3 @@ def read_sealed(path: Path) -> dict[str, Any] | None:
 
 def _seal(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _digest(file: Any) -> str:
-    value = hashlib.sha256()
-    while block := file.read(1 << 20):
-        value.update(block)
-    return value.hexdigest()

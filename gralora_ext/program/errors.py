@@ -13,7 +13,7 @@ class JobError(Exception):
 
 
 class FileError(JobError, ValueError):
-    """A JobError of a function that Python programs call too, about a file of the caller's: for them, a ValueError."""
+    """A JobError of a function that Python programs call too, about a file or a value of the caller's: for them, a ValueError."""
 
 
 class Diverged(Exception):
