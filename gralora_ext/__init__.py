@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from . import checkpoint as checkpoint
     from . import ops as ops
     from . import reference as reference
     from ._build_info import build_info as build_info
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from .tuner import enable as enable
     from .tuner import restore as restore
 
-_MODULES = ("ops", "reference")
+_MODULES = ("checkpoint", "ops", "reference")
 _TUNER_NAMES = ("GraloraConfig", "GraloraLinear", "GraloraModel", "accelerate", "disable", "enable", "restore")
 
 __all__ = ["__version__", "build_info", *_MODULES, *_TUNER_NAMES]  # noqa: PLE0604

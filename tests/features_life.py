@@ -169,6 +169,16 @@ def _(tuner: Tuner) -> None:
     near(lora(rows(4)), model(rows(4)), 1e-5)
 
 
+@feature("conversion to LoRA, exact")
+def _(tuner: Tuner) -> None:
+    model = tuner.model(target_modules=["first"])
+    if tuner.is_lora:
+        return
+    config, state_dict = peft.convert_to_lora(model, rank=1.0)
+    A, B = (state_dict[f"base_model.model.first.lora_{letter}.weight"] for letter in "AB")
+    near(config.alpha_pattern["first"] / config.rank_pattern["first"] * (B @ A), delta(model), 1e-12)
+
+
 @feature("`low_cpu_mem_usage`")
 def _(tuner: Tuner) -> None:
     model = tuner.model()

@@ -15,7 +15,10 @@ DOCS = ROOT / "docs"
 PASS_ON = {
     "csrc/bindings.cpp",
     "csrc/cpu/memory.h",
+    "gralora_ext/checkpoint/base.py",
+    "gralora_ext/checkpoint/header.py",
     "gralora_ext/cli/config_file.py",
+    "gralora_ext/cli/export_lora.py",
     "gralora_ext/cli/finetune.py",
     "gralora_ext/cli/main.py",
     "gralora_ext/cli/options.py",

@@ -16,12 +16,16 @@ from .launcher import is_one_of_several, refuse_several
 USAGE = """\
 usage: gralora-ext COMMAND [options]
 
-  finetune   fine-tune a causal language model with GraLoRA (gralora-ext finetune --help)
-  info       what is built, installed and in use, and what to do if something is missing
+  finetune         fine-tune a causal language model with GraLoRA (gralora-ext finetune --help)
+  merge            merge adapters into a model, from files into files (gralora-ext merge --help)
+  export-lora      write a GraLoRA adapter as a LoRA adapter, exactly or of a smaller rank
+  import-official  write a checkpoint of the paper's own repository as one that PEFT reads
+  info             what is built, installed and in use, and what to do if something is missing
 
-  --help     this text
-  --version  the version of gralora_ext
+  --help           this text
+  --version        the version of gralora_ext
 """
+COMMANDS = ("finetune", "merge", "export-lora", "import-official", "info")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,7 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     except JobError as error:
         return _fail(arguments, str(error), 2)
     except Stopped as stop:
-        print(f"stopped by {stop.name} before anything was trained; run the same command again", file=sys.stderr)
+        what = "anything was trained" if arguments[0] == "finetune" else "anything was written"
+        print(f"stopped by {stop.name} before {what}; run the same command again", file=sys.stderr)
         return stop.exit_code
     except KeyboardInterrupt:
         return 130
@@ -72,6 +77,18 @@ def _dispatch(arguments: list[str]) -> int:
 
         keep_freed_memory()
         return run(options)
+    if name == "merge":
+        from .merge import run as merge
+
+        return merge(rest)
+    if name == "export-lora":
+        from .export_lora import run as export_lora
+
+        return export_lora(rest)
+    if name == "import-official":
+        from .import_official import run as import_official
+
+        return import_official(rest)
     if name == "info":
         from .info import run as info
 
@@ -87,8 +104,8 @@ def _dispatch(arguments: list[str]) -> int:
     if not name:
         print(USAGE, end="", file=sys.stderr)
         return 2
-    hint = did_you_mean(name, ("finetune", "info"))
-    raise JobError(f"unknown command '{clipped(name)}'{hint}; the commands are finetune and info")
+    hint = did_you_mean(name, COMMANDS)
+    raise JobError(f"unknown command '{clipped(name)}'{hint}; the commands are {', '.join(COMMANDS)}")
 
 
 def _explain(arguments: list[str], error: Exception) -> int:

@@ -12,6 +12,10 @@ class JobError(Exception):
     """What the user can mend, said in one sentence; the command prints it on stderr and exits with code 2."""
 
 
+class FileError(JobError, ValueError):
+    """A JobError of a function that Python programs call too, about a file or a value of the caller's: for them, a ValueError."""
+
+
 class Diverged(Exception):
     """The model no longer computes finite numbers; the job ends here, and writes what it has."""
 

@@ -51,17 +51,17 @@ def staged(folder: Path, owner: Owner | None = None) -> Iterator[Path]:
     Without an owner all is replaced. On any error the staged work is removed and ``folder`` is as before. Failures of
     the disk become JobError.
     """
-    with _disk_errors(folder):
+    with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=folder))
         try:
-            with _disk_errors(folder, stage):
+            with disk_errors(folder, stage):
                 yield stage
             _flush_tree(stage)
             with stopper.held():
                 for item in sorted(stage.iterdir()):
                     _replace(item, folder / item.name, stage, owner)
-                _flush(folder)
+                flush(folder)
         finally:
             shutil.rmtree(stage, ignore_errors=True)
 
@@ -73,7 +73,7 @@ def locked(folder: Path, *, wait: bool) -> Iterator[None]:
     The system frees the lock when the process dies. Without ``wait`` a folder in use is a JobError.
     """
     with ExitStack() as stack:
-        with _disk_errors(folder):
+        with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(open(folder / LOCK, "w"))
         try:
@@ -100,7 +100,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextmanager
-def _disk_errors(folder: Path, written: Path | None = None) -> Iterator[None]:
+def disk_errors(folder: Path, written: Path | None = None) -> Iterator[None]:
     """A full disk is an OSError, torch's RuntimeError, or an exception of a Rust library: all become JobError.
 
     Files are being written into ``written``; without it, any OSError is one of ``folder``.
@@ -188,11 +188,11 @@ def _flush_tree(folder: Path) -> None:
     os.umask(umask)
     for path in folder.rglob("*"):
         path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)  # safetensors lets only the owner read its files
-        _flush(path)
-    _flush(folder)
+        flush(path)
+    flush(folder)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

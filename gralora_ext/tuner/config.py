@@ -82,7 +82,7 @@ class GraloraConfig(PeftsConfig):
     )
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        _refuse_fields_of_lora(cls, kwargs)
+        _refuse_fields_of_others(cls, kwargs)
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -190,8 +190,16 @@ def _check_usable(used: list[str]) -> None:
         )
 
 
-def _refuse_fields_of_lora(cls: type, given: dict[str, Any]) -> None:
-    """Raises for fields of LoraConfig that GraLoRA does not have. One at a false value asks for nothing: PEFT drops it from a file."""
+def _refuse_fields_of_others(cls: type, given: dict[str, Any]) -> None:
+    """Raises for fields of LoraConfig that GraLoRA does not have, and for a checkpoint of the paper's own repository.
+
+    A field of LoraConfig at a false value asks for nothing: PEFT drops it from a file.
+    """
+    if "gralora_alpha" in given:
+        raise ValueError(
+            "gralora_alpha is a field of the paper's repository (SqueezeBits/GraLoRA), whose r counts the hybrid ranks too: convert "
+            "such a checkpoint with `gralora-ext import-official ADAPTER OUT`; in a new configuration it is 'alpha'"
+        )
     ours = {f.name for f in fields(cls)} if "__dataclass_fields__" in vars(cls) else set()
     lora = {f.name for f in fields(peft.LoraConfig)}
     for name, value in given.items():

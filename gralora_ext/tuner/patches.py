@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PeftType, helpers
 from peft.tuners import gralora as stock
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import conversion as pefts_conversion
 from peft.utils import hotswap as pefts_hotswap
 
-from . import hotswap
+from . import convert, hotswap
 from .config import GraloraConfig, PeftsConfig
 from .model import GraloraModel
 
@@ -34,6 +35,13 @@ _ENTRIES = [
     *_CLASSES,
     # rescale_adapter_scale asks for instances of it, and works with any layer that has scalings.
     Entry(vars(helpers), "LoraLayer", LoraLayer, (LoraLayer, stock.GraloraLayer)),
+    # convert_to_lora calls it for each layer, whenever it was imported.
+    Entry(
+        vars(pefts_conversion),
+        "_convert_module_to_lora",
+        pefts_conversion._convert_module_to_lora,
+        convert.module_to_lora,
+    ),
     # hotswap_adapter reads what it needs here, whenever it was imported.
     Entry(pefts_hotswap.CONFIG_KEYS_TO_CHECK, PeftType.GRALORA, _ABSENT, hotswap.SAME_IN_BOTH),
     *(

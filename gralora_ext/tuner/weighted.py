@@ -147,7 +147,7 @@ def _combined(configs: dict[str, Any], name: str, layer: Any, what: Combination)
         )
     ranks = [layer.r.get(adapter, patterns.rank_of(configs[adapter], name)) for adapter in what.adapters]
     hybrid = [configs[adapter].hybrid_r for adapter in what.adapters]
-    terms = [Term(_tensors(layer, adapter), layer.scaling[adapter], weight) for adapter, weight in present]
+    terms = [Term(weights_of(layer, adapter), layer.scaling[adapter], weight) for adapter, weight in present]
     if what.merge is None:
         return combine.concatenated(terms, _multiple_of(k, *ranks), sum(hybrid))
     if what.kind in TASK_ARITHMETIC:
@@ -167,7 +167,8 @@ def _multiple_of(k: int, *ranks: int) -> int:
     return k * sum(-(-rank // k) for rank in ranks)
 
 
-def _tensors(layer: Any, adapter: str) -> Weights:
+def weights_of(layer: Any, adapter: str) -> Weights:
+    """The tensors of an adapter of a layer, PEFT's own or ours."""
     A, B = layer.gralora_A[adapter].detach(), layer.gralora_B[adapter].detach()
     if layer.hybrid_r[adapter] == 0:
         return Weights(A, B, None, None)

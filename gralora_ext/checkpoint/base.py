@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model's folder as transformers writes it: which file has which tensor, and what else is in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..program.errors import FileError
+from .header import TensorInfo
+from .json_text import Malformed, each_member, read_bytes, read_object, read_texts, skip
+from .safetensors_file import HOW_TO_CONVERT, PICKLES, SafetensorsFile
+
+CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+MOST_INDEX_BYTES = 16 << 20
+MOST_SMALL_BYTES = 256 << 20  # tokenizers have up to some 40 MB
+_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin.index.json", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
+_QUANTIZATION = ("quantization_config", "compression_config")
+_QUANTIZED = ("F8_", "F6_", "F4")
+
+
+class Source(NamedTuple):
+    """A tensor, the file that it is in, and that file's stamp when its header was read."""
+
+    path: Path
+    stamp: tuple[int, ...]
+    info: TensorInfo
+
+
+class BaseModel:
+    """A base model's folder: ``tensors`` by name in the order of the files and of their bytes.
+
+    Raises:
+        FileError: a file is missing, or is not what it must be, or the weights are quantized; one sentence.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        if not folder.is_dir():
+            raise FileError(f"{folder} is not a folder: expected a model's, as save_pretrained writes it")
+        self.config = read_object(folder / CONFIG)
+        parts = [self.config, *(part for part in self.config.values() if isinstance(part, dict))]
+        found = next((part[key] for part in parts for key in _QUANTIZATION if part.get(key)), None)
+        if found is not None:
+            method = found.get("quant_method") if isinstance(found, dict) else found
+            raise FileError(
+                f"{folder / CONFIG}: the model is quantized ({str(method)[:40]}): merge into the model that it was made of, in "
+                "bf16, fp16 or fp32, and quantize the result"
+            )
+        self.index_metadata: dict[str, Any] = {}
+        names = self._file_names()
+        self.sharded = names != [SINGLE]
+        self.files: dict[str, tuple[int, ...]] = {}
+        self.file_metadata: dict[str, dict[str, str]] = {}
+        self.tensors: dict[str, Source] = {}
+        for name in names:
+            self._add_file(name)
+        self._check_index()
+
+    def small_files(self) -> Iterator[Path]:
+        """The files beside the weights that go with the model: tokenizer, generation config, licence, code; not ``config.json``."""
+        for path in sorted(self.folder.iterdir()):
+            is_weight = path.name.endswith(_WEIGHTS) or path.suffix in PICKLES
+            if path.is_file() and not (is_weight or path.name.startswith(".") or path.name in (CONFIG, INDEX)):
+                if path.stat().st_size > MOST_SMALL_BYTES:
+                    continue  # weights under a name of their own, or data
+                yield path
+
+    def _file_names(self) -> list[str]:
+        if (self.folder / SINGLE).exists():
+            return [SINGLE]
+        path = self.folder / INDEX
+        if not path.exists():
+            pickles = sorted(p.name for p in self.folder.iterdir() if p.suffix in PICKLES)
+            if pickles:
+                raise FileError(f"{self.folder} has {pickles[0]} in place of {SINGLE}: {HOW_TO_CONVERT}")
+            raise FileError(
+                f"{self.folder} has neither {SINGLE} nor {INDEX}: expected a model as save_pretrained writes it"
+            )
+        self._weight_map, self.index_metadata = _read_index(path)
+        names = sorted(set(self._weight_map.values()))
+        for name in names:
+            if name != Path(name).name or name.startswith(".") or "\0" in name or not name.endswith(".safetensors"):
+                raise FileError(f"{path} names {name[:80]!r}: expected names of safetensors files beside it")
+        if not names:
+            raise FileError(f"{path} lists no tensor")
+        return names
+
+    def _add_file(self, name: str) -> None:
+        path = self.folder / name
+        with SafetensorsFile(path) as file:
+            self.files[name] = file.stamp
+            self.file_metadata[name] = file.metadata
+            for info in file.tensors.values():
+                if info.dtype.startswith(_QUANTIZED):
+                    raise FileError(
+                        f"{path}: {info.name} has dtype {info.dtype}: expected a model in bf16, fp16 or fp32; merge into the model "
+                        "that it was made of, and quantize the result"
+                    )
+                if info.name in self.tensors:
+                    other = self.tensors[info.name].path.name
+                    raise FileError(f"{path} and {other} both have a tensor {info.name[:80]!r}")
+                self.tensors[info.name] = Source(path, file.stamp, info)
+
+    def _check_index(self) -> None:
+        if not self.sharded:
+            return
+        for tensor, file in self._weight_map.items():
+            if tensor not in self.tensors or self.tensors[tensor].path.name != file:
+                raise FileError(f"{self.folder / INDEX} says that {tensor[:80]!r} is in {file}, which does not have it")
+        del self._weight_map
+
+
+def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """The files by the names of their tensors, and the metadata."""
+    found: dict[str, Any] = {}
+
+    def take(key: str, at: int) -> int:
+        if key in found:
+            raise Malformed(f"has {key[:80]!r} twice")
+        if key == "weight_map":
+            found[key], at = read_texts(text, at)
+            return at
+        if key != "metadata":
+            raise Malformed(f"has {key[:80]!r}: expected metadata and weight_map")
+        begin = skip(text, at)
+        end = text.find("}", begin, begin + 4096) + 1
+        try:
+            found[key] = json.loads(text[begin:end])
+        except (ValueError, RecursionError):
+            raise Malformed("has a metadata that is no object of numbers and texts") from None
+        return end
+
+    try:
+        text = read_bytes(path, MOST_INDEX_BYTES).decode("utf-8")
+        at = each_member(text, 0, take)
+        if text[at:].strip():
+            raise Malformed("has something behind the end of its JSON")
+        if "weight_map" not in found:
+            raise Malformed("has no weight_map")
+    except (Malformed, UnicodeDecodeError) as error:
+        raise FileError(f"{path} {error if isinstance(error, Malformed) else 'is not UTF-8'}") from None
+    metadata = found.get("metadata", {})
+    return found["weight_map"], metadata if isinstance(metadata, dict) else {}

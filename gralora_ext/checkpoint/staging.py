@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder that a merge writes into: staged in a hidden folder inside it, and put in place when all of it is there.
+
+``OUT/.gralora_ext-merge/`` has the files that are finished and ``state.json``, which lists them; a killed merge goes on from there. When all
+are there they are renamed into ``OUT``, ``config.json`` last, without which no program takes the folder for a model's. The manifest
+``merge.json`` then lists inputs and outputs with their SHA-256: what it does not list is not ours, and is never touched.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..program.errors import FileError, JobError
+from ..program.files import disk_errors, flush
+from ..program.signals import stopper
+from .base import CONFIG
+from .json_text import read_bytes
+from .safetensors_file import stamp_of
+
+STAGE, STATE, MANIFEST = ".gralora_ext-merge", "state.json", "merge.json"
+_MOST_MANIFEST_BYTES = 16 << 20
+OVERWRITE = "give overwrite=True (--overwrite) to write it anew"
+
+
+def sha256_of(path: Path) -> str:
+    value = hashlib.sha256()
+    for block in blocks_of(path):
+        value.update(block)
+    return value.hexdigest()
+
+
+def blocks_of(path: Path) -> Iterator[bytes]:
+    """The bytes of a file that is read, in blocks; a FileError where it cannot be."""
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                yield block
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror}") from error
+
+
+class Staging:
+    """What is written into ``out`` for one ``request`` (what is asked for) and its ``inputs`` (path → bytes, stamp, sha256).
+
+    ``outputs`` are the finished files (name → bytes, sha256). Made by :func:`opened`.
+    """
+
+    def __init__(self, out: Path, request: dict[str, Any], inputs: dict[str, dict[str, Any]]):
+        self.out = out
+        self.folder = out / STAGE
+        self.request = request
+        self.inputs = inputs
+        self.outputs: dict[str, dict[str, Any]] = {}
+        self.stale: list[str] = []  # what an earlier merge wrote, and this one takes away in the end
+        self.placing = False
+        self.is_done = False
+
+    def finished(self, name: str, sha256: str) -> None:
+        """``name`` lies in the stage, whole and flushed."""
+        self.outputs[name] = {"bytes": (self.folder / name).stat().st_size, "sha256": sha256}
+        self.save()
+
+    def save(self) -> None:
+        content = {"request": self.request, "inputs": self.inputs, "outputs": self.outputs}
+        write_sealed(self.folder / STATE, {**content, "stale": self.stale, "placing": self.placing})
+
+    def place(self, versions: dict[str, str]) -> None:
+        """Renames all that is finished into the folder, takes away what it replaces, and ends the stage."""
+        self.placing = True
+        self.save()
+        with stopper.held():
+            if (self.folder / CONFIG).exists():  # else an earlier try has come as far as its end
+                (self.out / CONFIG).unlink(missing_ok=True)
+                for name in self.outputs:
+                    if name != CONFIG and (self.folder / name).exists():
+                        os.replace(self.folder / name, self.out / name)
+                for name in self.stale:
+                    (self.out / name).unlink(missing_ok=True)
+                content = {"versions": versions, "request": self.request}
+                write_sealed(self.folder / MANIFEST, {**content, "inputs": self.inputs, "outputs": self.outputs})
+                os.replace(self.folder / MANIFEST, self.out / MANIFEST)
+                flush(self.out)
+                os.replace(self.folder / CONFIG, self.out / CONFIG)
+                flush(self.out)
+            shutil.rmtree(self.folder)
+
+
+@contextmanager
+def opened(
+    out: Path, request: dict[str, Any], inputs: dict[str, dict[str, Any]], names: list[str], overwrite: bool
+) -> Iterator[Staging]:
+    """The folder's state for a request that will write files of these ``names``; it is this process's alone meanwhile.
+
+    ``inputs`` get the SHA-256 that an earlier try has found, where they are as they were.
+
+    Raises:
+        FileError: the folder holds other files, another merge, or one of inputs that have changed since.
+        JobError: it cannot be written, or another process writes into it.
+    """
+    with disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    with _locked(out):
+        staging = Staging(out, request, inputs)
+        done, pending = read_sealed(out / MANIFEST), read_sealed(staging.folder / STATE)
+        placing = bool(pending and pending["placing"])
+        if not (done and not placing and _is_done(staging, done, overwrite)):
+            ours = {MANIFEST, *(done["outputs"] if done else ())}
+            if pending:
+                ours |= {*pending["stale"], *(pending["outputs"] if placing else ())}
+                _take_up(staging, pending, overwrite)
+            _refuse_foreign(out, [*names, MANIFEST], ours, begun=bool(pending or done))
+            _find_stale(staging, done, names)
+        with disk_errors(out):
+            if not staging.is_done:
+                staging.folder.mkdir(exist_ok=True)
+                for path in staging.folder.iterdir():
+                    if path.name not in staging.outputs:  # what was being written when an earlier try was killed
+                        path.unlink()
+                staging.save()
+            yield staging
+
+
+def _is_done(staging: Staging, done: dict[str, Any], overwrite: bool) -> bool:
+    """Whether the folder holds what is asked for: then nothing is left to do."""
+    reason = _difference(staging, done)
+    since = (staging.out / MANIFEST).stat().st_ctime_ns
+    if not reason:
+        for name, entry in done["outputs"].items():
+            if not is_as_written(staging.out / name, entry, since):
+                reason = f"its {name} is not as it was written"
+    if reason and not overwrite:
+        raise FileError(f"{staging.out} holds another merge: {reason}; {OVERWRITE}")
+    if reason:
+        return False
+    staging.outputs, staging.is_done = done["outputs"], True
+    shutil.rmtree(staging.folder, ignore_errors=True)
+    return True
+
+
+def _take_up(staging: Staging, pending: dict[str, Any], overwrite: bool) -> None:
+    """Goes on with what an earlier try has finished; with ``overwrite``, only where it is the same merge."""
+    reason = _difference(staging, pending)
+    if reason and not overwrite:
+        raise FileError(f"{staging.out} holds the beginning of another merge: {reason}; {OVERWRITE}")
+    staging.stale = pending["stale"]
+    if reason:
+        # What it has put in place already is not listed in a manifest, and would be nobody's.
+        staging.stale += [name for name in pending["outputs"] if pending["placing"]]
+        shutil.rmtree(staging.folder)
+        return
+    staging.placing = pending["placing"]
+    since = (staging.folder / STATE).stat().st_ctime_ns
+    for name, entry in pending["outputs"].items():
+        paths = [staging.folder / name, *([staging.out / name] if staging.placing else [])]
+        if any(is_as_written(path, entry, since) for path in paths):
+            staging.outputs[name] = entry
+    for path, entry in staging.inputs.items():
+        entry["sha256"] = pending["inputs"][path]["sha256"]
+
+
+def _find_stale(staging: Staging, done: dict[str, Any] | None, names: list[str]) -> None:
+    """What an earlier merge has written, this one does not write again, and nobody has changed since."""
+    entries = done["outputs"] if done else {}
+    since = (staging.out / MANIFEST).stat().st_ctime_ns if done else 0
+    found = [name for name, entry in entries.items() if is_as_written(staging.out / name, entry, since)]
+    staging.stale = sorted({*staging.stale, *found} - {*names, MANIFEST})
+
+
+def _difference(staging: Staging, earlier: dict[str, Any]) -> str:
+    """What differs between what is asked for and an earlier try, as a clause; empty where nothing does."""
+    for key, value in staging.request.items():
+        if earlier["request"].get(key) != value:
+            return f"{key} was {earlier['request'].get(key)!r}, and is {value!r} now"
+    if earlier["inputs"].keys() != staging.inputs.keys():
+        path = min(earlier["inputs"].keys() ^ staging.inputs.keys())
+        return f"{path} {'is new' if path in staging.inputs else 'is gone'} since"
+    for path, entry in staging.inputs.items():
+        before = earlier["inputs"][path]
+        if entry["stamp"] == before["stamp"]:
+            continue
+        if entry["bytes"] != before["bytes"] or before["sha256"] != sha256_of(Path(path)):
+            return f"{path} was changed since"
+    return ""
+
+
+def is_as_written(path: Path, entry: dict[str, Any], since: int) -> bool:
+    """Whether a file is the one that ``entry`` describes: nothing has touched it after ``since``, or its digest is the same."""
+    try:
+        status = path.stat()
+        if path.is_symlink() or not path.is_file() or status.st_size != entry["bytes"]:
+            return False
+        return status.st_ctime_ns <= since or sha256_of(path) == entry["sha256"]
+    except (OSError, FileError):
+        return False
+
+
+def _refuse_foreign(out: Path, names: list[str], ours: set[str], begun: bool) -> None:
+    found = sorted(path.name for path in out.iterdir() if path.name != STAGE)
+    if found and not begun:
+        raise FileError(
+            f"{out} holds other files ({found[0]}), and is not of an earlier merge: expected a new or empty folder"
+        )
+    for name in names:
+        if name in found and name not in ours:
+            raise FileError(f"{out / name} is in the way, and no merge wrote it: move it, or name another folder")
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with disk_errors(folder):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise JobError(f"{folder} is in use by another gralora-ext job: wait for it, or name another folder") from None
+    except OSError:
+        pass  # some network file systems have no locks: the user then sees to it that merges do not share a folder
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def entry_of(path: Path) -> dict[str, Any]:
+    """What an input is told by; its digest comes later."""
+    try:
+        stamp = stamp_of(path.stat())
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror}") from error
+    return {"bytes": stamp[0], "stamp": list(stamp), "sha256": None}
+
+
+def write_sealed(path: Path, content: dict[str, Any]) -> None:
+    """Writes ``content`` with a digest of itself, beside its place, flushed and renamed."""
+    beside = path.with_name(f"{path.name}.new")
+    beside.write_text(json.dumps({**content, "seal": _seal(content)}, indent=2) + "\n", encoding="utf-8")
+    flush(beside)
+    os.replace(beside, path)
+
+
+def read_sealed(path: Path) -> dict[str, Any] | None:
+    """What :func:`write_sealed` wrote; None where there is nothing, or it is not as it was written."""
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(read_bytes(path, _MOST_MANIFEST_BYTES))
+        seal = content.pop("seal")
+        names = content["outputs"]
+        is_whole = seal == _seal(content) and all(name == Path(name).name and name[0] != "." for name in names)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+        return None
+    return content if is_whole else None
+
+
+def _seal(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

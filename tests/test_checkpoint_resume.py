@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A merge that was broken off goes on, and what is not its own stays as it is."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_helpers import gralora, llama, save_adapter, save_base
+from safetensors.torch import load_file
+
+from gralora_ext.checkpoint import merge, pipeline, staging
+from gralora_ext.program.errors import FileError, JobError
+
+PROGRAM = Path(__file__).with_name("killed_merge.py")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("merge")
+    base = save_base(folder / "base", llama(), torch.bfloat16, max_shard_size="20KB")
+    return base, save_adapter(folder / "adapter", base, gralora())
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A base and an adapter that a test may change."""
+    base = save_base(tmp_path / "base", llama(), torch.bfloat16, max_shard_size="20KB")
+    return base, save_adapter(tmp_path / "adapter", base, gralora()), tmp_path / "out"
+
+
+def killed(base, adapter, out, *how):
+    command = [sys.executable, PROGRAM, base, adapter, out, *how]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [(int(count), digest) for count, digest in map(str.split, lines)]
+
+
+def contents(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def break_off(monkeypatch, base, adapter, out, after=1, **how):
+    """A merge that fails when it has finished so many files of weights."""
+    write, count = pipeline.Pipeline.write, 0
+
+    def broken(*args):
+        nonlocal count
+        count += 1
+        if count > after:
+            raise KeyboardInterrupt
+        return write(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pipeline.Pipeline, "write", broken)
+        with pytest.raises(KeyboardInterrupt):
+            merge(base, adapter, out, **how)
+
+
+@pytest.mark.parametrize("step", [9, pytest.param(1, marks=pytest.mark.long)])
+def test_killed_before_any_call_it_writes_the_same_files(folders, tmp_path, step):
+    found = killed(*folders, tmp_path / "out", "calls", str(step))
+    assert len(found) > 60 / step and len({digest for _, digest in found}) == 1
+
+
+@pytest.mark.long
+def test_killed_at_100_random_moments_it_writes_the_same_files(tmp_path):
+    base = save_base(
+        tmp_path / "base", llama(hidden_size=512, intermediate_size=2048), torch.bfloat16, max_shard_size="3MB"
+    )
+    adapter = save_adapter(tmp_path / "adapter", base, gralora(r=64))
+    found = killed(base, adapter, tmp_path / "out", "times", "100", "0")
+    assert sum(count for count, _ in found) >= 100 and len({digest for _, digest in found}) == 1
+
+
+def test_goes_on_with_the_files_that_are_missing(folders, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    break_off(monkeypatch, *folders, out, after=1)
+    assert [p.name for p in out.iterdir()] == [".gralora_ext-merge"]
+    report = merge(*folders, out)
+    assert report.kept_files == 1 and len(report.files) > 2
+    merge(*folders, tmp_path / "unbroken")
+    assert contents(out) == contents(tmp_path / "unbroken")
+
+
+def test_a_repeated_merge_reads_no_weights(folders, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    merge(*folders, out)
+    before = contents(out)
+    real = staging.sha256_of
+    monkeypatch.setattr(staging, "sha256_of", lambda path: {"config.json": real(path)}[path.name])
+    monkeypatch.setattr(pipeline, "Pipeline", None)
+    assert merge(*folders, out).was_done
+    assert contents(out) == before
+
+
+def test_a_repeated_merge_of_copied_files_is_done_too(own):
+    base, adapter, out = own
+    merge(base, adapter, out)
+    for path in (*base.iterdir(), *adapter.iterdir(), *out.iterdir()):
+        os.utime(path)
+    assert merge(base, adapter, out).was_done
+
+
+CHANGES = {
+    "a weight of the base": lambda base, adapter: flip(next(base.glob("*1-of*.safetensors"))),
+    "the tokenizer": lambda base, adapter: (base / "tokenizer.json").write_text("{}"),
+    "a new file": lambda base, adapter: (base / "vocab.txt").write_text("a"),
+    "a weight of the adapter": lambda base, adapter: flip(adapter / "adapter_model.safetensors"),
+    "alpha": lambda base, adapter: change_json(adapter / "adapter_config.json", alpha=99),
+}
+
+
+def flip(path):
+    status = path.stat()
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # as if it were older
+
+
+def change_json(path, **fields):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("state", ["broken off", "done"])
+def test_a_changed_input_is_noticed_and_nothing_is_lost(own, monkeypatch, name, state):
+    base, adapter, out = own
+    if state == "done":
+        merge(base, adapter, out)
+    else:
+        break_off(monkeypatch, base, adapter, out)
+    before = contents(out)
+    CHANGES[name](base, adapter)
+    with pytest.raises(FileError, match="since.*overwrite|new since"):
+        merge(base, adapter, out)
+    assert contents(out) == before
+    merge(base, adapter, out, overwrite=True)
+    merge(base, adapter, out.with_name("anew"))
+    assert contents(out) == contents(out.with_name("anew"))
+
+
+@pytest.mark.parametrize("state", ["broken off", "done"])
+def test_another_request_needs_overwrite_and_leaves_nothing_of_the_old_one(folders, tmp_path, monkeypatch, state):
+    out = tmp_path / "out"
+    if state == "done":
+        merge(*folders, out)
+        (out / "notes.txt").write_text("mine")
+    else:
+        break_off(monkeypatch, *folders, out)
+    before = contents(out)
+    with pytest.raises(FileError, match=r"scale was 1\.0, and is 0\.5"):
+        merge(*folders, out, scale=0.5)
+    assert contents(out) == before
+    merge(*folders, out, scale=0.5, max_shard_size="1GB", overwrite=True)
+    merge(*folders, tmp_path / "anew", scale=0.5, max_shard_size="1GB")
+    expected = contents(tmp_path / "anew")
+    assert "model.safetensors" in expected and "model.safetensors.index.json" not in expected
+    assert contents(out) == {**expected, **({"notes.txt": b"mine"} if state == "done" else {})}
+
+
+def test_an_output_that_was_changed_is_noticed(folders, tmp_path):
+    out = tmp_path / "out"
+    merge(*folders, out)
+    before = contents(out)
+    flip(next(out.glob("*.safetensors")))
+    with pytest.raises(FileError, match="not as it was written"):
+        merge(*folders, out)
+    merge(*folders, out, overwrite=True)
+    assert contents(out) == before
+
+
+def test_foreign_files_are_never_touched(folders, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "model.safetensors").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(FileError, match=r"other files \(model.safetensors\)"):
+            merge(*folders, out, overwrite=overwrite)
+    assert contents(out) == {"model.safetensors": b"mine"}
+    ours = tmp_path / "ours"
+    merge(*folders, ours)
+    (ours / "model.safetensors").write_text("mine")
+    with pytest.raises(FileError, match="model.safetensors is in the way"):
+        merge(*folders, ours, max_shard_size="1GB", overwrite=True)
+    assert (ours / "model.safetensors").read_text() == "mine"
+
+
+def test_nothing_is_read_from_where_it_writes(folders, tmp_path):
+    base, adapter = folders
+    for out in (base, adapter):
+        before = contents(out)
+        with pytest.raises(FileError, match="is read"):
+            merge(base, adapter, out, overwrite=True)
+        assert contents(out) == before
+
+
+def test_a_base_that_changes_while_it_is_read_is_noticed(own, monkeypatch):
+    base, adapter, out = own
+    write = pipeline.Pipeline.write
+
+    def changing(*args):
+        flip(next(base.glob("*1-of*.safetensors")))
+        return write(*args)
+
+    monkeypatch.setattr(pipeline.Pipeline, "write", changing)
+    with pytest.raises(FileError, match="changed while"):
+        merge(base, adapter, out)
+    assert not (out / "config.json").exists()
+
+
+def test_a_full_disk_is_one_sentence_and_the_merge_goes_on_when_there_is_room(folders, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    real, count = os.pwritev, 0
+
+    def full(*args):
+        nonlocal count
+        count += 1
+        if count > 20:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwritev", full)
+        with pytest.raises(JobError, match=r"out cannot be written: the disk is full.*MiB are free"):
+            merge(*folders, out)
+    assert not list(out.rglob("*.part"))
+    assert merge(*folders, out).kept_files > 0
+    assert load_file(next(out.glob("*.safetensors")))
+
+
+def test_too_little_space_is_told_before_anything_is_written(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr("gralora_ext.checkpoint.merging.free_bytes", lambda folder: 1000)
+    with pytest.raises(JobError, match="needs .* MiB, and its disk has"):
+        merge(*folders, tmp_path / "out")
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(folders, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "mkdir", refuse)
+    with pytest.raises(JobError, match="out cannot be written: Read-only file system"):
+        merge(*folders, tmp_path / "out")
+
+
+def test_two_at_once_do_not_share_a_folder(folders, tmp_path):
+    import fcntl
+
+    out = tmp_path / "out"
+    out.mkdir()
+    handle = os.open(out, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with pytest.raises(JobError, match="in use"):
+        merge(*folders, out)
+    os.close(handle)
