@@ -201,17 +201,21 @@ class Adapter:
                 )
         said = self.config.get("hybrid_r", 0)
         if h != said:
-            raise FileError(f"{self.folder / CONFIG}: hybrid_r is {said!r}, but layer {name} has h = {h} in {WEIGHTS}")
+            raise FileError(
+                f"{self.folder / CONFIG}: hybrid_r is {_short(said)}, but layer {name} has h = {h} in {WEIGHTS}"
+            )
         self._check_rank(name, r)
         said = _matching(self.config.get("k_pattern") or {}, name, _plain_k(self.config.get("gralora_k", 2)))
         if said not in (k, "auto"):
-            raise FileError(f"{self.folder / CONFIG}: gralora_k is {said!r}, but layer {name} has k = {k} in {WEIGHTS}")
+            raise FileError(
+                f"{self.folder / CONFIG}: gralora_k is {_short(said)}, but layer {name} has k = {k} in {WEIGHTS}"
+            )
         return N, M, k, r, h
 
     def _check_rank(self, name: str, r: int) -> None:
         said = _matching(self.config.get("rank_pattern") or {}, name, self.config.get("r"))
         if said != r or isinstance(said, bool):
-            raise FileError(f"{self.folder / CONFIG}: r is {said!r}, but layer {name} has r = {r} in {WEIGHTS}")
+            raise FileError(f"{self.folder / CONFIG}: r is {_short(said)}, but layer {name} has r = {r} in {WEIGHTS}")
 
     def _scaling(self, name: str, ranks: int) -> float:
         """s = alpha / (r + h), with rslora alpha / sqrt(r + h)."""
@@ -290,6 +294,10 @@ def _plain_k(said: Any) -> Any:
 
 def _split(name: str, parts: dict[str, str]) -> tuple[str, str]:
     return next(((name[: -len(end) - 1], part) for end, part in parts.items() if name.endswith(f".{end}")), ("", ""))
+
+
+def _short(value: object) -> str:
+    return repr(value)[:60]
 
 
 def _is_finite(value: float) -> bool:
