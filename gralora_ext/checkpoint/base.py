@@ -82,7 +82,8 @@ class BaseModel:
         self._weight_map, self.index_metadata = _read_index(path)
         names = sorted(set(self._weight_map.values()))
         for name in names:
-            if name != Path(name).name or name.startswith(".") or "\0" in name or not name.endswith(".safetensors"):
+            is_name = name == Path(name).name and name.isprintable() and len(name) < 250 and not name.startswith(".")
+            if not is_name or not name.endswith(".safetensors"):
                 raise FileError(f"{path} names {name[:80]!r}: expected names of safetensors files beside it")
         if not names:
             raise FileError(f"{path} lists no tensor")
