@@ -14,7 +14,7 @@ from .json_text import Malformed, each_member, read_bytes, read_object, read_tex
 from .safetensors_file import HOW_TO_CONVERT, PICKLES, SafetensorsFile
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-MOST_INDEX_BYTES = 16 << 20
+MOST_INDEX_BYTES = 12 << 20
 MOST_SMALL_BYTES = 256 << 20  # tokenizers have up to some 40 MB
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin.index.json", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
 _QUANTIZATION = ("quantization_config", "compression_config")
