@@ -135,11 +135,11 @@ def main() -> None:
                 assert all(isinstance(tensor, torch.Tensor) for tensor in load_file(file).values())
             loaded += 1
         except JobError as error:
-            assert len(str(error)) < 2000 and "\n" not in str(error), str(error)[:3000]
+            assert len(str(error)) < 2000 and "\n" not in str(error), str(error)[:500]
             assert not (out / "config.json").exists()
             refused += 1
         except BaseException:  # noqa: BLE001  anything else is what is looked for
-            traceback.print_exc()
+            print(traceback.format_exc()[-3000:], file=sys.stderr)
             raise SystemExit(f"mutation {number} of {victim.name}") from None
         slowest = max(slowest, time.perf_counter() - start)
     print(json.dumps({"refused": refused, "loaded": loaded, "grown": high_water() - before, "slowest": slowest}))

@@ -98,6 +98,8 @@ MALFORMED = {
     "an overlap": ({"a": entry(), "b": entry("F32", (1,), (4, 8))}, None),
     "bytes behind": ({"a": entry("F32", (1,), (0, 4))}, None),
     "half a byte": ({"a": entry("F4", (1,), (0, 1)), "b": entry("U8", (7,), (1, 8))}, None),
+    "a line break in a name": ({"a\nb": entry()}, None),
+    "a long name": ({"a" * 600: entry()}, None),
     "metadata a number": ({"__metadata__": {"a": 1}, "a": entry()}, None),
     "nested deeply": (b'{"a":' + b"[" * 100_000, None),
     "nested in an entry": (b'{"a":{"dtype":' + b"[" * 4000 + b"}}", None),

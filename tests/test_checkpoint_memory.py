@@ -91,3 +91,15 @@ def test_a_header_that_is_as_long_as_it_may_be_stays_within_the_bound(tmp_path):
     arguments = [base, adapter, tmp_path / "out", "free", "0", ""]
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
     assert int(done.stdout) <= BOUND
+
+
+def test_an_index_as_long_as_it_may_be_stays_within_the_bound(tmp_path):
+    base = save_base(tmp_path / "base", llama(num_hidden_layers=1), max_shard_size="20KB")
+    adapter = save_adapter(tmp_path / "adapter", base, gralora())
+    entries = ",".join(f'"{n}":""' for n in range(1_050_000))
+    (base / "model.safetensors.index.json").write_text(f'{{"weight_map":{{{entries}}}}}')
+    assert (base / "model.safetensors.index.json").stat().st_size < 12 << 20
+    program = PROGRAM.replace("merge(*", "try:\n    merge(*").replace("\nprint", "\nexcept ValueError: pass\nprint")
+    arguments = [base, adapter, tmp_path / "out", "free", "0", ""]
+    done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
+    assert int(done.stdout) <= BOUND

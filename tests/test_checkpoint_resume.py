@@ -163,6 +163,23 @@ def test_another_request_needs_overwrite_and_leaves_nothing_of_the_old_one(folde
     assert contents(out) == {**expected, **({"notes.txt": b"mine"} if state == "done" else {})}
 
 
+@pytest.mark.parametrize("lost", ["model-00001-of-00003.safetensors", "config.json", "tokenizer.json"])
+def test_what_is_lost_after_the_last_rename_is_written_again(folders, tmp_path, monkeypatch, lost):
+    out = tmp_path / "out"
+
+    def killed(path):
+        raise SystemExit
+
+    with monkeypatch.context() as patched:
+        patched.setattr(staging.shutil, "rmtree", killed)
+        with pytest.raises(SystemExit):
+            merge(*folders, out)
+    before = {name: data for name, data in contents(out).items() if not name.startswith(".")}
+    (out / lost).unlink()
+    merge(*folders, out)
+    assert contents(out) == before
+
+
 def test_an_output_that_was_changed_is_noticed(folders, tmp_path):
     out = tmp_path / "out"
     merge(*folders, out)

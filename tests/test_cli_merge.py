@@ -117,7 +117,7 @@ def test_a_signal_ends_it_in_good_order_and_the_same_command_goes_on(tmp_path):
     command = [sys.executable, "-m", "gralora_ext", "merge", "base", "adapter", "out"]
     job = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     stage = tmp_path / "out" / ".gralora_ext-merge"
-    while not list(stage.glob("model-*.safetensors")) and job.poll() is None:
+    while len(list(stage.glob("model-*.safetensors"))) < 2 and job.poll() is None:  # so that the first one is listed
         time.sleep(0.01)
     job.send_signal(signal.SIGTERM)
     _, told = job.communicate()

@@ -14,7 +14,7 @@ from .json_text import Malformed, each_member, read_bytes, read_object, read_tex
 from .safetensors_file import HOW_TO_CONVERT, PICKLES, SafetensorsFile
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-MOST_INDEX_BYTES = 16 << 20
+MOST_INDEX_BYTES = 12 << 20
 MOST_SMALL_BYTES = 256 << 20  # tokenizers have up to some 40 MB
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin.index.json", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
 _QUANTIZATION = ("quantization_config", "compression_config")
@@ -82,7 +82,8 @@ class BaseModel:
         self._weight_map, self.index_metadata = _read_index(path)
         names = sorted(set(self._weight_map.values()))
         for name in names:
-            if name != Path(name).name or name.startswith(".") or "\0" in name or not name.endswith(".safetensors"):
+            is_name = name == Path(name).name and name.isprintable() and len(name) < 250 and not name.startswith(".")
+            if not is_name or not name.endswith(".safetensors"):
                 raise FileError(f"{path} names {name[:80]!r}: expected names of safetensors files beside it")
         if not names:
             raise FileError(f"{path} lists no tensor")

@@ -16,8 +16,9 @@ from typing import NamedTuple
 
 from .json_text import Malformed, each_member, read_texts, skip
 
-# The format's own limit is 100 MB. 3 MiB hold 24,000 tensors in one file, and no model has as many.
+# The format's own limit is 100 MB. 3 MiB hold 24,000 tensors, and no model has as many in a file.
 MOST_HEADER_BYTES = 3 << 20
+MOST_NAME = 512
 MOST_DIMENSIONS = 64  # as many as a torch tensor can have
 _BITS = {
     "BOOL": 8,
@@ -96,6 +97,10 @@ def parse(text: bytes, data_begin: int, file_size: int) -> tuple[dict[str, Tenso
                 raise Malformed("has two entries __metadata__")
             values, at = read_texts(header, at)
             metadata.append(values)
+        elif len(name) > MOST_NAME:
+            raise Malformed(f"has a tensor with a name of {len(name):,} characters")
+        elif not name.isprintable():
+            raise Malformed(f"has a tensor with control characters in its name, {name[:80]!r}")
         elif name in tensors:
             raise Malformed(f"has two tensors {name[:80]!r}")
         else:

@@ -16,6 +16,7 @@ from typing import Any
 from ..program.errors import FileError
 
 MOST_CONFIG_BYTES = 2 << 20
+MOST_TEXTS = 150_000  # of an object; the largest models have 100,000 tensors
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -74,6 +75,8 @@ def read_texts(text: str, at: int) -> tuple[dict[str, str], int]:
     def take(key: str, at: int) -> int:
         if key in values:
             raise Malformed(f"has {key[:80]!r} twice")
+        if len(values) == MOST_TEXTS:
+            raise Malformed(f"has more than {MOST_TEXTS:,} entries")
         value, at = string(text, at)
         values[key] = interned.setdefault(value, value)
         return at

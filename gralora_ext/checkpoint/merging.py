@@ -24,7 +24,7 @@ from .adapter import Adapter
 from .base import CONFIG, INDEX, BaseModel
 from .pipeline import Pipeline, RunningHash
 from .plan import Plan, Shard, make_plan, parse_dtype, parse_size
-from .safetensors_file import refuse_changed
+from .safetensors_file import SafetensorsFile, refuse_changed
 from .staging import MANIFEST, Staging, blocks_of, entry_of, opened, sha256_of
 
 PathLike = str | os.PathLike[str]
@@ -187,8 +187,8 @@ class _InputHashes:
     def complete(self) -> None:
         """Reads what has not been read, or not in order."""
         for path, running in self.running.items():
-            with open(path, "rb") as file:
-                running.catch_up(file.fileno(), self.inputs[str(path.absolute())]["bytes"])
+            with SafetensorsFile(path) as file:
+                running.catch_up(file.fd, file.size)
         wait(self._others.values())
         self.keep()
 

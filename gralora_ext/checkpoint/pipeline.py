@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading, merging, hashing and writing at the same time, each in a thread of its own, with a fixed number of buffers.
 
-``pread``, ``pwrite``, SHA-256 and the kernels all work without Python's lock. The threads hand each other pieces of 4 MiB, so
+``pread``, ``pwrite``, SHA-256 and the kernels all work without Python's lock. The threads hand each other pieces of 2 MiB, so
 that memory does not grow with the model, nor with a tensor.
 """
 
@@ -25,7 +25,7 @@ from .plan import Job, Shard
 from .safetensors_file import TORCH_DTYPES, SafetensorsFile, SafetensorsWriter, refuse_changed
 from .strips import merge_strip_
 
-PIECE = 4 << 20
+PIECE = 2 << 20
 BUFFERS, AHEAD = 6, 2
 _WRITEBACK = 16 << 20
 

@@ -129,8 +129,8 @@ def make_plan(
         _add(base, adapter, names, jobs, scale)
     for job in jobs.values():
         if dtype is not None and job.dtype in FLOATS:
-            # One rounding, to the dtype asked for: in memory a model would be cast before or after,
-            # and rounded twice.
+            # One rounding, to the dtype asked for. In memory a model is cast before or after, and
+            # rounded twice.
             job.computed = NAMES_OF_DTYPES[torch.promote_types(TORCH_DTYPES[job.dtype], dtype)]
             job.dtype = NAMES_OF_DTYPES[dtype]
     changes: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")} if dtype is not None else {}

@@ -59,7 +59,7 @@ class Staging:
         self.request = request
         self.inputs = inputs
         self.outputs: dict[str, dict[str, Any]] = {}
-        self.stale: list[str] = []  # what an earlier merge wrote, and this one takes away in the end
+        self.theirs: list[str] = []  # what earlier merges wrote: in the end replaced, or taken away
         self.placing = False
         self.is_done = False
 
@@ -70,24 +70,30 @@ class Staging:
 
     def save(self) -> None:
         content = {"request": self.request, "inputs": self.inputs, "outputs": self.outputs}
-        write_sealed(self.folder / STATE, {**content, "stale": self.stale, "placing": self.placing})
+        write_sealed(self.folder / STATE, {**content, "theirs": self.theirs, "placing": self.placing})
 
     def place(self, versions: dict[str, str]) -> None:
         """Renames all that is finished into the folder, takes away what it replaces, and ends the stage."""
         self.placing = True
         self.save()
+        staged = [name for name in self.outputs if (self.folder / name).exists()]
         with stopper.held():
-            if (self.folder / CONFIG).exists():  # else an earlier try has come as far as its end
+            if CONFIG in staged:  # until it is there again, nothing takes the folder for a model's
                 (self.out / CONFIG).unlink(missing_ok=True)
-                for name in self.outputs:
-                    if name != CONFIG and (self.folder / name).exists():
-                        os.replace(self.folder / name, self.out / name)
-                for name in self.stale:
+            for name in staged:
+                if name != CONFIG:
+                    os.replace(self.folder / name, self.out / name)
+            for name in self.theirs:
+                if name not in self.outputs:
                     (self.out / name).unlink(missing_ok=True)
-                content = {"versions": versions, "request": self.request}
-                write_sealed(self.folder / MANIFEST, {**content, "inputs": self.inputs, "outputs": self.outputs})
-                os.replace(self.folder / MANIFEST, self.out / MANIFEST)
-                flush(self.out)
+            content = {"versions": versions, "request": self.request}
+            write_sealed(
+                self.folder / MANIFEST,
+                {**content, "inputs": self.inputs, "outputs": dict(sorted(self.outputs.items()))},
+            )
+            os.replace(self.folder / MANIFEST, self.out / MANIFEST)
+            flush(self.out)
+            if CONFIG in staged:
                 os.replace(self.folder / CONFIG, self.out / CONFIG)
                 flush(self.out)
             shutil.rmtree(self.folder)
@@ -114,10 +120,10 @@ def opened(
         if not (done and not placing and _is_done(staging, done, overwrite)):
             ours = {MANIFEST, *(done["outputs"] if done else ())}
             if pending:
-                ours |= {*pending["stale"], *(pending["outputs"] if placing else ())}
+                ours |= {*pending["theirs"], *(pending["outputs"] if placing else ())}
                 _take_up(staging, pending, overwrite)
             _refuse_foreign(out, [*names, MANIFEST], ours, begun=bool(pending or done))
-            _find_stale(staging, done, names)
+            _find_theirs(staging, done)
         with disk_errors(out):
             if not staging.is_done:
                 staging.folder.mkdir(exist_ok=True)
@@ -150,10 +156,10 @@ def _take_up(staging: Staging, pending: dict[str, Any], overwrite: bool) -> None
     reason = _difference(staging, pending)
     if reason and not overwrite:
         raise FileError(f"{staging.out} holds the beginning of another merge: {reason}; {OVERWRITE}")
-    staging.stale = pending["stale"]
+    staging.theirs = pending["theirs"]
     if reason:
         # What it has put in place already is not listed in a manifest, and would be nobody's.
-        staging.stale += [name for name in pending["outputs"] if pending["placing"]]
+        staging.theirs += [name for name in pending["outputs"] if pending["placing"]]
         shutil.rmtree(staging.folder)
         return
     staging.placing = pending["placing"]
@@ -166,12 +172,12 @@ def _take_up(staging: Staging, pending: dict[str, Any], overwrite: bool) -> None
         entry["sha256"] = pending["inputs"][path]["sha256"]
 
 
-def _find_stale(staging: Staging, done: dict[str, Any] | None, names: list[str]) -> None:
-    """What an earlier merge has written, this one does not write again, and nobody has changed since."""
+def _find_theirs(staging: Staging, done: dict[str, Any] | None) -> None:
+    """What earlier merges have written, and nobody has changed since."""
     entries = done["outputs"] if done else {}
     since = (staging.out / MANIFEST).stat().st_ctime_ns if done else 0
     found = [name for name, entry in entries.items() if is_as_written(staging.out / name, entry, since)]
-    staging.stale = sorted({*staging.stale, *found} - {*names, MANIFEST})
+    staging.theirs = sorted({*staging.theirs, *found})
 
 
 def _difference(staging: Staging, earlier: dict[str, Any]) -> str:

@@ -129,7 +129,7 @@ def _progress(console: Console) -> Iterator[Any]:
         if now - last >= LINE_SECONDS:
             last = now
             speed = (done - first) / 1e9 / (now - start)
-            console.say(f"merged {done / 1e9:.2f} of {total / 1e9:.2f} GB, {speed:.2f} GB/s")
+            console.say(f"merged {_size(done)} of {_size(total)}, {speed:.2f} GB/s")
 
     try:
         yield tell
@@ -146,7 +146,7 @@ def _tell(console: Console, report: MergeReport) -> None:
     written = len(report.files) - report.kept_files
     console.say(
         f"{report.out}: {report.merged} weights merged{_replaced(report)}; {written} files of weights written{kept}, "
-        f"{report.written_bytes / 1e9:.2f} GB in {report.seconds:.1f} s, {report.gb_per_second:.2f} GB/s"
+        f"{_size(report.written_bytes)} in {report.seconds:.1f} s, {report.gb_per_second:.2f} GB/s"
     )
 
 
@@ -160,3 +160,7 @@ def _tell_plan(report: MergeReport) -> None:
 
 def _replaced(report: MergeReport) -> str:
     return f", {report.replaced} tensors replaced by trained ones" if report.replaced else ""
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"

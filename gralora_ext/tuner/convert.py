@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What :func:`peft.convert_to_lora` and :func:`peft.save_as_lora` make of a GraLoRA layer: LoRA's factors, without a dense ΔW.
 
-PEFT makes ΔW and decomposes that, which takes minutes for a large layer and is not exact. :func:`gralora_ext.enable` puts this function
+PEFT makes ΔW and decomposes that, which takes tens of seconds for a large layer and is not exact. :func:`gralora_ext.enable` puts this function
 where PEFT has its own, which still serves all other layers.
 """
 
