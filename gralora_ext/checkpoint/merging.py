@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
@@ -228,7 +229,7 @@ def _write_config(path: Path, base: BaseModel, plan: Plan) -> None:
             _set_dtype(config, value)
         else:
             config[key] = value
-    write_json(path, config)
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")  # some have Infinity, which is no JSON
 
 
 def _set_dtype(config: dict[str, Any], value: str) -> None:
