@@ -94,10 +94,10 @@ def merge(
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
         raise FileError(f"scale: expected a finite number, got {scale!r}")
     kind, most = parse_dtype(dtype), parse_size(max_shard_size)
-    place = Path(out)
+    place = Path(out).expanduser()
     with ExitStack() as stack:
-        base_model = BaseModel(Path(base))
-        adapters = [stack.enter_context(Adapter(Path(path))) for path in paths]
+        base_model = BaseModel(Path(base).expanduser())
+        adapters = [stack.enter_context(Adapter(Path(path).expanduser())) for path in paths]
         _check_place(place, base_model, adapters)
         plan = make_plan(base_model, adapters, kind, most, scale)
         report = _report(place, plan, adapters)
