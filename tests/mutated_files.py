@@ -130,7 +130,7 @@ def main() -> None:
         victim.write_bytes(mutated(victim.read_bytes(), rng, victim.suffix == ".json"))
         start = time.perf_counter()
         try:
-            merge(one, two, out)
+            merge(one, two, out, **rng.choice([{}, {"dtype": "fp32"}, {"max_shard_size": "9KB"}]))
             for file in out.glob("*.safetensors"):
                 assert all(isinstance(tensor, torch.Tensor) for tensor in load_file(file).values())
             loaded += 1

@@ -334,3 +334,35 @@ def test_a_new_head_is_written_and_the_configuration_tells_of_it(tmp_path, label
     assert report.replaced == 1 and got.config.num_labels == labels
     assert_same_weights(got, expected)
     assert got.config.architectures == ["LlamaForSequenceClassification"]
+
+
+@pytest.mark.parametrize("bias", ["all", "gralora_only"])
+def test_trained_biases_in_a_base_of_links(tmp_path, bias):
+    """As a hub's cache has it: links to files elsewhere."""
+    stored = save_base(tmp_path / "stored", llama(attention_bias=True), torch.bfloat16)
+    base = tmp_path / "base"
+    base.mkdir()
+    for file in stored.iterdir():
+        (base / file.name).symlink_to(file)
+
+    def train(model):
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+
+    adapter = save_adapter(tmp_path / "adapter", base, gralora(bias=bias), change=train)
+    assert merge(base, adapter, tmp_path / "out").replaced == 8
+    assert_same_weights(loaded(tmp_path / "out"), merged_in_memory(base, adapter))
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+
+
+def test_what_cannot_be_written_as_json_is_no_obstacle(tmp_path):
+    base = save_base(tmp_path / "base", llama(), max_shard_size="20KB")
+    adapter = save_adapter(tmp_path / "adapter", base, gralora())
+    config, index = base / "config.json", base / "model.safetensors.index.json"
+    config.write_text(config.read_text().replace("{", '{"limit": [0, Infinity], "half": "\\ud800",', 1))
+    index.write_text(index.read_text().replace('"total_size"', '"half": "\\ud800", "no": NaN, "total_size"', 1))
+    merge(base, adapter, tmp_path / "out", dtype="bf16")
+    merge(base, adapter, tmp_path / "same")
+    assert (tmp_path / "same" / "config.json").read_bytes() == config.read_bytes()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["limit"][1] == float("inf")

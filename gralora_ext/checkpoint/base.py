@@ -144,4 +144,14 @@ def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     except (Malformed, UnicodeDecodeError) as error:
         raise FileError(f"{path} {error if isinstance(error, Malformed) else 'is not UTF-8'}") from None
     metadata = found.get("metadata", {})
-    return found["weight_map"], metadata if isinstance(metadata, dict) else {}
+    plain = (
+        {key: value for key, value in metadata.items() if _is_plain(key) and _is_plain(value)}
+        if isinstance(metadata, dict)
+        else {}
+    )
+    return found["weight_map"], plain
+
+
+def _is_plain(value: object) -> bool:
+    """Whether it is a number or a text that can be written again."""
+    return (isinstance(value, str) and value.isprintable()) or (isinstance(value, (int, float)) and abs(value) < 2**63)

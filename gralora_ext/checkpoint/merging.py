@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
@@ -93,10 +94,10 @@ def merge(
     if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
         raise FileError(f"scale: expected a finite number, got {scale!r}")
     kind, most = parse_dtype(dtype), parse_size(max_shard_size)
-    place = Path(out)
+    place = Path(out).expanduser()
     with ExitStack() as stack:
-        base_model = BaseModel(Path(base))
-        adapters = [stack.enter_context(Adapter(Path(path))) for path in paths]
+        base_model = BaseModel(Path(base).expanduser())
+        adapters = [stack.enter_context(Adapter(Path(path).expanduser())) for path in paths]
         _check_place(place, base_model, adapters)
         plan = make_plan(base_model, adapters, kind, most, scale)
         report = _report(place, plan, adapters)
@@ -228,7 +229,7 @@ def _write_config(path: Path, base: BaseModel, plan: Plan) -> None:
             _set_dtype(config, value)
         else:
             config[key] = value
-    write_json(path, config)
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")  # some have Infinity, which is no JSON
 
 
 def _set_dtype(config: dict[str, Any], value: str) -> None:

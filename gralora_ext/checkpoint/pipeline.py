@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading, merging, hashing and writing at the same time, each in a thread of its own, with a fixed number of buffers.
 
-``pread``, ``pwrite``, SHA-256 and the kernels all work without Python's lock. The threads hand each other pieces of 2 MiB, so
+``pread``, ``pwrite``, SHA-256 and the kernels all work without Python's lock. The threads hand each other pieces of 1 MiB, so
 that memory does not grow with the model, nor with a tensor.
 """
 
@@ -25,8 +25,8 @@ from .plan import Job, Shard
 from .safetensors_file import TORCH_DTYPES, SafetensorsFile, SafetensorsWriter, refuse_changed
 from .strips import merge_strip_
 
-PIECE = 2 << 20
-BUFFERS, AHEAD = 6, 2
+PIECE = 1 << 20
+BUFFERS, AHEAD = 16, 6
 _WRITEBACK = 16 << 20
 
 

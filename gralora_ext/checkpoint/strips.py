@@ -12,7 +12,9 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from .. import ops
+from .._loader import load
+
+_native = load()  # without gralora_ext.ops, which tells torch's compiler of the operations: seconds, for nothing here
 
 
 def merge_strip_(
@@ -35,18 +37,15 @@ def merge_strip_(
                 n, (i0, i1), j, (o0, o1) = a, (top, bottom), b, (left, right)
             else:
                 n, (i0, i1), j, (o0, o1) = b, (left, right), a, (top, bottom)
-            general = (
-                {"A_general": weights["A_general"][:, i0:i1], "B_general": weights["B_general"][o0:o1]}
-                if "A_general" in weights
-                else {}
-            )
-            ops.merge_(
+            A_general, B_general = weights.get("A_general"), weights.get("B_general")
+            _native.merge_into(
                 strip[top - row : bottom - row, left - column : right - column],
                 A[n : n + 1, i0 - n * in_size : i1 - n * in_size, j * rb : (j + 1) * rb],
                 B[j : j + 1, n * rb : (n + 1) * rb, o0 - j * out_size : o1 - j * out_size],
-                scaling=scaling,
-                fan_in_fan_out=fan_in_fan_out,
-                **general,
+                None if A_general is None else A_general[:, i0:i1],
+                None if B_general is None else B_general[o0:o1],
+                scaling,
+                fan_in_fan_out,
             )
 
 
