@@ -99,7 +99,7 @@ class Job:
         if self.rows.template is not None:
             self.tokenizer.chat_template = self.rows.template
         self.encoder = Encoder(self.tokenizer, o.max_length, o.answers_only)
-        self.batches = make_batches(self.rows, self.encoder, self.model, self.source, o, say)
+        self.batches = make_batches(self.rows, self.encoder, self.model, self.source, o, self.device, say)
         per_epoch = math.ceil(len(self.batches.items) / (o.batch_size * o.grad_accum))
         if not o.steps and o.epochs * per_epoch > LARGEST:
             raise JobError(f"--epochs {o.epochs:g} is more than {LARGEST} steps")
