@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..program.errors import JobError
 from ..program.signals import stopper
-from .options import Parser
+from .parser import Parser
 
 DESCRIPTION = """Writes a GraLoRA adapter as a LoRA adapter, from its files alone. Without --rank the LoRA is exact: its rank is
 k r + hybrid_r, its elements are the adapter's own and zeros."""

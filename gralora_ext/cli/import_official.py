@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..program.signals import stopper
-from .options import Parser
+from .parser import Parser
 
 DESCRIPTION = """Writes a checkpoint of the paper's own repository (SqueezeBits/GraLoRA) as one that PEFT reads. The tensors stay; r,
 which counts the hybrid ranks there, and alpha get PEFT's meaning."""

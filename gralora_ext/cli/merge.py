@@ -17,7 +17,7 @@ from ..program.console import LINE_SECONDS, Console
 from ..program.errors import JobError, Stopped, clipped
 from ..program.files import free_bytes
 from ..program.signals import stopper
-from .options import Parser
+from .parser import Parser
 
 if TYPE_CHECKING:
     from ..checkpoint import MergeReport
