@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ..program.errors import JobError, first_sentence
 from ..program.files import LOCK, PARTIAL
+from .launcher import Place
 from .options import SETTINGS, bits_of
 from .output import RECORD
 
@@ -62,7 +63,22 @@ def check_quantization(options: argparse.Namespace) -> None:
         raise JobError(f"--load-in-{bits}bit needs bitsandbytes: `pip install bitsandbytes`")
 
 
-def device(options: argparse.Namespace) -> str:
+def device(options: argparse.Namespace, place: Place) -> str:
+    """:func:`_kind_of_device`; of several processes on a machine each has a CUDA device of its own."""
+    kind = _kind_of_device(options)
+    if kind == "cpu" or place.size == 1:
+        return kind
+    import torch
+
+    if place.local_rank >= torch.cuda.device_count():
+        raise JobError(
+            f"there are {torch.cuda.device_count()} CUDA devices here, and more processes: start one for each, or "
+            "--device cpu"
+        )
+    return f"cuda:{place.local_rank}"
+
+
+def _kind_of_device(options: argparse.Namespace) -> str:
     """``cuda`` where it is there and the backend has kernels for it, else ``cpu``; or what ``--device`` says."""
     import torch
 

@@ -7,11 +7,12 @@ import os
 import sys
 import traceback
 
-from ..program.errors import JobError, Stopped, clipped, did_you_mean, first_sentence
+from ..program.errors import JobError, Stopped, Told, clipped, did_you_mean, first_sentence
 from ..program.resources import disk_failure, memory_failure
 from ..program.signals import stopper
 from .checks import check_packages
-from .launcher import is_one_of_several, refuse_several
+from .group import Group, end_by, end_now, is_joined
+from .launcher import end_with_launcher, place_here, who
 
 USAGE = """\
 usage: gralora-ext COMMAND [options]
@@ -30,13 +31,24 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a model may answer what the terminal's encoding does not have
+    code = _code_of(arguments)
+    if is_joined():
+        end_now(code)
+    return code
+
+
+def _code_of(arguments: list[str]) -> int:
     try:
         code = _dispatch(arguments)
         sys.stdout.flush()
         return code
     except JobError as error:
         return _fail(arguments, str(error), 2)
+    except Told as told:
+        return told.code
     except Stopped as stop:
+        if stopper.quiet:
+            end_by(stop.signum)
         print(f"stopped by {stop.name} before anything was trained; run the same command again", file=sys.stderr)
         return stop.exit_code
     except KeyboardInterrupt:
@@ -53,13 +65,20 @@ def _dispatch(arguments: list[str]) -> int:
     # on.
     name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     if name == "finetune":
-        if is_one_of_several():
-            return refuse_several()
         from .options import parse
 
-        options = parse(rest)
-        check_packages()
+        end_with_launcher()
+        group = Group(place_here())
+        with group.together(meet=False):
+            options = parse(rest)
+            check_packages()
+        if group.size == 1 and ((options.num_processes or 1) > 1 or options.accelerate_config is not None):
+            from .spawn import launch
+
+            return launch(options, rest)
         stopper.install()
+        if group.size > 1:
+            stopper.share(first=group.is_first)
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # what fails there, the job tells in one sentence
         if not sys.stderr.isatty():
             os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars; the job's own are lines then
@@ -71,7 +90,7 @@ def _dispatch(arguments: list[str]) -> int:
         from .finetune import run
 
         keep_freed_memory()
-        return run(options)
+        return run(options, group)
     if name == "info":
         from .info import run as info
 
@@ -110,7 +129,7 @@ def _fail(arguments: list[str], message: str, code: int) -> int:
     if "--debug" in arguments:
         traceback.print_exc()
     hint = " (--debug shows where)" if code == 1 and "--debug" not in arguments else ""
-    print(f"gralora-ext: error: {_on_one_line(message)}{hint}", file=sys.stderr)
+    print(f"gralora-ext: error: {who()}{_on_one_line(message)}{hint}", file=sys.stderr)
     return code
 
 

@@ -44,6 +44,7 @@ written all the same, but for merged/), 1 a failure nobody foresaw.
 # What a resumed job may do otherwise than the one that it goes on from: all other settings decide
 # its numbers.
 _FREE = {"output", "merge", "steps", "epochs", "save_every", "eval_every", "sample_tokens"}
+_FREE |= {"num_processes", "accelerate_config", "process_timeout"}  # `resume` compares the processes themselves
 
 
 def bits_of(options: argparse.Namespace) -> int | None:
@@ -54,7 +55,7 @@ def bits_of(options: argparse.Namespace) -> int | None:
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """The options as a file for ``--config`` that works from any folder: paths are absolute, what is unset is left out."""
     values = {k: v for k, v in vars(options).items() if v is not None and k not in ("config", "resume", "debug")}
-    for name in ("model", "data"):
+    for name in ("model", "data", "accelerate_config"):
         if name in values and Path(values[name]).expanduser().exists():
             values[name] = str(Path(values[name]).expanduser().resolve())
     return {**values, "output": str(Path(options.output).resolve())}
@@ -230,6 +231,22 @@ def build_parser(prog: str = "gralora-ext finetune") -> Parser:
     add("--load-in-8bit", action=_switch, help="the same with bitsandbytes' 8 bits")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where the backend can use it")
 
+    several = parser.add_argument_group("several processes")
+    add = several.add_argument
+    add("--num-processes", type=_whole(1), metavar="N", help="start N processes here; --batch-size is that of each")
+    add(
+        "--accelerate-config",
+        metavar="FILE",
+        help="of `accelerate config`: how the processes share the model (FSDP, DeepSpeed); without it each has all of it",
+    )
+    add(
+        "--process-timeout",
+        type=_whole(1),
+        metavar="SECONDS",
+        default=600,
+        help="how long a process waits for the others before it gives them up",
+    )
+
     evaluation = parser.add_argument_group("evaluation")
     add = evaluation.add_argument
     add(
@@ -276,7 +293,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         names = [Path(options.model or "smollm2").name, Path(options.data or "gsm8k").name]
         names = [re.sub(r"\.(gguf|jsonl?)$", "", name) for name in names]
         options.output = str(Path("runs") / re.sub(r"[^\w.-]+", "-", "-".join(names)))
-    for name in ("model", "data", "output"):
+    for name in ("model", "data", "output", "accelerate_config"):
         if getattr(options, name) is not None:
             _check_path(name, getattr(options, name))
     return options

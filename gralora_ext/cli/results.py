@@ -25,8 +25,13 @@ SHARE_TOLERANCE = 0.05
 ROWS = 64  # of a weight, evenly spaced: some of each block, and all columns
 
 
-def answers(model: Any, tokenizer: Any, encoder: Encoder, prompts: list[str], tokens: int) -> list[str]:
-    """The model's greedy answers, at most ``tokens`` long; the beginning of a prompt that leaves no room is cut."""
+def answers(
+    model: Any, tokenizer: Any, encoder: Encoder, prompts: list[str], tokens: int, sharded: bool = False
+) -> list[str]:
+    """The model's greedy answers, at most ``tokens`` long; the beginning of a prompt that leaves no room is cut.
+
+    Of a ``sharded`` model all processes make the same answers, and go on until the last one has ended.
+    """
     from transformers import GenerationConfig
 
     positions = getattr(model.config, "max_position_embeddings", None) or 2**31
@@ -47,7 +52,7 @@ def answers(model: Any, tokenizer: Any, encoder: Encoder, prompts: list[str], to
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        made = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        made = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=sharded)
     model.train(was_training)
     return [tokenizer.decode(row[width:], skip_special_tokens=True).strip() for row in made]
 
