@@ -201,7 +201,7 @@ class Job:
                 self._look_before()
             if self.done < self.steps or self.group.shares_model:
                 place = trainer.args.device
-                each = f" ({self.group.size} processes)" if self.group.size > 1 else ""
+                each = f" ({self.group.size} processes, {self.group.engine})" if self.group.size > 1 else ""
                 say(f"training {self.steps - self.done} steps of {self.rows_per_step} rows on {place}{each}")
                 with stopper.held(), self.console.bar("step", self.steps, self.done, first=True) as trainer.bar:
                     trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
@@ -225,10 +225,12 @@ class Job:
 
     def _answers(self, prompts: list[str]) -> list[str]:
         from .results import answers
+        from .sharded import outside_training
 
-        return answers(
-            self.model, self.tokenizer, self.encoder, prompts, self.options.sample_tokens, self.group.shares_model
-        )
+        with outside_training(self.model):
+            return answers(
+                self.model, self.tokenizer, self.encoder, prompts, self.options.sample_tokens, self.group.shares_model
+            )
 
     def gather(self) -> None:
         """The last that takes all processes: sample answers after training, and what the first one is to write."""

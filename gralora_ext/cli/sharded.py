@@ -9,6 +9,8 @@ ZeRO's optimizer is left to DeepSpeed's own checkpoints.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,13 +47,30 @@ def fsdp_on_cpu() -> None:
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor of which each process may have a share; they all call this. A plain tensor is what it is."""
     if hasattr(tensor, "ds_id"):
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([tensor]):
             return tensor.detach().cpu().clone()
     if isinstance(tensor, DTensor):
         return tensor.detach().full_tensor().cpu()
     return tensor.detach()
+
+
+@contextmanager
+def outside_training(model: Any) -> Iterator[None]:
+    """Forward passes that are no training steps; all processes call this.
+
+    ZeRO-3 gathers a layer's own tensors before its forward, and those that lie in a dictionary of
+    the layer only in a step of its engine: here those of the adapter are whole all the time.
+    """
+    shares = [p for p in model.parameters() if p.requires_grad and hasattr(p, "ds_id")]
+    if not shares:
+        yield
+        return
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters(shares):
+        yield
 
 
 def adapter_state(model: Any) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from ..program.files import staged, write_json
 from .checkpoints import STATE, Checkpoints, History
 from .data import IGNORED, Encoder
 from .group import Group
-from .sharded import adapter_state, fsdp_on_cpu, shared_optimizer, whole_optimizer
+from .sharded import adapter_state, fsdp_on_cpu, outside_training, shared_optimizer, whole_optimizer
 from .shares import ShareLoader, Shares, has_labels
 
 
@@ -133,7 +133,8 @@ class FinetuneTrainer(Trainer):
         batches = [self.held_out[i : i + size] for i in range(0, len(self.held_out), size)]
         total, count, others = 0.0, 0, 0  # others: the logits that are not zero
         self.model.eval()
-        with torch.no_grad(), self.console.bar("held-out loss: row", len(self.held_out)) as bar:
+        rows = self.console.bar("held-out loss: row", len(self.held_out))
+        with torch.no_grad(), outside_training(self.model), rows as bar:
             for start in range(0, len(batches), group.size):
                 if group.signal() is not None:
                     self.control.should_save = self.control.should_training_stop = True
