@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -146,7 +147,7 @@ class _Launch:
         if newest is None or newest not in written:
             return "nothing has been saved yet; run the same command again"
         file = Path(self.options.output) / SETTINGS
-        return f"{newest} is saved; go on with `{command()} finetune --config {file} --resume`"
+        return f"{newest} is saved; go on with `{command()} finetune --config {shlex.quote(str(file))} --resume`"
 
     def _seals(self) -> dict[Path, int]:
         """When the manifest of each checkpoint was written."""
