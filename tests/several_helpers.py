@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cli_helpers import environment, finish, metrics
+from error_messages import ROOT
 
 # 39 rows to train on, 4 in a step: the tenth step is the last of an epoch, of 3 rows. No dropout, so that any number of
 # processes computes the same.
@@ -33,35 +35,15 @@ JOB = (
 JOB += ("--eval-every", 4, "--save-every", 4, "--sample-tokens", 4, "--no-merge")
 ONE, TWO = ("--batch-size", 4), ("--batch-size", 2)
 
-FSDP2 = """\
-compute_environment: LOCAL_MACHINE
-distributed_type: FSDP
-fsdp_config:
-  fsdp_version: 2
-  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
-  fsdp_reshard_after_forward: true
-  fsdp_state_dict_type: SHARDED_STATE_DICT
-mixed_precision: 'no'
-num_machines: 1
-num_processes: 2
-"""
-ZERO = """\
-compute_environment: LOCAL_MACHINE
-distributed_type: DEEPSPEED
-deepspeed_config:
-  gradient_accumulation_steps: 1
-  zero_stage: {stage}
-  zero3_init_flag: false
-mixed_precision: 'no'
-num_machines: 1
-num_processes: 2
-"""
+EXAMPLES = ROOT / "examples"
 
 
 def make_configurations(folder: Path) -> None:
-    (folder / "fsdp2.yaml").write_text(FSDP2)
-    for stage in (2, 3):
-        (folder / f"zero{stage}.yaml").write_text(ZERO.format(stage=stage))
+    """Those of examples/, and one for ZeRO-2."""
+    for name in ("fsdp2.yaml", "zero3.yaml"):
+        shutil.copy(EXAMPLES / name, folder)
+    zero3 = (folder / "zero3.yaml").read_text()
+    (folder / "zero2.yaml").write_text(zero3.replace("zero_stage: 3", "zero_stage: 2"))
 
 
 def start_several(

@@ -4,22 +4,32 @@
 from __future__ import annotations
 
 import importlib.util
+import fcntl
+import os
 import random
+import re
+import shlex
 import shutil
 import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
-from cli_helpers import call, make_data, make_model, metrics, run, same_end, sentence
+from cli_helpers import call, environment, finish, make_data, make_model, metrics, same_end, sentence
+from error_messages import ROOT
 from several_helpers import (
+    EXAMPLES,
     JOB,
     ONE,
     TWO,
     far,
     make_configurations,
+    rank_of,
     run_several,
     signal_at,
+    start_several,
     tokens,
 )
 
@@ -200,13 +210,63 @@ def test_torchrun_starts_the_job_too(work, ddp):
     same_end(work / "torchrun", ddp[0])
 
 
-ACCELERATE = ("-m", "accelerate.commands.launch", "--config_file", "fsdp2.yaml", "-m", "gralora_ext")
+def words_of(line: str) -> list[str]:
+    """A command of a page as one of this Python's, with a job that is small."""
+    words = shlex.split(line.replace("node0", "127.0.0.1"))
+    for command, module in COMMANDS.items():
+        if words[: len(command)] == list(command):
+            words = ["-m", module, *words[len(command) :]]
+    small = () if "--config" in words else (*map(str, JOB[5:]), "--steps", "3")
+    return [*words, *small]
 
 
-def test_accelerate_launch_starts_the_job_too(work, fsdp2):
-    result = run_several(*JOB, *TWO, "--steps", 10, "--output", "accelerate", cwd=work, launcher=ACCELERATE)
-    assert "(2 processes, fsdp2)" in result.stdout
-    same_end(work / "accelerate", fsdp2[0])
+PAGE = (ROOT / "docs" / "several_processes.md").read_text(encoding="utf-8")
+LINES = re.findall(r"^```bash\n(.+)\n```$", PAGE, re.MULTILINE)
+COMMANDS = {
+    ("gralora-ext",): "gralora_ext",
+    ("torchrun",): "torch.distributed.run",
+    ("accelerate", "launch"): "accelerate.commands.launch",
+}
+
+
+@pytest.fixture(scope="module")
+def page(work: Path) -> Path:
+    """A folder as the page speaks of it, with the model, the data, and the job of its first command."""
+    folder = work / "page"
+    (folder / "path" / "to").mkdir(parents=True)
+    shutil.copytree(work / "model", folder / "path" / "to" / "model")
+    shutil.copy(work / "data.jsonl", folder / "train.jsonl")
+    shutil.copytree(EXAMPLES, folder / "examples")
+    return folder
+
+
+@pytest.mark.parametrize("number", range(len(LINES)), ids=lambda n: f"line{n}")
+def test_each_command_of_the_page_runs(page, number):
+    line = LINES[number]
+    if "zero3" in line and not HAS_DEEPSPEED:
+        pytest.skip("needs deepspeed")
+    if "--config out" in line and not (page / "out" / "finetune.json").exists():
+        run_several(*words_of(LINES[0])[2:], cwd=page)
+    words = words_of(line)
+    others = []
+    if "--nnodes" in words:  # the other machine
+        other = [*words]
+        other[words.index("--node-rank") + 1] = "1"
+        others.append(start_several(cwd=page, launcher=tuple(other)))
+    result = run_several(cwd=page, launcher=tuple(words))
+    for process in others:
+        assert finish(process).returncode == 0
+    assert "held-out loss " in result.stdout and "Traceback" not in result.stderr
+    assert (page / "out" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_the_example_of_two_processes_runs(page):
+    words = ("--model", "path/to/model", "--data", "train.jsonl", "--output", "example", "--steps", 2)
+    command = ["examples/two_processes.sh", *map(str, (*words, *JOB[5:]))]
+    result = subprocess.run(
+        command, cwd=page, env=environment(PYTHON=sys.executable), capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0 and "(2 processes, fsdp2)" in result.stdout, result.stderr
 
 
 def test_mistake_is_told_by_one_process(work):
@@ -220,8 +280,6 @@ def test_mistake_is_told_by_one_process(work):
 
 
 def test_folder_in_use_is_told_by_one_process(work, ddp):
-    import fcntl
-
     with open(ddp[0] / ".lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         result = run_several(*JOB, *TWO, *PROCESSES, "--output", "ddp", cwd=work, code=2)
@@ -229,11 +287,6 @@ def test_folder_in_use_is_told_by_one_process(work, ddp):
 
 
 def test_launcher_that_is_killed_leaves_no_process_behind(work):
-    import os
-    import time
-
-    from several_helpers import rank_of, start_several
-
     process = start_several(*DROPOUT, "--output", "orphans", cwd=work)
     ranks = [rank_of(process, rank) for rank in range(2)]
     time.sleep(1.0)  # by then each has told the system
@@ -246,7 +299,3 @@ def test_launcher_that_is_killed_leaves_no_process_behind(work):
     for pid in left:
         os.kill(pid, signal.SIGKILL)
     assert not left
-
-
-def test_one_process_is_started_as_before(work):
-    assert "--num-processes 1" not in run(*JOB, *ONE, "--num-processes", 1, "--help", cwd=work).stderr
