@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import fcntl
+import importlib.util
 import os
 import random
 import re
@@ -52,20 +52,20 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def one(work: Path) -> Path:
-    """Ten steps in one process."""
-    assert call(*JOB, *ONE, "--steps", 10, "--output", "one", cwd=work).returncode == 0
+    """Twelve steps in one process."""
+    assert call(*JOB, *ONE, "--steps", 12, "--output", "one", cwd=work).returncode == 0
     return work / "one"
 
 
 @pytest.fixture(scope="module")
 def ddp(work: Path) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    words = (*JOB, *TWO, *PROCESSES, "--steps", 10, "--output", "ddp")
+    words = (*JOB, *TWO, *PROCESSES, "--steps", 12, "--output", "ddp")
     return work / "ddp", run_several(*words, cwd=work)
 
 
 @pytest.fixture(scope="module")
 def fsdp2(work: Path) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    words = (*JOB, *TWO, "--accelerate-config", "fsdp2.yaml", "--steps", 10, "--output", "fsdp2", "--merge")
+    words = (*JOB, *TWO, "--accelerate-config", "fsdp2.yaml", "--steps", 12, "--output", "fsdp2", "--merge")
     return work / "fsdp2", run_several(*words, cwd=work)
 
 
@@ -86,7 +86,7 @@ def test_two_processes_have_the_losses_of_one(one, ddp):
 def test_one_process_speaks_and_writes(one, ddp):
     lines = ddp[1].stdout.splitlines()
     assert sum("importing" in line for line in lines) == 1
-    assert sum("step 10/10" in line for line in lines) == 1
+    assert sum("step 12/12" in line for line in lines) == 1
     assert {p.name for p in ddp[0].iterdir()} == {p.name for p in one.iterdir()}
     assert metrics(ddp[0])["samples"] == metrics(one)["samples"]
 
@@ -107,7 +107,7 @@ def test_fsdp2_merges_what_it_has_trained(fsdp2):
 @pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.long), 3])
 def test_zero_has_the_losses_of_one_process(work, one, stage):
     output = work / f"zero{stage}"
-    words = (*JOB, *TWO, "--accelerate-config", f"zero{stage}.yaml", "--steps", 10, "--output", output.name)
+    words = (*JOB, *TWO, "--accelerate-config", f"zero{stage}.yaml", "--steps", 12, "--output", output.name)
     assert "(2 processes, deepspeed)" in run_several(*words, cwd=work).stdout
     assert far(output, one) <= CLOSE
     assert tokens(output) == tokens(one)
@@ -115,13 +115,13 @@ def test_zero_has_the_losses_of_one_process(work, one, stage):
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_checkpoint_of_two_processes_is_one_that_a_single_process_goes_on_from(work, one, engine, request):
-    """The one that the first job has left at its eighth step, and two steps more: with the losses of ten at once."""
+    """The one that the first job has left at its eighth step, and four steps more: with the losses of all at once."""
     output, _ = request.getfixturevalue(engine)
     again = shutil.copytree(output, work / f"{engine}-one")
-    shutil.rmtree(again / "checkpoints" / "checkpoint-10")
-    result = call(*JOB, *ONE, "--steps", 10, "--output", again.name, "--resume", cwd=work)
+    shutil.rmtree(again / "checkpoints" / "checkpoint-12")
+    result = call(*JOB, *ONE, "--steps", 12, "--output", again.name, "--resume", cwd=work)
     assert result.returncode == 0, result.stderr
-    assert "checkpoint-8, 8 of 10 steps done" in result.stdout
+    assert "checkpoint-8, 8 of 12 steps done" in result.stdout
     assert far(again, one) <= CLOSE
 
 
@@ -130,16 +130,16 @@ def test_checkpoint_of_two_processes_is_one_that_a_single_process_goes_on_from(w
 )
 def test_two_processes_go_on_from_one(work, one, engine):
     again = shutil.copytree(one, work / f"one-two{len(engine[1:])}{engine[0][2]}")
-    shutil.rmtree(again / "checkpoints" / "checkpoint-10")
-    result = run_several(*JOB, *TWO, *engine, "--steps", 10, "--output", again.name, "--resume", cwd=work)
-    assert "checkpoint-8, 8 of 10 steps done" in result.stdout
+    shutil.rmtree(again / "checkpoints" / "checkpoint-12")
+    result = run_several(*JOB, *TWO, *engine, "--steps", 12, "--output", again.name, "--resume", cwd=work)
+    assert "checkpoint-8, 8 of 12 steps done" in result.stdout
     assert far(again, one) <= CLOSE
 
 
 def test_another_number_of_processes_needs_as_many_rows_in_a_step(work, ddp):
-    result = call(*JOB, *TWO, "--steps", 12, "--output", "ddp", "--resume", cwd=work)
+    result = call(*JOB, *TWO, "--steps", 14, "--output", "ddp", "--resume", cwd=work)
     assert result.returncode == 2
-    assert "checkpoint-10 was made with 4 rows a step (now 2: --batch-size x --grad-accum x 1 processes)" in sentence(
+    assert "checkpoint-12 was made with 4 rows a step (now 2: --batch-size x --grad-accum x 1 processes)" in sentence(
         result
     )
 
@@ -205,7 +205,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 
 
 def test_torchrun_starts_the_job_too(work, ddp):
-    result = run_several(*JOB, *TWO, "--steps", 10, "--output", "torchrun", cwd=work, launcher=TORCHRUN)
+    result = run_several(*JOB, *TWO, "--steps", 12, "--output", "torchrun", cwd=work, launcher=TORCHRUN)
     assert "(2 processes, ddp)" in result.stdout
     same_end(work / "torchrun", ddp[0])
 

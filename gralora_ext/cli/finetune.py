@@ -123,11 +123,11 @@ class Job:
         own = self.checkpoint, self.done, vars(self.history)
         states = self.group.exchange((self.state, own))
         for rank, (state, _) in enumerate(states):
-            different = [name for name in state if state[name] != states[0][0].get(name)]
-            if different and self.group.is_first:
+            if state != states[0][0] and self.group.is_first:
+                what = "options" if state["data_digest"] == self.state["data_digest"] else "rows"
                 raise JobError(
-                    f"process {rank} of {self.group.size} has another {different[0]} than the first: "
-                    "start all with the same options, on the same files"
+                    f"process {rank} of {self.group.size} has other {what} than the first: start all with the same options, "
+                    "on the same files"
                 )
         self.checkpoint, self.done, history = states[0][1]
         self.history = History(history)
@@ -227,10 +227,9 @@ class Job:
         from .results import answers
         from .sharded import outside_training
 
+        device = self.trainer.args.device if self.group.shares_model else None
         with outside_training(self.model):
-            return answers(
-                self.model, self.tokenizer, self.encoder, prompts, self.options.sample_tokens, self.group.shares_model
-            )
+            return answers(self.model, self.tokenizer, self.encoder, prompts, self.options.sample_tokens, device)
 
     def gather(self) -> None:
         """The last that takes all processes: sample answers after training, and what the first one is to write."""
