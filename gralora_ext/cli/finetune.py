@@ -104,7 +104,7 @@ class Job:
             f"(each evaluation reads {len(self.held_out)})"
         )
         self.data_name = rows.name
-        self.state = {"settings": decisive(settings(o)), "data_digest": rows.digest}
+        self.state: dict[str, Any] = {"settings": decisive(settings(o)), "data_digest": rows.digest}
         self.state |= {"processes": self.group.size, "engine": self.group.engine}
         if o.resume and self.group.is_first:
             found = resume.find(self.checkpoints, self.state, self.data_name, f"`{self._again()}`")

@@ -38,7 +38,7 @@ def find(checkpoints: Checkpoints, state: dict[str, Any], data: str, how: str) -
 class Processes(NamedTuple):
     """How many there are, how they share the model, and how many rows they take in a step together."""
 
-    count: int
+    number: int
     engine: str
     rows: int
 
@@ -52,12 +52,12 @@ def processes(state: dict[str, Any]) -> Processes:
 def _compare_processes(checkpoint: Path, before: Processes, now: Processes, how: str) -> None:
     """Whole tensors are anyone's to read, and a step is the same if it takes the same rows; DeepSpeed's shares are its own."""
     if "deepspeed" in (before.engine, now.engine) and before[:2] != now[:2]:
-        was, is_now = (f"{p.count} processes with {p.engine}" for p in (before, now))
+        was, is_now = (f"{p.number} processes with {p.engine}" for p in (before, now))
         _refuse(checkpoint, f"{was} (now {is_now}), and DeepSpeed's checkpoints are for as many as wrote them", how)
     if before.rows != now.rows:
         _refuse(
             checkpoint,
-            f"{before.rows} rows a step (now {now.rows}: --batch-size x --grad-accum x {now.count} processes)",
+            f"{before.rows} rows a step (now {now.rows}: --batch-size x --grad-accum x {now.number} processes)",
             f"--batch-size and --grad-accum that make {before.rows}",
         )
 

@@ -51,9 +51,7 @@ def whole(tensor: Tensor) -> Tensor:
 
         with GatheredParameters([tensor]):
             return tensor.detach().cpu().clone()
-    if isinstance(tensor, DTensor):
-        return tensor.detach().full_tensor().cpu()
-    return tensor.detach()
+    return tensor.full_tensor().detach().cpu() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 @contextmanager

@@ -46,14 +46,13 @@ class Shares(BatchSampler):
 class ShareLoader(DataLoader):
     """Batches of :class:`Shares`; where it has no rows for this process, a batch without labels."""
 
-    def __init__(self, rows: list[Any], collate: Callable[[list[Any]], Batch], shares: Shares):
+    def __init__(self, rows: Any, collate: Callable[[list[Any]], Batch], shares: Shares):
+        self.set_epoch = shares.set_epoch  # Trainer calls it
+
         def collate_share(items: list[Any]) -> Batch:
             return collate(items) if items else without_labels(collate(rows[:1]))
 
         super().__init__(rows, batch_sampler=shares, collate_fn=collate_share)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.batch_sampler.set_epoch(epoch)
 
 
 def without_labels(batch: Batch) -> Batch:

@@ -131,7 +131,7 @@ class FinetuneTrainer(Trainer):
         self.control.should_evaluate = False
         size, step, group = self.args.per_device_train_batch_size, self.state.global_step, self.group
         batches = [self.held_out[i : i + size] for i in range(0, len(self.held_out), size)]
-        total, count, others = 0.0, 0, 0  # others: the logits that are not zero
+        total, count, others = 0.0, 0.0, 0.0  # others: batches of which not all logits are zero
         self.model.eval()
         rows = self.console.bar("held-out loss: row", len(self.held_out))
         with torch.no_grad(), outside_training(self.model), rows as bar:
@@ -149,7 +149,7 @@ class FinetuneTrainer(Trainer):
                 if start + group.rank < len(batches):
                     others += int(logits[answer].any())
                     total += cross_entropy(logits[answer].float(), labels[answer], reduction="sum").item()
-                    count += int(answer.sum())
+                    count += answer.sum().item()
                 bar.update(min(len(self.held_out), (start + group.size) * size))
         total, count, others = group.total([total, count, others])
         loss = total / count
@@ -178,9 +178,9 @@ class FinetuneTrainer(Trainer):
         else:
             self._write_checkpoint(None, model, trial)
 
-    def _write_checkpoint(self, stage: Path | None, model: Any, trial: Any) -> None:
+    def _write_checkpoint(self, stage: Any, model: Any, trial: Any) -> None:
         """All processes write into the first one's ``stage``, where an engine has them do so; the first one seals it."""
-        stage = stage if self.group.size == 1 else self.group.exchange(stage)[0]
+        stage = self.group.exchange(stage)[0]
         name, output_dir = f"checkpoint-{self.state.global_step}", self.args.output_dir
         self.args.output_dir = str(stage)
         try:
