@@ -13,6 +13,7 @@ from several_helpers import make_configurations
 
 from gralora_ext.cli.accelerate_file import read
 from gralora_ext.cli.checkpoints import Checkpoints
+from gralora_ext.cli.group import Group
 from gralora_ext.cli.launcher import Place, again, engine, place_here
 from gralora_ext.cli.resume import _compare_processes, processes
 from gralora_ext.cli.shares import ShareLoader, Shares, has_labels
@@ -201,6 +202,20 @@ def test_signal_that_comes_to_one_process_twice_at_once_is_one(monkeypatch):
         monkeypatch.setattr(time, "monotonic", lambda: later)
         stopper._handle(signal.SIGTERM, None)
         assert ended == [128 + signal.SIGTERM]
+
+
+def test_signal_that_comes_while_processes_agree_is_told_the_next_time(monkeypatch):
+    """Otherwise one process ends its training while the others go on, and wait for it."""
+    own = Stopper()
+    own.share(first=False)
+    monkeypatch.setattr("gralora_ext.cli.group.stopper", own)
+    group = Group(Place(1, 2, 1))
+    with pytest.raises(Stopped), own.held():
+        monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor, op: own._handle(signal.SIGTERM, None))
+        assert group.signal() is None and not group.agreed
+        group.check_signal()
+        monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor, op: None)
+        assert group.signal() == signal.SIGTERM and group.agreed
 
 
 def test_checkpoint_that_lacks_a_process_s_random_numbers_is_not_whole(tmp_path):

@@ -118,16 +118,32 @@ class Group:
         return [sum(column) for column in zip(*self.exchange(list(values)), strict=True)]
 
     def signal(self) -> int | None:
-        """The signal that has come to any of the processes, which then has come to each. All of them call this."""
-        if self.size > 1:
-            import torch
+        """The signal that has come to any of the processes, which then has come to each. All of them call this.
 
-            largest = torch.tensor(stopper.signum or 0)
-            torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
-            self.agreed = int(largest) > 0
-            if self.agreed and stopper.signum is None:
-                stopper.learn(int(largest))
-        return stopper.signum
+        One that comes to this process meanwhile is told the next time, when the others learn of it.
+        """
+        if self.size == 1:
+            return stopper.signum
+        import torch
+
+        largest = torch.tensor(stopper.signum or 0)
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+        signum = int(largest) or None
+        if signum is not None:
+            self.agreed = True
+            stopper.learn(signum)
+        return signum
+
+    def check_signal(self) -> None:
+        """Raises Stopped in all processes where a signal has come to any. All of them call this."""
+        if self.signal() is not None:
+            stopper.check()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Of several processes none is stopped alone in here: they agree on it, by :meth:`check_signal`."""
+        with stopper.held() if self.size > 1 else nullcontext():
+            yield
 
     def has_lost(self, error: BaseException) -> bool:
         """Whether ``error`` comes from another process that has ended or does not answer."""
@@ -137,17 +153,6 @@ class Group:
 
         kinds = (torch.distributed.DistError, ConnectionError)
         return isinstance(error, kinds) or (isinstance(error, RuntimeError) and bool(_GONE.search(str(error))))
-
-    def check_signal(self) -> None:
-        """Raises Stopped in all processes where a signal has come to any. All of them call this."""
-        self.signal()
-        stopper.check()
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Of several processes none is stopped alone in here: they agree on it, by :meth:`check_signal`."""
-        with stopper.held() if self.size > 1 else nullcontext():
-            yield
 
     def leave_lost(self, sentence: str) -> NoReturn:
         """Ends this process at once after another was lost; the launcher tells of that, or this one if it is the first."""
