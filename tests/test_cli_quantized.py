@@ -99,5 +99,5 @@ def test_a_missing_package_is_named_before_anything_is_loaded(work, monkeypatch)
 
     monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(JobError, match="--load-in-8bit needs bitsandbytes: `pip install bitsandbytes`"):
-        checks.check_quantization(parse(["--load-in-8bit"]))
-    checks.check_quantization(parse([]))
+        checks.check_needed(parse(["--load-in-8bit"]))
+    checks.check_needed(parse([]))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import traceback
@@ -65,12 +66,17 @@ def _dispatch(arguments: list[str]) -> int:
     # on.
     name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     if name == "finetune":
-        from .options import parse
+        from .options import parse, settings
 
         end_with_launcher()
         group = Group(place_here())
         with group.together(meet=False):
             options = parse(rest)
+        if options.print_config:
+            if group.is_first:
+                print(json.dumps(settings(options), indent=2, ensure_ascii=False))
+            return 0
+        with group.together(meet=False):
             check_packages()
         if group.size == 1 and ((options.num_processes or 1) > 1 or options.accelerate_config is not None):
             from .spawn import launch
@@ -113,7 +119,7 @@ def _dispatch(arguments: list[str]) -> int:
 def _explain(arguments: list[str], error: Exception) -> int:
     """What the machine lacks is the user's to mend; all else is a failure that nobody foresaw."""
     if reason := memory_failure(error):
-        cure = "try a smaller --batch-size or --max-length, or --dtype bf16, or free some"
+        cure = "try a smaller --batch-size or --max-length, --gradient-checkpointing or --dtype bf16, or free some"
         return _fail(arguments, f"{reason}: {cure}", 2)
     reason = disk_failure(error) or (error.strerror if isinstance(error, OSError) else None)
     if not reason:

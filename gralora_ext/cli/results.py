@@ -26,16 +26,18 @@ ROWS = 64  # of a weight, evenly spaced: some of each block, and all columns
 
 
 def answers(
-    model: Any, tokenizer: Any, encoder: Encoder, prompts: list[str], tokens: int, shared_on: Any = None
+    model: Any, tokenizer: Any, encoder: Encoder, asked: list[list[int]], tokens: int, shared_on: Any = None
 ) -> list[str]:
-    """The model's greedy answers, at most ``tokens`` long; the beginning of a prompt that leaves no room is cut.
+    """The model's greedy answers to prompts of tokens, at most ``tokens`` long; what leaves no room is cut at its beginning.
 
     Of a model that processes share, on the devices ``shared_on``, all of them make the same answers, and end together.
     """
     from transformers import GenerationConfig
 
     positions = getattr(model.config, "max_position_embeddings", None) or 2**31
-    starts = [encoder.prompt(prompt)[-min(encoder.max_length, positions - 1) :] for prompt in prompts]
+    if not asked:
+        return []
+    starts = [start[-min(encoder.max_length, positions - 1) :] for start in asked]
     width = max(map(len, starts))
     device = shared_on or next(model.parameters()).device
     ids = torch.tensor([[encoder.pad] * (width - len(s)) + s for s in starts], device=device)

@@ -8,6 +8,7 @@ ZeRO's optimizer is left to DeepSpeed's own checkpoints.
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,10 +19,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def prepare(engine: str, device: str) -> None:
+def prepare(options: argparse.Namespace, engine: str, device: str) -> None:
     """What libraries must find in the environment before they load a model, or are imported."""
     if engine == "deepspeed":
         os.environ.setdefault("DS_ACCELERATOR", "cpu" if device == "cpu" else "cuda")
+    # The job's own options decide how it computes.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if options.bf16 else "fp16" if options.fp16 else "no"
     # Otherwise all but the first process load a model without weights, and look at those.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
