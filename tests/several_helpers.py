@@ -33,7 +33,7 @@ def make_configurations(folder: Path) -> None:
 
 
 def start_several(
-    *words: object, cwd: Path, launcher: tuple[str, ...] = ("-m", "gralora_ext")
+    *words: object, cwd: Path, launcher: tuple[str, ...] = ("-m", "gralora_ext"), **options: Any
 ) -> subprocess.Popen[str]:
     """The job as a process that starts others."""
     return subprocess.Popen(
@@ -43,6 +43,7 @@ def start_several(
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        **options,
     )
 
 

@@ -7,20 +7,16 @@ import fcntl
 import importlib.util
 import os
 import random
-import re
-import shlex
+import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from cli_helpers import call, environment, finish, make_data, make_model, metrics, same_end, sentence
-from error_messages import ROOT
+from cli_helpers import call, make_data, make_model, metrics, same_end, sentence
 from several_helpers import (
-    EXAMPLES,
     JOB,
     ONE,
     TWO,
@@ -202,77 +198,6 @@ def test_process_that_does_not_answer_is_given_up(work):
     assert "process 1 of 2 did not answer for 6 s: " in sentence(result)
 
 
-def words_of(line: str) -> list[str]:
-    """A command of a page as one of this Python's, with a job that is small."""
-    words = shlex.split(line.replace("node0", "127.0.0.1"))
-    for command, module in COMMANDS.items():
-        if words[: len(command)] == list(command):
-            words = ["-m", module, *words[len(command) :]]
-    small = () if "--config" in words else (*map(str, JOB[5:]), "--steps", "3")
-    return [*words, *("--rank" if word == "--r" else word for word in small)]  # torchrun takes --r for one of its own
-
-
-PAGE = (ROOT / "docs" / "several_processes.md").read_text(encoding="utf-8")
-LINES = re.findall(r"^```bash\n(.+)\n```$", PAGE, re.MULTILINE)
-COMMANDS = {
-    ("gralora-ext",): "gralora_ext",
-    ("torchrun",): "torch.distributed.run",
-    ("accelerate", "launch"): "accelerate.commands.launch",
-}
-
-
-@pytest.fixture(scope="module")
-def page(work: Path) -> Path:
-    """A folder as the page speaks of it, with the model, the data, and the job of its first command."""
-    folder = work / "page"
-    (folder / "path" / "to").mkdir(parents=True)
-    shutil.copytree(work / "model", folder / "path" / "to" / "model")
-    shutil.copy(work / "data.jsonl", folder / "train.jsonl")
-    shutil.copytree(EXAMPLES, folder / "examples")
-    return folder
-
-
-def outcome(page: Path, number: int) -> Path:
-    """The output of a command of the page, which is run once."""
-    output, kept = page / "out", page / f"out{number}"
-    if kept.exists():
-        return kept
-    words = words_of(LINES[number])
-    if "--resume" in words:
-        shutil.copytree(outcome(page, 0), output)
-    others = []
-    if "--nnodes" in words:  # the other machine
-        other = [*words]
-        other[words.index("--node-rank") + 1] = "1"
-        others.append(start_several(cwd=page, launcher=tuple(other)))
-    result = run_several(cwd=page, launcher=tuple(words))
-    for process in others:
-        assert finish(process).returncode == 0
-    assert "Traceback" not in result.stderr
-    return output.rename(kept)
-
-
-@pytest.mark.parametrize("number", range(len(LINES)), ids=lambda n: f"line{n}")
-def test_each_command_of_the_page_runs(page, number):
-    """By whichever launcher the processes were started, they do the same to the last bit."""
-    line = LINES[number]
-    if "zero3" in line and not HAS_DEEPSPEED:
-        pytest.skip("needs deepspeed")
-    shared = [n for n, other in enumerate(LINES) if "fsdp2" in other]
-    like = number if "zero3" in line else shared[0] if number in shared else 0
-    same_end(outcome(page, number), outcome(page, like))
-
-
-@pytest.mark.long
-def test_the_example_of_two_processes_runs(page):
-    words = ("--model", "path/to/model", "--data", "train.jsonl", "--output", "example", "--steps", 2)
-    command = ["examples/two_processes.sh", *map(str, (*words, *JOB[5:]))]
-    result = subprocess.run(
-        command, cwd=page, env=environment(PYTHON=sys.executable), capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0 and "(2 processes, fsdp2)" in result.stdout, result.stderr
-
-
 def test_mistake_is_told_by_one_process(work):
     for mistake, says in (
         (("--data", "none.jsonl"), "there is no file none.jsonl"),
@@ -303,3 +228,17 @@ def test_launcher_that_is_killed_leaves_no_process_behind(work):
     for pid in left:
         os.kill(pid, signal.SIGKILL)
     assert not left
+
+
+@pytest.mark.long
+def test_job_that_diverges_and_job_whose_disk_is_full_are_told_by_one_process(work):
+    result = run_several(*JOB, *TWO, *PROCESSES, "--lr", 1e30, "--output", "diverged", cwd=work, code=3)
+    assert "the job has diverged: " in sentence(result)
+    assert metrics(work / "diverged")["diverged"]
+
+    def full() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+
+    result = run_several(*JOB, *TWO, *PROCESSES, "--r", 16, "--output", "full", cwd=work, code=2, preexec_fn=full)
+    assert "cannot be written: File too large (" in sentence(result)
+    assert not list((work / "full").rglob(".partial-*"))

@@ -26,7 +26,7 @@ from .group import LOST
 from .launcher import LAUNCHED
 from .options import SETTINGS
 
-_GRACE = 5.0  # seconds in which the others may end after one has ended badly; they have nothing left to save
+_GRACE = 2.0  # seconds in which the others may end after one has ended badly; they have nothing left to save
 _STOP_GRACE = 30.0  # the same after a signal, where one has ended and the others may still be at work
 _POLL = 0.05
 
