@@ -63,6 +63,34 @@ def test_each_answer_with_its_end_is_learned_and_nothing_else(tokenizer, templat
     assert remarks == []
 
 
+def of_characters(merges=(), **prepended):
+    """A tokenizer of characters, with ``merges``; ``prepended`` puts a mark of a space before a text, as Llama's does."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<eos>", "\u2581", "\n", *map(chr, range(33, 127)), *("".join(pair) for pair in merges)]
+    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, list(merges)))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(**prepended)
+    tokenizer.decoder = decoders.Metaspace(**prepended)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", chat_template=CHAT)
+
+
+def test_a_token_across_the_beginning_of_an_answer_is_not_made():
+    tokenizer = of_characters([(">", "d")], prepend_scheme="never")
+    whole = tokenizer.apply_chat_template(TURNS, tokenize=False).rstrip()
+    assert ">d" in tokenizer.convert_ids_to_tokens(tokenizer(whole)["input_ids"])
+    (example,), _ = Encoder(tokenizer, 200).examples([TURNS], "training")
+    assert learned(tokenizer, example) == ["dog dog dog<eos>", "cat dog<eos>"]
+
+
+def test_a_space_before_a_text_is_not_put_before_every_piece():
+    tokenizer = of_characters(prepend_scheme="first")
+    (example,), _ = Encoder(tokenizer, 200).examples([TURNS], "training")
+    whole = tokenizer.apply_chat_template(TURNS, tokenize=False).rstrip()
+    assert example["input_ids"] == tokenizer(whole, add_special_tokens=False)["input_ids"]
+    assert [piece.strip() for piece in learned(tokenizer, example)] == ["dog dog dog<eos>", "cat dog<eos>"]
+
+
 def test_all_of_a_conversation_but_its_first_token_is_learned_on_demand(tokenizer):
     (example,), _ = Encoder(tokenizer, 100, answers_only=False).examples([TURNS], "training")
     assert example["labels"] == [IGNORED, *example["input_ids"][1:]]

@@ -119,7 +119,10 @@ def test_float16_without_cuda_is_one_sentence(work):
 
 
 def test_attention_that_is_not_here_is_one_sentence(work):
-    done = call(*JOB, "--attn-implementation", "flash_attention_2", "--output", "none", cwd=work)
+    job = (*JOB, "--attn-implementation", "flash_attention_2", "--output", "none")
+    done = call(*job, cwd=work)
+    assert done.returncode == 2 and "flash_attention_2 needs --dtype bf16: it has no float32" in sentence(done)
+    done = call(*job, "--dtype", "bf16", cwd=work)
     assert done.returncode == 2 and "--attn-implementation flash_attention_2 does not work with model here" in sentence(
         done
     )

@@ -34,9 +34,13 @@ def make_batches(
     model: Any,
     source: Source,
     options: argparse.Namespace,
+    device: str,
     say: Callable[[str], None],
 ) -> Batches:
-    """Makes tokens of all rows and says what was cut or left out; JobError where they do not fit the model."""
+    """Makes tokens of all rows and says what was cut or left out; JobError where they do not fit the model.
+
+    With ``--packing`` the model is tried, on ``device``, and stays there.
+    """
     o = options
     examples, remarks = encoder.examples(rows.train, "training")
     held_out, remarks_held_out = encoder.examples(rows.held_out, "held-out")
@@ -45,7 +49,7 @@ def make_batches(
     check_vocabulary(model, source, [*examples, *held_out])
     if not o.packing:
         return Batches(examples, encoder.collate, len(examples), held_out)
-    check(model, examples, o.attn_implementation, bits_of(o))
+    check(model if bits_of(o) else model.to(device), examples, o.attn_implementation, bits_of(o))
     groups = packs(examples, o.max_length)
     full = sum(len(e["input_ids"]) for e in examples) / (len(groups) * o.max_length)
     say(f"packing: {len(examples):,} rows in {len(groups):,} packs of {o.max_length} tokens, {full:.0%} full")

@@ -57,12 +57,15 @@ class Encoder:
                 f"the rows are conversations, and the tokenizer in {self.place} has no chat template: name a model that "
                 "has one, such as an Instruct model, or a file with --chat-template"
             )
+        if not self.answers_only:
+            text = self.template.text(row).rstrip()
+            return [(self._ended(self._tokens(text, add_special_tokens=False)), True)], 0
         if self.template.has_marks:
             tokens, learned = self.template.marked(row)
             end = max((i + 1 for i, mark in enumerate(learned) if mark), default=0)
             return [([token], mark) for token, mark in zip(tokens[:end], learned, strict=False)], 0
         texts, lost = self.template.parts(row)
-        pieces = [(self._tokens(text, add_special_tokens=False), said) for text, said in texts]
+        pieces = self._cut(texts)
         if pieces:
             pieces[-1] = self._ended(pieces[-1][0]), True
         return pieces, lost
@@ -105,7 +108,9 @@ class Encoder:
                 f"{cut:,} of the {count:,} {what} rows are longer than --max-length {self.max_length}: cut{whole}"
             )
         if unmarked:
-            remarks.append(f"{unmarked:,} of the {count:,} {what} rows have nothing that the template marks: left out")
+            remarks.append(
+                f"{unmarked:,} of the {count:,} {what} rows have no answer that the template tells apart: left out"
+            )
         if lost:
             remarks.append(
                 f"{lost:,} answers in the {count:,} {what} rows are not learned: the chat template writes them otherwise "
@@ -158,6 +163,23 @@ class Encoder:
             raise JobError(
                 f"the tokenizer in {self.place} cannot read a row: {first_sentence(error)}: its files are damaged"
             ) from error
+
+    def _cut(self, texts: list[tuple[str, bool]]) -> list[tuple[list[int], bool]]:
+        """The tokens of the whole text, cut where its pieces meet.
+
+        That can be done where the tokens up to there are the first tokens of the whole. Else one of them lies across, and
+        each piece is read by itself, as the model meets it when it answers.
+        """
+        whole = self._tokens("".join(text for text, _ in texts), add_special_tokens=False)
+        pieces, before, at = [], "", 0
+        for text, said in texts:
+            before += text
+            tokens = self._tokens(before, add_special_tokens=False)
+            if tokens != whole[: len(tokens)]:
+                return [(self._tokens(text, add_special_tokens=False), said) for text, said in texts]
+            pieces.append((whole[at : len(tokens)], said))
+            at = len(tokens)
+        return pieces
 
     def _open(self, text: str) -> list[int]:
         """The tokens of a text that goes on; some tokenizers close every text."""

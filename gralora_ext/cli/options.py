@@ -102,6 +102,8 @@ def _check_together(options: argparse.Namespace) -> None:
         raise JobError("--k auto needs --backend fused, and it is peft")
     if options.backend != "lora" and options.k != "auto" and not options.rank_pattern and options.r % options.k:
         raise JobError(f"--k {options.k} does not divide --r {options.r}")
+    if (options.attn_implementation or "").startswith("flash") and options.dtype == "fp32":
+        raise JobError(f"--attn-implementation {options.attn_implementation} needs --dtype bf16: it has no float32")
     check_targets("target-modules", options.target_modules)
     check_targets("exclude-modules", options.exclude_modules or [])
     if options.layers_pattern and not options.layers_to_transform:
