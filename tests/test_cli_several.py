@@ -104,10 +104,11 @@ def test_fsdp2_merges_what_it_has_trained(fsdp2):
 @pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.long), 3])
 def test_zero_has_the_losses_of_one_process(work, one, stage):
     output = work / f"zero{stage}"
-    words = (*JOB, *TWO, "--accelerate-config", f"zero{stage}.yaml", "--steps", 12, "--output", output.name)
+    words = (*JOB, *TWO, "--accelerate-config", f"zero{stage}.yaml", "--steps", 12, "--output", output.name, "--merge")
     assert "(2 processes, deepspeed)" in run_several(*words, cwd=work).stdout
     assert far(output, one) <= CLOSE
     assert tokens(output) == tokens(one)
+    assert metrics(output)["merged_logits"]["relative"] <= 1e-5
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])

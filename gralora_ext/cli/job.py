@@ -106,7 +106,10 @@ class Job:
         if self.rows.template is not None:
             self.tokenizer.chat_template = self.rows.template
         self.encoder = Encoder(self.tokenizer, o.max_length, o.answers_only)
-        self.batches = make_batches(self.rows, self.encoder, self.model, self.source, o, self.device, say)
+        # A model that is to be shared out need not fit a device as a whole.
+        flash = (o.attn_implementation or "").startswith("flash")
+        tried_on = "cpu" if self.group.shares_model and not flash else self.device
+        self.batches = make_batches(self.rows, self.encoder, self.model, self.source, o, tried_on, say)
         self.rows_per_step = o.batch_size * o.grad_accum * self.group.size
         per_epoch = math.ceil(len(self.batches.items) / self.rows_per_step)
         if not o.steps and o.epochs * per_epoch > LARGEST:
