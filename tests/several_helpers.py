@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tests of several processes share: the job, Accelerate's configuration files, and signals to one of its processes."""
+"""What the tests of several processes share: the job, Accelerate's files, and signals to one of its processes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from typing import Any
 from cli_helpers import environment, finish, metrics
 from error_messages import ROOT
 
-# 37 rows to train on, 4 in a step: the tenth step is the last of an epoch, of one row, and a second process has none. No
-# dropout, so that any number of processes computes the same.
+# 37 rows to train on, 4 in a step: the tenth step is the last of an epoch, of one row, and a second
+# process has none. No dropout, so that any number of processes computes the same.
 JOB = ("finetune", "--model", "model", "--data", "data.jsonl", "--held-out", 11, "--r", 4, "--lr", 0.01)
 JOB += ("--max-length", 64, "--hybrid-r", 2, "--eval-every", 4, "--save-every", 4, "--sample-tokens", 4, "--no-merge")
 ONE, TWO = ("--batch-size", 4), ("--batch-size", 2)
@@ -69,9 +69,12 @@ def rank_of(launcher: subprocess.Popen[str], rank: int, patience: float = 60.0) 
 
 
 def signal_at(
-    text: str, rank: int, signum: signal.Signals, *words: object, cwd: Path, delay: float = 0.0, **how: Any
+    text: str, rank: int | None, signum: signal.Signals, *words: object, cwd: Path, delay: float = 0.0, **how: Any
 ) -> subprocess.CompletedProcess[str]:
-    """Sends ``signum`` to one process, ``delay`` seconds after a line of the job's output holds ``text``."""
+    """Sends ``signum`` to one process, ``delay`` seconds after a line of the job's output holds ``text``.
+
+    Where ``rank`` is None it is sent to the process that has started the others.
+    """
     process = start_several(*words, cwd=cwd, **how)
     assert process.stdout is not None
     read = ""
@@ -80,7 +83,7 @@ def signal_at(
         if text in line:
             time.sleep(delay)
             try:
-                os.kill(rank_of(process, rank, 1.0), signum)
+                os.kill(process.pid if rank is None else rank_of(process, rank, 1.0), signum)
             except (AssertionError, OSError):
                 pass  # it has ended
             break

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What processes of a job know of each other before they meet: their places, their rows, and whose checkpoint they can read."""
+"""What processes of a job know of each other before they meet: places, rows, and whose checkpoints they can read."""
 
 from __future__ import annotations
 

@@ -162,6 +162,21 @@ def test_killed_process_ends_all_with_one_sentence(work, unbroken):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("text", ["importing", "step 1/"])
+def test_signal_to_the_launcher_ends_all_as_one_process(work, text, signum):
+    output = f"{text.split()[0]}-{signum.name}"
+    result = signal_at(text, None, signum, *DROPOUT, "--output", output, cwd=work, delay=0.2)
+    assert result.returncode == 128 + signum
+    told = [line for line in result.stderr.splitlines() if line]
+    assert [line.split(":")[0] for line in told if "stopping after" not in line] == [
+        f"stopped by {'Ctrl-C' if signum == signal.SIGINT else signum.name}"
+    ]
+    assert ("is saved; go on with" in told[-1]) == (text != "importing")
+    assert not list(work.glob(f"{output}/**/.partial-*"))
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("moment", range(20))
 def test_process_killed_at_any_moment_and_resumed_has_the_unbroken_losses(work, unbroken, moment):
     drawn = random.Random(moment)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accelerate's own configuration file, as ``accelerate config`` writes it, for processes that ``--num-processes`` starts."""
+"""Accelerate's own configuration file, as ``accelerate config`` writes it, for what ``--num-processes`` starts."""
 
 from __future__ import annotations
 

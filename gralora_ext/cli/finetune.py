@@ -17,7 +17,7 @@ DIVERGED = 3  # the exit code of a job that ended, with its results, because its
 
 
 def run(options: argparse.Namespace, group: Group) -> int:
-    """Runs the job, or its part in one of several processes; returns the exit code. JobError is for what the user can mend.
+    """Runs the job, or its part in one of several processes; returns the exit code. JobError: what the user can mend.
 
     Of several processes the first one writes and speaks, and its exit code is the job's; the others return 0.
     """

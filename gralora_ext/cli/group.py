@@ -153,7 +153,7 @@ class Group:
         return isinstance(error, kinds) or (isinstance(error, RuntimeError) and bool(_GONE.search(str(error))))
 
     def leave_lost(self, sentence: str) -> NoReturn:
-        """Ends this process at once after another was lost; the launcher tells of that, or this one if it is the first."""
+        """Ends this process at once after another was lost; the launcher tells of that, or else the first process."""
         if not self.place.of_our_launcher and self.is_first:
             stopper.quiet = True  # the launcher ends this process too, which is no news
             print(f"gralora-ext: error: {sentence}", file=sys.stderr)

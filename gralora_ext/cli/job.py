@@ -79,8 +79,8 @@ class Job:
             if state != states[0][0] and self.group.is_first:
                 what = "options" if state["data_digest"] == self.state["data_digest"] else "rows"
                 raise JobError(
-                    f"process {rank} of {self.group.size} has other {what} than the first: start all with the same options, "
-                    "on the same files"
+                    f"process {rank} of {self.group.size} has other {what} than the first: start all with the same "
+                    "options, on the same files"
                 )
         self.checkpoint, self.done, history = states[0][1]
         self.history = History(history)
@@ -132,12 +132,14 @@ class Job:
         """The trainer, with what a checkpoint holds of the adapter; the settings are written."""
         from transformers import set_seed
 
+        from . import sharded
         from .adapter import load_adapter
 
         if self.group.is_first:
             with self.output.staged() as stage:
                 write_json(stage / SETTINGS, settings(self.options))
         self.trainer = self._trainer()
+        sharded.check(self.trainer)
         if self.group.size > 1:
             set_seed(self.options.seed + self.group.rank)  # each draws its own dropout
         if self.checkpoint is not None:
@@ -158,9 +160,8 @@ class Job:
             if self.done < self.steps or group.shares_model:
                 what = "packs" if self.options.packing else "rows"
                 each = f" ({group.size} processes, {group.engine})" if group.size > 1 else ""
-                self.console.say(
-                    f"training {self.steps - self.done} steps of {self.rows_per_step} {what} on {trainer.args.device}{each}"
-                )
+                left, device = self.steps - self.done, trainer.args.device
+                self.console.say(f"training {left} steps of {self.rows_per_step} {what} on {device}{each}")
                 with stopper.held(), self.console.bar("step", self.steps, self.done, first=True) as trainer.bar:
                     trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
                 group.check_signal()

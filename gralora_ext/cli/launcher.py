@@ -110,8 +110,8 @@ def _numbers(environment: Mapping[str, str]) -> dict[str, int] | None:
         rank, local = (environment.get(name, "") for name in names[1:])
         if not rank.isdecimal() or int(rank[:9]) >= size:
             raise JobError(
-                f"{names[0]} is {size}, and {names[1]} is {rank or 'not set'}, which is not one of them: start the job with "
-                f"--num-processes or torchrun, or unset {names[0]}"
+                f"{names[0]} is {size}, and {names[1]} is {rank or 'not set'}, which is not one of them: start the job "
+                f"with --num-processes or torchrun, or unset {names[0]}"
             )
         return {
             "WORLD_SIZE": size,

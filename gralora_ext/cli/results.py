@@ -28,7 +28,7 @@ ROWS = 64  # of a weight, evenly spaced: some of each block, and all columns
 def answers(
     model: Any, tokenizer: Any, encoder: Encoder, asked: list[list[int]], tokens: int, shared_on: Any = None
 ) -> list[str]:
-    """The model's greedy answers to prompts of tokens, at most ``tokens`` long; what leaves no room is cut at its beginning.
+    """The model's greedy answers to prompts of tokens, at most ``tokens`` long; what leaves no room is cut in front.
 
     Of a model that processes share, on the devices ``shared_on``, all of them make the same answers, and end together.
     """

@@ -55,7 +55,7 @@ def processes(state: dict[str, Any]) -> Processes:
 
 
 def _compare_processes(checkpoint: Path, before: Processes, now: Processes, how: str) -> None:
-    """Whole tensors are anyone's to read, and a step is the same if it takes the same rows; DeepSpeed's shares are its own."""
+    """JobError unless these processes can read those' checkpoint (DeepSpeed's are its own), and take as many rows."""
     if "deepspeed" in (before.engine, now.engine) and before[:2] != now[:2]:
         was, is_now = (f"{p.number} processes with {p.engine}" for p in (before, now))
         _refuse(checkpoint, f"{was} (now {is_now}), and DeepSpeed's checkpoints are for as many as wrote them", how)

@@ -18,15 +18,27 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ..program.errors import JobError
+
 
 def prepare(options: argparse.Namespace, engine: str, device: str) -> None:
     """What libraries must find in the environment before they load a model, or are imported."""
     if engine == "deepspeed":
         os.environ.setdefault("DS_ACCELERATOR", "cpu" if device == "cpu" else "cuda")
+        os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = os.environ["ACCELERATE_GRADIENT_CLIPPING"] = "auto"
     # The job's own options decide how it computes.
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if options.bf16 else "fp16" if options.fp16 else "no"
     # Otherwise all but the first process load a model without weights, and look at those.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+
+
+def check(trainer: Any) -> None:
+    """That a configuration file of DeepSpeed's own does not contradict the job's options."""
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    differences = plugin.hf_ds_config.mismatches if plugin is not None else []
+    if differences:
+        said = "; ".join(differences).replace("- ds ", "").replace("vs hf ", "there, and here ")
+        raise JobError(f"DeepSpeed's configuration contradicts the job's options, write auto there: {said}")
 
 
 def forget() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``--num-processes``: starts the processes of a job on this machine, and ends them all when one ends badly. Needs no torch.
+"""``--num-processes``: starts the processes of a job here, and ends them all when one ends badly. Needs no torch.
 
 torchrun does the same; this one needs no second import of torch, keeps the job's exit codes, and
 says in one sentence which process was lost.
