@@ -37,7 +37,8 @@ def launched(monkeypatch: pytest.MonkeyPatch):
             "FSDP_VERSION",
             "TORCHELASTIC_RUN_ID",
         )
-        for name in (*SIZES, *names, "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        of_accelerate = [name for name in os.environ if name.startswith("ACCELERATE_")]
+        for name in (*SIZES, *names, *of_accelerate):
             monkeypatch.setenv(name, "")  # so that what the program sets is undone
             monkeypatch.delenv(name)
         for name, value in variables.items():
@@ -101,11 +102,17 @@ def test_engine_is_what_accelerate_says(launched):
 
 
 def test_the_command_that_goes_on_starts_as_many_processes(launched):
-    launched(TORCHELASTIC_RUN_ID="x", LOCAL_WORLD_SIZE="2")
-    assert " -m torch.distributed.run --nproc-per-node 2 -m gralora_ext finetune --resume" in again(
-        ["finetune", "--resume"], Place(0, 2)
+    torchrun = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    launched(**torchrun)
+    place = place_here()
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # as a job sets it
+    assert again(["finetune", "--resume"], place).endswith(
+        " -m torch.distributed.run --nproc-per-node 2 -m gralora_ext finetune --resume"
     )
-    assert again(["finetune", "--resume"], Place(0, 4)) == "LAUNCHER -m gralora_ext finetune --resume"
+    launched(**torchrun, ACCELERATE_MIXED_PRECISION="no")
+    assert again(["finetune", "--resume"], place_here()) == "LAUNCHER -m gralora_ext finetune --resume"
+    launched(**{**torchrun, "WORLD_SIZE": "4"}, MASTER_ADDR="node0")
+    assert again(["finetune", "--resume"], place_here()) == "LAUNCHER -m gralora_ext finetune --resume"
 
 
 def collate(rows):

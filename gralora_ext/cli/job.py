@@ -97,7 +97,8 @@ class Job:
 
         o, say = self.options, self.console.say
         self.bits = bits_of(o)
-        sharded.prepare(o, self.group.engine, self.device)
+        if self.group.size > 1:
+            sharded.prepare(o, self.group.engine, self.device)
         say(f"model: loading {self.source.name} in {o.dtype}{f', quantized to {self.bits} bits' if self.bits else ''}")
         self.model, self.tokenizer = load(self.source, o.dtype, say, self.bits, self.device, o.attn_implementation)
         longest = getattr(self.model.config, "max_position_embeddings", None)

@@ -28,11 +28,15 @@ _PR_SET_PDEATHSIG = 1  # of sys/prctl.h: the signal that a process gets when the
 
 @dataclass(frozen=True)
 class Place:
-    """``rank`` of ``size`` processes, ``local_rank`` among those on this machine. The first one speaks and writes."""
+    """``rank`` of ``size`` processes, ``local_rank`` among those on this machine. The first one speaks and writes.
+
+    ``of_torchrun``: torchrun started them all, on this machine.
+    """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    of_torchrun: bool = False
 
     @property
     def is_first(self) -> bool:
@@ -55,7 +59,9 @@ def place_here() -> Place:
             raise JobError("MASTER_ADDR is not set, and there are several machines: set it to the first one's address")
         os.environ["MASTER_ADDR"] = "127.0.0.1"
     os.environ.setdefault("MASTER_PORT", "29500")
-    return Place(found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"])
+    here = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_WORLD_SIZE") == str(found["WORLD_SIZE"])
+    by_accelerate = any(name.startswith("ACCELERATE_") for name in os.environ)
+    return Place(found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"], here and not by_accelerate)
 
 
 def end_with_launcher() -> None:
@@ -86,18 +92,13 @@ def who() -> str:
 def again(words: list[str], place: Place) -> str:
     """The command that starts as many processes as there are now on ``words``, as far as this one can know it."""
     python, program = shlex.quote(sys.executable), f"-m gralora_ext {shlex.join(words)}"
-    here = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("LOCAL_WORLD_SIZE") == str(place.size)
-    if here and not _by_accelerate():
+    if place.of_torchrun:
         return f"{python} -m torch.distributed.run --nproc-per-node {place.size} {program}"
     return f"LAUNCHER {program}"
 
 
 def _is_on(name: str) -> bool:
     return os.environ.get(name, "false").lower() in ("true", "1", "yes")
-
-
-def _by_accelerate() -> bool:
-    return any(name.startswith("ACCELERATE_") for name in os.environ)
 
 
 def _numbers(environment: Mapping[str, str]) -> dict[str, int] | None:
