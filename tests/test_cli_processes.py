@@ -101,11 +101,11 @@ def test_engine_is_what_accelerate_says(launched):
         engine(Place(0, 2))
 
 
-def test_the_command_that_goes_on_starts_as_many_processes(launched):
+def test_the_command_that_goes_on_starts_as_many_processes(launched, monkeypatch):
     torchrun = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
     launched(**torchrun)
     place = place_here()
-    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # as a job sets it
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # as a job sets it
     assert again(["finetune", "--resume"], place).endswith(
         " -m torch.distributed.run --nproc-per-node 2 -m gralora_ext finetune --resume"
     )
