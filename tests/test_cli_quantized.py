@@ -16,6 +16,7 @@ from gralora_ext.cli.options import parse, settings
 from gralora_ext.program.errors import JobError
 
 JOB = ("--steps", 12, "--lr", 0.02, "--r", 4, "--max-length", 64, "--sample-tokens", 4, "--eval-every", 3)
+JOB += ("--held-out-from", "end")
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 
 

@@ -68,7 +68,7 @@ def test_job_with_it_trains_and_resumes_to_the_last_bit(work, plain, name):
         pytest.skip("bitsandbytes is not installed")
     more = VARIANTS[name]
     whole = run(work, "whole", "--steps", 4, *more)
-    if name not in ("optim adamw_torch", "optim adamw_torch_fused", "eager"):  # the default, and what equals it nearly
+    if "adamw" not in name and name != "eager":  # AdamW is the default, and small tensors have no 8-bit moments
         assert losses(whole) != losses(plain)
     # The schedule depends on the number of steps: the job is stopped by a copy of its checkpoint.
     run(work, "whole", "--steps", 4, "--save-every", 2, *more)
