@@ -156,17 +156,6 @@ def test_too_many_epochs_are_one_sentence(work):
     assert "--epochs 1e+300 is more than 2147483647 steps" in fails(work, *arguments, "--epochs", "1e300")
 
 
-def test_one_of_several_processes_says_that_only_one_is_supported(work, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
-    assert "this is one of 2 processes (WORLD_SIZE), and finetune runs in one only: start it without" in fails(
-        work, *JOB
-    )
-    monkeypatch.setenv("RANK", "1")
-    other = call(*JOB, cwd=work)
-    assert (other.returncode, other.stdout, other.stderr) == (2, "", "")
-
-
 WITHOUT_TORCH = """
 import os, sys
 sys.argv[0] = "gralora-ext"  # as the console script begins

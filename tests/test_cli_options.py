@@ -246,7 +246,7 @@ def test_file_that_is_no_configuration_is_refused(tmp_path, name, text, says):
         (["--learnin_rate=4"], "(did you mean --learning-rate?)"),
         (["--learning_rate=-4"], "argument --learning_rate (here --lr): expected a positive number, got '-4'"),
         (["--logging_steps", "4"], "unrecognized arguments: --logging_steps 4 (each step is logged)"),
-        (["--deepspeed=x.json"], "(the job is one process)"),
+        (["--deepspeed=x.json"], "(it is in the file of --accelerate-config)"),
         (["--no-merg"], "(did you mean --no-merge?)"),
         (["--xyzzy"], "unrecognized arguments: --xyzzy"),
         (["--data=--"], "argument --data: expected a value, got '--'"),

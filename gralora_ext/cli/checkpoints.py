@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -20,9 +21,7 @@ STATE = "gralora_ext.json"  # the job's own part of a checkpoint: settings, data
 NEEDED = (
     "adapter_config.json",
     "adapter_model.safetensors",
-    "optimizer.pt",
     "scheduler.pt",
-    "rng_state.pth",
     "trainer_state.json",
     STATE,
 )
@@ -65,6 +64,7 @@ class Checkpoints(Owner):
         for path in found:
             try:
                 manifest.check(path, MANIFEST, NEEDED)
+                manifest.check_names(path, MANIFEST, _needed_of(path))
                 return path
             except Damaged as error:
                 older = " (older versions of gralora_ext wrote none)" if f"{error}" == f"{MANIFEST} is missing" else ""
@@ -116,6 +116,14 @@ class Checkpoints(Owner):
     def _all(self) -> list[Path]:
         """All checkpoints, whole or not, the newest first."""
         return sorted((p for p in self.folder.glob("*") if _NAME.fullmatch(p.name)), key=step_of, reverse=True)
+
+
+def _needed_of(checkpoint: Path) -> list[str]:
+    """What the processes that wrote a checkpoint needed beside :data:`NEEDED`."""
+    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    count = state.get("processes", 1)
+    random = ["rng_state.pth"] if count == 1 else [f"rng_state_{rank}.pth" for rank in range(count)]
+    return [*random, "latest" if state.get("engine") == "deepspeed" else "optimizer.pt"]
 
 
 def step_of(checkpoint: Path) -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ..program.errors import JobError, first_sentence
 from ..program.files import LOCK, PARTIAL
+from .launcher import Place
 from .option_table import EIGHT_BIT_OPTIMIZERS, REPORTERS
 from .options import SETTINGS, bits_of
 from .output import RECORD
@@ -69,7 +70,32 @@ def check_needed(options: argparse.Namespace) -> None:
             raise JobError(f"{option} needs {packages[0]}: `pip install {packages[0]}`")
 
 
-def device(options: argparse.Namespace) -> str:
+def device(options: argparse.Namespace, place: Place) -> str:
+    """:func:`_kind_of_device`; of several processes on a machine each has a CUDA device of its own."""
+    kind = _kind_of_device(options)
+    if kind == "cpu" or place.size == 1:
+        return kind
+    import torch
+
+    if place.local_rank >= torch.cuda.device_count():
+        raise JobError(
+            f"there are {torch.cuda.device_count()} CUDA devices here, and more processes: start one for each, or "
+            "--device cpu"
+        )
+    return f"cuda:{place.local_rank}"
+
+
+def check_shared(options: argparse.Namespace, engine: str) -> None:
+    """That what a job asks for goes with a model of which each process has a share."""
+    if engine == "ddp":
+        return
+    whole = [f"--load-in-{bits_of(options)}bit"] if bits_of(options) else []
+    whole += [f"--optim {options.optim}"] if options.optim in (*EIGHT_BIT_OPTIMIZERS, "adafactor") else []
+    for option in whole:
+        raise JobError(f"{option} needs a whole model in each process, and this is {engine}")
+
+
+def _kind_of_device(options: argparse.Namespace) -> str:
     """``cuda`` where it is there and the backend has kernels for it, else ``cpu``; or what ``--device`` says."""
     found = _device(options)
     if options.fp16 and found != "cuda":

@@ -7,12 +7,14 @@ import json
 import os
 import sys
 import traceback
+from importlib import import_module
 
-from ..program.errors import JobError, Stopped, clipped, did_you_mean, first_sentence
+from ..program.errors import JobError, Stopped, Told, clipped, did_you_mean, first_sentence
 from ..program.resources import disk_failure, memory_failure
 from ..program.signals import stopper
 from .checks import check_packages
-from .launcher import is_one_of_several, refuse_several
+from .group import Group, end_by, end_now, is_joined
+from .launcher import end_with_launcher, place_here, who
 
 USAGE = """\
 usage: gralora-ext COMMAND [options]
@@ -35,13 +37,24 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a model may answer what the terminal's encoding does not have
+    code = _code_of(arguments)
+    if is_joined():
+        end_now(code)
+    return code
+
+
+def _code_of(arguments: list[str]) -> int:
     try:
         code = _dispatch(arguments)
         sys.stdout.flush()
         return code
     except JobError as error:
         return _fail(arguments, str(error), 2)
+    except Told as told:
+        return told.code
     except Stopped as stop:
+        if stopper.quiet:
+            end_by(stop.signum)
         what = "anything was trained" if arguments[0] == "finetune" else "anything was written"
         print(f"stopped by {stop.name} before {what}; run the same command again", file=sys.stderr)
         return stop.exit_code
@@ -59,44 +72,9 @@ def _dispatch(arguments: list[str]) -> int:
     # on.
     name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     if name == "finetune":
-        if is_one_of_several():
-            return refuse_several()
-        from .options import parse, settings
-
-        options = parse(rest)
-        if options.print_config:
-            print(json.dumps(settings(options), indent=2, ensure_ascii=False))
-            return 0
-        check_packages()
-        stopper.install()
-        os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # what fails there, the job tells in one sentence
-        if not sys.stderr.isatty():
-            os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars; the job's own are lines then
-        # Threads that spin while they wait starve each other where cores are shared: small
-        # operations then take tens of times as long. The OpenMP runtime reads this when torch loads
-        # it.
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-        from ..program.memory import keep_freed_memory
-        from .finetune import run
-
-        keep_freed_memory()
-        return run(options)
-    if name == "merge":
-        from .merge import run as merge
-
-        return merge(rest)
-    if name == "export-lora":
-        from .export_lora import run as export_lora
-
-        return export_lora(rest)
-    if name == "import-official":
-        from .import_official import run as import_official
-
-        return import_official(rest)
-    if name == "info":
-        from .info import run as info
-
-        return info(rest)
+        return _finetune(rest)
+    if name in COMMANDS:
+        return int(import_module(f".{name.replace('-', '_')}", __package__).run(rest))
     if name in ("--version", "-V"):
         import gralora_ext
 
@@ -110,6 +88,40 @@ def _dispatch(arguments: list[str]) -> int:
         return 2
     hint = did_you_mean(name, COMMANDS)
     raise JobError(f"unknown command '{clipped(name)}'{hint}; the commands are {', '.join(COMMANDS)}")
+
+
+def _finetune(arguments: list[str]) -> int:
+    from .options import parse, settings
+
+    end_with_launcher()
+    group = Group(place_here())
+    with group.together(meet=False):
+        options = parse(arguments)
+    if options.print_config:
+        if group.is_first:
+            print(json.dumps(settings(options), indent=2, ensure_ascii=False))
+        return 0
+    with group.together(meet=False):
+        check_packages()
+    if group.size == 1 and ((options.num_processes or 1) > 1 or options.accelerate_config is not None):
+        from .spawn import launch
+
+        return launch(options, arguments)
+    stopper.install()
+    if group.size > 1:
+        stopper.share(first=group.is_first)
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # what fails there, the job tells in one sentence
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars; the job's own are lines then
+    # Threads that spin while they wait starve each other where cores are shared: small
+    # operations then take tens of times as long. The OpenMP runtime reads this when torch loads
+    # it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from ..program.memory import keep_freed_memory
+    from .finetune import run
+
+    keep_freed_memory()
+    return run(options, group)
 
 
 def _explain(arguments: list[str], error: Exception) -> int:
@@ -131,7 +143,7 @@ def _fail(arguments: list[str], message: str, code: int) -> int:
     if "--debug" in arguments:
         traceback.print_exc()
     hint = " (--debug shows where)" if code == 1 and "--debug" not in arguments else ""
-    print(f"gralora-ext: error: {_on_one_line(message)}{hint}", file=sys.stderr)
+    print(f"gralora-ext: error: {who()}{_on_one_line(message)}{hint}", file=sys.stderr)
     return code
 
 

@@ -59,13 +59,19 @@ def check(folder: Path, manifest: str, needed: Iterable[str]) -> None:
     name, files = read(folder / manifest)
     if name != folder.name:
         raise Damaged(f"{manifest} is the one of {name}")
-    for needed_name in needed:
-        if needed_name not in files:
-            raise Damaged(f"{manifest} does not list {needed_name}")
+    check_names(folder, manifest, needed)
     for file, entry in files.items():
         fault = _fault(folder / file, entry)
         if fault:
             raise Damaged(f"{file} {fault}")
+
+
+def check_names(folder: Path, manifest: str, needed: Iterable[str]) -> None:
+    """Damaged unless the manifest lists ``needed``."""
+    files = read(folder / manifest)[1]
+    for name in needed:
+        if name not in files:
+            raise Damaged(f"{manifest} does not list {name}")
 
 
 def is_as_written(path: Path, entry: dict[str, Any]) -> bool:

@@ -166,6 +166,14 @@ TABLE: dict[str, tuple[Option, ...]] = {
                "attn-impl attention-implementation"),
         Option("device", choice("auto", "cpu", "cuda"), "auto", "auto: CUDA where the backend can use it"),
     ),
+    "several processes": (
+        Option("num-processes", _N, None, "start N processes here; --batch-size is that of each", "nproc-per-node "
+               "num-gpus", free=True),
+        Option("accelerate-config", _PATH, None, "a file of `accelerate config`: how the processes share the model (FSDP, "
+               "DeepSpeed); without it each has all of it", "accelerate-config-file", free=True),
+        Option("process-timeout", _N, 600, "the seconds that a process waits for the others before it gives them up",
+               "ddp-timeout", free=True),
+    ),
     "evaluation": (
         Option("eval-data", several(_PATH), None, "files or a name as in --data, all of whose rows are held out",
                "eval-dataset eval-file validation-file val-file"),
@@ -199,14 +207,14 @@ NOT_HERE = {
     "data-seed": "--seed is of the order of rows too",
     "dataloader-num-workers": "rows are in memory",
     "dataset-num-proc": "rows are read by one process",
-    "ddp-find-unused-parameters": "the job is one process",
-    "deepspeed": "the job is one process",
+    "ddp-find-unused-parameters": "there are none",
+    "deepspeed": "it is in the file of --accelerate-config",
     "do-eval": "the job trains and evaluates always",
     "do-train": "the job trains and evaluates always",
     "eval-strategy": "--eval-every says how often",
     "evaluation-strategy": "--eval-every says how often",
     "finetuning-type": "it is --backend",
-    "fsdp": "the job is one process",
+    "fsdp": "it is in the file of --accelerate-config",
     "gradient-checkpointing-kwargs": "it is done without use_reentrant",
     "group-by-length": "--packing has no padding at all",
     "hub-model-id": "nothing is sent anywhere",

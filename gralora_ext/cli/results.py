@@ -25,8 +25,13 @@ SHARE_TOLERANCE = 0.05
 ROWS = 64  # of a weight, evenly spaced: some of each block, and all columns
 
 
-def answers(model: Any, tokenizer: Any, encoder: Encoder, asked: list[list[int]], tokens: int) -> list[str]:
-    """The model's greedy answers to prompts of tokens, at most ``tokens`` long; what leaves no room is cut at its beginning."""
+def answers(
+    model: Any, tokenizer: Any, encoder: Encoder, asked: list[list[int]], tokens: int, shared_on: Any = None
+) -> list[str]:
+    """The model's greedy answers to prompts of tokens, at most ``tokens`` long; what leaves no room is cut in front.
+
+    Of a model that processes share, on the devices ``shared_on``, all of them make the same answers, and end together.
+    """
     from transformers import GenerationConfig
 
     positions = getattr(model.config, "max_position_embeddings", None) or 2**31
@@ -34,7 +39,7 @@ def answers(model: Any, tokenizer: Any, encoder: Encoder, asked: list[list[int]]
         return []
     starts = [start[-min(encoder.max_length, positions - 1) :] for start in asked]
     width = max(map(len, starts))
-    device = next(model.parameters()).device
+    device = shared_on or next(model.parameters()).device
     ids = torch.tensor([[encoder.pad] * (width - len(s)) + s for s in starts], device=device)
     mask = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in starts], device=device)
     ends = model.generation_config.eos_token_id
@@ -49,7 +54,9 @@ def answers(model: Any, tokenizer: Any, encoder: Encoder, asked: list[list[int]]
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        made = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        made = model.generate(
+            input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=shared_on is not None
+        )
     model.train(was_training)
     return [tokenizer.decode(row[width:], skip_special_tokens=True).strip() for row in made]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from ..program.errors import JobError
 from .checkpoints import STATE, Checkpoints, History, step_of
@@ -26,6 +26,10 @@ def find(checkpoints: Checkpoints, state: dict[str, Any], data: str, how: str) -
     old = {**missing, **then["settings"]}
     new = {**dict.fromkeys(missing), **state["settings"]}
     other = [n for n in sorted(old.keys() | new.keys()) if old.get(n) != new.get(n)]
+    before, now = processes(then), processes(state)
+    if before != now:
+        _compare_processes(checkpoint, before, now, f"`{how}`")
+        other = [n for n in other if n not in ("batch_size", "grad_accum")]
     how = " ".join([how, *(f"--{OPTIONS[n].name} {missing[n]}" for n in other if missing.get(n) is not None)])
     if other:
         differences = (f"--{n.replace('_', '-')} {old.get(n)} (now {new.get(n)})" for n in other)
@@ -34,6 +38,33 @@ def find(checkpoints: Checkpoints, state: dict[str, Any], data: str, how: str) -
         _refuse(checkpoint, f"other rows than {data} has now", f"`{how}`")
     checkpoints.adopt(checkpoint)
     return checkpoint, step_of(checkpoint), History(then["history"])
+
+
+class Processes(NamedTuple):
+    """How many there are, how they share the model, and how many rows they take in a step together."""
+
+    number: int
+    engine: str
+    rows: int
+
+
+def processes(state: dict[str, Any]) -> Processes:
+    """Of the job that wrote ``state``; those of before there were several had one."""
+    count, settings = state.get("processes", 1), state["settings"]
+    return Processes(count, state.get("engine", "ddp"), settings["batch_size"] * settings["grad_accum"] * count)
+
+
+def _compare_processes(checkpoint: Path, before: Processes, now: Processes, how: str) -> None:
+    """JobError unless these processes can read those' checkpoint (DeepSpeed's are its own), and take as many rows."""
+    if "deepspeed" in (before.engine, now.engine) and before[:2] != now[:2]:
+        was, is_now = (f"{p.number} processes with {p.engine}" for p in (before, now))
+        _refuse(checkpoint, f"{was} (now {is_now}), and DeepSpeed's checkpoints are for as many as wrote them", how)
+    if before.rows != now.rows:
+        _refuse(
+            checkpoint,
+            f"{before.rows} rows a step (now {now.rows}: --batch-size x --grad-accum x {now.number} processes)",
+            f"--batch-size and --grad-accum that make {before.rows}",
+        )
 
 
 def _refuse(checkpoint: Path, difference: str, how: str) -> NoReturn:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -15,9 +17,11 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from ..program.console import Bar, Console
 from ..program.errors import Diverged
 from ..program.files import staged, write_json
-from ..program.signals import stopper
 from .checkpoints import STATE, Checkpoints, History
 from .data import IGNORED, Encoder, Example
+from .group import Group
+from .sharded import adapter_state, fsdp_on_cpu, outside_training, shared_optimizer, whole_optimizer
+from .shares import ShareLoader, Shares, has_labels
 
 
 def arguments(options: Any, steps: int, use_cpu: bool) -> TrainingArguments:
@@ -53,7 +57,14 @@ def arguments(options: Any, steps: int, use_cpu: bool) -> TrainingArguments:
         label_names=["labels"],
         dataloader_pin_memory=False,
         use_cpu=use_cpu,
+        ddp_timeout=options.process_timeout,
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
     )
+
+
+class NothingLeft(Exception):
+    """The checkpoint that a job goes on from is that of its last step."""
 
 
 class FinetuneTrainer(Trainer):
@@ -77,7 +88,9 @@ class FinetuneTrainer(Trainer):
         eval_every: int,
         save_every: int,
         console: Console,
+        group: Group,
     ):
+        self.group = group
         super().__init__(model=model, args=arguments, train_dataset=train, data_collator=collate)
         self.remove_callback(PrinterCallback)
         self.add_callback(_Schedule(self))
@@ -94,10 +107,23 @@ class FinetuneTrainer(Trainer):
         self.bar: Bar | None = None
         self.step_started = 0.0
         self.step_tokens = 0
+        self.at_begin: Callable[[], None] | None = None  # called when the model is in its place, before the first step
+
+    def create_accelerator_and_postprocess(self) -> None:
+        if self.group.engine == "fsdp2" and self.args.device.type == "cpu":
+            fsdp_on_cpu()
+        super().create_accelerator_and_postprocess()
+
+    def get_train_dataloader(self) -> Any:
+        if self.group.size == 1:
+            return super().get_train_dataloader()
+        shares = Shares(self.train_dataset, self._train_batch_size, self.args.data_seed, self.group.place)
+        return ShareLoader(self.train_dataset, self.data_collator, shares)
 
     def training_step(self, model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
-        tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
-        self.step_tokens += int(tokens)
+        if self.group.size == 1 or has_labels(inputs):
+            tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
+            self.step_tokens += int(tokens)
         return super().training_step(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -106,7 +132,7 @@ class FinetuneTrainer(Trainer):
             return
         step, seconds = self.state.global_step, time.perf_counter() - self.step_started
         loss, norm = _finite(logs["loss"]), _finite(logs.get("grad_norm"))
-        rate, tokens = logs["learning_rate"], self.step_tokens
+        rate, tokens = logs["learning_rate"], int(self.group.total([self.step_tokens])[0])
         entry = {"step": step, "loss": loss, "learning_rate": rate, "gradient_norm": norm}
         self.history.losses.append({**entry, "tokens": tokens, "seconds": seconds})
         self.history.tokens += tokens
@@ -120,32 +146,37 @@ class FinetuneTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The mean loss per answer token over the held-out rows; a signal ends it early, without a result."""
         self.control.should_evaluate = False
-        size, step = self.args.per_device_train_batch_size, self.state.global_step
-        total, count, all_zero = 0.0, 0, True
+        size, step, group = self.args.per_device_train_batch_size, self.state.global_step, self.group
+        batches = [self.held_out[i : i + size] for i in range(0, len(self.held_out), size)]
+        total, count, others = 0.0, 0.0, 0.0  # others: batches of which not all logits are zero
         self.model.eval()
         rows = self.console.bar("held-out loss: row", len(self.held_out))
-        with torch.no_grad(), self.accelerator.autocast(), rows as bar:
-            for start in range(0, len(self.held_out), size):
-                if stopper.signum is not None:
+        with torch.no_grad(), self.accelerator.autocast(), outside_training(self.model), rows as bar:
+            for start in range(0, len(batches), group.size):
+                if group.signal() is not None:
                     self.control.should_save = self.control.should_training_stop = True
                     return {}
-                examples = self.held_out[start : start + size]
+                # One without a batch takes another's, since a shared model needs all processes, and
+                # counts nothing.
+                examples = batches[min(start + group.rank, len(batches) - 1)]
                 batch = {name: t.to(self.args.device) for name, t in self.encoder.collate(examples).items()}
                 labels = batch.pop("labels")[:, 1:]
                 logits = self.model(**batch, use_cache=False).logits[:, :-1]
                 answer = labels != IGNORED
-                all_zero = all_zero and not logits[answer].any().item()
-                total += cross_entropy(logits[answer].float(), labels[answer], reduction="sum").item()
-                count += int(answer.sum())
-                bar.update(start + len(examples))
+                if start + group.rank < len(batches):
+                    others += logits[answer].any().item()
+                    total += cross_entropy(logits[answer].float(), labels[answer], reduction="sum").item()
+                    count += answer.sum().item()
+                bar.update(min(len(self.held_out), (start + group.size) * size))
+        total, count, others = group.total([total, count, others])
         loss = total / count
         self.history.eval_losses.append({"step": step, "loss": loss if math.isfinite(loss) else None})
         if not math.isfinite(loss):
             raise Diverged(f"the held-out loss is {loss} after {step} steps")
-        if all_zero and step:  # weights so large that the norms behind them make zeros; the loss is finite then
+        if not others and step:  # weights so large that the norms behind them make zeros; the loss is finite then
             raise Diverged(f"all logits of the held-out rows are zero after {step} steps")
         self.console.say(
-            f"held-out loss {loss:.4f} after {step} steps ({len(self.held_out)} rows, {count:,} answer tokens)"
+            f"held-out loss {loss:.4f} after {step} steps ({len(self.held_out)} rows, {int(count):,} answer tokens)"
         )
         if self.args.report_to:
             self.log({"eval_loss": loss})
@@ -160,20 +191,66 @@ class FinetuneTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Only the adapter: the base does not change, and stock code would look it up on the hub."""
-        self.model.save_pretrained(output_dir, save_embedding_layers=False)
+        save_adapter(self.model, output_dir, self.group)
 
     def _save_checkpoint(self, model: Any, trial: Any, *args: Any, **kwargs: Any) -> None:
-        name = f"checkpoint-{self.state.global_step}"
-        output_dir = self.args.output_dir
-        with staged(self.checkpoints.folder, self.checkpoints) as stage:
-            self.args.output_dir = str(stage)
-            try:
-                super()._save_checkpoint(model, trial, *args, **kwargs)
-            finally:
-                self.args.output_dir = output_dir
+        if self.group.is_first:
+            with staged(self.checkpoints.folder, self.checkpoints) as stage:
+                self._write_checkpoint(stage, model, trial)
+            self.checkpoints.clear(f"checkpoint-{self.state.global_step}")
+        else:
+            self._write_checkpoint(None, model, trial)
+
+    def _write_checkpoint(self, stage: Any, model: Any, trial: Any) -> None:
+        """All processes write into the first one's ``stage``, where an engine has them do so; the first one seals it."""
+        stage = self.group.exchange(stage)[0]
+        name, output_dir = f"checkpoint-{self.state.global_step}", self.args.output_dir
+        self.args.output_dir = str(stage)
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.output_dir = output_dir
+        self.group.exchange(None)  # all have written
+        if self.group.is_first:
             write_json(stage / name / STATE, {**self.job_state, "history": vars(self.history)})
             self.checkpoints.seal(stage / name)
-        self.checkpoints.clear(name)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Each process has its own, and the first one writes them all."""
+        if self.group.size == 1:
+            return super()._save_rng_state(output_dir)
+        with TemporaryDirectory() as folder:
+            super()._save_rng_state(folder)
+            (file,) = Path(folder).iterdir()
+            files = self.group.exchange((file.name, file.read_bytes()))
+        if self.group.is_first:
+            for name, content in files:
+                (Path(output_dir) / name).write_bytes(content)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        state = whole_optimizer(self.optimizer.state_dict())
+        if self.group.is_first:
+            torch.save(state, Path(output_dir) / "optimizer.pt")
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.is_fsdp_enabled or checkpoint is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        optimizer, scheduler = (
+            torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)
+            for name in ("optimizer.pt", "scheduler.pt")
+        )
+        self.optimizer.load_state_dict(shared_optimizer(optimizer, self.optimizer))
+        self.lr_scheduler.load_state_dict(scheduler)
+
+
+def save_adapter(model: Any, folder: Any, group: Group) -> None:
+    """Writes the adapter of a PeftModel into ``folder``, by the first process; all call this."""
+    state = None if group.size == 1 else adapter_state(model)
+    if group.is_first:
+        model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
 
 
 def _finite(value: float | None) -> float | None:
@@ -186,11 +263,17 @@ class _Schedule(TrainerCallback):
     def __init__(self, trainer: FinetuneTrainer):
         self.trainer = trainer
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.at_begin is not None:
+            self.trainer.at_begin()
+        if state.global_step >= state.max_steps:
+            raise NothingLeft
+
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.step_started, self.trainer.step_tokens = time.perf_counter(), 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        last, stopped = state.global_step >= state.max_steps, stopper.signum is not None
+        last, stopped = state.global_step >= state.max_steps, self.trainer.group.signal() is not None
         control.should_log = True
         control.should_evaluate = (last or state.global_step % self.trainer.eval_every == 0) and not stopped
         control.should_save = last or stopped or state.global_step % self.trainer.save_every == 0
@@ -199,4 +282,5 @@ class _Schedule(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # A signal that came during the evaluation or the save itself: the step before is saved, so
         # the job can end.
-        control.should_training_stop = control.should_training_stop or stopper.signum is not None
+        stopped = self.trainer.group.signal() is not None
+        control.should_training_stop = control.should_training_stop or stopped

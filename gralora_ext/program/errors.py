@@ -16,6 +16,14 @@ class FileError(JobError, ValueError):
     """A JobError of a function that Python programs call too, about a file or a value of the caller's: for them, a ValueError."""
 
 
+class Told(Exception):
+    """Another process of the job tells why it ends; this one ends with ``code`` and is silent."""
+
+    def __init__(self, code: int):
+        super().__init__(code)
+        self.code = code
+
+
 class Diverged(Exception):
     """The model no longer computes finite numbers; the job ends here, and writes what it has."""
 
@@ -29,11 +37,15 @@ class Stopped(BaseException):
 
     @property
     def name(self) -> str:
-        return "Ctrl-C" if self.signum == signal.SIGINT else signal.Signals(self.signum).name
+        return signal_name(self.signum)
 
     @property
     def exit_code(self) -> int:
         return 128 + self.signum
+
+
+def signal_name(signum: int) -> str:
+    return "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
 
 
 def first_sentence(error: BaseException, limit: int = 300) -> str:

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from .errors import Stopped
+
+ONE_SIGNAL_SECONDS = 2.0  # of several processes: within these a second signal is the first one once more
 
 
 class Stopper:
@@ -20,14 +23,27 @@ class Stopper:
 
     def __init__(self) -> None:
         self.signum: int | None = None
+        self.quiet = False
         self._depth = 0
+        self._came, self._again = 0.0, 0.0
 
     def install(self) -> None:
-        self.signum, self._depth = None, 0
+        self.signum, self.quiet, self._depth, self._again = None, False, 0, 0.0
         signal.signal(signal.SIGINT, self._handle)
         signal.signal(signal.SIGTERM, self._handle)
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup asks for SIGHUP to be ignored
             signal.signal(signal.SIGHUP, self._handle)
+
+    def share(self, *, first: bool) -> None:
+        """For one of several processes: only the ``first`` one speaks, and a signal that comes twice at once is one.
+
+        A terminal sends its Ctrl-C to launcher and processes, and the launcher passes it on.
+        """
+        self.quiet, self._again = not first, ONE_SIGNAL_SECONDS
+
+    def learn(self, signum: int) -> None:
+        """Takes a signal for one that came here; what to do about it is the caller's."""
+        self.signum, self._came = signum, time.monotonic()
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -46,13 +62,19 @@ class Stopper:
 
     def _handle(self, signum: int, frame: Any) -> None:
         if self.signum is not None:
-            os.write(2, b"\nstopped at once; the last checkpoint is whole\n")
+            if time.monotonic() - self._came < self._again:
+                return
+            self._tell(b"\nstopped at once; the last checkpoint is whole\n")
             os._exit(128 + signum)
-        self.signum = signum
+        self.learn(signum)
         if self._depth:
-            os.write(2, b"\nstopping after the step in hand; a second signal stops at once\n")
+            self._tell(b"\nstopping after the step in hand; a second signal stops at once\n")
         else:
             raise Stopped(signum)
+
+    def _tell(self, text: bytes) -> None:
+        if not self.quiet:
+            os.write(2, text)
 
 
 # A process has one set of signal handlers, hence one object.

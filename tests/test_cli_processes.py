@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What processes of a job know of each other before they meet: places, rows, and whose checkpoints they can read."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from several_helpers import make_configurations
+
+from gralora_ext.cli.accelerate_file import read
+from gralora_ext.cli.checkpoints import Checkpoints
+from gralora_ext.cli.group import Group
+from gralora_ext.cli.launcher import Place, again, engine, place_here
+from gralora_ext.cli.resume import _compare_processes, processes
+from gralora_ext.cli.shares import ShareLoader, Shares, has_labels
+from gralora_ext.program.errors import JobError, Stopped
+from gralora_ext.program.signals import Stopper
+
+SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch):
+    """Sets a launcher's variables, and leaves no other one's."""
+
+    def by(**variables: str) -> None:
+        names = (
+            "RANK",
+            "LOCAL_RANK",
+            "LOCAL_WORLD_SIZE",
+            "MASTER_ADDR",
+            "MASTER_PORT",
+            "FSDP_VERSION",
+            "TORCHELASTIC_RUN_ID",
+        )
+        of_accelerate = [name for name in os.environ if name.startswith("ACCELERATE_")]
+        for name in (*SIZES, *names, *of_accelerate):
+            monkeypatch.setenv(name, "")  # so that what the program sets is undone
+            monkeypatch.delenv(name)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return by
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "MASTER_ADDR": "node0"},
+        {
+            "OMPI_COMM_WORLD_SIZE": "4",
+            "OMPI_COMM_WORLD_RANK": "3",
+            "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+            "MASTER_ADDR": "a",
+        },
+        {"PMI_SIZE": "4", "PMI_RANK": "3", "MPI_LOCALRANKID": "1", "MASTER_ADDR": "a"},
+    ],
+)
+def test_each_launcher_tells_a_process_its_place(launched, variables):
+    launched(**variables)
+    assert place_here() == Place(3, 4, 1)
+    assert [os.environ[name] for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK")] == ["4", "3", "1"]
+    assert os.environ["MASTER_PORT"] == "29500"
+
+
+@pytest.mark.parametrize("variables", [{}, {"WORLD_SIZE": "1", "RANK": "0"}, {"WORLD_SIZE": ""}])
+def test_a_process_without_others_has_the_first_place_of_one(launched, variables):
+    launched(**variables)
+    assert place_here() == Place(0, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, and RANK is not set, which is not one of them: start the job with"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "WORLD_SIZE is 2, and RANK is 2, which is not one of them"),
+        ({"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"}, "MASTER_ADDR is not set, and there are several machines"),
+    ],
+)
+def test_a_launcher_that_tells_too_little_is_an_error(launched, variables, says):
+    launched(**variables)
+    with pytest.raises(JobError, match=says):
+        place_here()
+
+
+def test_engine_is_what_accelerate_says(launched):
+    launched()
+    assert engine(Place(0, 2)) == "ddp"
+    launched(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+    assert engine(Place(0, 2)) == "fsdp2"
+    launched(ACCELERATE_USE_DEEPSPEED="true")
+    assert engine(Place(0, 2)) == "deepspeed"
+    with pytest.raises(JobError, match="shares a model out, and there is one process"):
+        engine(Place(0, 1))
+    launched(ACCELERATE_USE_FSDP="true")
+    with pytest.raises(JobError, match="asks for FSDP 1"):
+        engine(Place(0, 2))
+
+
+def test_the_command_that_goes_on_starts_as_many_processes(launched, monkeypatch):
+    torchrun = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    launched(**torchrun)
+    place = place_here()
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # as a job sets it
+    assert again(["finetune", "--resume"], place).endswith(
+        " -m torch.distributed.run --nproc-per-node 2 -m gralora_ext finetune --resume"
+    )
+    launched(**torchrun, ACCELERATE_MIXED_PRECISION="no")
+    assert again(["finetune", "--resume"], place_here()) == "LAUNCHER -m gralora_ext finetune --resume"
+    launched(**{**torchrun, "WORLD_SIZE": "4"}, MASTER_ADDR="node0")
+    assert again(["finetune", "--resume"], place_here()) == "LAUNCHER -m gralora_ext finetune --resume"
+
+
+def collate(rows):
+    import torch
+
+    return {"input_ids": torch.tensor(rows), "labels": torch.tensor(rows)}
+
+
+@pytest.mark.parametrize(("size", "batch_size"), [(1, 4), (2, 2), (4, 1)])
+def test_each_step_takes_the_same_rows_whatever_the_number_of_processes(size, batch_size):
+    loaders = [
+        ShareLoader(list(range(39)), collate, Shares(list(range(39)), batch_size, 3, Place(r, size)))
+        for r in range(size)
+    ]
+    for epoch in range(2):
+        for loader in loaders:
+            loader.set_epoch(epoch)
+        steps = [[batch for batch in loader] for loader in loaders]
+        assert {len(batches) for batches in steps} == {len(loaders[0])} == {10}
+        taken = [
+            sorted(row for b in step if has_labels(b) for row in b["input_ids"].tolist())
+            for step in zip(*steps, strict=True)
+        ]
+        alone = Shares(list(range(39)), 4, 3, Place())
+        alone.set_epoch(epoch)
+        assert taken == [sorted(rows) for rows in alone]
+        assert sorted(row for rows in taken for row in rows) == list(range(39))
+
+
+def state(count: int, batch_size: int = 2, engine: str = "ddp") -> dict:
+    return {"processes": count, "engine": engine, "settings": {"batch_size": batch_size, "grad_accum": 2}}
+
+
+def test_checkpoint_is_anyones_to_read_who_takes_as_many_rows():
+    for now in (state(1, 4), state(2, 2), state(4, 1, "fsdp2")):
+        _compare_processes(Path("checkpoint-1"), processes(state(2)), processes(now), "`again`")
+    old = {"settings": {"batch_size": 8, "grad_accum": 1}}  # of before there were several
+    _compare_processes(Path("checkpoint-1"), processes(old), processes(state(2)), "`again`")
+    with pytest.raises(
+        JobError, match=r"with 8 rows a step \(now 16: --batch-size x --grad-accum x 4 processes\); go on with"
+    ):
+        _compare_processes(Path("checkpoint-1"), processes(state(2)), processes(state(4)), "`again`")
+
+
+def test_deepspeeds_checkpoint_is_for_as_many_as_wrote_it():
+    then = state(2, engine="deepspeed")
+    _compare_processes(Path("checkpoint-1"), processes(then), processes(then), "`again`")
+    for now in (state(4, 1, "deepspeed"), state(2)):
+        with pytest.raises(JobError, match="2 processes with deepspeed"):
+            _compare_processes(Path("checkpoint-1"), processes(then), processes(now), "`again`")
+
+
+def test_accelerates_file_becomes_the_environment_of_processes(tmp_path):
+    make_configurations(tmp_path)
+    variables, size = read(tmp_path / "fsdp2.yaml", None)
+    assert size == 2 and variables["ACCELERATE_USE_FSDP"] == "true" and variables["FSDP_VERSION"] == "2"
+    assert variables["FSDP_AUTO_WRAP_POLICY"] == "TRANSFORMER_BASED_WRAP"
+    variables, size = read(tmp_path / "zero3.yaml", 4)
+    assert size == 4 and variables["ACCELERATE_USE_DEEPSPEED"] == "true"
+    assert variables["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == "3"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, "there is no such file"),
+        ("num_processes: [", "cannot be used"),
+        (
+            "compute_environment: LOCAL_MACHINE\ndistributed_type: FSDP\nnum_machines: 2\nnum_processes: 4\n",
+            "2 machines",
+        ),
+        ("compute_environment: LOCAL_MACHINE\ndistributed_type: PONY\n", "cannot be used"),
+        ("compute_environment: LOCAL_MACHINE\nno_such_key: 1\n", "cannot be used"),
+    ],
+)
+def test_file_that_is_not_accelerates_is_one_sentence(tmp_path, text, says):
+    file = tmp_path / "a.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(JobError, match=rf"--accelerate-config: .*a\.yaml.*{says}"):
+        read(file, 2)
+
+
+def test_signal_that_comes_to_one_process_twice_at_once_is_one(monkeypatch):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    stopper = Stopper()
+    stopper.share(first=False)
+    with pytest.raises(Stopped), stopper.held():
+        stopper._handle(signal.SIGINT, None)
+        stopper._handle(signal.SIGTERM, None)
+        assert stopper.signum == signal.SIGINT and not ended
+        later = time.monotonic() + 3
+        monkeypatch.setattr(time, "monotonic", lambda: later)
+        stopper._handle(signal.SIGTERM, None)
+        assert ended == [128 + signal.SIGTERM]
+
+
+def test_signal_that_comes_while_processes_agree_is_told_the_next_time(monkeypatch):
+    """Otherwise one process ends its training while the others go on, and wait for it."""
+    own = Stopper()
+    own.share(first=False)
+    monkeypatch.setattr("gralora_ext.cli.group.stopper", own)
+    group = Group(Place(1, 2, 1))
+    with pytest.raises(Stopped), own.held():
+        monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor, op: own._handle(signal.SIGTERM, None))
+        assert group.signal() is None and not group.agreed
+        group.check_signal()
+        monkeypatch.setattr("torch.distributed.all_reduce", lambda tensor, op: None)
+        assert group.signal() == signal.SIGTERM and group.agreed
+
+
+def test_checkpoint_that_lacks_a_process_s_random_numbers_is_not_whole(tmp_path):
+    import json
+
+    from gralora_ext.cli.checkpoints import NEEDED, STATE
+
+    checkpoint = tmp_path / "checkpoint-1"
+    checkpoint.mkdir()
+    for name in (*NEEDED, "optimizer.pt", "rng_state_0.pth"):
+        (checkpoint / name).write_text("x")
+    (checkpoint / STATE).write_text(json.dumps({"processes": 2}))
+    told: list[str] = []
+    checkpoints = Checkpoints(tmp_path, told.append)
+    checkpoints.seal(checkpoint)
+    with pytest.raises(JobError, match="manifest.json does not list rng_state_1.pth"):
+        checkpoints.newest_whole()
+    (checkpoint / "rng_state_1.pth").write_text("x")
+    (checkpoint / "manifest.json").unlink()
+    checkpoints.seal(checkpoint)
+    assert checkpoints.newest_whole() == checkpoint
