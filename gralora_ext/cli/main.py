@@ -17,11 +17,16 @@ USAGE = """\
 usage: gralora-ext COMMAND [options]
 
   finetune   fine-tune a causal language model with GraLoRA (gralora-ext finetune --help)
+  compare    train with several methods, and show losses, speed, memory and size side by side
+  analyze    rank | outlier | grid: what the paper says of GraLoRA, measured here
   info       what is built, installed and in use, and what to do if something is missing
 
   --help     this text
   --version  the version of gralora_ext
 """
+
+
+COMMANDS = ("finetune", "compare", "analyze", "info")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,6 +77,14 @@ def _dispatch(arguments: list[str]) -> int:
 
         keep_freed_memory()
         return run(options)
+    if name in ("compare", "analyze"):
+        from . import analyze, compare
+
+        command = compare if name == "compare" else analyze
+        chosen = command.options(rest)
+        check_packages()
+        stopper.install()
+        return command.run(chosen)
     if name == "info":
         from .info import run as info
 
@@ -87,8 +100,8 @@ def _dispatch(arguments: list[str]) -> int:
     if not name:
         print(USAGE, end="", file=sys.stderr)
         return 2
-    hint = did_you_mean(name, ("finetune", "info"))
-    raise JobError(f"unknown command '{clipped(name)}'{hint}; the commands are finetune and info")
+    hint = did_you_mean(name, COMMANDS)
+    raise JobError(f"unknown command '{clipped(name)}'{hint}; the commands are {', '.join(COMMANDS)}")
 
 
 def _explain(arguments: list[str], error: Exception) -> int:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -131,40 +132,51 @@ def add_adapter(model: Any, options: Any) -> Any:
     GraLoRA and LoRA get the same number of parameters and the same scale: LoRA's rank is r + hybrid_r.
     """
     import peft
+
+    import gralora_ext
+
+    fused = options.backend == "fused"
+    # Our configuration has fields that only our layers know.
+    with gralora_ext.enable() if fused else nullcontext():
+        config, layers = _config(model, options)
+        fitted = peft.get_peft_model(model, config)
+    if fused:
+        ours = sum(isinstance(m, gralora_ext.GraloraLinear) for m in fitted.modules())
+        if ours != len(layers):
+            raise JobError(f"only {ours} of the {len(layers)} layers are fused: use --backend peft, and report this")
+    return fitted
+
+
+def _config(model: Any, options: Any) -> tuple[Any, list[tuple[str, Any]]]:
+    """The adapter's configuration, and the layers that it is for."""
+    import peft
     from transformers.pytorch_utils import Conv1D
+
+    from gralora_ext import GraloraConfig
 
     targets = parse_targets(options.target_modules)
     layers = matched_layers(model, targets)
-    if options.backend != "lora":
+    if options.backend != "lora" and options.k != "auto":
         _check_widths(layers, options.k)
     common = {
         "task_type": "CAUSAL_LM",
         "target_modules": targets,
         "fan_in_fan_out": all(isinstance(m, Conv1D) for _, m in layers),
+        # What `compare` asks for beside finetune's own options, by its name in the configuration.
+        **{n: getattr(options, n) for n in ("use_rslora", "use_dora", "init_weights") if hasattr(options, n)},
     }
     if options.backend == "lora":
-        config = peft.LoraConfig(
-            r=options.r + options.hybrid_r, lora_alpha=options.alpha, lora_dropout=options.dropout, **common
-        )
-    else:
-        config = peft.GraloraConfig(
-            r=options.r,
-            hybrid_r=options.hybrid_r,
-            alpha=options.alpha,
-            gralora_dropout=options.dropout,
-            gralora_k=options.k,
-            **common,
-        )
-    if options.backend == "fused":
-        from gralora_ext import GraloraLinear, enable
-
-        with enable():
-            fitted = peft.get_peft_model(model, config)
-        fused = sum(isinstance(m, GraloraLinear) for m in fitted.modules())
-        if fused != len(layers):
-            raise JobError(f"only {fused} of the {len(layers)} layers are fused: use --backend peft, and report this")
-        return fitted
-    return peft.get_peft_model(model, config)
+        r = options.r + options.hybrid_r
+        return peft.LoraConfig(r=r, lora_alpha=options.alpha, lora_dropout=options.dropout, **common), layers
+    config = (GraloraConfig if options.backend == "fused" else peft.GraloraConfig)(
+        r=options.r,
+        hybrid_r=options.hybrid_r,
+        alpha=options.alpha,
+        gralora_dropout=options.dropout,
+        gralora_k=options.k,
+        **common,
+    )
+    return config, layers
 
 
 def load_adapter(model: Any, folder: Path) -> None:
