@@ -23,8 +23,8 @@ small model's layers do not hold.
     ),
     "outlier": (
         """\
-Measures how far the gradient of ΔW by LoRA and by GraLoRA is from full fine-tuning's, block by block, with the strongest
-channel of a layer's input and with that channel at the median's size: in the down_proj layers of the first, middle and
+Measures how far the gradient of ΔW by LoRA and by GraLoRA is from full fine-tuning's, block by block, with the
+strongest channel of a layer's input and with that channel at the median's size: in the down_proj layers of the first, middle and
 last block, after some steps of training.
 """,
         {**_COMMON, "rank": 32, "steps": 10, "test_rows": 8, "lrs": [1e-3]},

@@ -44,7 +44,7 @@ def analyze(options: Any) -> int:
 
 
 class Analysis:
-    """What the analyses share: one run for each case and seed, in the order of seeds, so that a part of them has all cases."""
+    """What the analyses share: one run for each case and seed, in the order of seeds."""
 
     extra: str | None = None
 

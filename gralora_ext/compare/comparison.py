@@ -10,7 +10,7 @@ from typing import Any
 from ..cli.source import find_model
 from ..program.errors import Stopped
 from ..program.files import staged, write_json
-from . import page, pictures, summary
+from . import findings, page, pictures, summary
 from .methods import BASE, Method, beyond, chosen
 from .plan import CHOOSE, CHOOSING_SEED, MEASURE, Run, Settings
 from .runner import Record, Runner, running
@@ -29,7 +29,8 @@ def compare(options: Any) -> int:
             comparison.run(runner)
     except Stopped as stop:
         return stopped(stop)
-    print(f"\n{page.text_table(comparison.content())}\n")
+    content = comparison.content()
+    print("\n".join(["", page.text_table(content), "", *content["sentences"], ""]))
     runner.console.say(f"written: {', '.join(str(runner.folder / name) for name in comparison.written)}")
     return 0
 
@@ -79,7 +80,7 @@ class Chooser:
         return sum(self.run(method, CHOOSE, rate, CHOOSING_SEED, rank).units for rate in rates) if len(rates) > 1 else 0
 
     def choose(self, runner: Runner, method: Method, rank: int | None = None) -> Choice:
-        """The rate with the least loss on the validation rows. One at the edge of those tried has its neighbour tried too."""
+        """The rate with the least loss on the validation rows; beyond one at the edge another one is tried."""
         rates = self.rates(method)
         losses: dict[float, float | None] = {}
         if len(rates) == 1:
@@ -139,6 +140,10 @@ class Comparison:
     def content(self) -> dict[str, Any]:
         """All that the page shows."""
         assert self.base is not None
+        table = summary.rows(self.records, self.base, self.choices)
+        said = [
+            findings.beside(table, key, what) for key, what in (("loss", "Held-out loss"), ("forgetting", "Forgetting"))
+        ]
         runs = [self.base, *(record for of_method in self.records.values() for record in of_method)]
         return {
             "settings": {"seeds": self.options.seeds, "quick": self.options.quick, **self.settings_in_words()},
@@ -146,9 +151,10 @@ class Comparison:
                 {k: getattr(m, k) for k in ("key", "label", "unit", "digits", "less_is_better")}
                 for m in summary.METRICS
             ],
-            "rows": summary.rows(self.records, self.base, self.choices),
+            "rows": table,
+            "sentences": [sentence for sentence in said if sentence],
+            "made": {key: self.base[key] for key in ("date", "git", "machine", "versions", "threads")},
             "choices": [choice.as_dict() for choice in self.choices.values()],
-            "least_seeds": summary.LEAST_SEEDS,
             "runs": runs,
         }
 

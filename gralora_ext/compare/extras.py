@@ -102,7 +102,7 @@ def rank_of(delta: Tensor) -> dict[str, int]:
 
 
 def outliers(job: Any) -> list[dict[str, Any]]:
-    """How far the gradient of ΔW is from full fine-tuning's, with the input's strongest channel and without what is special of it."""
+    """How far the gradient of ΔW is from full fine-tuning's, with the input's strongest channel and without it."""
     layers = [layer for layer in of_blocks([*adapted(job.model)]) if layer.name.endswith(OF_OUTLIERS)]
     seen = _inputs_and_gradients(job, layers)
     return [{"layer": layer.name, **_with_and_without(layer, *seen[layer.name])} for layer in layers]

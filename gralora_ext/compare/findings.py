@@ -80,8 +80,8 @@ def rank_of_paper(by_k: Mapping[int, Sequence[Mapping[str, int]]], r: int, width
         paper,
         found,
         verdict,
-        f"in one layer of {width:,} x {width:,}, trained alone toward a random matrix, the ranks in float64 differ from the paper's "
-        f"by at most {max(far) * 100:.1f} %.",
+        f"in one layer of {width:,} x {width:,}, trained alone toward a random matrix, the ranks in float64 differ "
+        f"from the paper's by at most {max(far) * 100:.1f} %.",
     )
 
 
@@ -112,7 +112,8 @@ def nearer_to_full(cosines: Mapping[int, Spread], parameters: int) -> Finding:
     verdict = (
         OUT_OF_REACH if not nearer and not farther else REPRODUCED if len(nearer) == len(others) else NOT_REPRODUCED
     )
-    why = f"it is nearer for {_ks(nearer)}, farther for {_ks(farther)}, and within the spread for {_ks(set(others) - {*nearer, *farther})}"
+    within = _ks(set(others) - {*nearer, *farther})
+    why = f"it is nearer for {_ks(nearer)}, farther for {_ks(farther)}, and within the spread for {within}"
     return finding(claim, "nearer (a figure, no number)", ours, verdict, f"{why}, at {model_size(parameters)}.")
 
 
@@ -167,8 +168,30 @@ def best_k(losses: Mapping[tuple[int, int], Spread], parameters: int) -> Finding
         )
     right = sum(decided.values())
     verdict = REPRODUCED if right == len(decided) else NOT_REPRODUCED
-    why = f"at {right} of the {len(decided)} ranks at which the k differ by more than the spread, the k with r/k² nearest to 8 is the best or within its spread"
+    why = (
+        f"at {right} of the {len(decided)} ranks at which the k differ by more than the spread, the k with r/k² nearest "
+        "to 8 is the best or within its spread"
+    )
     return finding(claim, paper, ours, verdict, f"{why}.")
+
+
+def beside(rows: Sequence[Mapping[str, Any]], key: str, what: str, reference: str = "lora") -> str:
+    """One sentence: which rows of a comparison's table have a mean below, above, or not told apart from ``reference``'s."""
+    found = {row["label"]: Spread(tuple(row["metrics"][key]["values"])) for row in rows if key in row["metrics"]}
+    names = {row["method"]: row["label"] for row in rows}
+    one = found.get(names.get(reference, ""))
+    others = {label: s for label, s in found.items() if label not in (names.get(reference), names.get("base"))}
+    if one is None or not others:
+        return ""
+    if (seeds := min(len(s.values) for s in (one, *others.values()))) < LEAST_SEEDS:
+        few = f"{seeds} seed{'s' if seeds > 1 else ''}"
+        return f"{what}: nothing can be said of which method is better, since this run has {few} and a claim takes {LEAST_SEEDS}."
+    sides: dict[str, list[str]] = {"below": [], "above": [], "within the spread of": []}
+    for label, s in others.items():
+        side = "within the spread of" if not apart(s, one) else "below" if s.mean < one.mean else "above"
+        sides[side].append(label)
+    told = "; ".join(f"{side} {names[reference]}'s: {', '.join(labels) or 'none'}" for side, labels in sides.items())
+    return f"{what}: {told}."
 
 
 def predicted_ks(r: int, ks: Sequence[int] | Mapping[int, Any]) -> list[int]:

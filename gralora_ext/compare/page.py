@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page of a comparison: one HTML file with its data, its style and its program in it, so that it needs no network."""
+"""The page of a comparison: one HTML file with its data, style and program in it, so that it needs no network."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def made(content: dict[str, Any]) -> str:
     parts = {
         "title": html.escape(f"Methods compared on {content['settings']['model'].split(' (')[0]}"),
         "style": (folder / "page.css").read_text(encoding="utf-8"),
+        "plots": (folder / "page_plots.js").read_text(encoding="utf-8"),
         "program": (folder / "page.js").read_text(encoding="utf-8"),
         "data": data,
     }

@@ -27,7 +27,7 @@ COLOURS = (
 
 @contextmanager
 def figure(path: Path, width: float, height: float) -> Iterator[Any]:
-    """A figure to draw into, then written as ``path`` with .png and .svg at its end, the same bytes for the same numbers."""
+    """A figure to draw into, then written as ``path`` with .png and .svg at its end."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -72,7 +72,7 @@ def comparison(content: dict[str, Any], path: Path) -> None:
 
 
 def rank(content: dict[str, Any], path: Path) -> None:
-    """The measured rank of ΔW over k beside k·r: in the model's layers, and in one wide layer with the paper's numbers."""
+    """The measured rank of ΔW over k beside k·r: in the model's layers, and in one wide layer beside the paper's."""
     from .findings import PAPERS_RANKS
 
     parts = (("in_model", content["rank"], "layers of the model"), ("wide", content["wide_rank"], "one wide layer"))

@@ -86,7 +86,7 @@ def spread(values: Sequence[float | None]) -> Spread | None:
 
 
 def apart(one: Spread, other: Spread) -> bool:
-    """Whether the means differ by more than both deviations together, √(σ₁² + σ₂²); never with fewer seeds than a claim needs."""
+    """Whether the means differ by more than √(σ₁² + σ₂²); never with fewer seeds than a claim takes."""
     if min(len(one.values), len(other.values)) < LEAST_SEEDS:
         return False
     return abs(one.mean - other.mean) > math.hypot(one.deviation or 0.0, other.deviation or 0.0)

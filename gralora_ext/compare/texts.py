@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rows to learn and to test with, cut once and written as files, and the general text of "forgetting". Needs no torch."""
+"""The rows to learn and to test with, cut once and written as files, and the general text. Needs no torch."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One wide layer trained alone: the ranks of the paper's setting (r = 128, k to 8) do not fit into a small model's layers."""
+"""One wide layer trained alone: a small model's layers do not hold the ranks of the paper's setting."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def settings_of(options: Any) -> dict[str, Any]:
 
 
 def measured(run: Run, texts: Path, folder: Path) -> dict[str, Any]:
-    """Trains and measures: all that the run's file says. What is written on the way lies in ``folder``, and is gone then."""
+    """Trains and measures: all that the run's file says. ``folder`` holds what is written on the way."""
     keep_freed_memory()
     import torch
 
