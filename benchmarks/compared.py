@@ -29,7 +29,9 @@ def methods(folder: Path) -> str:
         f"{s['steps']} steps of {s['batch_size']} rows of at most {s['max_length']} tokens, rank {s['rank']}, "
         f"{s['test_rows']} test rows; mean ± standard deviation over seeds."
     )
-    return "\n\n".join([sizes, markdown(table), *content["sentences"], _measured(content["made"])])
+    busy = ["Other programs used the machine meanwhile, so that the speeds are too low, and not comparable."]
+    said = content["sentences"] + (busy if content["busy"] else [])
+    return "\n\n".join([sizes, markdown(table), *said, _measured(content["made"])])
 
 
 def findings(folder: Path, what: str) -> str:

@@ -77,7 +77,11 @@ def test_a_committed_run_repeats_bit_for_bit_on_the_same_kind_of_processor(tmp_p
     """On another kind, or with another torch, its loss is within the spread of the committed seeds."""
     content = json.loads((COMPARED / "summary.json").read_text(encoding="utf-8"))
     assert content["settings"]["quick"], "a run that a test can repeat is a short one"
-    before = next(r for r in records(COMPARED) if (r["run"]["method"], r["run"]["part"], r["run"]["seed"]) == (REPEATED, MEASURE, 0))
+    before = next(
+        r
+        for r in records(COMPARED)
+        if (r["run"]["method"], r["run"]["part"], r["run"]["seed"]) == (REPEATED, MEASURE, 0)
+    )
     rate, output = before["run"]["rate"], tmp_path / "again"
     arguments = ["--quick", "--methods", REPEATED, "--lrs", str(rate), "--seeds", "1", "--output", str(output)]
     planned = Comparison(cli.options(arguments)).chooser.run(METHODS[REPEATED], MEASURE, rate, 0)

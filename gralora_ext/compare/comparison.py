@@ -154,6 +154,7 @@ class Comparison:
             "rows": table,
             "sentences": [sentence for sentence in said if sentence],
             "made": {key: self.base[key] for key in ("date", "git", "machine", "versions", "threads")},
+            "busy": any(run["load"] > run["machine"]["cores"] + 1 for run in runs),
             "choices": [choice.as_dict() for choice in self.choices.values()],
             "runs": runs,
         }

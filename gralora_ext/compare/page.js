@@ -63,6 +63,9 @@ function showHead() {
   const commitOf = run => (run.git.commit || "unknown").slice(0, 7) + (run.git.dirty ? " with changes" : "");
   const [places, commits] = [placeOf, commitOf].map(of => [...new Set(data.runs.map(of))]);
   notes.push(`Made on ${places.join(" and ")}; commit ${commits.join(", ")}.`);
+  if (data.busy) {
+    notes.push("Other programs used the machine meanwhile: the speeds are too low, and not comparable.");
+  }
   if (places.length > 1) notes.push("The runs are of several machines: their speeds and memory are not comparable.");
   document.getElementById("notes").textContent = notes.join("\n");
 }

@@ -70,7 +70,7 @@ class Runner:
         package = str(Path(__file__).resolve().parents[2])
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
         (self.folder / LOGS).mkdir(exist_ok=True)
-        last = ""
+        last, far = "", 0
         with (
             open(self._log(run), "w", encoding="utf-8") as log,
             _child([sys.executable, "-m", "gralora_ext.compare.worker"], environment) as child,
@@ -82,8 +82,8 @@ class Runner:
             for line in child.stdout:
                 if line.startswith(f"{PROGRESS} "):
                     _, units, note = line.rstrip().split(" ", 2)
-                    done = self.done + min(int(units), run.units)
-                    self.bar.update(done, f"{run.words()}: {note}")
+                    far = max(far, min(int(units), run.units))  # an evaluation within training counts from before it
+                    self.bar.update(self.done + far, f"{run.words()}: {note}")
                 else:
                     log.write(line)
                     last = line.strip() or last

@@ -103,6 +103,7 @@ def stamp(device: str) -> dict[str, Any]:
         "machine": machine.machine(torch.cuda.get_device_name() if device == "cuda" else None),
         "versions": machine.versions(),
         "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],  # of the last minute, this run in it
         "environment": {name: os.environ.get(name) for name in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS")},
     }
 
