@@ -16,6 +16,11 @@ from typing import Any
 
 import gralora_ext
 
+# A chat template as most are: who speaks, what is said, an end token and a line break.
+CHAT = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<eos>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 WORDS = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen")
 
 
@@ -55,6 +60,30 @@ def make_data(file: Path, rows: int = 48) -> Path:
     for i in range(rows):
         word = WORDS[i % len(WORDS)]
         lines.append(json.dumps({"question": f"{i % 5} times {word}?", "answer": " ".join([word] * (i % 5)) or "none"}))
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return file
+
+
+def make_chat_model(folder: Path, template: str = CHAT) -> Path:
+    """The same with a chat template."""
+    make_model(folder)
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return folder
+
+
+def conversations(rows: int = 24) -> list[list[dict[str, str]]]:
+    """A question and its answer each, and every third goes on with another."""
+    found = []
+    for i in range(rows):
+        first, second = WORDS[i % len(WORDS)], WORDS[(3 * i + 1) % len(WORDS)]
+        texts = (f"{first} {i % 5}", " ".join([first] * (i % 5)) or "none", f"and {second}", f"{second} {first}")
+        texts = texts[: 2 if i % 3 else 4]
+        found.append([{"role": ("user", "assistant")[j % 2], "content": text} for j, text in enumerate(texts)])
+    return found
+
+
+def make_chat_data(file: Path, rows: int = 24) -> Path:
+    lines = [json.dumps({"messages": messages}) for messages in conversations(rows)]
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return file
 

@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+import io
 import os
 import select
 import subprocess
 import sys
 import time
 
+import pytest
 from cli_helpers import environment
+
+from gralora_ext.program.console import Console
 
 SCRIPT = """
 from gralora_ext.program.console import Console
@@ -47,3 +51,39 @@ def test_bar_shows_on_a_terminal_even_of_unknown_width():
     os.close(ours)
     assert "step" in shown and "3/3" in shown and "loss 1.0, 80 tokens/s" in shown
     assert "step" not in lines and "done" in lines
+
+
+NOTES = ("loss 10.1234", "12,345 tokens/s", "lr 1.0e-03", "norm 0.52")
+
+
+@pytest.mark.parametrize("total", [30, 3000, 30_000_000])
+def test_a_line_holds_what_fits_into_80_columns_and_the_loss_always(total, capsys, monkeypatch):
+    console = Console()
+    console.start -= 12_345  # seconds ago
+    with console.bar("step", total) as bar:
+        bar.start, bar.last_line = console.start, 0.0
+        bar.update(total // 2, *NOTES)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert len(line) <= 80 and "loss 10.1234, 12,345 tokens/s" in line and "s left" in line
+    assert ("lr 1.0e-03" in line) == (total < 3000)
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_a_bar_of_80_columns_is_not_cut(columns, monkeypatch):
+    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((columns, 24)))
+    shown = io.StringIO()
+    monkeypatch.setattr("gralora_ext.program.console.sys.stderr", Terminal(shown))
+    with Console().bar("step", 3000, first=True) as bar:
+        bar.update(1500, *NOTES)
+        bar.shown.refresh()
+    last = shown.getvalue().strip("\r\n ").split("\r")[-1]
+    assert len(last) <= columns and "step 1500/3000 |" in last and "loss 10.1234, 12,345 tokens/s" in last
+    assert ("norm 0.52" in last) == (columns == 120)
+
+
+class Terminal:
+    def __init__(self, text):
+        self.write, self.flush = text.write, text.flush
+
+    def isatty(self):
+        return True

@@ -7,16 +7,11 @@ import json
 
 import pytest
 import torch
-from cli_helpers import make_data, make_model
+from cli_helpers import CHAT, make_data, make_model
 
 from gralora_ext.cli.data import IGNORED, Encoder
-from gralora_ext.cli.rows import Rows, read_rows
+from gralora_ext.cli.rows import Fields, Rows, read_rows
 from gralora_ext.program.errors import JobError
-
-CHAT = (
-    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<eos>\n{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +22,11 @@ def tokenizer(tmp_path_factory):
 
 
 def test_rows_come_in_the_files_order_and_the_last_are_held_out(tmp_path):
-    rows = read_rows(str(make_data(tmp_path / "d.jsonl", 50)), "question", "answer")
+    rows = read_rows([str(make_data(tmp_path / "d.jsonl", 50))])
     train, held_out = rows.split(0)
-    assert len(rows.pairs) == 50 and len(held_out) == 10
-    assert train + held_out == rows.pairs
-    assert rows.split(3) == (rows.pairs[:-3], rows.pairs[-3:])
+    assert len(rows.rows) == 50 and len(held_out) == 10
+    assert train + held_out == rows.rows
+    assert rows.split(3) == (rows.rows[:-3], rows.rows[-3:])
 
 
 def test_default_holds_out_a_fifth_but_at_most_two_hundred_rows():
@@ -42,7 +37,7 @@ def test_default_holds_out_a_fifth_but_at_most_two_hundred_rows():
 def test_fields_are_chosen_and_blank_lines_and_a_byte_order_mark_do_not_matter(tmp_path):
     file = tmp_path / "d.jsonl"
     file.write_bytes('\ufeff{"q": "1", "a": "é"}\n\n{"q": "2", "a": "b", "more": [3]}\r\n'.encode())
-    assert read_rows(str(file), "q", "a").pairs == [("1", "é"), ("2", "b")]
+    assert read_rows([str(file)], Fields("q", "a")).rows == [("1", "é"), ("2", "b")]
 
 
 GOOD = '{"question": "q", "answer": "a"}'
@@ -68,7 +63,7 @@ def test_bad_row_is_named_with_its_line(tmp_path, bad, says):
         f"{GOOD}\n\n".encode() + (bad if isinstance(bad, bytes) else bad.encode()) + f"\n{GOOD}\n".encode()
     )
     with pytest.raises(JobError) as error:
-        read_rows(str(file), "question", "answer")
+        read_rows([str(file)])
     assert str(error.value).startswith(f"{file}:3: ") and says in str(error.value)
 
 
@@ -76,28 +71,28 @@ def test_bad_row_is_named_with_its_line(tmp_path, bad, says):
 def test_too_few_rows_are_refused(tmp_path, text):
     (tmp_path / "d.jsonl").write_text(text)
     with pytest.raises(JobError, match=r"d\.jsonl has [01] rows"):
-        read_rows(str(tmp_path / "d.jsonl"), "question", "answer")
+        read_rows([str(tmp_path / "d.jsonl")])
 
 
 def test_holding_out_all_rows_is_refused(tmp_path):
-    rows = read_rows(str(make_data(tmp_path / "d.jsonl", 5)), "question", "answer")
+    rows = read_rows([str(make_data(tmp_path / "d.jsonl", 5))])
     with pytest.raises(JobError, match="5 rows, and 5 of them are held out"):
         rows.split(5)
 
 
 def test_missing_file_is_refused():
     with pytest.raises(JobError, match="there is no file nowhere/d.jsonl"):
-        read_rows("nowhere/d.jsonl", "question", "answer")
+        read_rows(["nowhere/d.jsonl"])
 
 
 def test_a_datasets_name_is_loaded_by_datasets(tmp_path):
     pytest.importorskip("datasets")
     (tmp_path / "set").mkdir()
     make_data(tmp_path / "set" / "train.jsonl", 9)
-    expected = read_rows(str(tmp_path / "set" / "train.jsonl"), "question", "answer").pairs
-    assert read_rows(str(tmp_path / "set"), "question", "answer").pairs == expected
+    expected = read_rows([str(tmp_path / "set" / "train.jsonl")]).rows
+    assert read_rows([str(tmp_path / "set")]).rows == expected
     with pytest.raises(JobError, match=r"row 0: the field 'text' \(--answer-field\) is missing"):
-        read_rows(str(tmp_path / "set"), "question", "text")
+        read_rows([str(tmp_path / "set")], Fields("question", "text"))
 
 
 def labelled(tokenizer, example):
@@ -108,7 +103,7 @@ def test_only_the_answer_and_its_end_are_labels(tokenizer):
     (example,), remark = Encoder(tokenizer, 64).examples([("How many?", "Three.")], "training")
     assert labelled(tokenizer, example) == "Three.<eos>"
     assert tokenizer.decode(example["input_ids"]) == "How many?\nThree.<eos>"
-    assert remark == ""
+    assert remark == []
 
 
 def test_chat_template_is_used_and_the_end_is_learned_once(tokenizer, monkeypatch):
@@ -124,7 +119,7 @@ def test_long_rows_are_cut_and_those_without_room_left_out(tokenizer):
     pairs = [("ab", "c"), ("ab", "c" * 9), ("a" * 9, "c")]
     examples, remark = Encoder(tokenizer, 6).examples(pairs, "training")
     assert [len(e["input_ids"]) for e in examples] == [5, 6]
-    assert "2 of the 3 training rows" in remark and "1 of them left out" in remark
+    assert "2 of the 3 training rows" in remark[0] and "1 of them left out" in remark[0]
     with pytest.raises(JobError, match="--max-length 3 leaves no room for an answer in any of the 3 training rows"):
         Encoder(tokenizer, 3).examples(pairs, "training")
 

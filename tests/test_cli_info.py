@@ -43,8 +43,9 @@ def test_version_and_help_need_no_heavy_import(tmp_path):
         "import sys; sys.argv[0] = 'gralora-ext'; from gralora_ext.cli import main; "
         "code = main(sys.argv[1:]); print(code, 'torch' in sys.modules)"
     )
-    for arguments, text in (("--version", gralora_ext.__version__), ("--help", "finetune")):
-        command = [sys.executable, "-c", code, arguments]
+    cases = ((["--version"], gralora_ext.__version__), (["--help"], "finetune"))
+    for arguments, text in (*cases, (["finetune", "--print-config"], '"lr": 0.001')):
+        command = [sys.executable, "-c", code, *arguments]
         result = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, check=True)
         assert text in result.stdout and result.stdout.splitlines()[-1] == "0 False"
 

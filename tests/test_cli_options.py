@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from gralora_ext.cli.options import build_parser, parse, settings
+from gralora_ext.cli.option_table import NOT_HERE, OPTIONS
+from gralora_ext.cli.options import parse, settings
+from gralora_ext.cli.parser import HOW, OTHER_NAMES, JobParser
 from gralora_ext.program.errors import JobError
 
 
@@ -18,15 +20,106 @@ def config(folder: Path, name: str, text: str) -> str:
 
 
 def test_help_names_every_option_with_its_default():
-    text = build_parser().format_help()
-    for name in ("model", "data", "prompt-field", "answer-field", "output", "r", "k", "alpha", "hybrid-r", "dropout"):
-        assert f"--{name} " in text
-    for name in ("target-modules", "steps", "epochs", "batch-size", "grad-accum", "lr", "max-length", "seed", "dtype"):
-        assert f"--{name} " in text
-    for name in ("eval-every", "save-every", "resume", "merge", "backend", "config"):
-        assert f"--{name}" in text
+    text = JobParser().format_help()
+    for option in OPTIONS.values():
+        assert f"--{option.name} " in text or f"--{option.name}," in text
+    for name in HOW:
+        assert f"--{name.replace('_', '-')}" in text
     for default in ("(default: 16)", "(default: fused)", "(default: all-linear)", "(default: question)"):
         assert default in " ".join(text.split())
+
+
+def test_no_name_stands_for_two_options():
+    names = [o.name for o in OPTIONS.values()] + [n for o in OPTIONS.values() for n in o.also.split()]
+    assert len(names) == len(set(names))
+    assert not {*names, *(f"no-{n}" for n in names)} & NOT_HERE.keys()
+    assert all(name == name.lower() and "_" not in name for name in names)
+
+
+# What a user of Trainer, TRL, axolotl or LLaMA-Factory types, and what it is here.
+TYPED = {
+    "--model_name_or_path m --dataset_name d --output_dir o": {"model": "m", "data": ["d"], "output": "o"},
+    "--base-model m --dataset-path a b": {"model": "m", "data": ["a", "b"]},
+    "--max_steps 7 --learning_rate 2e-4": {"steps": 7, "lr": 2e-4},
+    "--num_train_epochs 2": {"epochs": 2.0, "steps": None},
+    "--per_device_train_batch_size 3 --gradient_accumulation_steps 5": {"batch_size": 3, "grad_accum": 5},
+    "--micro_batch_size=3": {"batch_size": 3},
+    "--lora_r 8 --lora_alpha 16 --lora_dropout 0.1 --lora_target_modules q_proj v_proj": {
+        "r": 8,
+        "alpha": 16,
+        "dropout": 0.1,
+        "target_modules": ["q_proj", "v_proj"],
+    },
+    "--rank 8 --gralora_k 4": {"r": 8, "k": 4},
+    "--gralora-k auto": {"k": "auto"},
+    "--bf16 True --gradient_checkpointing --packing=true": {
+        "bf16": True,
+        "gradient_checkpointing": True,
+        "packing": True,
+    },
+    "--bf16 false --no_merge --no-packing": {"bf16": False, "merge": False, "packing": False},
+    "--lr_scheduler_type constant_with_warmup --warmup_ratio 0.1": {"lr_schedule": "constant", "warmup_ratio": 0.1},
+    "--optim adamw_bnb_8bit --weight_decay 0.01 --max_grad_norm 0": {"optim": "adamw_8bit", "max_grad_norm": 0.0},
+    "--torch_dtype bfloat16 --attn_implementation eager": {"dtype": "bf16", "attn_implementation": "eager"},
+    "--max_seq_length 512 --neftune_noise_alpha 5": {"max_length": 512, "neftune_noise_alpha": 5.0},
+    "--backend lora --use_dora --init_lora_weights pissa": {"use_dora": True, "init_weights": "pissa"},
+    "--init_lora_weights false": {"init_weights": False},
+    "--assistant_only_loss --dataset_text_field t": {"answers_only": True, "text_field": "t"},
+    "--no-completion-only-loss": {"answers_only": False},
+    "--rank_pattern q_proj=8 .*v_proj=4": {"rank_pattern": {"q_proj": 8, ".*v_proj": 4}},
+    '--alpha_pattern {"q_proj":2.5}': {"alpha_pattern": {"q_proj": 2.5}},
+    "--trainable_token_indices 1 2": {"trainable_token_indices": [1, 2]},
+    '--trainable_token_indices {"embed_tokens":[3]}': {"trainable_token_indices": {"embed_tokens": [3]}},
+    "--save_steps 3 --eval_steps 4 --resume_from_checkpoint true": {"save_every": 3, "eval_every": 4, "resume": True},
+    "--report_to none": {"report_to": None},
+    "--report_to wandb tensorboard --run_name x": {"report_to": ["wandb", "tensorboard"], "run_name": "x"},
+}
+
+
+@pytest.mark.parametrize("line", TYPED)
+def test_words_of_other_programs_are_understood_on_the_command_line_and_in_files(line, tmp_path):
+    words = line.split()
+    found = vars(parse(words))
+    assert TYPED[line].items() <= found.items()
+    # The same as a file: a word after its option is its value, several are a list.
+    content: dict[str, object] = {}
+    for word in words:
+        if word.startswith("--"):
+            name, _, value = word.removeprefix("--").partition("=")
+            negative = name.startswith("no") and name[2] in "-_"
+            content[last := name[3:] if negative else name] = value or not negative
+        else:
+            content[last] = word if content[last] is True else [*_list(content[last]), word]
+    content = {name: json.loads(v) if str(v).startswith("{") else v for name, v in content.items()}
+    if "resume_from_checkpoint" in content:
+        del content["resume_from_checkpoint"]
+    elsewhere = vars(parse(["--config", config(tmp_path, "c.yaml", json.dumps(content))]))
+    assert {k: v for k, v in found.items() if k not in HOW} == {k: v for k, v in elsewhere.items() if k not in HOW}
+
+
+def _list(value: object) -> list[object]:
+    return value if isinstance(value, list) else [value]
+
+
+def test_every_other_name_leads_to_its_option():
+    for other, name in OTHER_NAMES.items():
+        with pytest.raises(JobError) as error:
+            parse([f"--{other}"] if name not in ("packing",) and "=" in name else [f"--{other}", ""])
+        assert f"--{other} (here --{name}):" in str(error.value), other
+
+
+@pytest.mark.parametrize("name", ["config.json", "config.yaml"])
+def test_printed_configuration_can_be_fed_back(name, tmp_path, capsys, monkeypatch):
+    from gralora_ext.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    words = ["--lora_r", "8", "--rank-pattern", "q_proj=4", "--packing", "--init-weights", "false", "--data", "a", "b"]
+    assert main(["finetune", *words, "--print-config"]) == 0
+    printed = capsys.readouterr().out
+    values = json.loads(printed)
+    assert values["r"] == 8 and values["rank_pattern"] == {"q_proj": 4} and values["data"] == ["a", "b"]
+    assert main(["finetune", "--config", config(tmp_path, name, printed), "--print-config"]) == 0
+    assert capsys.readouterr().out == printed
 
 
 @pytest.mark.parametrize("name", ["c.yaml", "c.json"])
@@ -93,7 +186,15 @@ def test_settings_are_a_configuration_file(tmp_path, monkeypatch):
         ("merge: 3\n", 1, "merge"),
         ("hybrid_r:\n  a: 1\n", 1, "single value"),
         ("r: [8\n", 2, "not YAML"),
-        ("r: 8\nlearning_rate: 1\n", 2, "unknown option 'learning_rate' (did you mean --lr?)"),
+        ("r: 8\nlearnin_rate: 1\n", 2, "unknown option 'learnin_rate' (did you mean --learning-rate?)"),
+        ("r: 8\nlearning_rate: no\n", 2, "argument learning_rate (here --lr): expected a positive number, got 'false'"),
+        ("lora_r: 8\nrank: 4\n", 2, "'lora_r' and 'rank' are the same option"),
+        ("resume: true\n", 1, "the option 'resume' belongs on the command line"),
+        ("r: [8, 4]\n", 1, "single value"),
+        ("target_modules: []\n", 1, "expected a value, got an empty group"),
+        ("rank_pattern: 8\n", 1, "expected NAME=N or a JSON object, got '8'"),
+        ("rank_pattern: {q_proj: 0}\n", 1, "at least 1, got '0'"),
+        ("save_total_limit: 2\n", 1, "unknown option 'save_total_limit' (the last two checkpoints are kept)"),
         ("target_modules: [[q_proj]]\n", 1, "single value"),
     ],
 )
@@ -116,6 +217,8 @@ def test_bad_file_is_named_with_its_line(tmp_path, text, line, says):
         ("c.json", "[" * 100_000, "nested too deeply"),
         ("c.yaml", "[" * 5000, "nested too deeply"),
         ("c.yaml", "r: 2024-13-45", "a value that cannot be read: month must be in 1..12"),
+        ("c.json", '{"r": 8, "r": 4}', "'r' is given twice"),
+        ("c.yaml", "r: 8\nr: 4\n", "'r' is given twice"),
         ("c.json", r'{"output": "a\u0000b"}', "--output: 'a\\x00b' cannot be a path: embedded null byte"),
         ("c.json", r'{"data": "\ud800"}', "--data: "),
     ],
@@ -137,11 +240,13 @@ def test_file_that_is_no_configuration_is_refused(tmp_path, name, text, says):
         (["--lr", "nan"], "argument --lr: expected a positive number"),
         (["--dtype", "int4"], "argument --dtype: invalid choice: 'int4'"),
         (["--steps", "2", "--epochs", "1"], "--steps and --epochs exclude each other"),
-        (["--rank", "4"], "unrecognized arguments: --rank 4 (did you mean --r?)"),
+        (["--ranks", "4"], "unrecognized arguments: --ranks 4 (did you mean --rank?)"),
         (["--ste", "4"], "unrecognized arguments: --ste 4 (did you mean --steps?)"),
         (["--lrr", "4"], "unrecognized arguments: --lrr 4 (did you mean --lr?)"),
-        (["--learning_rate=4"], "(did you mean --lr?)"),
-        (["--grad_accum", "4"], "(did you mean --grad-accum?)"),
+        (["--learnin_rate=4"], "(did you mean --learning-rate?)"),
+        (["--learning_rate=-4"], "argument --learning_rate (here --lr): expected a positive number, got '-4'"),
+        (["--logging_steps", "4"], "unrecognized arguments: --logging_steps 4 (each step is logged)"),
+        (["--deepspeed=x.json"], "(the job is one process)"),
         (["--no-merg"], "(did you mean --no-merge?)"),
         (["--xyzzy"], "unrecognized arguments: --xyzzy"),
         (["--data=--"], "argument --data: expected a value, got '--'"),
@@ -154,7 +259,23 @@ def test_file_that_is_no_configuration_is_refused(tmp_path, name, text, says):
         (["--output", "x/" * 2030], "cannot be a path: File name too long"),
         (["--model", "x" * 250, "--data", "y" * 250], "cannot be a path: File name too long"),
         (["--model", "~nobody-of-this-name/x"], "cannot be a path: Could not determine home directory"),
-        (["--data", ""], "--data: expected a path, got an empty text"),
+        (["--data", ""], "argument --data: expected a text, got an empty one"),
+        (["--output", " "], "argument --output: expected a text, got an empty one"),
+        (["--packing", "perhaps"], "argument --packing: expected true or false, got 'perhaps'"),
+        (["--no-packing", "true"], "argument --packing: --no-packing takes no value"),
+        (["--bf16", "--fp16"], "--bf16 and --fp16 exclude each other"),
+        (["--warmup-steps", "3", "--warmup-ratio", "0.1"], "--warmup-steps and --warmup-ratio exclude each other"),
+        (["--k-pattern", "q_proj=4", "--backend", "lora"], "--k-pattern needs --backend fused, and it is lora"),
+        (["--use-dora"], "--use-dora needs --backend lora, and it is fused"),
+        (["--rank-pattern", "q_proj=4", "--backend", "peft"], "--rank-pattern needs --backend fused or lora"),
+        (["--init-weights", "pissa"], "--init-weights pissa: with --backend fused there is true, false, gaussian"),
+        (
+            ["--init-weights", "lofq"],
+            "invalid choice: 'lofq' (choose from gaussian, orthogonal, olora, pissa); true or",
+        ),
+        (["--exclude-modules", "(q_proj"], "--exclude-modules: '(q_proj' is not a regular expression"),
+        (["--optim", "adam"], "argument --optim: invalid choice: 'adam' (choose from adamw_torch"),
+        (["--trainable-token-indices", "-1"], "expected a whole number of at least 0, got '-1'"),
         (["--target-modules", "(q_proj"], "--target-modules: '(q_proj' is not a regular expression"),
         (["--target-modules", "(" * 50_000], "is not a regular expression: nested too deeply"),
     ],

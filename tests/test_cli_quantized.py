@@ -16,6 +16,7 @@ from gralora_ext.cli.options import parse, settings
 from gralora_ext.program.errors import JobError
 
 JOB = ("--steps", 12, "--lr", 0.02, "--r", 4, "--max-length", 64, "--sample-tokens", 4, "--eval-every", 3)
+JOB += ("--held-out-from", "end")
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 
 
@@ -99,5 +100,5 @@ def test_a_missing_package_is_named_before_anything_is_loaded(work, monkeypatch)
 
     monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(JobError, match="--load-in-8bit needs bitsandbytes: `pip install bitsandbytes`"):
-        checks.check_quantization(parse(["--load-in-8bit"]))
-    checks.check_quantization(parse([]))
+        checks.check_needed(parse(["--load-in-8bit"]))
+    checks.check_needed(parse([]))

@@ -80,8 +80,8 @@ def test_no_test_row_is_trained_on_or_chosen_with(work, tmp_path):
             comparison.chooser.run(METHODS["lora"], part, 1e-3, 0), tmp_path / "texts", tmp_path / part, Progress(2)
         )
         jobs[part].check()
-    assert jobs[MEASURE].held_out == texts.test and jobs[CHOOSE].held_out == texts.validation
-    assert jobs[MEASURE].pairs == jobs[CHOOSE].pairs == texts.train
+    assert jobs[MEASURE].rows.held_out == texts.test and jobs[CHOOSE].rows.held_out == texts.validation
+    assert jobs[MEASURE].rows.train == jobs[CHOOSE].rows.train == texts.train
     rows = [json.loads(line) for line in (work / "rows.jsonl").read_text().splitlines()]
     pairs = [(row["question"], row["answer"]) for row in rows]
     assert texts.train == pairs[:44] and texts.validation == pairs[44:48] and texts.test == pairs[48:54]

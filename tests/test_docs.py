@@ -19,6 +19,7 @@ PASS_ON = {
     "gralora_ext/cli/finetune.py",
     "gralora_ext/cli/main.py",
     "gralora_ext/cli/options.py",
+    "gralora_ext/cli/parser.py",
     "gralora_ext/cli/resume.py",
 }
 

@@ -144,6 +144,18 @@ def test_excluded_modules_are_left_alone(exclude: Any) -> None:
     assert list(layers(built(exclude_modules=exclude))) == ["first"]
 
 
+def test_trained_tokens_are_merged() -> None:
+    model = built(llama, trainable_token_indices=[3, 5], target_modules=["q_proj"]).eval()
+    with torch.no_grad():
+        model.get_input_embeddings().token_adapter.trainable_tokens_delta["default"] += 1
+    batch = tokens(2, 8)
+    batch[0, :2] = torch.tensor([3, 5])
+    with torch.no_grad():
+        expected = model(input_ids=batch).logits
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(input_ids=batch).logits, expected)
+
+
 def test_trained_tokens_are_trained_saved_and_loaded(tmp_path: Path) -> None:
     model = built(llama, trainable_token_indices=[3, 5], target_modules=["q_proj"])
     batch = tokens(2, 8)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ..program.errors import JobError, first_sentence
 from ..program.files import LOCK, PARTIAL
+from .option_table import EIGHT_BIT_OPTIMIZERS, REPORTERS
 from .options import SETTINGS, bits_of
 from .output import RECORD
 
@@ -55,15 +56,28 @@ def check_backend(backend: str) -> None:
             raise JobError(f"{first_sentence(error, 600)} (--backend peft runs without it)") from error
 
 
-def check_quantization(options: argparse.Namespace) -> None:
-    """That the package which quantizes the base is there."""
-    bits = bits_of(options)
-    if bits and importlib.util.find_spec("bitsandbytes") is None:
-        raise JobError(f"--load-in-{bits}bit needs bitsandbytes: `pip install bitsandbytes`")
+def check_needed(options: argparse.Namespace) -> None:
+    """That the packages are there which an option asks for."""
+    needed: list[tuple[str, tuple[str, ...]]] = []
+    if bits_of(options):
+        needed.append((f"--load-in-{bits_of(options)}bit", ("bitsandbytes",)))
+    if options.optim in EIGHT_BIT_OPTIMIZERS:
+        needed.append((f"--optim {options.optim}", ("bitsandbytes",)))
+    needed += [(f"--report-to {name}", REPORTERS[name]) for name in options.report_to or []]
+    for option, packages in needed:
+        if all(importlib.util.find_spec(name) is None for name in packages):
+            raise JobError(f"{option} needs {packages[0]}: `pip install {packages[0]}`")
 
 
 def device(options: argparse.Namespace) -> str:
     """``cuda`` where it is there and the backend has kernels for it, else ``cpu``; or what ``--device`` says."""
+    found = _device(options)
+    if options.fp16 and found != "cuda":
+        raise JobError("--fp16 needs a CUDA device, since only there losses are scaled: --bf16 works on the CPU")
+    return found
+
+
+def _device(options: argparse.Namespace) -> str:
     import torch
 
     if options.device == "cuda" and not torch.cuda.is_available():

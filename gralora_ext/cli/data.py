@@ -3,72 +3,135 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from ..program.errors import JobError, first_sentence
+from ..program.errors import JobError, clipped, first_sentence
+from .chat import Template, TemplateFails
+from .rows import Row
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
+Example = dict[str, list[int]]
+
+
+class Sample(NamedTuple):
+    """What the model is asked in a sample answer: its tokens, and the texts of the question and of the right answer."""
+
+    tokens: list[int]
+    prompt: str
+    reference: str
 
 
 class Encoder:
-    """Makes tokens of rows: the tokenizer's chat template where it has one, else the prompt, a line break, the answer.
+    """Makes tokens of rows: by the tokenizer's chat template where it has one, else the prompt, a line break, the answer.
 
-    The answer ends with the tokenizer's end token, so that the model learns where to stop; only the answer and that token
-    are labels.
+    The last answer ends with the tokenizer's end token, so that the model learns where to stop. Answers and that token are
+    the labels; all tokens are, where ``answers_only`` is off, and in texts.
     """
 
-    def __init__(self, tokenizer: Any, max_length: int):
+    def __init__(self, tokenizer: Any, max_length: int, answers_only: bool = True):
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.place = getattr(tokenizer, "name_or_path", "")
-        self.chat = bool(getattr(tokenizer, "chat_template", None))
+        self.answers_only = answers_only
+        self.template = Template(tokenizer)
+        self.place = self.template.place
         self.pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
 
     def prompt(self, prompt: str) -> list[int]:
         """The tokens that the model sees before it answers."""
-        if self.chat:
-            return self._tokens(self._chat(prompt), add_special_tokens=False)
-        tokens = self._tokens(prompt + "\n")
-        if tokens and tokens[-1] == self.tokenizer.eos_token_id:
-            tokens.pop()  # some tokenizers close every text
-        return tokens
+        if self.template.exists:
+            return self._tokens(self.template.open([{"role": "user", "content": prompt}]), add_special_tokens=False)
+        return self._open(prompt + "\n")
 
-    def parts(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-        """The tokens of the prompt, and those of the answer with the end token."""
-        end = self._tokens(self._answer(prompt, answer), add_special_tokens=False)
-        eos = self.tokenizer.eos_token_id
-        if eos is not None and eos not in end:
-            end.append(eos)
-        return self.prompt(prompt), end
+    def pieces(self, row: Row) -> tuple[list[tuple[list[int], bool]], int]:
+        """The tokens of a row, in pieces that are learned or not; and the number of answers that could not be told apart."""
+        if isinstance(row, str):
+            return [(self._ended(self._open(row)), True)], 0
+        if isinstance(row, tuple):
+            prompt, answer = row
+            said = self._tokens(self._answer(prompt, answer), add_special_tokens=False)
+            return [(self.prompt(prompt), False), (self._ended(said), True)], 0
+        if not self.template.exists:
+            raise JobError(
+                f"the rows are conversations, and the tokenizer in {self.place} has no chat template: name a model that "
+                "has one, such as an Instruct model, or a file with --chat-template"
+            )
+        if not self.answers_only:
+            text = self.template.text(row).rstrip()
+            return [(self._ended(self._tokens(text, add_special_tokens=False)), True)], 0
+        if self.template.has_marks:
+            tokens, learned = self.template.marked(row)
+            end = max((i + 1 for i, mark in enumerate(learned) if mark), default=0)
+            return [([token], mark) for token, mark in zip(tokens[:end], learned, strict=False)], 0
+        texts, lost = self.template.parts(row)
+        pieces = self._cut(texts)
+        if pieces:
+            pieces[-1] = self._ended(pieces[-1][0]), True
+        return pieces, lost
 
-    def examples(self, pairs: list[tuple[str, str]], what: str) -> tuple[list[dict[str, list[int]]], str]:
-        """``input_ids`` and ``labels`` of each row, cut at the greatest length, and a remark on what did not fit.
+    def examples(self, rows: list[Row], what: str) -> tuple[list[Example], list[str]]:
+        """``input_ids`` and ``labels`` of each row, cut at the greatest length, and remarks on what did not fit.
 
-        A row whose prompt alone fills the length is left out; that none is left is a JobError.
+        A row of which no label is left is left out; that all are is a JobError.
         """
-        examples, cut, silent = [], 0, True
-        for start, end in (self.parts(*pair) for pair in pairs):
-            room = self.max_length - len(start)
-            cut += room < len(end)
-            silent = silent and not start and len(end) < 2  # nothing, or the end token alone
-            # The first token of a row is predicted from nothing, so that it does not count.
-            if room > 0 and len(end[:room]) > (not start):
-                examples.append({"input_ids": start + end[:room], "labels": [IGNORED] * len(start) + end[:room]})
+        examples, cut, silent, unmarked, lost = [], 0, True, 0, 0
+        for pieces, not_told in map(self._pieces_or_error, rows):
+            ids = [token for tokens, _ in pieces for token in tokens]
+            labels = [t if said or not self.answers_only else IGNORED for tokens, said in pieces for t in tokens]
+            labels[:1] = [IGNORED][: len(labels)]  # it is predicted from nothing, so that it does not count
+            cut += len(ids) > self.max_length
+            silent = silent and len(ids) < 2  # nothing, or the end token alone
+            unmarked += not any(said for _, said in pieces)
+            lost += not_told
+            ids, labels = ids[: self.max_length], labels[: self.max_length]
+            if any(label != IGNORED for label in labels):
+                examples.append({"input_ids": ids, "labels": labels})
+        if unmarked == len(rows):
+            raise JobError(
+                f"the chat template of the tokenizer in {self.place} does not tell what the assistant says in any of the "
+                f"{len(rows)} {what} rows: give one with {{% generation %}} marks by --chat-template"
+            )
         if silent:
             raise JobError(f"the tokenizer in {self.place} makes no token of any row: its files are damaged")
         if not examples:
             raise JobError(
-                f"--max-length {self.max_length} leaves no room for an answer in any of the {len(pairs)} {what} rows"
+                f"--max-length {self.max_length} leaves no room for an answer in any of the {len(rows)} {what} rows"
             )
-        left_out = f", {len(pairs) - len(examples):,} of them left out whole" if len(examples) < len(pairs) else ""
-        remark = (
-            f"{cut:,} of the {len(pairs):,} {what} rows are longer than --max-length {self.max_length}: cut{left_out}"
-        )
-        return examples, remark if cut else ""
+        return examples, self._remarks(len(rows), what, cut, len(rows) - len(examples) - unmarked, unmarked, lost)
 
-    def collate(self, examples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    def _remarks(self, count: int, what: str, cut: int, left_out: int, unmarked: int, lost: int) -> list[str]:
+        remarks = []
+        if cut:
+            whole = f", {left_out:,} of them left out whole" if left_out else ""
+            remarks.append(
+                f"{cut:,} of the {count:,} {what} rows are longer than --max-length {self.max_length}: cut{whole}"
+            )
+        if unmarked:
+            remarks.append(
+                f"{unmarked:,} of the {count:,} {what} rows have no answer that the template tells apart: left out"
+            )
+        if lost:
+            remarks.append(
+                f"{lost:,} answers in the {count:,} {what} rows are not learned: the chat template writes them otherwise "
+                "when the conversation goes on (--chat-template takes one with {% generation %} marks)"
+            )
+        return remarks
+
+    def sample(self, row: Row) -> Sample:
+        """A question of the held-out rows, with its right answer: of a conversation the last one, of a text its second half."""
+        if isinstance(row, tuple):
+            return Sample(self.prompt(row[0]), *row)
+        if isinstance(row, str):
+            words = row.split(" ")
+            half = " ".join(words[: (len(words) + 1) // 2]) or row
+            return Sample(self._open(half), half, row[len(half) :].strip())
+        last = max(i for i, message in enumerate(row) if message["role"] == "assistant")
+        asked = self.template.open(row[:last]) if last else ""
+        shown = "\n".join(f"{message['role']}: {message.get('content', '')}" for message in row[:last])
+        return Sample(self._tokens(asked, add_special_tokens=False), shown, row[last].get("content", ""))
+
+    def collate(self, examples: list[Example]) -> dict[str, torch.Tensor]:
         """A batch ``[B, T]`` padded on the right: ``input_ids``, ``attention_mask``, ``labels``."""
         width = max(len(e["input_ids"]) for e in examples)
 
@@ -82,6 +145,17 @@ class Encoder:
             "labels": rows("labels", IGNORED),
         }
 
+    def _pieces_or_error(self, row: Row) -> tuple[list[tuple[list[int], bool]], int]:
+        try:
+            return self.pieces(row)
+        except TemplateFails as error:
+            cure = "mend it, or remove it, and rows are taken as plain text"
+            if isinstance(row, list):
+                roles = clipped(", ".join(message["role"] for message in row))
+                said = clipped(repr(row[0].get("content", "")))
+                cure = f"mend it, or the conversation of {roles} that begins with {said}"
+            raise JobError(f"the chat template of the tokenizer in {self.place} fails: {error}: {cure}") from error
+
     def _tokens(self, text: str, **how: Any) -> list[int]:
         try:
             return list(self.tokenizer(text, **how)["input_ids"])
@@ -90,24 +164,38 @@ class Encoder:
                 f"the tokenizer in {self.place} cannot read a row: {first_sentence(error)}: its files are damaged"
             ) from error
 
-    def _chat(self, prompt: str, answer: str | None = None) -> str:
-        messages = [{"role": "user", "content": prompt}]
-        if answer is not None:
-            messages.append({"role": "assistant", "content": answer})
-        try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer is None)
-        except Exception as error:  # a template is a program: it raises what it likes
-            raise JobError(
-                f"the chat template of the tokenizer in {self.place} fails: {first_sentence(error)}: mend it, or remove "
-                "it, and rows are taken as plain text"
-            ) from error
-        return text
+    def _cut(self, texts: list[tuple[str, bool]]) -> list[tuple[list[int], bool]]:
+        """The tokens of the whole text, cut where its pieces meet.
+
+        That can be done where the tokens up to there are the first tokens of the whole. Else one of them lies across, and
+        each piece is read by itself, as the model meets it when it answers.
+        """
+        whole = self._tokens("".join(text for text, _ in texts), add_special_tokens=False)
+        pieces, before, at = [], "", 0
+        for text, said in texts:
+            before += text
+            tokens = self._tokens(before, add_special_tokens=False)
+            if tokens != whole[: len(tokens)]:
+                return [(self._tokens(text, add_special_tokens=False), said) for text, said in texts]
+            pieces.append((whole[at : len(tokens)], said))
+            at = len(tokens)
+        return pieces
+
+    def _open(self, text: str) -> list[int]:
+        """The tokens of a text that goes on; some tokenizers close every text."""
+        tokens = self._tokens(text)
+        if tokens and tokens[-1] == self.tokenizer.eos_token_id:
+            tokens.pop()
+        return tokens
+
+    def _ended(self, tokens: list[int]) -> list[int]:
+        eos = self.tokenizer.eos_token_id
+        return tokens if eos is None or eos in tokens else [*tokens, eos]
 
     def _answer(self, prompt: str, answer: str) -> str:
-        if self.chat:
-            start, whole = self._chat(prompt), self._chat(prompt, answer)
-            if whole.startswith(start):
-                return whole[
-                    len(start) :
-                ].rstrip()  # what a template puts after its end token is not the model's to say
-        return answer
+        """The answer with what the template puts around it; by itself where the template does not keep what was asked."""
+        if not self.template.exists:
+            return answer
+        asked = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        pieces, lost = self.template.parts(asked)
+        return answer if lost else pieces[-1][0]

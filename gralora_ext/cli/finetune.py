@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from ..program.console import Console
-from ..program.errors import Diverged, JobError, Stopped, first_sentence
+from ..program.errors import Diverged, JobError, Stopped
 from ..program.files import CHECKPOINTS, free_bytes, locked, write_json
 from ..program.signals import stopper
 from . import resume, summary
 from .checkpoints import Checkpoints, History
-from .checks import check_backend, check_output, check_quantization, command, device, quiet_libraries
-from .options import LARGEST, SETTINGS, bits_of, decisive, settings
+from .checks import check_backend, check_needed, check_output, command, device, quiet_libraries
+from .gather import gather
+from .kinds import LARGEST
+from .options import SETTINGS, bits_of, decisive, settings
 from .output import Output
-from .rows import read_rows
+from .reporters import open_reporters
 from .source import find_model
 
 SAMPLES = 2
@@ -61,19 +63,14 @@ class Job:
         """All that can be wrong before a model is loaded, and what needs no torch before that is: it takes seconds."""
         o = self.options
         check_output(self.output.folder)
-        check_quantization(o)
+        check_needed(o)
         self.source = find_model(o.model)
-        rows = read_rows(o.data, o.prompt_field, o.answer_field, o.data_config, o.data_split)
-        self.pairs, held_out = rows.split(o.held_out or 0)
-        self.held_out = held_out[: o.eval_rows]
-        self.console.say(
-            f"data: {rows.name}: {len(self.pairs):,} rows to train on, the last {len(held_out):,} held out "
-            f"(each evaluation reads {len(self.held_out)})"
-        )
-        self.data_name = rows.name
-        self.state = {"settings": decisive(settings(o)), "data_digest": rows.digest}
+        self.rows = gather(o)
+        for text in self.rows.said:
+            self.console.say(text)
+        self.state = {"settings": decisive(settings(o)), "data_digest": self.rows.digest}
         if o.resume:
-            found = resume.find(self.checkpoints, self.state, self.data_name, f"`{self._again()}`")
+            found = resume.find(self.checkpoints, self.state, self.rows.name, self._again())
             if found is None:
                 self.console.say(f"--resume: {self.output.folder} has no checkpoint; starting from the first step")
             else:
@@ -87,33 +84,33 @@ class Job:
         """The model with its adapter, the examples, and the number of steps."""
         from transformers import set_seed
 
+        from .adapter import add_adapter, check_mergeable, trainable_parameters
+        from .batches import make_batches
         from .data import Encoder
-        from .model import add_adapter, check_vocabulary, load, trainable_parameters
+        from .model import load, save_memory
 
         o, say = self.options, self.console.say
         self.bits = bits_of(o)
         say(f"model: loading {self.source.name} in {o.dtype}{f', quantized to {self.bits} bits' if self.bits else ''}")
-        self.model, self.tokenizer = load(self.source, o.dtype, say, self.bits, self.device)
+        self.model, self.tokenizer = load(self.source, o.dtype, say, self.bits, self.device, o.attn_implementation)
         longest = getattr(self.model.config, "max_position_embeddings", None)
         if longest and o.max_length > longest:
             raise JobError(f"--max-length {o.max_length} is more than the {longest} positions of {self.source.name}")
-        self.encoder = Encoder(self.tokenizer, o.max_length)
-        self.train_examples, remark = self.encoder.examples(self.pairs, "training")
-        self.held_out_examples, remark_held_out = self.encoder.examples(self.held_out, "held-out")
-        for text in filter(None, (remark, remark_held_out)):
-            say(text)
-        check_vocabulary(self.model, self.source, [*self.train_examples, *self.held_out_examples])
-        per_epoch = math.ceil(len(self.train_examples) / (o.batch_size * o.grad_accum))
+        if self.rows.template is not None:
+            self.tokenizer.chat_template = self.rows.template
+        self.encoder = Encoder(self.tokenizer, o.max_length, o.answers_only)
+        self.batches = make_batches(self.rows, self.encoder, self.model, self.source, o, self.device, say)
+        per_epoch = math.ceil(len(self.batches.items) / (o.batch_size * o.grad_accum))
         if not o.steps and o.epochs * per_epoch > LARGEST:
             raise JobError(f"--epochs {o.epochs:g} is more than {LARGEST} steps")
         self.steps = o.steps or max(1, round(o.epochs * per_epoch))
         if self.done > self.steps:
             raise JobError(f"--resume: {self.checkpoint} is beyond the end of a job of --steps {self.steps}")
         set_seed(o.seed)
-        try:
-            self.model = add_adapter(self.model, o)
-        except (ValueError, TypeError, NotImplementedError) as error:
-            raise JobError(f"the adapter does not fit {self.source.name}: {first_sentence(error)}") from error
+        self.model = add_adapter(self.model, self.source, o)
+        check_mergeable(self.model, o)
+        if o.gradient_checkpointing:
+            save_memory(self.model, self.source)
         self.parameters = trainable_parameters(self.model)
         what = {"fused": "GraLoRA, fused", "peft": "PEFT's own GraLoRA", "lora": "PEFT's LoRA"}[o.backend]
         grid = "" if o.backend == "lora" else f", k = {o.k}"
@@ -122,7 +119,7 @@ class Job:
 
     def train(self) -> None:
         """From the start or the checkpoint to the last step, with samples and held-out loss before and after."""
-        from .model import load_adapter
+        from .adapter import load_adapter
         from .results import answers
 
         o, say = self.options, self.console.say
@@ -132,23 +129,25 @@ class Job:
         if self.checkpoint is not None:
             load_adapter(self.model, self.checkpoint)
             say(f"resuming from {self.checkpoint}, {self.done} of {self.steps} steps done")
+        samples = self._samples()
         if not self.history.samples:
             say(f"{SAMPLES} sample answers of the model as it is")
-            prompts = [prompt for prompt, _ in self.held_out[:SAMPLES]]
-            before = answers(self.model, self.tokenizer, self.encoder, prompts, o.sample_tokens)
-            for (prompt, reference), answer in zip(self.held_out[:SAMPLES], before, strict=True):
-                self.history.samples.append({"prompt": prompt, "reference": reference, "before": answer})
+            before = answers(self.model, self.tokenizer, self.encoder, [s.tokens for s in samples], o.sample_tokens)
+            for sample, answer in zip(samples, before, strict=True):
+                self.history.samples.append({"prompt": sample.prompt, "reference": sample.reference, "before": answer})
         try:
             self._evaluate_where_due(trainer, self.done)
             if self.done < self.steps:
                 rows, place = o.batch_size * o.grad_accum, trainer.args.device
-                say(f"training {self.steps - self.done} steps of {rows} rows on {place}")
+                what = "packs" if o.packing else "rows"
+                say(f"training {self.steps - self.done} steps of {rows} {what} on {place}")
                 with stopper.held(), self.console.bar("step", self.steps, self.done, first=True) as trainer.bar:
                     trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
                 self._evaluate_where_due(trainer, self.steps)
         except Diverged as error:
             self.diverged = str(error)
             say(f"{error}: the job ends here")
+        trainer.unwrap()
 
     def publish(self) -> None:
         """Sample answers, the adapter, the merged model, the report: made beside, put in place together.
@@ -164,8 +163,8 @@ class Job:
         after = [""] * len(self.history.samples)
         if self.diverged is None:
             say(f"{SAMPLES} sample answers of the trained model")
-            prompts = [sample["prompt"] for sample in self.history.samples]
-            after = answers(self.model, self.tokenizer, self.encoder, prompts, o.sample_tokens)
+            asked = [sample.tokens for sample in self._samples()]
+            after = answers(self.model, self.tokenizer, self.encoder, asked, o.sample_tokens)
         for sample, answer in zip(self.history.samples, after, strict=True):
             sample["after"] = answer
         with self.output.staged() as stage:
@@ -174,7 +173,7 @@ class Job:
             merged = None
             if "merged" in self.written:
                 say("merging, writing the merged model, and comparing its logits with adapter + base")
-                batch = self.encoder.collate(self.held_out_examples[:2])
+                batch = self.encoder.collate(self.batches.held_out[:2])
                 merged = write_merged(
                     self._to_merge(stage / "adapter"), self.tokenizer, batch, o.dtype, stage / "merged"
                 )
@@ -183,12 +182,13 @@ class Job:
                 self.history,
                 steps=self.steps,
                 rows_per_step=o.batch_size * o.grad_accum,
-                train_rows=len(self.train_examples),
+                items=len(self.batches.items),
+                train_rows=self.batches.rows,
                 diverged=self.diverged,
                 merged=merged,
                 model=self.source.name,
-                data=self.data_name,
-                eval_rows=len(self.held_out_examples),
+                data=self.rows.name,
+                eval_rows=len(self.batches.held_out),
                 trainable_parameters=self.parameters,
                 peak_memory_mib=peak,
                 config=settings(o),
@@ -207,14 +207,16 @@ class Job:
 
         Quantizing again would lose a part of the adapter, and the merged model is to load everywhere.
         """
-        from .model import add_adapter, load, load_adapter
+        from .adapter import add_adapter, load_adapter
+        from .model import load
 
         if self.bits is None:
             return self.model
         self.console.say(
             f"loading {self.source.name} in {self.options.dtype}, not quantized, to merge the adapter into it"
         )
-        model = add_adapter(load(self.source, self.options.dtype, self.console.say)[0], self.options)
+        base = load(self.source, self.options.dtype, self.console.say, attention=self.options.attn_implementation)[0]
+        model = add_adapter(base, self.source, self.options)
         load_adapter(model, adapter)
         return model.to(self.device)
 
@@ -238,12 +240,14 @@ class Job:
         from .trainer import FinetuneTrainer, arguments
 
         o = self.options
+        open_reporters(o, self.output.folder)
         return FinetuneTrainer(
             self.model,
             arguments(o, self.steps, use_cpu=self.device == "cpu"),
-            self.train_examples,
-            self.held_out_examples,
+            self.batches.items,
+            self.batches.held_out,
             self.encoder,
+            collate=self.batches.collate,
             history=self.history,
             checkpoints=self.checkpoints,
             state=self.state,
@@ -251,6 +255,11 @@ class Job:
             save_every=o.save_every,
             console=self.console,
         )
+
+    def _samples(self) -> list[Any]:
+        """The questions of the first held-out rows; a conversation that the assistant opens has none."""
+        samples = (self.encoder.sample(row) for row in self.rows.held_out[:SAMPLES])
+        return [sample for sample in samples if sample.tokens]
 
     def _check_space(self) -> None:
         """The merged model is written last: that it does not fit should not show only then."""

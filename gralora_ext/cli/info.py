@@ -10,7 +10,7 @@ from typing import Any
 from ..program.wheels import DATA_WHEEL, MODEL_WHEEL
 from . import explain
 from .checks import NEEDED
-from .options import Parser
+from .parser import Parser
 from .report import versions
 
 EPILOG = "Exit code 0 where the extension works, 1 where the self-test found an error, 2 where it cannot be used."

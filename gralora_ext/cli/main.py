@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import traceback
@@ -60,9 +61,12 @@ def _dispatch(arguments: list[str]) -> int:
     if name == "finetune":
         if is_one_of_several():
             return refuse_several()
-        from .options import parse
+        from .options import parse, settings
 
         options = parse(rest)
+        if options.print_config:
+            print(json.dumps(settings(options), indent=2, ensure_ascii=False))
+            return 0
         check_packages()
         stopper.install()
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # what fails there, the job tells in one sentence
@@ -107,7 +111,7 @@ def _dispatch(arguments: list[str]) -> int:
 def _explain(arguments: list[str], error: Exception) -> int:
     """What the machine lacks is the user's to mend; all else is a failure that nobody foresaw."""
     if reason := memory_failure(error):
-        cure = "try a smaller --batch-size or --max-length, or --dtype bf16, or free some"
+        cure = "try a smaller --batch-size or --max-length, --gradient-checkpointing or --dtype bf16, or free some"
         return _fail(arguments, f"{reason}: {cure}", 2)
     reason = disk_failure(error) or (error.strerror if isinstance(error, OSError) else None)
     if not reason:

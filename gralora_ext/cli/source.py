@@ -47,7 +47,7 @@ def parse_targets(words: list[str]) -> str | list[str]:
     return [name for word in words for name in word.split(",") if name]
 
 
-def check_targets(words: list[str]) -> None:
+def check_targets(option: str, words: list[str]) -> None:
     """That what :func:`parse_targets` takes for a regular expression is one."""
     targets = parse_targets(words)
     if isinstance(targets, str):
@@ -55,4 +55,4 @@ def check_targets(words: list[str]) -> None:
             re.compile(targets)
         except (re.error, RecursionError, OverflowError) as error:
             reason = "nested too deeply" if isinstance(error, RecursionError) else error
-            raise JobError(f"--target-modules: '{clipped(targets)}' is not a regular expression: {reason}") from None
+            raise JobError(f"--{option}: '{clipped(targets)}' is not a regular expression: {reason}") from None

@@ -14,16 +14,17 @@ def metrics(
     *,
     steps: int,
     rows_per_step: int,
+    items: int,
     train_rows: int,
     diverged: str | None,
     merged: dict[str, float] | None,
     **facts: Any,
 ) -> dict[str, Any]:
-    """The figures of a job of ``steps`` steps; a loss that is not a finite number, or was not measured, is None."""
+    """The figures of a job of ``steps`` steps over ``items`` rows, or packs of rows; a loss that is not a finite number, or was not measured, is None."""
     before, after = history.eval_loss(0), history.eval_loss(steps)
     return {
         "steps": steps,
-        "epochs": steps * rows_per_step / train_rows,
+        "epochs": steps * rows_per_step / items,
         "train_rows": train_rows,
         "diverged": diverged,
         "eval_loss_before": before,
@@ -58,8 +59,8 @@ def samples(values: dict[str, Any]) -> str:
     """Question, answer before and after, and the right one, of each sample."""
     texts = []
     for sample in values["samples"]:
-        text = f"\nQuestion:  {sample['prompt']}"
-        for what in ("before", "after", "reference"):
-            text += f"\n{what}: ".ljust(12) + sample[what].replace("\n", "\n" + " " * 11)
+        text = ""
+        for name, what in (("Question", "prompt"), ("before",) * 2, ("after",) * 2, ("reference",) * 2):
+            text += f"\n{name}: ".ljust(12) + sample[what].replace("\n", "\n" + " " * 11)
         texts.append(text + "\n")
     return "".join(texts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,11 +17,12 @@ from ..program.errors import Diverged
 from ..program.files import staged, write_json
 from ..program.signals import stopper
 from .checkpoints import STATE, Checkpoints, History
-from .data import IGNORED, Encoder
+from .data import IGNORED, Encoder, Example
 
 
 def arguments(options: Any, steps: int, use_cpu: bool) -> TrainingArguments:
-    """Trainer's arguments: its own printing, saving, evaluating and reporting are off, since the job does them."""
+    """Trainer's arguments: its own printing, saving and evaluating are off, since the job does them."""
+    warmup = options.warmup_steps if options.warmup_ratio is None else math.ceil(options.warmup_ratio * steps)
     return TrainingArguments(
         output_dir=options.output,
         max_steps=steps,
@@ -28,15 +30,24 @@ def arguments(options: Any, steps: int, use_cpu: bool) -> TrainingArguments:
         gradient_accumulation_steps=options.grad_accum,
         learning_rate=options.lr,
         lr_scheduler_type=options.lr_schedule if options.lr_schedule != "constant" else "constant_with_warmup",
-        warmup_steps=options.warmup_steps,
-        optim="adamw_torch",
+        warmup_steps=warmup,
+        optim=options.optim,
+        weight_decay=options.weight_decay,
+        adam_beta1=options.adam_beta1,
+        adam_beta2=options.adam_beta2,
+        adam_epsilon=options.adam_epsilon,
+        max_grad_norm=options.max_grad_norm,
+        neftune_noise_alpha=options.neftune_noise_alpha,
+        bf16=options.bf16,
+        fp16=options.fp16,
         seed=options.seed,
         data_seed=options.seed,
         logging_steps=1,
         logging_nan_inf_filter=False,
         eval_strategy="no",
         save_strategy="no",
-        report_to=[],
+        report_to=options.report_to or [],
+        run_name=options.run_name,
         disable_tqdm=True,
         remove_unused_columns=False,
         label_names=["labels"],
@@ -46,16 +57,20 @@ def arguments(options: Any, steps: int, use_cpu: bool) -> TrainingArguments:
 
 
 class FinetuneTrainer(Trainer):
-    """Trains with answers-only loss; every optimizer step is in ``history``; evaluation draws no random number."""
+    """Every optimizer step is in ``history``; evaluation draws no random number.
+
+    ``train`` are examples, or groups of them, of which ``collate`` makes a batch.
+    """
 
     def __init__(
         self,
         model: Any,
         arguments: TrainingArguments,
-        train: list[dict[str, list[int]]],
-        held_out: list[dict[str, list[int]]],
+        train: list[Any],
+        held_out: list[Example],
         encoder: Encoder,
         *,
+        collate: Callable[[list[Any]], dict[str, torch.Tensor]],
         history: History,
         checkpoints: Checkpoints,
         state: dict[str, Any],
@@ -63,7 +78,7 @@ class FinetuneTrainer(Trainer):
         save_every: int,
         console: Console,
     ):
-        super().__init__(model=model, args=arguments, train_dataset=train, data_collator=encoder.collate)
+        super().__init__(model=model, args=arguments, train_dataset=train, data_collator=collate)
         self.remove_callback(PrinterCallback)
         self.add_callback(_Schedule(self))
         self.eval_every = eval_every
@@ -81,7 +96,8 @@ class FinetuneTrainer(Trainer):
         self.step_tokens = 0
 
     def training_step(self, model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.step_tokens += int(inputs["attention_mask"].sum())
+        tokens = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
+        self.step_tokens += int(tokens)
         return super().training_step(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -89,14 +105,17 @@ class FinetuneTrainer(Trainer):
         if "loss" not in logs:
             return
         step, seconds = self.state.global_step, time.perf_counter() - self.step_started
-        loss = logs["loss"] if math.isfinite(logs["loss"]) else None
-        self.history.losses.append({"step": step, "loss": loss, "tokens": self.step_tokens, "seconds": seconds})
-        self.history.tokens += self.step_tokens
+        loss, norm = _finite(logs["loss"]), _finite(logs.get("grad_norm"))
+        rate, tokens = logs["learning_rate"], self.step_tokens
+        entry = {"step": step, "loss": loss, "learning_rate": rate, "gradient_norm": norm}
+        self.history.losses.append({**entry, "tokens": tokens, "seconds": seconds})
+        self.history.tokens += tokens
         self.history.seconds += seconds
         if loss is None:
             raise Diverged(f"the loss is {logs['loss']} at step {step}")
         if self.bar:
-            self.bar.update(step, f"loss {logs['loss']:.4f}, {self.step_tokens / seconds:,.0f} tokens/s")
+            notes = (f"loss {loss:.4f}", f"{tokens / seconds:,.0f} tokens/s", f"lr {rate:.1e}", f"norm {norm or 0:.2g}")
+            self.bar.update(step, *notes)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The mean loss per answer token over the held-out rows; a signal ends it early, without a result."""
@@ -104,7 +123,8 @@ class FinetuneTrainer(Trainer):
         size, step = self.args.per_device_train_batch_size, self.state.global_step
         total, count, all_zero = 0.0, 0, True
         self.model.eval()
-        with torch.no_grad(), self.console.bar("held-out loss: row", len(self.held_out)) as bar:
+        rows = self.console.bar("held-out loss: row", len(self.held_out))
+        with torch.no_grad(), self.accelerator.autocast(), rows as bar:
             for start in range(0, len(self.held_out), size):
                 if stopper.signum is not None:
                     self.control.should_save = self.control.should_training_stop = True
@@ -127,7 +147,13 @@ class FinetuneTrainer(Trainer):
         self.console.say(
             f"held-out loss {loss:.4f} after {step} steps ({len(self.held_out)} rows, {count:,} answer tokens)"
         )
+        if self.args.report_to:
+            self.log({"eval_loss": loss})
         return {"eval_loss": loss}
+
+    def unwrap(self) -> None:
+        """Takes the autocast that training put around the model off again."""
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the job has loaded the adapter and checked it, and stock code takes what else lies there too."""
@@ -148,6 +174,10 @@ class FinetuneTrainer(Trainer):
             write_json(stage / name / STATE, {**self.job_state, "history": vars(self.history)})
             self.checkpoints.seal(stage / name)
         self.checkpoints.clear(name)
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 class _Schedule(TrainerCallback):

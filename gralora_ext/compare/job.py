@@ -27,6 +27,7 @@ def options_of(run: Run, texts: Path, output: Path) -> Any:
         "output": output,
         "data": texts / file_of(run.part),
         "held-out": s.held_out_rows(run.part),
+        "held-out-from": "end",
         "eval-rows": s.held_out_rows(run.part),
         "steps": s.steps,
         "eval-every": s.steps,
@@ -78,6 +79,7 @@ class RunJob(Job):
                 trainer.evaluate()
         except Diverged as error:
             self.diverged = str(error)
+        trainer.unwrap()
         stopper.check()
         result |= {
             "loss": None if self.diverged else self.history.eval_losses[-1]["loss"],

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..cli.rows import read_rows
+from ..cli.rows import Fields, Row, read_rows
 from ..program.errors import JobError
 from ..program.files import staged
 from ..program.wheels import general_text_file
@@ -25,12 +25,12 @@ class Texts:
 
     name: str
     general_name: str
-    train: list[tuple[str, str]]
-    validation: list[tuple[str, str]]
-    test: list[tuple[str, str]]
+    train: list[Row]
+    validation: list[Row]
+    test: list[Row]
     general: list[str]
 
-    def held_out(self, part: str) -> list[tuple[str, str]]:
+    def held_out(self, part: str) -> list[Row]:
         return self.validation if part == "choose" else self.test
 
     def digest(self, part: str) -> str:
@@ -53,9 +53,16 @@ class Texts:
         with staged(folder) as stage:
             for part in ("choose", "measure"):
                 rows = [*self.train, *self.held_out(part)]
-                lines = (json.dumps({"question": q, "answer": a}, ensure_ascii=False) for q, a in rows)
+                lines = (json.dumps(_named(row), ensure_ascii=False) for row in rows)
                 (stage / file_of(part)).write_text("\n".join(lines) + "\n", encoding="utf-8")
             (stage / _GENERAL).write_text(json.dumps(self.general, ensure_ascii=False), encoding="utf-8")
+
+
+def _named(row: Row) -> dict[str, Any]:
+    """The row under the names of fields that finetune looks for."""
+    if isinstance(row, str):
+        return {"text": row}
+    return {"question": row[0], "answer": row[1]} if isinstance(row, tuple) else {"messages": row}
 
 
 def file_of(part: str) -> str:
@@ -68,7 +75,8 @@ def read_general(folder: Path) -> list[str]:
 
 def gather(options: Any) -> Texts:
     """Reads and cuts: the test rows are finetune's held-out ones, the validation rows the last of those that remain."""
-    rows = read_rows(options.data, options.prompt_field, options.answer_field)
+    given = None if options.data is None else [options.data]
+    rows = read_rows(given, Fields(options.prompt_field, options.answer_field))
     train, test = rows.split(0)
     if len(train) <= options.validation_rows:
         raise JobError(

@@ -6,12 +6,15 @@ from __future__ import annotations
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from tqdm import tqdm
 
 LINE_SECONDS = 2.0  # without a terminal: the least time between two lines of progress
+COLUMNS = 80  # what a line of progress fits into
+_BAR = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
+_BESIDE_NOTES = 24  # of a bar: the least bar, times, and what stands between them
 
 
 class Console:
@@ -24,8 +27,11 @@ class Console:
     def seconds(self) -> float:
         return time.perf_counter() - self.start
 
+    def stamp(self) -> str:
+        return f"[{self.seconds:6.1f} s] "
+
     def say(self, text: str) -> None:
-        tqdm.write(f"[{self.seconds:6.1f} s] {text}", file=sys.stdout)
+        tqdm.write(f"{self.stamp()}{text}", file=sys.stdout)
         sys.stdout.flush()
 
     @contextmanager
@@ -56,22 +62,30 @@ class Bar:
                 total=total,
                 initial=done,
                 desc=what,
+                bar_format=_BAR,
                 file=sys.stderr,
                 leave=first,
                 ncols=size.columns,
                 nrows=size.lines,
             )
 
-    def update(self, done: int, note: str = "") -> None:
+    def update(self, done: int, *notes: str) -> None:
+        """Shows that ``done`` of the total are done, with as many ``notes``, the first ones first, as fit into a line."""
         if self.shown is not None:
-            self.shown.set_postfix_str(note, refresh=False)
+            room = (self.shown.ncols or COLUMNS) - len(f"{self.what} {self.total}/{self.total}") - _BESIDE_NOTES
+            self.shown.set_postfix_str(_fitting(notes, room), refresh=False)
             self.shown.update(done - self.shown.n)
             return
         now = time.perf_counter()
-        if now - self.last_line < LINE_SECONDS and not (note and done == self.total):
+        if now - self.last_line < LINE_SECONDS and not (notes and done == self.total):
             return
         self.last_line = now
         left = (now - self.start) / max(1, done - self.started_at) * (self.total - done)
-        self.console.say(
-            f"{self.what} {done}/{self.total}{': ' + note if note else ''}{f', {left:,.0f} s left' if left >= 1 else ''}"
-        )
+        start, end = f"{self.what} {done}/{self.total}", f", {left:,.0f} s left" if left >= 1 else ""
+        note = _fitting(notes, COLUMNS - len(self.console.stamp()) - len(f"{start}: {end}"))
+        self.console.say(f"{start}{': ' + note if note else ''}{end}")
+
+
+def _fitting(notes: Sequence[str], room: int) -> str:
+    text = ", ".join(notes)
+    return text if len(text) <= room or len(notes) < 2 else _fitting(notes[:-1], room)

@@ -10,7 +10,6 @@ from peft.tuners import gralora as stock
 from peft.tuners.gralora.layer import Linear
 from peft.tuners.lora import LoraModel
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from .. import repacking
 from . import init, mixed_batch, patterns, quantized, weighted
@@ -51,8 +50,10 @@ class GraloraModel(stock.GraloraModel):
         quantized.prepare(model)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if new_module is getattr(child, "base_layer", None) and not isinstance(new_module, (nn.Linear, Conv1D)):
-            setattr(parent, child_name, new_module)  # a quantized layer; PEFT's code would write its weight
+        if not hasattr(new_module, "base_layer"):
+            # A layer that is unloaded has its weight; PEFT's code would write it again, which fails
+            # where it is quantized, and where tokens of it were trained.
+            setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
 

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Conversations as the tokenizer's chat template writes them, and which parts of that the assistant said."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from ..program.errors import JobError, first_sentence
+from .rows import Messages
+
+_MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+
+
+class TemplateFails(Exception):
+    """What the template, or the library that runs it, says is wrong."""
+
+
+class Template:
+    """The chat template of ``tokenizer``; ``exists`` says whether it has one."""
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.place = getattr(tokenizer, "name_or_path", "")
+        template = getattr(tokenizer, "chat_template", None)
+        self.exists = bool(template)
+        self.has_marks = bool(_MARKS.search(template["default"] if isinstance(template, dict) else template or ""))
+
+    def text(self, messages: Messages, **how: Any) -> Any:
+        """What the template makes of ``messages``: text, or what ``how`` asks ``apply_chat_template`` for."""
+        try:
+            return self.tokenizer.apply_chat_template(messages, **{"tokenize": False, **how})
+        except Exception as error:  # a template is a program: it raises what it likes
+            raise TemplateFails(first_sentence(error)) from error
+
+    def open(self, messages: Messages) -> str:
+        """The text after which the assistant speaks."""
+        return self.text(messages, add_generation_prompt=True)
+
+    def parts(self, messages: Messages) -> tuple[list[tuple[str, bool]], int]:
+        """Pieces of the conversation's text in their order, each with whether the assistant said it.
+
+        Those end with the assistant's last word. A turn is found by writing the conversation to its beginning and to its
+        end: both must be beginnings of the whole text. The second value is the number of turns of which that is not true,
+        since the template writes them otherwise when the conversation goes on: they are not among what the assistant said.
+        """
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        whole = self.text(messages[: turns[-1] + 1])
+        pieces, at, lost = [], 0, 0
+        for i in turns:
+            start = self.open(messages[:i]) if i else None  # what opens the first message is not known
+            end = whole if i == turns[-1] else self.text(messages[: i + 1])
+            if start is None or not (whole.startswith(end) and end.startswith(start) and at <= len(start)):
+                lost += 1
+                continue
+            said = end[len(start) :].rstrip()  # what a template puts after its end token is not the model's to say
+            pieces += [(whole[at : len(start)], False), (said, True)]
+            at = len(start) + len(said)
+        return pieces, lost
+
+    def marked(self, messages: Messages) -> tuple[list[int], list[bool]]:
+        """The conversation's tokens, and which of them the template's own ``{% generation %}`` marks say are learned."""
+        made = self.text(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        return list(made["input_ids"]), [bool(mark) for mark in made["assistant_masks"]]
+
+
+def read_template(file: str) -> str:
+    """The text of ``file``, which must be a Jinja template."""
+    import jinja2
+
+    try:
+        text = Path(file).expanduser().read_text(encoding="utf-8-sig")
+        # With the blocks that transformers adds.
+        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_MARKS.sub("", _without_ends(text)))
+    except OSError as error:
+        raise JobError(f"--chat-template: {file} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise JobError(f"--chat-template: {file} is not UTF-8 text") from None
+    except jinja2.TemplateSyntaxError as error:
+        raise JobError(f"--chat-template: {file}:{error.lineno}: {first_sentence(error)}") from None
+    if not text.strip():
+        raise JobError(f"--chat-template: {file} is empty")
+    return text
+
+
+def _without_ends(text: str) -> str:
+    return re.sub(r"\{%[-+]?\s*endgeneration\s*[-+]?%\}", "", text)

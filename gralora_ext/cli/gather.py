@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All rows of a job, from ``--data`` and ``--eval-data``: those to learn from, and those held out. Needs no torch."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from dataclasses import dataclass
+
+from .chat import read_template
+from .rows import Fields, Row, read_rows
+
+
+@dataclass
+class Gathered:
+    """``said`` is told to the user; ``digest`` is of all that the rows' tokens depend on beside the tokenizer."""
+
+    name: str
+    train: list[Row]
+    held_out: list[Row]
+    said: list[str]
+    digest: str
+    template: str | None
+
+
+def gather(options: argparse.Namespace) -> Gathered:
+    """Reads and checks all rows; of those held out the first ``--eval-rows`` are kept. Raises JobError."""
+    o = options
+    template = None if o.chat_template is None else read_template(o.chat_template)
+    fields = Fields(o.prompt_field, o.answer_field, o.messages_field, o.text_field)
+    by_itself = o.eval_data is not None
+    rows = read_rows(o.data, fields, o.data_config, o.data_split, least=1 if by_itself else 2)
+    said, digest = [rows.remark], rows.digest
+    if by_itself:
+        others = read_rows(o.eval_data, fields, o.data_config, o.data_split, option="--eval-data", least=1)
+        train, held_out, which = rows.rows, others.rows, f"{len(others.rows):,} of {others.name} held out"
+        said, digest = [*said, others.remark], _of(digest, others.digest)
+    else:
+        train, held_out = rows.split(o.held_out or 0, o.seed if o.held_out_from == "random" else None)
+        which = f"the last {len(held_out):,} held out"
+        if o.held_out_from == "random":
+            which = f"{len(held_out):,} held out, drawn by --seed {o.seed}"
+    kept = held_out[: o.eval_rows]
+    line = f"data: {rows.name}: {len(train):,} {rows.what} to train on, {which} (each evaluation reads {len(kept)})"
+    if template is not None:
+        digest = _of(digest, template)
+    return Gathered(rows.name, train, kept, [line, *filter(None, said)], digest, template)
+
+
+def _of(*texts: str) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Conversations: what the chat template makes of them, and that the loss is on what the assistant says alone."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from cli_helpers import CHAT, call, conversations, make_chat_data, make_chat_model, make_model, sentence
+
+from gralora_ext.cli.chat import read_template
+from gralora_ext.cli.data import IGNORED, Encoder
+from gralora_ext.program.errors import JobError
+
+MARKED = (
+    "{% for m in messages %}<{{ m['role'] }}>{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<eos>"
+    "{% endgeneration %}{% else %}{{ m['content'] }}<eos>{% endif %}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+# As templates of models that think: what was thought is only there in the last answer.
+THINKS = (
+    "{% for m in messages %}<{{ m['role'] }}>{% if m['role'] == 'assistant' and loop.last %}<think></think>{% endif %}"
+    "{{ m['content'] }}<eos>\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+JOB = ("finetune", "--model", "model", "--data", "chat.jsonl", "--steps", 2, "--max-length", 100, "--sample-tokens", 4)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_chat_model(tmp_path_factory.mktemp("chat") / "model")
+
+
+@pytest.fixture
+def tokenizer(model):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model)
+
+
+def learned(tokenizer, example):
+    """What is learned of an example, with a bar where something between is not."""
+    pieces, before = [], False
+    for token, label in zip(example["input_ids"], example["labels"], strict=True):
+        assert label in (token, IGNORED)
+        if label != IGNORED:
+            pieces = [*pieces, []] if not before else pieces
+            pieces[-1].append(token)
+        before = label != IGNORED
+    return [tokenizer.decode(piece) for piece in pieces]
+
+
+TURNS = conversations(4)[3]  # dog 3, dog dog dog, and cat, cat dog
+
+
+@pytest.mark.parametrize("template", [CHAT, MARKED], ids=["prefixes", "marks"])
+def test_each_answer_with_its_end_is_learned_and_nothing_else(tokenizer, template):
+    tokenizer.chat_template = template
+    (example,), remarks = Encoder(tokenizer, 100).examples([TURNS], "training")
+    assert learned(tokenizer, example) == ["dog dog dog<eos>", "cat dog<eos>"]
+    whole = tokenizer.apply_chat_template(TURNS, tokenize=False).rstrip()
+    assert tokenizer.decode(example["input_ids"]) == whole
+    assert example["input_ids"] == tokenizer(whole, add_special_tokens=False)["input_ids"]
+    assert remarks == []
+
+
+def of_characters(merges=(), **prepended):
+    """A tokenizer of characters, with ``merges``; ``prepended`` puts a mark of a space before a text, as Llama's does."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<eos>", "\u2581", "\n", *map(chr, range(33, 127)), *("".join(pair) for pair in merges)]
+    tokenizer = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, list(merges)))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(**prepended)
+    tokenizer.decoder = decoders.Metaspace(**prepended)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", chat_template=CHAT)
+
+
+def test_a_token_across_the_beginning_of_an_answer_is_not_made():
+    tokenizer = of_characters([(">", "d")], prepend_scheme="never")
+    whole = tokenizer.apply_chat_template(TURNS, tokenize=False).rstrip()
+    assert ">d" in tokenizer.convert_ids_to_tokens(tokenizer(whole)["input_ids"])
+    (example,), _ = Encoder(tokenizer, 200).examples([TURNS], "training")
+    assert learned(tokenizer, example) == ["dog dog dog<eos>", "cat dog<eos>"]
+
+
+def test_a_space_before_a_text_is_not_put_before_every_piece():
+    tokenizer = of_characters(prepend_scheme="first")
+    (example,), _ = Encoder(tokenizer, 200).examples([TURNS], "training")
+    whole = tokenizer.apply_chat_template(TURNS, tokenize=False).rstrip()
+    assert example["input_ids"] == tokenizer(whole, add_special_tokens=False)["input_ids"]
+    assert [piece.strip() for piece in learned(tokenizer, example)] == ["dog dog dog<eos>", "cat dog<eos>"]
+
+
+def test_all_of_a_conversation_but_its_first_token_is_learned_on_demand(tokenizer):
+    (example,), _ = Encoder(tokenizer, 100, answers_only=False).examples([TURNS], "training")
+    assert example["labels"] == [IGNORED, *example["input_ids"][1:]]
+
+
+def test_a_conversation_of_one_answer_is_a_prompt_with_its_answer(tokenizer):
+    encoder = Encoder(tokenizer, 100)
+    asked = [{"role": "user", "content": "how many"}, {"role": "assistant", "content": "three"}]
+    assert encoder.examples([asked], "training") == encoder.examples([("how many", "three")], "training")
+
+
+def test_what_follows_the_last_answer_is_left_away_and_a_system_message_is_not_learned(tokenizer):
+    row = [{"role": "system", "content": "be brief"}, *TURNS[:2], {"role": "user", "content": "thanks"}]
+    (example,), _ = Encoder(tokenizer, 100).examples([row], "training")
+    assert learned(tokenizer, example) == ["dog dog dog<eos>"]
+    assert "thanks" not in tokenizer.decode(example["input_ids"])
+
+
+def test_answers_that_the_template_writes_otherwise_later_are_counted_and_not_learned(tokenizer):
+    tokenizer.chat_template = THINKS
+    examples, (remark,) = Encoder(tokenizer, 100).examples([TURNS, TURNS[:2]], "training")
+    assert learned(tokenizer, examples[0]) == ["<think></think>cat dog<eos>"]
+    assert learned(tokenizer, examples[1]) == ["<think></think>dog dog dog<eos>"]
+    assert remark.startswith(
+        "1 answers in the 2 training rows are not learned: the chat template writes them otherwise"
+    )
+
+
+def test_a_conversation_that_is_cut_keeps_its_beginning(tokenizer):
+    whole = len(Encoder(tokenizer, 100).examples([TURNS], "training")[0][0]["input_ids"])
+    (example,), (remark,) = Encoder(tokenizer, whole - 8).examples([TURNS], "training")
+    assert learned(tokenizer, example) == ["dog dog dog<eos>"] and len(example["input_ids"]) == whole - 8
+    assert remark == f"1 of the 1 training rows are longer than --max-length {whole - 8}: cut"
+
+
+def test_a_template_that_tells_no_answer_is_refused(tokenizer):
+    tokenizer.chat_template = "{% generation %}{% endgeneration %}{{ messages | length }}"
+    with pytest.raises(JobError, match="does not tell what the assistant says in any of the 1 training rows"):
+        Encoder(tokenizer, 100).examples([TURNS], "training")
+
+
+def test_a_conversation_that_the_template_refuses_is_quoted(tokenizer):
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    says = "fails: roles must alternate: mend it, or the conversation of user, assistant, user, assistant that begins with 'd"
+    with pytest.raises(JobError, match=says):
+        Encoder(tokenizer, 100).examples([TURNS], "training")
+
+
+def test_sample_is_the_last_question_with_what_came_before(tokenizer):
+    sample = Encoder(tokenizer, 100).sample(TURNS)
+    assert tokenizer.decode(sample.tokens).endswith("<user>and cat<eos>\n<assistant>")
+    assert sample.prompt == "user: dog 3\nassistant: dog dog dog\nuser: and cat" and sample.reference == "cat dog"
+
+
+def test_job_learns_conversations_and_resumes_them(model, tmp_path):
+    (tmp_path / "model").symlink_to(model)
+    make_chat_data(tmp_path / "chat.jsonl")
+    done = call(*JOB, "--no-merge", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "20 conversations to train on, 4 held out, drawn by --seed 0" in done.stdout
+    assert "user: " in done.stdout and "reference: " in done.stdout
+    again = call(*JOB, "--no-merge", "--resume", "--steps", 3, cwd=tmp_path)
+    assert again.returncode == 0 and "2 of 3 steps done" in again.stdout
+
+
+def test_a_model_without_a_template_takes_one_from_a_file(tmp_path):
+    make_model(tmp_path / "model")
+    make_chat_data(tmp_path / "chat.jsonl")
+    refused = call(*JOB, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "the rows are conversations, and the tokenizer in" in sentence(refused) and "--chat-template" in sentence(
+        refused
+    )
+    (tmp_path / "t.jinja").write_text(CHAT)
+    done = call(*JOB, "--chat-template", "t.jinja", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    merged = tmp_path / "runs" / "model-chat" / "merged"
+    assert (merged / "chat_template.jinja").read_text() == CHAT
+    (tmp_path / "t.jinja").write_text(CHAT.replace("<assistant>", "<model>"))
+    other = call(*JOB, "--chat-template", "t.jinja", "--resume", "--steps", 3, cwd=tmp_path)
+    assert other.returncode == 2 and "was made with other rows than chat.jsonl has now" in sentence(other)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "cannot be read"),
+        (b"\xff", "is not UTF-8 text"),
+        (b" \n", "is empty"),
+        (b"\n{% for %}", r"t:2: Expected"),
+    ],
+)
+def test_a_file_that_is_no_template_is_refused(tmp_path, content, says):
+    if content is not None:
+        (tmp_path / "t").write_bytes(content)
+    with pytest.raises(JobError, match=says):
+        read_template(str(tmp_path / "t"))
+
+
+def test_templates_with_transformers_own_blocks_are_taken(tmp_path):
+    (tmp_path / "t").write_text(MARKED + "{% for m in messages %}{% break %}{% endfor %}")
+    assert json.dumps(MARKED)[1:-1] in json.dumps(read_template(str(tmp_path / "t")))
