@@ -122,7 +122,7 @@ def _inputs_and_gradients(job: Any, layers: list[Adapted]) -> dict[str, tuple[Te
 
     handles = [layer.module.register_forward_hook(watch(layer.name)) for layer in layers]
     device = next(job.model.parameters()).device
-    batch = {key: t.to(device) for key, t in job.encoder.collate(job.held_out_examples[:ROWS]).items()}
+    batch = {key: t.to(device) for key, t in job.encoder.collate(job.batches.held_out[:ROWS]).items()}
     try:
         job.model.train()
         job.model(**batch, use_cache=False).loss.backward()
