@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,18 @@ from gralora_ext.program.errors import JobError
 from .results import markdown
 
 COMPARED = "compare"  # the folder with the committed comparison; analyses lie in analyze-rank and so on
+ANALYSES = ("rank", "outlier", "grid")
+
+
+def tables(folder: Path) -> dict[str, Callable[[Path], str]]:
+    """Of what is committed in ``folder``, the functions that make a table of it, by name."""
+    found: dict[str, Callable[[Path], str]] = {}
+    if (folder / COMPARED / "summary.json").exists():
+        found["methods"] = methods
+    for what in ANALYSES:
+        if (folder / f"analyze-{what}" / f"{what}.json").exists():
+            found[what] = partial(findings, what=what)
+    return found
 
 
 def methods(folder: Path) -> str:

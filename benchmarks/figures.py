@@ -248,8 +248,7 @@ TABLES: dict[str, Callable[[Tables], str]] = {
     "mixed": Tables.mixed,
     "job": Tables.job,
     "four-bit": Tables.four_bit,
-    "methods": lambda tables: compared.methods(tables.folder),
-    **{what: lambda tables, what=what: compared.findings(tables.folder, what) for what in ("rank", "outlier", "grid")},
+    **{name: lambda tables, made=made: made(tables.folder) for name, made in compared.tables(RESULTS).items()},
 }
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +48,18 @@ def command(work: Path, *arguments: object) -> str:
 
 def records(output: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted((output / "runs").glob("*.json"))]
+
+
+# Of the committed comparison of a tiny model, which `python tests/compare_helpers.py` makes anew.
+TINY = ("--methods", "lora", "gralora-k2", "--lrs", 3e-3, 1e-2, "--seeds", 3, "--extend", 0)
+
+
+def main() -> None:
+    results = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "compare-tiny"
+    with tempfile.TemporaryDirectory() as folder:
+        work = make_work(Path(folder))
+        command(work, "compare", "--output", results, *TINY)
+
+
+if __name__ == "__main__":
+    main()
