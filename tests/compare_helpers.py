@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,9 @@ def main() -> None:
     results = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "compare-tiny"
     with tempfile.TemporaryDirectory() as folder:
         work = make_work(Path(folder))
-        command(work, "compare", "--output", results, *TINY)
+        command(work, "compare", "--output", "out", *TINY)
+        shutil.rmtree(results, ignore_errors=True)
+        shutil.copytree(work / "out", results, ignore=shutil.ignore_patterns(".lock", "logs", "texts"))
 
 
 if __name__ == "__main__":
