@@ -72,7 +72,7 @@ class Runner:
         (self.folder / LOGS).mkdir(exist_ok=True)
         last, far = "", 0
         with (
-            open(self._log(run), "w", encoding="utf-8") as log,
+            open(self._log(run), "w", 1, encoding="utf-8") as log,
             _child([sys.executable, "-m", "gralora_ext.compare.worker"], environment) as child,
         ):
             assert child.stdin is not None and child.stdout is not None
