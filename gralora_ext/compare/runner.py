@@ -45,7 +45,7 @@ class Runner:
         if not planned:
             self._set_total(self.bar.total + run.units)
         if (record := self.found(run)) is not None:
-            self.bar.started_at += run.units  # it takes no time, so that the time left does not count it
+            self._leave_out(run.units)
         else:
             self._make(run)
             record = self.found(run)
@@ -94,6 +94,12 @@ class Runner:
 
     def _log(self, run: Run) -> Path:
         return self.folder / LOGS / f"{run.name}.log"
+
+    def _leave_out(self, units: int) -> None:
+        """What was there takes no time, so that the time left must not count it as work."""
+        self.bar.started_at += units
+        if self.bar.shown is not None:
+            self.bar.shown.initial += units
 
     def _set_total(self, total: int) -> None:
         self.bar.total = total
