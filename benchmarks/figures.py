@@ -19,8 +19,8 @@ from typing import Any
 
 from gralora_ext.program.errors import JobError
 
-from . import results
-from .results import LABELS
+from . import compared, results
+from .results import LABELS, markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -248,13 +248,8 @@ TABLES: dict[str, Callable[[Tables], str]] = {
     "mixed": Tables.mixed,
     "job": Tables.job,
     "four-bit": Tables.four_bit,
+    **{name: lambda tables, made=made: made(tables.folder) for name, made in compared.tables(RESULTS).items()},
 }
-
-
-def markdown(rows: Rows) -> str:
-    """A Markdown table; the first row is its head."""
-    head, *rest = (f"|{'|'.join(row)}|" for row in rows)
-    return "\n".join([head, "|---" * len(rows[0]) + "|", *rest])
 
 
 def _path(bench: str, one_token: bool, run: Run) -> list[Record]:

@@ -1,96 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a result was measured on and with: machine, versions, commit, and the floor, which no kernel can beat."""
+"""The floor of a machine, which no kernel can beat: its GEMM peak and its bandwidth, measured."""
 
 from __future__ import annotations
 
 import math
-import os
-import platform
-import re
 import statistics
-import subprocess
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gralora_ext import build_info
-from gralora_ext.cli.report import versions as package_versions
-
 from .shapes import Work
 from .timing import Contender, interleave
 
-ROOT = Path(__file__).resolve().parent.parent
 CACHED_BYTES = 8 << 20
 LARGE_BYTES = 256 << 20
 GEMM_SIZE = 1536
 PACE_GEMM_SIZE = 384  # short enough to take turns with what is measured
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """CPU model, cores that this process may use, caches that one core sees and memory (bytes), OS, GPU."""
-    return {
-        "cpu": _first(r"model name\s*:\s*(.+)", "/proc/cpuinfo") or platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "caches": _caches(),
-        "memory": int(_first(r"MemTotal:\s+(\d+) kB", "/proc/meminfo") or 0) * 1024,
-        "os": platform.platform(),
-        "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,
-    }
-
-
-def slug(machine: dict[str, Any]) -> str:
-    """A short name for folders: the CPU, the cores, the GPU."""
-    words = re.sub(r"\(.*?\)|@.*|\bCPU\b|\bProcessor\b", " ", machine["cpu"])
-    name = f"{words} {machine['cores']}c {machine['gpu'] or ''}"
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def available_memory() -> int:
-    """Bytes that the system can give without swapping; without an answer, as many as there can be."""
-    return int(_first(r"MemAvailable:\s+(\d+) kB", "/proc/meminfo") or 2**50) * 1024
-
-
-def versions() -> dict[str, Any]:
-    """Of Python, torch, PEFT and the like, of gralora_ext, and of the compiler that built it."""
-    info = build_info()
-    return {**package_versions(), **{key: info[key] for key in ("compiler", "build", "cpu_capability")}}
-
-
-def commit() -> dict[str, Any]:
-    """The checkout's commit, and whether files differ from it; None outside of a checkout."""
-    revision, status = _git("rev-parse", "HEAD"), _git("status", "--porcelain")
-    return {"commit": revision, "dirty": None if status is None else bool(status)}
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
-def _caches() -> dict[str, int]:
-    found = {}
-    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        try:
-            level, kind, size = ((folder / name).read_text().strip() for name in ("level", "type", "size"))
-        except OSError:
-            continue
-        if kind != "Instruction":
-            found[f"L{level}"] = int(size.rstrip("K")) * 1024
-    return found
-
-
-def _first(pattern: str, path: str) -> str | None:
-    try:
-        match = re.search(pattern, Path(path).read_text())
-    except OSError:
-        return None
-    return match[1].strip() if match else None
 
 
 @dataclass(frozen=True)

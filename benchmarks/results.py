@@ -110,3 +110,9 @@ def load(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise JobError(f"{file} is not a results file of this suite (format {FORMAT})")
     return content
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """A Markdown table; the first row is its head."""
+    head, *rest = (f"|{'|'.join(row)}|" for row in rows)
+    return "\n".join([head, "|---" * len(rows[0]) + "|", *rest])

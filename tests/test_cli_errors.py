@@ -142,9 +142,8 @@ def test_model_that_the_hub_does_not_give_is_one_sentence(work):
 
 def test_unknown_command_is_one_sentence(work):
     assert "unknown command 'tune' (did you mean finetune?)" in fails(work, "tune")
-    assert "unknown command 'xyzzy'; the commands are finetune, merge, export-lora, import-official, info" in fails(
-        work, "xyzzy"
-    )
+    commands = "finetune, merge, export-lora, import-official, compare, analyze, info"
+    assert f"unknown command 'xyzzy'; the commands are {commands}" in fails(work, "xyzzy")
 
 
 def test_line_breaks_and_control_characters_in_names_keep_the_sentence_on_one_line(work):

@@ -23,12 +23,14 @@ usage: gralora-ext COMMAND [options]
   merge            merge adapters into a model, from files into files (gralora-ext merge --help)
   export-lora      write a GraLoRA adapter as a LoRA adapter, exactly or of a smaller rank
   import-official  write a checkpoint of the paper's own repository as one that PEFT reads
+  compare          train with several methods, and show losses, speed, memory and size side by side
+  analyze          rank | outlier | grid: what the paper says of GraLoRA, measured here
   info             what is built, installed and in use, and what to do if something is missing
 
   --help           this text
   --version        the version of gralora_ext
 """
-COMMANDS = ("finetune", "merge", "export-lora", "import-official", "info")
+COMMANDS = ("finetune", "merge", "export-lora", "import-official", "compare", "analyze", "info")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -186,7 +186,7 @@ def _add(group: Any, option: Option) -> None:
         return
     group.add_argument(
         f"--{option.name}",
-        type=_argparses(option.kind.read),
+        type=argparses(option.kind.read),
         nargs="+" if option.kind.many else None,
         metavar=option.kind.metavar,
         default=argparse.SUPPRESS,
@@ -196,11 +196,13 @@ def _add(group: Any, option: Option) -> None:
 
 def _add_switch(group: Any, name: str, text: str) -> None:
     names = (f"--{name}", f"--no-{name}")
-    how: dict[str, Any] = {"action": _Switch, "nargs": "?", "type": _argparses(SWITCH.read), "metavar": "BOOL"}
+    how: dict[str, Any] = {"action": _Switch, "nargs": "?", "type": argparses(SWITCH.read), "metavar": "BOOL"}
     group.add_argument(*names, default=argparse.SUPPRESS, help=text, **how)
 
 
-def _argparses(read: Any) -> Any:
+def argparses(read: Any) -> Any:
+    """``read`` of a kind as argparse calls it."""
+
     def value(word: str) -> Any:
         try:
             return read(word)

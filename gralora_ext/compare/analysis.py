@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``gralora-ext analyze``: the runs of an analysis, what they say of the paper's claims, and the figure."""
+
+from __future__ import annotations
+
+import json
+import operator
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..program.errors import Stopped
+from ..program.files import staged, write_json
+from . import findings, pictures
+from .comparison import Chooser, settings_of, stopped
+from .findings import KS, Finding
+from .methods import METHODS, Method
+from .plan import MEASURE
+from .runner import RUNS, Record, Runner, running
+from .summary import Choice, Spread, spread
+from .texts import gather
+
+WIDE_RANK = 128  # the paper's
+WIDE_UNITS = 10  # of work, for a wide layer that is trained alone
+CHANGED = 0.01  # a block whose gradient an outlier changes by more than this share is one that it reaches
+
+
+def analyze(options: Any) -> int:
+    """Makes the runs that are missing, the findings and the figure; returns the exit code."""
+    analysis = _KINDS[options.what](options)
+    said = {name: value for name, value in vars(options).items() if name not in ("output", "debug")}
+    try:
+        with running(Path(options.output), said, analysis.texts, analysis.units(), f"analyze {options.what}") as runner:
+            content = analysis.run(runner)
+            with staged(runner.folder) as stage:
+                write_json(stage / f"{options.what}.json", content)
+                getattr(pictures, options.what)(content, stage / options.what)
+                written = sorted(path.name for path in stage.iterdir())
+    except Stopped as stop:
+        return stopped(stop)
+    print(f"\n{findings.page([Finding(**found) for found in content['findings']])}")
+    runner.console.say(f"written: {', '.join(str(runner.folder / name) for name in written)}")
+    return 0
+
+
+class Analysis:
+    """What the analyses share: one run for each case and seed, in the order of seeds."""
+
+    extra: str | None = None
+
+    def __init__(self, options: Any):
+        self.options = options
+        self.texts = gather(options)
+        self.settings = settings_of(options, self.texts)
+        self.chooser = Chooser(self.settings, options.lrs, options.extend, self.extra)
+        self.records: dict[tuple[int, str], list[Record]] = {}  # by rank and method
+
+    def cases(self) -> list[tuple[int, Method]]:
+        raise NotImplementedError
+
+    def units(self) -> int:
+        measured = sum(self.chooser.run(m, MEASURE, 1.0, 0, rank).units for rank, m in self.cases())
+        return sum(self.chooser.units(m, rank) for rank, m in self.cases()) + measured * self.options.seeds
+
+    def measure(self, runner: Runner) -> dict[str, Any]:
+        """Makes all runs; what the file says of them, but for what they show."""
+        choices: dict[tuple[int, str], Choice] = {}
+        for rank, method in self.cases():
+            choices[rank, method.name] = self.chooser.choose(runner, method, rank)
+        for seed in range(self.options.seeds):
+            for rank, method in self.cases():
+                run = self.chooser.run(method, MEASURE, choices[rank, method.name].rate, seed, rank)
+                self.records.setdefault((rank, method.name), []).append(runner.record(run))
+        chosen = [{"rank": rank, **choice.as_dict()} for (rank, _), choice in choices.items()]
+        names = [record["name"] for records in self.records.values() for record in records]
+        one = next(iter(self.records.values()))[0]
+        made = {key: one[key] for key in ("date", "git", "machine", "versions", "threads")}
+        s = self.settings
+        settings = {key: getattr(s, key) for key in ("steps", "batch_size", "max_length", "dtype")}
+        settings = {
+            "model": s.model_name,
+            **s.texts,
+            "seeds": self.options.seeds,
+            "quick": self.options.quick,
+            **settings,
+        }
+        return {"settings": settings, "choices": chosen, "runs": names, **made}
+
+    @property
+    def parameters(self) -> int:
+        """Of the model."""
+        return next(iter(self.records.values()))[0]["results"]["model_parameters"]
+
+
+class Ranks(Analysis):
+    extra = "ranks"
+
+    def cases(self) -> list[tuple[int, Method]]:
+        return [(self.options.rank, METHODS[f"gralora-k{k}"]) for k in KS]
+
+    def units(self) -> int:
+        return super().units() + WIDE_UNITS * len(KS) * self.options.seeds
+
+    def run(self, runner: Runner) -> dict[str, Any]:
+        content = self.measure(runner)
+        r = self.options.rank
+        in_model = {k: [x for record in self.records[r, f"gralora-k{k}"] for x in record["extra"]] for k in KS}
+        wide = {k: [self._wide(runner, k, seed) for seed in range(self.options.seeds)] for k in KS}
+        from .wide_layer import WIDTH
+
+        found = [
+            findings.rank_in_model(in_model, r, self.options.seeds, self.parameters),
+            findings.rank_of_paper(wide, WIDE_RANK, WIDTH, WIDTH**2),
+        ]
+        tables = {"in_model": {str(k): v for k, v in in_model.items()}, "wide": {str(k): v for k, v in wide.items()}}
+        return {**content, "rank": r, "wide_rank": WIDE_RANK, "width": WIDTH, **tables, "findings": _dicts(found)}
+
+    def _wide(self, runner: Runner, k: int, seed: int) -> dict[str, int]:
+        """The ranks of a wide layer, from its file or measured in this process."""
+        name = f"wide-k{k}-seed{seed}"
+        path = runner.folder / RUNS / f"{name}.json"
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            from .wide_layer import trained
+            from .worker import stamp
+
+            record = {"name": name, "k": k, "r": WIDE_RANK, "seed": seed, **trained(k, WIDE_RANK, seed), **stamp("cpu")}
+            with staged(runner.folder / RUNS) as stage:
+                write_json(stage / path.name, record)
+        runner.advance(WIDE_UNITS, f"one wide layer, k = {k}, seed {seed}: rank {record['ranks']['float64']}")
+        return record["ranks"]
+
+
+class Outliers(Analysis):
+    extra = "outliers"
+
+    def cases(self) -> list[tuple[int, Method]]:
+        return [(self.options.rank, METHODS[name]) for name in ("lora", *(f"gralora-k{k}" for k in KS if k > 1))]
+
+    def run(self, runner: Runner) -> dict[str, Any]:
+        content = self.measure(runner)
+        by_k = {1 if name == "lora" else int(name[-1]): records for (_, name), records in self.records.items()}
+
+        def over_seeds(k: int, value: Callable[[dict[str, Any]], float]) -> Spread:
+            means = [sum(map(value, record["extra"])) / len(record["extra"]) for record in by_k[k]]
+            return spread(means) or Spread((float("nan"),))
+
+        shares = {k: over_seeds(k, lambda layer: _share(layer["change"])) for k in by_k}
+        cosines = {
+            what: {k: over_seeds(k, operator.itemgetter(f"cosine_{what}")) for k in by_k}
+            for what in ("with", "without")
+        }
+        found = [
+            findings.blocks_reached(shares, self.options.seeds, self.parameters),
+            findings.nearer_to_full(cosines["with"], self.parameters),
+        ]
+        layers = [
+            {"k": k, "seed": record["run"]["seed"], **layer}
+            for k, records in by_k.items()
+            for record in records
+            for layer in record["extra"]
+        ]
+        summed = {f"cosines_{what}": _spreads(of) for what, of in cosines.items()}
+        return {
+            **content,
+            "rank": self.options.rank,
+            "shares": _spreads(shares),
+            **summed,
+            "layers": layers,
+            "findings": _dicts(found),
+        }
+
+
+class Grid(Analysis):
+    def cases(self) -> list[tuple[int, Method]]:
+        methods = [METHODS["lora"], *(METHODS[f"gralora-k{k}"] for k in self.options.ks)]
+        return [(rank, method) for rank in sorted(set(self.options.ranks)) for method in methods]
+
+    def run(self, runner: Runner) -> dict[str, Any]:
+        content = self.measure(runner)
+        losses: dict[tuple[int, int], Spread] = {}
+        for (rank, name), records in self.records.items():
+            of_seeds = spread([record["results"]["loss"] for record in records])
+            if of_seeds:  # a case of which a run diverged has no mean
+                losses[rank, 1 if name == "lora" else int(name[-1])] = of_seeds
+        lora = {rank: s for (rank, k), s in losses.items() if k == 1}
+        gralora = {rank: min((s for (r, k), s in losses.items() if r == rank and k > 1), key=lambda s: s.mean)
+                   for rank in lora if any(r == rank and k > 1 for r, k in losses)}  # fmt: skip
+        found = [
+            findings.worse_at_high_rank("LoRA", lora, True, self.parameters),
+            findings.worse_at_high_rank("GraLoRA with the best k", gralora, False, self.parameters),
+            findings.best_k(losses, self.parameters),
+        ]
+        cells = [
+            {
+                "r": r,
+                "k": k,
+                **s.as_dict(),
+                "predicted": k in findings.predicted_ks(r, [kk for rr, kk in losses if rr == r]),
+            }
+            for (r, k), s in losses.items()
+        ]
+        return {**content, "cells": cells, "findings": _dicts(found)}
+
+
+def _share(change: list[list[float]]) -> float:
+    values = [value for row in change for value in row]
+    return sum(value > CHANGED for value in values) / len(values)
+
+
+def _spreads(by_k: dict[int, Spread]) -> dict[str, Any]:
+    return {str(k): s.as_dict() for k, s in by_k.items()}
+
+
+def _dicts(found: list[Finding]) -> list[dict[str, str]]:
+    return [one.as_dict() for one in found]
+
+
+_KINDS: dict[str, Any] = {"rank": Ranks, "outlier": Outliers, "grid": Grid}

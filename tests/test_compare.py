@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""gralora-ext compare: which runs are made, on which rows, what is kept of them, and how a stopped one goes on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import statistics
+import time
+
+import pytest
+from cli_helpers import call, run, sentence, start
+from compare_helpers import SMALL, command, make_work, records
+
+from gralora_ext.cli import compare as cli
+from gralora_ext.compare import runner
+from gralora_ext.compare.comparison import Comparison
+from gralora_ext.compare.job import RunJob
+from gralora_ext.compare.methods import METHODS
+from gralora_ext.compare.plan import CHOOSE, MEASURE
+from gralora_ext.compare.progress import Progress
+
+METHODS_HERE = ("full", "lora", "gralora-k2")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return make_work(tmp_path_factory.mktemp("compare"))
+
+
+@pytest.fixture(scope="module")
+def compared(work):
+    """A comparison of three methods, with two learning rates to choose from and three seeds."""
+    said = command(work, "compare", "--output", "out", "--methods", *METHODS_HERE, "--lrs", 3e-3, 1e-2, "--extend", 1)
+    return work / "out", said
+
+
+def measured_runs(output):
+    return [r for r in records(output) if r["run"]["part"] == MEASURE and r["run"]["method"] != "base"]
+
+
+def test_each_method_has_a_run_of_each_seed_and_the_untrained_model_one(compared):
+    output, _ = compared
+    found = {(r["run"]["method"], r["run"]["seed"]) for r in measured_runs(output)}
+    assert found == {(method, seed) for method in METHODS_HERE for seed in range(3)}
+    assert sum(r["run"]["method"] == "base" for r in records(output)) == 1
+
+
+def test_a_run_says_with_what_and_where_it_was_made(compared):
+    output, _ = compared
+    for record in records(output):
+        assert record["versions"]["torch"] and record["machine"]["cpu"] and record["threads"] == 1
+        assert set(record["git"]) == {"commit", "dirty"}
+        assert record["settings"]["max_length"] == 64
+        assert not [value for value in json.dumps(record).split('"') if value.startswith("/")], "a path of this machine"
+
+
+def test_the_rate_is_the_one_with_the_least_loss_on_the_validation_rows(compared):
+    output, _ = compared
+    for method in METHODS_HERE:
+        tried = {r["run"]["rate"]: r["results"]["loss"] for r in records(output)
+                 if (r["run"]["method"], r["run"]["part"]) == (method, CHOOSE)}  # fmt: skip
+        taken = {r["run"]["rate"] for r in measured_runs(output) if r["run"]["method"] == method}
+        assert taken == {min(tried, key=tried.get)}
+        assert len(tried) == (3 if method != "full" else 4), "the best of two is at an edge, so that one more is tried"
+
+
+def test_no_test_row_is_trained_on_or_chosen_with(work, tmp_path):
+    options = cli.options(list(map(str, ["--output", tmp_path / "x", *SMALL])))
+    options.model, options.data, options.general_text = (
+        str(work / name) for name in ("model", "rows.jsonl", "general.txt")
+    )
+    comparison = Comparison(options)
+    texts = comparison.texts
+    texts.write(tmp_path / "texts")
+    jobs = {}
+    for part in (CHOOSE, MEASURE):
+        jobs[part] = RunJob(
+            comparison.chooser.run(METHODS["lora"], part, 1e-3, 0), tmp_path / "texts", tmp_path / part, Progress(2)
+        )
+        jobs[part].check()
+    assert jobs[MEASURE].rows.held_out == texts.test and jobs[CHOOSE].rows.held_out == texts.validation
+    assert jobs[MEASURE].rows.train == jobs[CHOOSE].rows.train == texts.train
+    rows = [json.loads(line) for line in (work / "rows.jsonl").read_text().splitlines()]
+    pairs = [(row["question"], row["answer"]) for row in rows]
+    assert texts.train == pairs[:44] and texts.validation == pairs[44:48] and texts.test == pairs[48:54]
+
+
+def test_means_and_spreads_are_those_of_the_runs(compared):
+    output, said = compared
+    summary = json.loads((output / "summary.json").read_text())
+    base = next(r for r in records(output) if r["run"]["method"] == "base")
+    for row in summary["rows"][1:]:
+        of_method = [r["results"] for r in measured_runs(output) if r["run"]["method"] == row["method"]]
+        losses = [r["loss"] for r in of_method]
+        assert row["metrics"]["loss"]["mean"] == pytest.approx(statistics.fmean(losses), rel=1e-12)
+        assert row["metrics"]["loss"]["deviation"] == pytest.approx(statistics.stdev(losses), rel=1e-9)
+        forgotten = statistics.fmean(r["general_loss"] for r in of_method) - base["results"]["general_loss"]
+        assert row["metrics"]["forgetting"]["mean"] == pytest.approx(forgotten, abs=1e-12)
+        for metric in ("tokens_per_second", "peak_memory", "parameters", "checkpoint"):
+            assert row["metrics"][metric]["mean"] > 0 and row["metrics"][metric]["deviation"] is not None
+        assert row["metrics"]["loss"]["text"] in said
+
+
+def test_full_fine_tuning_trains_all_and_adapters_have_the_same_number_of_parameters(compared):
+    output, _ = compared
+    counts = {r["run"]["method"]: r["results"]["parameters"] for r in measured_runs(output)}
+    assert counts["lora"] == counts["gralora-k2"] < counts["full"]
+    assert counts["full"] == next(r["results"]["model_parameters"] for r in records(output))
+    base = next(r["results"]["loss"] for r in records(output) if r["run"]["method"] == "base")
+    assert all(r["results"]["loss"] != base for r in measured_runs(output)), "a method that trains nothing"
+
+
+def test_all_methods_of_the_table_train(work):
+    """Each method with one rate and one seed; DoRA, rsLoRA and GraLoRA's own variants among them."""
+    command(work, "compare", "--output", "all", "--methods", "all", "--lrs", 1e-2, "--seeds", 1, "--extend", 0)
+    found = {r["run"]["method"]: r for r in measured_runs(work / "all")}
+    assert set(found) == set(METHODS)
+    losses = {name: r["results"]["loss"] for name, r in found.items()}
+    assert losses["rslora"] != losses["lora"] != losses["dora"]
+    assert losses["gralora-rslora"] != losses["gralora-k2"] != losses["gralora-hybrid"]
+    assert losses["gralora-orthogonal"] != losses["gralora-k2"]
+    # At rank 8 `auto` is k = 1 for every layer.
+    assert losses["gralora-auto"] == losses["gralora-k1"]
+
+
+def test_runs_that_are_there_are_not_made_again_and_more_can_be_added(compared, work):
+    output = work / "more"
+    shutil.copytree(compared[0], output)
+    damaged = next(output.glob("runs/lora*seed2*"))
+    damaged.write_text(damaged.read_text()[:200])
+    before = {path.name: path.stat().st_mtime_ns for path in (output / "runs").glob("*.json")}
+    command(work, "compare", "--output", "more", "--methods", "lora", "gralora-k2", "--lrs", 3e-3, 1e-2, "--seeds", 4,
+            "--extend", 1)  # fmt: skip
+    after = {path.name: path.stat().st_mtime_ns for path in (output / "runs").glob("*.json")}
+    again = {name for name in before if after[name] != before[name]}
+    assert again == {damaged.name}
+    assert {name.split("-")[0] for name in after.keys() - before.keys()} == {"lora", "gralora"}
+    assert len(after) == len(before) + 2
+    assert json.loads(damaged.read_text())["losses"] == next(
+        r["losses"] for r in records(compared[0]) if r["name"] == damaged.name.removesuffix(".json")
+    )
+
+
+def test_a_killed_comparison_goes_on_with_the_runs_that_are_missing(work):
+    """In processes of their own, as users have them."""
+    arguments = ("compare", "--output", "killed", "--methods", "lora", "--lrs", 1e-2, "--seeds", 1, *SMALL)
+    process = start(*arguments, cwd=work)
+    deadline = time.monotonic() + 200
+    while not (made := [*(work / "killed" / "runs").glob("base*.json")]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    first = made[0].read_bytes()
+    done = run(*arguments, cwd=work)
+    assert made[0].read_bytes() == first
+    assert len(records(work / "killed")) == 2
+    assert "s left" in done.stdout, "the time that is left of all runs"
+    assert not [path for path in (work / "killed").rglob("*") if path.name.startswith(".partial-")]
+
+
+def test_sigterm_ends_the_run_in_hand_too(work):
+    process = start("compare", "--output", "stopped", "--methods", "lora", "--lrs", 1e-2, *SMALL, cwd=work)
+    deadline = time.monotonic() + 200
+    while not any(p.stat().st_size for p in (work / "stopped" / "logs").glob("*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=100)
+    assert process.returncode == 143
+    assert not records(work / "stopped") and not [*(work / "stopped").glob(".partial-*")]
+    assert error.strip() == "stopped by SIGTERM; finished runs are kept, and the same command goes on with the others"
+
+
+def test_what_a_failed_run_said_is_told(work, monkeypatch):
+    monkeypatch.setattr(runner.sys, "executable", "/bin/false")
+    done = call("compare", "--output", "failed", *SMALL, cwd=work)
+    assert done.returncode == 2
+    assert "the run base-measure" in sentence(done) and "failed" in sentence(done)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--methods", "loar"], "--methods: there is no loar (did you mean lora?); there are full, lora"),
+        (["--validation-rows", "60"], "--validation-rows 60: rows.jsonl has 48 training rows, and some must remain"),
+        (["--general-text", "nowhere.txt"], "--general-text: nowhere.txt cannot be read"),
+        (["--output", "model"], "--output: model holds other files"),
+        (["--seeds", "0"], "argument --seeds: expected a whole number of at least 1, got '0'"),
+        (["--lrs", "none"], "argument --lrs: expected a positive number, got 'none'"),
+        (["--output", " "], "--output: expected a path, got an empty text"),
+        (["--metods", "lora"], "(did you mean --methods?)"),
+    ],
+)
+def test_what_cannot_be_is_told_before_anything_runs(work, arguments, expected):
+    done = call("compare", *SMALL, *arguments, cwd=work)
+    assert done.returncode == 2 and expected in sentence(done)

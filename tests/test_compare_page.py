@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page of a comparison in a browser without a window: what it shows is what the files of runs say."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+
+import pytest
+from compare_helpers import command, make_work, records
+
+from gralora_ext.compare import page
+from gralora_ext.compare.comparison import PAGE
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory):
+    work = make_work(tmp_path_factory.mktemp("page"))
+    command(work, "compare", "--output", "out", "--methods", "full", "lora", "gralora-k2", "gralora-k4", "--lrs", 1e-2,
+            "--extend", 0)  # fmt: skip
+    return work / "out"
+
+
+@pytest.fixture(scope="module")
+def shown(output):
+    """The page, opened from its file by a browser that is cut off from every network, and what it complained of."""
+    driver = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        pytest.skip(f"none of the browsers {', '.join(BROWSERS)} is installed")
+    with driver.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        context = browser.new_context(offline=True)
+        shown = context.new_page()
+        complaints, asked = [], []
+        shown.on("pageerror", lambda error: complaints.append(str(error)))
+        shown.on("console", lambda message: complaints.append(message.text))
+        shown.on("request", lambda request: asked.append(request.url))
+        shown.goto((output / PAGE).as_uri())
+        yield shown, complaints, asked
+        browser.close()
+
+
+def order(shown):
+    return [row.get_attribute("data-method") for row in shown.locator("#table tbody tr").all()]
+
+
+def values(output, method, key):
+    found = [r for r in records(output) if r["run"]["method"] == method and r["run"]["part"] == "measure"]
+    return [r["results"][key] for r in found]
+
+
+def test_the_page_asks_for_nothing_and_complains_of_nothing(shown, output):
+    _, complaints, asked = shown
+    assert complaints == []
+    assert [url for url in asked if not url.startswith("data:")] == [(output / PAGE).as_uri()]
+
+
+def test_the_table_is_what_the_files_of_runs_say(shown, output):
+    shown, *_ = shown
+    for method in ("full", "lora", "gralora-k2", "gralora-k4"):
+        for column, key, digits in (
+            ("loss", "loss", 4),
+            ("general_loss", "general_loss", 4),
+            ("tokens_per_second",) * 2 + (0,),
+        ):
+            cell = shown.locator(f'#table tr[data-method="{method}"] td[data-key="{column}"]')
+            of_runs = values(output, method, key)
+            mean, deviation = statistics.fmean(of_runs), statistics.stdev(of_runs)
+            assert float(cell.get_attribute("data-mean")) == pytest.approx(mean, rel=1e-12)
+            assert float(cell.get_attribute("data-deviation")) == pytest.approx(deviation, rel=1e-9)
+            assert cell.inner_text().lstrip("•\xa0") == f"{mean:,.{digits}f} ± {deviation:,.{digits}f}"
+
+
+def test_a_click_on_a_heading_sorts_by_it_and_another_one_turns_the_order(shown, output):
+    shown, *_ = shown
+    by_loss = sorted(("base", "full", "lora", "gralora-k2", "gralora-k4"),
+                     key=lambda m: statistics.fmean(values(output, m, "loss")))  # fmt: skip
+    assert order(shown) == by_loss
+    shown.click('#table th[data-key="loss"] button')
+    assert order(shown) == by_loss[::-1]
+    assert shown.locator('#table th[data-key="loss"]').get_attribute("aria-sort") == "descending"
+    shown.click('#table th[data-key="tokens_per_second"] button')
+    by_speed = sorted(
+        by_loss, key=lambda m: -statistics.fmean(values(output, m, "tokens_per_second")) if m != "base" else 0
+    )
+    assert order(shown) == by_speed, "the fastest first, and what has no speed last"
+    shown.click('#table th[data-key="method"] button')
+    assert order(shown) == ["full", "gralora-k2", "gralora-k4", "lora", "base"], "by their labels"
+
+
+def test_the_plot_shows_the_axes_that_are_chosen(shown, output):
+    shown, *_ = shown
+    for x, y in (("parameters", "loss"), ("tokens_per_second", "general_loss")):
+        shown.select_option("#x-axis", x)
+        shown.select_option("#y-axis", y)
+        dots = shown.locator("#pareto circle").all()
+        assert {d.get_attribute("data-method") for d in dots} == {"full", "lora", "gralora-k2", "gralora-k4"}
+        for dot in dots:
+            mean = statistics.fmean(values(output, dot.get_attribute("data-method"), y))
+            assert float(dot.get_attribute("data-y")) == pytest.approx(mean, rel=1e-12)
+        right = max(dots, key=lambda d: float(d.get_attribute("data-x")))
+        assert float(right.get_attribute("cx")) == max(float(d.get_attribute("cx")) for d in dots)
+        low = min(dots, key=lambda d: float(d.get_attribute("data-y")))
+        assert float(low.get_attribute("cy")) == max(float(d.get_attribute("cy")) for d in dots)
+    assert "loss on general text" in shown.locator("#pareto .y-name").text_content()
+
+
+def test_curves_are_drawn_for_the_methods_that_are_ticked(shown):
+    shown, *_ = shown
+    drawn = shown.locator("#curves polyline")
+    assert drawn.count() == 4
+    shown.locator("#legend input").first.uncheck()
+    assert drawn.count() == 3
+    shown.locator("#legend input").first.check()
+
+
+def test_each_run_can_be_opened_with_its_settings(shown, output):
+    shown, *_ = shown
+    assert shown.locator("#runs details").count() == 1 + 4 * 3
+    run = shown.locator("#runs details").last
+    run.locator("summary").click()
+    settings = json.loads(run.locator("pre").inner_text())
+    assert settings["settings"]["max_length"] == 64 and settings["versions"]["torch"]
+
+
+def test_what_stands_in_the_data_cannot_end_the_pages_data(output):
+    content = json.loads((output / "summary.json").read_text()) | {"runs": records(output)}
+    content["settings"]["data"] = "</script><script>alert(1)</script> {{style}}"
+    text = page.made(content)
+    assert text.count("</script>") == text.count("<script") == 3, "the data, the plots and the program"
+    data = text.split('id="data">')[1].split("</script>")[0]
+    assert json.loads(data)["settings"]["data"] == content["settings"]["data"]
+
+
+def test_the_page_names_nothing_outside_of_it(output):
+    text = (output / PAGE).read_text()
+    assert not [word for word in ("src=", 'href="http', "@import", "fetch(", "url(http") if word in text]
