@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from cli_helpers import call, make_data, make_model, metrics, same_end, sentence
 from several_helpers import (
     JOB,
@@ -50,7 +51,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def one(work: Path) -> Path:
     """Twelve steps in one process."""
-    assert call(*JOB, *ONE, "--steps", 12, "--output", "one", cwd=work).returncode == 0
+    run_several(*JOB, *ONE, "--steps", 12, "--output", "one", cwd=work)
     return work / "one"
 
 
@@ -100,6 +101,15 @@ def test_fsdp2_merges_what_it_has_trained(fsdp2):
     assert (fsdp2[0] / "merged" / "model.safetensors").is_file()
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("engine", [("--num-processes", "2"), ("--accelerate-config", "fsdp2.yaml")])
+def test_two_cuda_devices_have_the_losses_of_one(work, engine):
+    for name, devices, words in (("cuda1", "0", ONE), (f"cuda2-{engine[0][2:5]}", "0,1", (*TWO, *engine))):
+        words = (*words, "--device", "cuda", "--steps", 12, "--output", name)
+        run_several(*JOB, *words, cwd=work, devices=devices)
+    assert far(work / name, work / "cuda1") <= 1e-3
+
+
 @needs_deepspeed
 @pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.long), 3])
 def test_zero_has_the_losses_of_one_process(work, one, stage):
@@ -117,8 +127,7 @@ def test_checkpoint_of_two_processes_is_one_that_a_single_process_goes_on_from(w
     output, _ = request.getfixturevalue(engine)
     again = shutil.copytree(output, work / f"{engine}-one")
     shutil.rmtree(again / "checkpoints" / "checkpoint-12")
-    result = call(*JOB, *ONE, "--steps", 12, "--output", again.name, "--resume", cwd=work)
-    assert result.returncode == 0, result.stderr
+    result = run_several(*JOB, *ONE, "--steps", 12, "--output", again.name, "--resume", cwd=work)
     assert "checkpoint-8, 8 of 12 steps done" in result.stdout
     assert far(again, one) <= CLOSE
 
