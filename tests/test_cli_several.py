@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_helpers import call, make_data, make_model, metrics, same_end, sentence
+from cli_helpers import call, environment, finish, make_data, make_model, metrics, same_end, sentence, start
 from several_helpers import (
     JOB,
     ONE,
@@ -231,6 +231,21 @@ def test_mistake_is_told_by_one_process(work):
         result = run_several(*JOB, *TWO, *PROCESSES, *mistake, "--output", "wrong", cwd=work, code=2)
         assert says in sentence(result)
         assert not (work / "wrong").exists()
+
+
+def test_mistake_on_one_machine_is_told_by_the_first(work):
+    """Two processes as any launcher starts them, the second one where there is no such file."""
+    elsewhere = work / "elsewhere"
+    elsewhere.mkdir()
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517", "GLOO_SOCKET_IFNAME": "lo"}
+    first, second = (
+        start(*JOB, *TWO, cwd=folder, env=environment(**place, RANK=str(rank), LOCAL_RANK=str(rank)))
+        for rank, folder in enumerate((work, elsewhere))
+    )
+    results = finish(first), finish(second)
+    assert [result.returncode for result in results] == [2, 0]
+    assert "error: process 1 of 2: --data: there is no file data.jsonl" in sentence(results[0])
+    assert results[1].stderr == results[1].stdout == ""
 
 
 def test_folder_in_use_is_told_by_one_process(work, ddp):
