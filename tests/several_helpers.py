@@ -33,13 +33,13 @@ def make_configurations(folder: Path) -> None:
 
 
 def start_several(
-    *words: object, cwd: Path, launcher: tuple[str, ...] = ("-m", "gralora_ext"), **options: Any
+    *words: object, cwd: Path, launcher: tuple[str, ...] = ("-m", "gralora_ext"), devices: str = "", **options: Any
 ) -> subprocess.Popen[str]:
-    """The job as a process that starts others."""
+    """The job as a process that starts others; on the CPU, unless CUDA ``devices`` are named."""
     return subprocess.Popen(
         [sys.executable, *launcher, *map(str, words)],
         cwd=cwd,
-        env=environment(GLOO_SOCKET_IFNAME="lo"),
+        env=environment(GLOO_SOCKET_IFNAME="lo", CUDA_VISIBLE_DEVICES=devices),
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

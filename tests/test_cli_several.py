@@ -15,7 +15,8 @@ import time
 from pathlib import Path
 
 import pytest
-from cli_helpers import call, make_data, make_model, metrics, same_end, sentence
+import torch
+from cli_helpers import call, environment, finish, make_data, make_model, metrics, same_end, sentence, start
 from several_helpers import (
     JOB,
     ONE,
@@ -50,7 +51,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def one(work: Path) -> Path:
     """Twelve steps in one process."""
-    assert call(*JOB, *ONE, "--steps", 12, "--output", "one", cwd=work).returncode == 0
+    run_several(*JOB, *ONE, "--steps", 12, "--output", "one", cwd=work)
     return work / "one"
 
 
@@ -100,6 +101,15 @@ def test_fsdp2_merges_what_it_has_trained(fsdp2):
     assert (fsdp2[0] / "merged" / "model.safetensors").is_file()
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("engine", [("--num-processes", "2"), ("--accelerate-config", "fsdp2.yaml")])
+def test_two_cuda_devices_have_the_losses_of_one(work, engine):
+    for name, devices, words in (("cuda1", "0", ONE), (f"cuda2-{engine[0][2:5]}", "0,1", (*TWO, *engine))):
+        words = (*words, "--device", "cuda", "--steps", 12, "--output", name)
+        run_several(*JOB, *words, cwd=work, devices=devices)
+    assert far(work / name, work / "cuda1") <= 1e-3
+
+
 @needs_deepspeed
 @pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.long), 3])
 def test_zero_has_the_losses_of_one_process(work, one, stage):
@@ -117,8 +127,7 @@ def test_checkpoint_of_two_processes_is_one_that_a_single_process_goes_on_from(w
     output, _ = request.getfixturevalue(engine)
     again = shutil.copytree(output, work / f"{engine}-one")
     shutil.rmtree(again / "checkpoints" / "checkpoint-12")
-    result = call(*JOB, *ONE, "--steps", 12, "--output", again.name, "--resume", cwd=work)
-    assert result.returncode == 0, result.stderr
+    result = run_several(*JOB, *ONE, "--steps", 12, "--output", again.name, "--resume", cwd=work)
     assert "checkpoint-8, 8 of 12 steps done" in result.stdout
     assert far(again, one) <= CLOSE
 
@@ -222,6 +231,21 @@ def test_mistake_is_told_by_one_process(work):
         result = run_several(*JOB, *TWO, *PROCESSES, *mistake, "--output", "wrong", cwd=work, code=2)
         assert says in sentence(result)
         assert not (work / "wrong").exists()
+
+
+def test_mistake_on_one_machine_is_told_by_the_first(work):
+    """Two processes as any launcher starts them, the second one where there is no such file."""
+    elsewhere = work / "elsewhere"
+    elsewhere.mkdir()
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29517", "GLOO_SOCKET_IFNAME": "lo"}
+    first, second = (
+        start(*JOB, *TWO, cwd=folder, env=environment(**place, RANK=str(rank), LOCAL_RANK=str(rank)))
+        for rank, folder in enumerate((work, elsewhere))
+    )
+    results = finish(first), finish(second)
+    assert [result.returncode for result in results] == [2, 0]
+    assert "error: process 1 of 2: --data: there is no file data.jsonl" in sentence(results[0])
+    assert results[1].stderr == results[1].stdout == ""
 
 
 def test_folder_in_use_is_told_by_one_process(work, ddp):

@@ -68,7 +68,10 @@ def outcome(page: Path, number: int) -> Path:
     return output.rename(kept)
 
 
-@pytest.mark.parametrize("number", range(len(LINES)), ids=lambda n: f"line{n}")
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(n, id=f"line{n}", marks=pytest.mark.long if "zero3" in line else ()) for n, line in enumerate(LINES)],
+)
 def test_each_command_of_the_page_runs(page, number):
     """By whichever launcher the processes were started, they do the same to the last bit."""
     line = LINES[number]

@@ -207,7 +207,7 @@ def test_a_reporter_that_refuses_is_one_sentence_before_anything_is_trained(work
     fake = types.ModuleType("wandb")
     fake.init = refuse
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr("gralora_ext.cli.finetune.check_needed", lambda options: None)
+    monkeypatch.setattr("gralora_ext.cli.job.check_needed", lambda options: None)
     done = call(*JOB, "--report-to", "wandb", "--output", "refused", cwd=work)
     assert done.returncode == 2
     assert "--report-to wandb: api_key not configured (no-tty) (`wandb login`, or WANDB_MODE=offline)" in sentence(done)
