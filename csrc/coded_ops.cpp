@@ -69,6 +69,7 @@ void fill(Coded& coded, const at::Tensor& weight, const at::Tensor& to, const c1
   p.weight = param_of(fan_in_fan_out ? weight.t() : weight), p.to = param_of(fan_in_fan_out ? to.t() : to);
   p.codes = codes.mutable_data_ptr<int8_t>(), p.places = places.mutable_data_ptr<int32_t>();
   p.values = values.mutable_data_ptr(), p.capacity = places.numel();
+  p.finds_broken = to.const_data_ptr() != weight.const_data_ptr();
   p.result = &coded.result;
 }
 
@@ -106,14 +107,17 @@ void unmerge_coded_kernel(at::Tensor weight, const c10::List<OptionalTensor>& ad
   bump_version(weight);
 }
 
-int64_t checksum_kernel(const at::Tensor& weight, bool fan_in_fan_out) {
+std::tuple<int64_t, int64_t> checksums_kernel(const at::Tensor& weight, bool fan_in_fan_out) {
   check_tensor(weight, "weight", weight.device());
   TORCH_CHECK_VALUE(weight.dim() == 2, "gralora_ext: weight must be a matrix, but has shape ", weight.sizes());
-  if (weight.numel() == 0) return 0;
+  if (weight.numel() == 0) return {0, 0};
+  CodedResult result;
   CodedParams p;
   p.M = weight.size(fan_in_fan_out ? 1 : 0), p.N = weight.size(fan_in_fan_out ? 0 : 1);
   p.weight = param_of(fan_in_fan_out ? weight.t() : weight);
-  return int64_t(run_checksum(p));
+  p.result = &result;
+  run_checksums(p);
+  return {int64_t(result.before), int64_t(result.after)};
 }
 
 at::Tensor empty_codes_kernel(const at::Tensor& weight) { return empty_result({weight.numel()}, weight, at::kChar); }

@@ -126,12 +126,12 @@ struct MergedAdapter {
   double scaling = 1.0;
 };
 
-// What a merge with codes has found out. A checksum is one of bits and their places, of all
-// weights.
+// What a merge with codes has found out; the checksums are those of cpu/codes.h.
 struct CodedResult {
   uint64_t before = 0, after = 0;  // checksums
   int64_t listed = 0;              // exceptions; -1: there was no room for them, and nothing is merged
-  int64_t first_not_finite = 0;    // the first adapter after which a weight is not finite; else their number
+  int64_t first_not_finite = 0;    // the first adapter after which a weight is not finite; else, and where this
+                                   // is not asked for, their number
 };
 
 // A merge that is taken off again bit for bit (cpu/coded_merge.cpp). Sums are in double where the
@@ -146,7 +146,8 @@ struct CodedParams {
   // The exceptions: where a weight lies, counted along the rows that codes follow, and its bits
   int32_t* places = nullptr;
   void* values = nullptr;
-  int64_t capacity = 0;  // room for so many
+  int64_t capacity = 0;       // room for so many
+  bool finds_broken = false;  // the first adapter after which a weight is not finite
   CodedResult* result = nullptr;
   int threads = 1;
 };
@@ -172,7 +173,7 @@ void merge(const MergeParams& p);
 void linear(const LinearParams& p);
 void merge_coded(const CodedParams& p);
 void unmerge_coded(const CodedParams& p);  // reads result->listed
-uint64_t checksum(const CodedParams& p);   // of `weight`; there are no adapters
+void checksums(const CodedParams& p);      // of `weight`, as before and as after
 }  // namespace cpu
 
 }  // namespace gralora

@@ -58,7 +58,8 @@ void merge_coded_kernel(const at::Tensor& weight, at::Tensor to, const c10::List
 void unmerge_coded_kernel(at::Tensor weight, const c10::List<OptionalTensor>& adapters, at::ArrayRef<double> scalings,
                           bool fan_in_fan_out, const at::Tensor& codes, const at::Tensor& places,
                           const at::Tensor& values);
-int64_t checksum_kernel(const at::Tensor& weight, bool fan_in_fan_out);
+// Of a weight: what facts would have if it were the weight of before, and that of after
+std::tuple<int64_t, int64_t> checksums_kernel(const at::Tensor& weight, bool fan_in_fan_out);
 // Memory for the codes of a weight, from the pool of results
 at::Tensor empty_codes_kernel(const at::Tensor& weight);
 

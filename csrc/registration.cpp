@@ -36,7 +36,7 @@ TORCH_LIBRARY(gralora_ext, m) {
   m.def(
       "unmerge_coded_(Tensor(a!) weight, Tensor?[] adapters, float[] scalings, bool fan_in_fan_out, Tensor codes, "
       "Tensor places, Tensor values) -> ()");
-  m.def("checksum(Tensor weight, bool fan_in_fan_out) -> int");
+  m.def("checksums(Tensor weight, bool fan_in_fan_out) -> (int before, int after)");
   m.def("empty_codes(Tensor weight) -> Tensor");
 }
 
@@ -44,7 +44,7 @@ TORCH_LIBRARY_IMPL(gralora_ext, CPU, m) {
   gralora::register_kernels(m);
   m.impl("merge_coded", &gralora::merge_coded_kernel);
   m.impl("unmerge_coded_", &gralora::unmerge_coded_kernel);
-  m.impl("checksum", &gralora::checksum_kernel);
+  m.impl("checksums", &gralora::checksums_kernel);
   m.impl("empty_codes", &gralora::empty_codes_kernel);
 }
 #ifdef GRALORA_HAVE_CUDA

@@ -17,6 +17,6 @@ void run(MergeParams p, const at::Tensor& like);
 void run(LinearParams p);
 void run_merge_coded(CodedParams p);
 void run_unmerge_coded(CodedParams p);
-uint64_t run_checksum(CodedParams p);
+void run_checksums(CodedParams p);
 
 }  // namespace gralora

@@ -43,8 +43,8 @@ struct Matrix {
     }
     for (int64_t c = 0; c < n; c++) to[c * W.column_stride] = values[c];
   }
-  uint64_t word(int64_t row, int64_t column) const {
-    return uint64_t(row * ceil_div(columns * int64_t(sizeof(Y)), 8) + column * int64_t(sizeof(Y)) / 8);
+  int64_t word(int64_t row, int64_t column) const {
+    return row * ceil_div(columns * int64_t(sizeof(Y)), 8) + column * int64_t(sizeof(Y)) / 8;
   }
 };
 
@@ -54,21 +54,20 @@ Matrix<Y> matrix_of(const CodedParams& p, const Param& weight, bool along_N) {
 }
 
 template <class Y>
-uint64_t matrix_checksum(const Matrix<Y>& matrix, const CodedPlan& plan) {
+void add_checksums(const Matrix<Y>& matrix, const CodedPlan& plan, CodedResult& result) {
   Scratch scratch;
   const PerThread<Y> buffers(scratch, plan.threads, plan.columns);
-  uint64_t sum = 0;
   parallel_items(ceil_div(matrix.rows, plan.rows), plan.threads, [&](int64_t item, int thread) {
-    uint64_t own = 0;
+    Checksums sums;
     const int64_t first = item * plan.rows, last = smaller(matrix.rows, first + plan.rows);
     for (int64_t row = first; row < last; row++)
       for (int64_t c = 0; c < matrix.columns; c += plan.columns) {
         const int64_t n = smaller(plan.columns, matrix.columns - c);
-        own += row_checksum(matrix.read(row, c, n, buffers.of(thread)), n * int64_t(sizeof(Y)), matrix.word(row, c));
+        const Y* part = matrix.read(row, c, n, buffers.of(thread));
+        sums.add_row(part, part, n * int64_t(sizeof(Y)), matrix.word(row, c));
       }
-    __atomic_fetch_add(&sum, own, __ATOMIC_RELAXED);
+    sums.add_to(result.before, result.after);
   });
-  return sum;
 }
 
 // ---------------------------------------------------------------- the passes
@@ -88,11 +87,14 @@ class Coded {
     Scratch scratch;
     const PerThread<Acc> buffers(scratch, plan_.threads, buffers_size());
     int32_t* finished = scratch.take<int32_t>(items_);  // rows of each tile
+    lists_ = scratch.take<List>(plan_.threads);
+    for (int i = 0; i < plan_.threads; i++) lists_[i] = {0, 0};
     *p_.result = {0, 0, 0, p_.count};
     failed_ = 0;
     parallel_items(items_, plan_.threads, [&](int64_t item, int thread) {
-      finished[item] = int32_t(merge_tile(tile(item), buffers.of(thread)));
+      finished[item] = int32_t(merge_tile(tile(item), buffers.of(thread), lists_[thread]));
     });
+    close_lists();
     if (failed_ == 0) return;
     if (p_.to.data == p_.weight.data) {
       parallel_items(items_, plan_.threads, [&](int64_t item, int thread) {
@@ -119,7 +121,12 @@ class Coded {
   };
   struct Buffers {
     Acc *sums, *packed;
-    Y *weights, *merged, *backs;
+    Y *weights, *merged;  // a row of a tile
+    int8_t* codes;
+  };
+  // The places of the list that a thread has taken and not filled yet
+  struct List {
+    int64_t at, end;
   };
 
   Tile tile(int64_t item) const {
@@ -127,77 +134,126 @@ class Coded {
     return {row, smaller(plan_.rows, from_.rows - row), column, smaller(plan_.columns, from_.columns - column)};
   }
 
+  // The buffers of a row are as long as one of Acc, than which Y is no larger.
   int64_t tile_size() const { return plan_.rows * plan_.columns; }
   int64_t buffers_size() const {
     int64_t packed = 0;
-    for (int64_t i = 0; i < p_.count; i++) packed = larger(packed, adapter(i, nullptr).buffers_size());
-    return p_.count * tile_size() + round_up(packed, 16) + 3 * plan_.columns;  // Y is no larger than Acc
+    for (int64_t i = 0; i < p_.count; i++) packed = larger(packed, adapter(i).buffers_size());
+    return p_.count * tile_size() + round_up(packed, 16) + 3 * plan_.columns;
   }
   Buffers buffers(Acc* own) const {
     Acc* packed = own + p_.count * tile_size();
     Acc* rows = own + (buffers_size() - 3 * plan_.columns);
-    const auto row = [&](int i) { return reinterpret_cast<Y*>(rows + i * plan_.columns); };
-    return {own, packed, row(0), row(1), row(2)};
+    const auto row = [&](int i) { return reinterpret_cast<void*>(rows + i * plan_.columns); };
+    return {own, packed, static_cast<Y*>(row(0)), static_cast<Y*>(row(1)), static_cast<int8_t*>(row(2))};
   }
 
-  // Adapter i, its sums written into a tile
-  Merge<Acc> adapter(int64_t i, Acc* to) const {
+  Merge<Acc> adapter(int64_t i) const {
     const MergedAdapter& a = p_.adapters[i];
-    Param target;
-    target.data = to;
-    target.row_stride = plan_.along_N ? 1 : plan_.columns, target.column_stride = plan_.along_N ? plan_.columns : 1;
-    return merge_of<Acc>(a.shape, a.adapter, a.scaling, plan_.adapters[i], target, false);
+    return merge_of<Acc>(a.shape, a.adapter, a.scaling, plan_.adapters[i]);
   }
 
   // dW of each adapter in a tile, cut at the bounds of its blocks
   void add_up(const Tile& t, const Buffers& own) const {
     for (int64_t i = 0; i < p_.count; i++) {
-      Acc* sums = own.sums + i * tile_size();
-      const Merge<Acc> merge = adapter(i, sums);
+      const IntoWeights<Acc, Acc> sums{own.sums + i * tile_size(), plan_.columns, 1, false, false};
+      const Merge<Acc> merge = adapter(i);
       for (int64_t row = t.row, rows = 0; row < t.row + t.rows; row += rows) {
         const int64_t a = row / merge.H, first = row - a * merge.H;
         rows = smaller(merge.H - first, t.row + t.rows - row);
         for (int64_t column = t.column, columns = 0; column < t.column + t.columns; column += columns) {
           const int64_t b = column / merge.V, from = column - b * merge.V;
           columns = smaller(merge.V - from, t.column + t.columns - column);
-          Acc* to = sums + (row - t.row) * plan_.columns + column - t.column;
-          merge.template merge_block<Acc>(a, b, first, rows, from, from + columns, to, merge.buffers(own.packed));
+          merge.merge_block(a, b, first, rows, from, from + columns, sums.at(row - t.row, column - t.column),
+                            merge.buffers(own.packed));
         }
       }
+      const int64_t beyond = round_up(t.columns, kNR<Acc>) - t.columns;
+      for (int64_t m = 0; beyond > 0 && m < t.rows; m++)
+        memset(sums.to + m * plan_.columns + t.columns, 0, size_t(beyond) * sizeof(Acc));
     }
   }
 
   int8_t* codes(int64_t row, int64_t column) const { return p_.codes + row * from_.columns + column; }
+  CodedRow<Acc, Y> row_of(const Buffers& own, int64_t m) const {
+    return {own.sums + m * plan_.columns, tile_size(), p_.count};
+  }
+  // A row of a tile where it is read, where it is written and where its codes are: in place, or where
+  // it does not consist of whole micro-tiles of contiguous weights, in buffers
+  struct Row {
+    const Y* from;
+    Y* to;
+    int8_t* codes;
+    int64_t below, codes_below;  // from the row to what is prefetched; 0: nothing
+    bool in_place() const { return below != 0; }
+
+    void prefetch_below(int64_t c) const {
+      if (below == 0) return;
+      prefetch<1>(address(from, below + c));
+      if (sizeof(Y) * kNR<Acc> > 64) prefetch<1>(address(from, below + c + kWidth<Acc>));
+      prefetch<1>(address(codes, codes_below + c));
+    }
+  };
+  Row open(const Tile& t, int64_t row, const Buffers& own) const {
+    const int64_t n = t.columns;
+    if (n % kNR<Acc> == 0 && from_.W.column_stride == 1)
+      return {from_.at(row, t.column), to_.at(row, t.column), codes(row, t.column), kAhead * from_.W.row_stride,
+              kAhead * from_.columns};
+    const Y* weights = from_.read(row, t.column, n, own.weights);
+    if (weights != own.weights) memcpy(own.weights, weights, size_t(n) * sizeof(Y));
+    memset(own.weights + n, 0, size_t(round_up(n, kNR<Acc>) - n) * sizeof(Y));
+    memcpy(own.codes, codes(row, t.column), size_t(n));
+    return {own.weights, own.merged, own.codes, 0, 0};
+  }
+
+  // The columns of a row that are merged: all, unless the list is full.
+  int64_t merge_row(const CodedRow<Acc, Y>& coded, const Row& at, int64_t n, int64_t place, List& list,
+                    Checksums& sums) {
+    Checksums own = sums;
+    for (int64_t c = 0; c < n; c += kNR<Acc>) {
+      uint32_t any;
+      at.prefetch_below(c);
+      const Rounded<Acc, Y> merged = coded.merge(at.from + c, c, at.codes + c, any);
+      if (__builtin_expect(any != 0, 0) && !write_list(at.from + c, any, n - c, place + c, list)) return c;
+      for (int i = 0; i < kNR<Acc>; i += kVectorBytes / int(sizeof(Y))) {
+        const Words words = merged.template bits<Words>(i);
+        own.add(load_bits<Words>(at.from + c + i), words);
+        memcpy(at.to + c + i, &words, sizeof words);
+      }
+    }
+    sums = own;
+    return n;
+  }
 
   // Returns how many rows are finished: all, unless the list is full.
-  int64_t merge_tile(const Tile& t, Acc* scratch) {
+  int64_t merge_tile(const Tile& t, Acc* scratch, List& list) {
     if (__atomic_load_n(&failed_, __ATOMIC_RELAXED) != 0) return 0;
     const Buffers own = buffers(scratch);
     add_up(t, own);
-    uint64_t before = 0, after = 0;
+    Checksums sums;
     int64_t bad = p_.count, m = 0;
     for (; m < t.rows; m++) {
-      const int64_t row = t.row + m;
-      const Y* weights = from_.read(row, t.column, t.columns, own.weights);
-      Acc* total = own.sums + m * plan_.columns;
-      add_row<Acc>(weights, total, own.merged, t.columns);
-      if (bad > 0 && !is_finite(own.merged, t.columns)) bad = 0;
-      for (int64_t i = 1; i < p_.count; i++) {
-        const Acc* delta = total + i * tile_size();
-        add_row<Acc>(own.merged, delta, own.merged, t.columns);
-        if (bad > i && !is_finite(own.merged, t.columns)) bad = i;
-        add_to_total(total, delta, t.columns);
+      const CodedRow<Acc, Y> coded = row_of(own, m);
+      const int64_t row = t.row + m, word = from_.word(row, t.column), place = row * from_.columns + t.column;
+      const Row at = open(t, row, own);
+      if (p_.finds_broken)
+        for (int64_t c = 0; c < t.columns; c += kNR<Acc>) bad = coded.first_not_finite(at.from + c, c, bad);
+      Checksums of_row = sums;
+      of_row.begin(word);
+      const int64_t done = merge_row(coded, at, t.columns, place, list, of_row);
+      if (done < t.columns) {
+        for (int64_t c = 0; c < done; c += kNR<Acc>) coded.unmerge(at.to + c, c, at.codes + c, at.to + c);
+        break;
       }
-      subtract_row<Acc>(own.merged, total, own.backs, t.columns);
-      int8_t* row_codes = codes(row, t.column);
-      encode_row(weights, own.backs, row_codes, t.columns);
-      if (!list(weights, row_codes, t.columns, row * from_.columns + t.column)) break;
-      before += row_checksum(weights, t.columns * int64_t(sizeof(Y)), from_.word(row, t.column));
-      after += row_checksum(own.merged, t.columns * int64_t(sizeof(Y)), from_.word(row, t.column));
-      to_.write(row, t.column, t.columns, own.merged);
+      if (at.in_place()) {
+        sums = of_row;
+      } else {
+        sums.add_row(at.from, at.to, t.columns * int64_t(sizeof(Y)), word);
+        memcpy(codes(row, t.column), at.codes, size_t(t.columns));
+        to_.write(row, t.column, t.columns, at.to);
+      }
     }
-    __atomic_fetch_add(&p_.result->before, before, __ATOMIC_RELAXED);
-    __atomic_fetch_add(&p_.result->after, after, __ATOMIC_RELAXED);
+    sums.add_to(p_.result->before, p_.result->after);
     int64_t least = __atomic_load_n(&p_.result->first_not_finite, __ATOMIC_RELAXED);
     while (bad < least && !__atomic_compare_exchange_n(&p_.result->first_not_finite, &least, bad, true,
                                                        __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
@@ -210,33 +266,47 @@ class Coded {
     const Buffers own = buffers(scratch);
     add_up(t, own);
     for (int64_t m = 0; m < t.rows; m++) {
-      const Y* merged = from_.read(t.row + m, t.column, t.columns, own.merged);
-      Acc* total = own.sums + m * plan_.columns;
-      for (int64_t i = 1; i < p_.count; i++) add_to_total(total, total + i * tile_size(), t.columns);
-      subtract_row<Acc>(merged, total, own.backs, t.columns);
-      decode_row(own.backs, codes(t.row + m, t.column), t.columns);
-      to_.write(t.row + m, t.column, t.columns, own.backs);
+      const CodedRow<Acc, Y> coded = row_of(own, m);
+      const Row at = open(t, t.row + m, own);
+      for (int64_t c = 0; c < t.columns; c += kNR<Acc>) {
+        at.prefetch_below(c);
+        coded.unmerge(at.from + c, c, at.codes + c, at.to + c);
+      }
+      if (!at.in_place()) to_.write(t.row + m, t.column, t.columns, at.to);
     }
   }
 
-  // Lists the weights of a row whose codes say so; false: there is no room for them.
-  bool list(const Y* weights, const int8_t* codes, int64_t n, int64_t place) {
-    int64_t count = 0;
-    for_listed(codes, n, [&](int64_t) { count++; });
-    if (count == 0) return true;
-    int64_t at = __atomic_load_n(&p_.result->listed, __ATOMIC_RELAXED);
-    do {
-      if (at + count > p_.capacity) {
-        __atomic_store_n(&failed_, 1, __ATOMIC_RELAXED);
-        return false;
+  // Lists those of the first n weights whose bits in `listed` are set; false: there is no room.
+  __attribute__((noinline)) bool write_list(const Y* weights, uint32_t listed, int64_t n, int64_t place, List& list) {
+    const int64_t share = smaller(kShare, larger(1, p_.capacity / kShare));
+    for (int64_t c = 0; c < smaller(n, kNR<Acc>); c++) {
+      if ((listed >> c & 1) == 0) continue;
+      if (list.at == list.end) {
+        int64_t at = __atomic_load_n(&p_.result->listed, __ATOMIC_RELAXED);
+        do {
+          if (at + share > p_.capacity) {
+            __atomic_store_n(&failed_, 1, __ATOMIC_RELAXED);
+            return false;
+          }
+        } while (!__atomic_compare_exchange_n(&p_.result->listed, &at, at + share, true, __ATOMIC_RELAXED,
+                                              __ATOMIC_RELAXED));
+        list = {at, at + share};
       }
-    } while (
-        !__atomic_compare_exchange_n(&p_.result->listed, &at, at + count, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
-    for_listed(codes, n, [&](int64_t c) {
-      p_.places[at] = int32_t(place + c);
-      static_cast<Y*>(p_.values)[at++] = weights[c];
-    });
+      p_.places[list.at] = int32_t(place + c);
+      static_cast<Y*>(p_.values)[list.at++] = weights[c];
+    }
     return true;
+  }
+
+  // Moves what the threads have listed together.
+  void close_lists() {
+    for (int i = 0; i < plan_.threads; i++)
+      for (int64_t at = lists_[i].at; at < lists_[i].end; at++) p_.places[at] = -1;
+    int64_t count = 0;
+    auto* values = static_cast<Y*>(p_.values);
+    for (int64_t i = 0; i < p_.result->listed; i++)
+      if (p_.places[i] >= 0) p_.places[count] = p_.places[i], values[count++] = values[i];
+    p_.result->listed = count;
   }
 
   void write_listed(int64_t count) const {
@@ -244,10 +314,14 @@ class Coded {
       *to_.at(p_.places[i] / to_.columns, p_.places[i] % to_.columns) = static_cast<const Y*>(p_.values)[i];
   }
 
+  // What a thread takes of the list at a time; rows that are prefetched ahead
+  static constexpr int64_t kShare = 64, kAhead = 2;
+
   const CodedParams& p_;
   const CodedPlan& plan_;
   const Matrix<Y> from_, to_;
   const int64_t tiles_, items_;
+  List* lists_ = nullptr;
   int failed_ = 0;
 };
 
@@ -274,12 +348,10 @@ void unmerge_coded(const CodedParams& p, const CodedPlan& plan) {
   });
 }
 
-uint64_t checksum(const CodedParams& p, const CodedPlan& plan) {
-  uint64_t sum = 0;
+void checksums(const CodedParams& p, const CodedPlan& plan) {
   for_weights(p.weight.dtype, [&](auto, auto* type) {
-    sum = matrix_checksum(matrix_of<std::remove_pointer_t<decltype(type)>>(p, p.weight, plan.along_N), plan);
+    add_checksums(matrix_of<std::remove_pointer_t<decltype(type)>>(p, p.weight, plan.along_N), plan, *p.result);
   });
-  return sum;
 }
 
 }  // namespace gralora::cpu::GRALORA_ISA

@@ -44,119 +44,218 @@ struct BitsOf<double> : Bits<uint64_t> {
 template <class U>
 constexpr U kMagnitude = U(U(~U(0)) >> 1);
 
+// As many bits as a vector register holds
+template <class U>
+constexpr int kBitLanes = kVectorBytes / int(sizeof(U));
+template <class U>
+using BitLanes = typename VectorOf<U, kBitLanes<U>>::type;
+
+template <class V, class Y>
+inline __attribute__((always_inline)) V load_bits(const Y* from) {
+  V v;
+  memcpy(&v, from, sizeof v);
+  return v;
+}
+
 // The position of the number with these bits, in two's complement; the function is its own
 // inverse.
 template <class U>
-inline __attribute__((always_inline)) U position(U bits) {
-  return U(bits ^ (U(U(0) - U(bits >> (8 * sizeof(U) - 1))) & kMagnitude<U>));
+inline __attribute__((always_inline)) BitLanes<U> position(BitLanes<U> bits) {
+  const BitLanes<U> sign = bits >> (8 * sizeof(U) - 1);
+  return bits ^ ((BitLanes<U>{} - sign) & kMagnitude<U>);
 }
 
-// ---------------------------------------------------------------- a row of a tile
-
-// to = round(w + delta)
+// kNR weights, rounded to their dtype. In registers where there is a way: stored in parts and read
+// as a whole, or the other way round, they would wait until all is in the cache.
 template <class Acc, class Y>
-void add_row(const Y* w, const Acc* delta, Y* to, int64_t n) {
-  int64_t c = 0;
-  for (; c + kWidth<Acc> <= n; c += kWidth<Acc>) store<Acc>(to + c, load<Acc>(w + c) + load<Acc>(delta + c));
-  if (c < n) store_some<Acc>(to + c, load_some<Acc>(w + c, n - c) + load_some<Acc>(delta + c, n - c), n - c);
-}
+struct Rounded {
+  Y weights[kNR<Acc>];
 
-// to = round(w - total)
-template <class Acc, class Y>
-void subtract_row(const Y* w, const Acc* total, Y* to, int64_t n) {
-  int64_t c = 0;
-  for (; c + kWidth<Acc> <= n; c += kWidth<Acc>) store<Acc>(to + c, load<Acc>(w + c) - load<Acc>(total + c));
-  if (c < n) store_some<Acc>(to + c, load_some<Acc>(w + c, n - c) - load_some<Acc>(total + c, n - c), n - c);
-}
+  explicit Rounded(const Vec<Acc> (&v)[2]) { store_row<Acc, Y, 2>(weights, v); }
+  inline __attribute__((always_inline)) void widen(Vec<Acc> (&v)[2]) const {
+    for (int i = 0; i < 2; i++) v[i] = load<Acc>(weights + i * kWidth<Acc>);
+  }
+  template <class V>
+  inline __attribute__((always_inline)) V bits(int64_t first) const {
+    return load_bits<V>(weights + first);
+  }
+};
 
+#if defined(__AVX512F__)
+template <class Y>
+struct RoundedHalf {
+  __m512i both;
+
+  explicit RoundedHalf(__m512i both) : both(both) {}
+  inline __attribute__((always_inline)) void widen(Vec<float> (&v)[2]) const {
+    using Half = typename Access<float, Y>::Half;
+    v[0] = Access<float, Y>::widen(bit_cast<Half>(_mm512_castsi512_si256(both)));
+    v[1] = Access<float, Y>::widen(bit_cast<Half>(_mm512_extracti64x4_epi64(both, 1)));
+  }
+  template <class V>
+  inline __attribute__((always_inline)) V bits(int64_t) const {
+    return V(both);
+  }
+};
+template <>
+struct Rounded<float, bf16> : RoundedHalf<bf16> {
+  explicit Rounded(const Vec<float> (&v)[2]) : RoundedHalf(rounded(v)) {}
+  static inline __attribute__((always_inline)) __m512i rounded(const Vec<float> (&v)[2]) {
+    __m512i both;
+    if (__builtin_expect(kHasBf16Instructions && !(any_subnormal(v[0]) | any_subnormal(v[1])), 1)) {
+      asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(both) : "v"(v[1]), "v"(v[0]));
+      return both;
+    }
+    bf16 weights[kNR<float>];
+    store_row<float, bf16, 2>(weights, v);
+    return load_bits<__m512i>(weights);
+  }
+};
+template <>
+struct Rounded<float, f16> : RoundedHalf<f16> {
+  explicit Rounded(const Vec<float> (&v)[2])
+      : RoundedHalf(_mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtps_ph(__m512(v[0]), _MM_FROUND_TO_NEAREST_INT)),
+                                       _mm512_cvtps_ph(__m512(v[1]), _MM_FROUND_TO_NEAREST_INT), 1)) {}
+};
+#endif
+
+// Which of kNR codes are kListed, one bit for each
 template <class Acc>
-void add_to_total(Acc* __restrict total, const Acc* __restrict delta, int64_t n) {
-  for (int64_t c = 0; c < n; c++) total[c] += delta[c];
+inline __attribute__((always_inline)) uint32_t listed(const int8_t* codes) {
+#if defined(__AVX512F__)
+  return _mm256_cmpeq_epi8_mask(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)), _mm256_set1_epi8(kListed));
+#else
+  uint32_t found = 0;
+  for (int i = 0; i < kNR<Acc>; i++) found |= uint32_t(codes[i] == kListed) << i;
+  return found;
+#endif
 }
 
-template <class Y>
-bool is_finite(const Y* row, int64_t n) {
+// A row of a tile, all of its parts as wide as whole micro-tiles
+template <class Acc, class Y>
+struct CodedRow {
   using U = typename BitsOf<Y>::type;
-  const auto* bits = reinterpret_cast<const typename BitsOf<Y>::any*>(row);
-  U largest = 0;
-  for (int64_t c = 0; c < n; c++) {
-    const U magnitude = U(bits[c] & kMagnitude<U>);
-    largest = magnitude > largest ? magnitude : largest;
+  const Acc* sums;  // dW of the first adapter; those of the others follow at `stride`
+  int64_t stride, count;
+
+  // kNR weights from column c on: W' of all adapters, and the codes; `any`: one is kListed
+  inline __attribute__((always_inline)) Rounded<Acc, Y> merge(const Y* w, int64_t c, int8_t* codes,
+                                                              uint32_t& any) const {
+    Vec<Acc> total[2], v[2];
+    for (int i = 0; i < 2; i++) {
+      total[i] = load<Acc>(sums + c + i * kWidth<Acc>);
+      v[i] = load<Acc>(w + i * kWidth<Acc>) + total[i];
+    }
+    Rounded<Acc, Y> merged(v);
+    for (int64_t a = 1; a < count; a++) {
+      merged.widen(v);
+      for (int i = 0; i < 2; i++) {
+        const Vec<Acc> delta = load<Acc>(sums + a * stride + c + i * kWidth<Acc>);
+        v[i] += delta, total[i] += delta;
+      }
+      merged = Rounded<Acc, Y>(v);
+    }
+    merged.widen(v);
+    for (int i = 0; i < 2; i++) v[i] -= total[i];
+    const Rounded<Acc, Y> backs(v);
+    for (int64_t i = 0; i < kNR<Acc>; i += kBitLanes<U>) {
+      const auto bits = load_bits<BitLanes<U>>(w + i), back = backs.template bits<BitLanes<U>>(i);
+      const BitLanes<U> units = position<U>(bits) - position<U>(back);
+      const auto fits = (units + U(kMostUnits) <= U(2 * kMostUnits)) & ((back & kMagnitude<U>) <= BitsOf<Y>::kInfinity);
+      BitLanes<U> code = fits ? units : BitLanes<U>{} + U(kListed);
+      code = bits == 0 ? BitLanes<U>{} + U(kZero) : code;
+      const auto bytes = __builtin_convertvector(code, Bytes);
+      memcpy(codes + i, &bytes, sizeof bytes);
+    }
+    any = listed<Acc>(codes);
+    return merged;
   }
-  return largest < BitsOf<Y>::kInfinity;
-}
 
-template <class Y>
-void encode_row(const Y* __restrict weights, const Y* __restrict backs, int8_t* __restrict codes, int64_t n) {
-  using U = typename BitsOf<Y>::type;
-  const auto* bits = reinterpret_cast<const typename BitsOf<Y>::any*>(weights);
-  const auto* back_bits = reinterpret_cast<const typename BitsOf<Y>::any*>(backs);
-  for (int64_t c = 0; c < n; c++) {
-    const U back = back_bits[c], units = U(position<U>(bits[c]) - position<U>(back));
-    const bool fits = U(units + kMostUnits) <= 2 * kMostUnits && U(back & kMagnitude<U>) <= BitsOf<Y>::kInfinity;
-    const int8_t code = fits ? int8_t(units) : kListed;
-    codes[c] = bits[c] == 0 ? kZero : code;
+  // The first adapter after which one of kNR weights is not finite, if it is below `bad`, else that
+  inline int64_t first_not_finite(const Y* w, int64_t c, int64_t bad) const {
+    Y merged[kNR<Acc>];
+    Vec<Acc> v[2] = {load<Acc>(w), load<Acc>(w + kWidth<Acc>)};
+    for (int64_t a = 0; a < bad; a++) {
+      for (int i = 0; i < 2; i++) v[i] += load<Acc>(sums + a * stride + c + i * kWidth<Acc>);
+      store_row<Acc, Y, 2>(merged, v);
+      for (int i = 0; i < 2; i++) v[i] = load<Acc>(merged + i * kWidth<Acc>);
+      for (const Y& weight : merged)
+        if ((bit_cast<U>(weight) & kMagnitude<U>) >= BitsOf<Y>::kInfinity) return a;
+    }
+    return bad;
   }
-}
 
-// Writes the weights of before over V. Those that are listed stay V.
-template <class Y>
-void decode_row(Y* __restrict backs, const int8_t* __restrict codes, int64_t n) {
-  using U = typename BitsOf<Y>::type;
-  auto* bits = reinterpret_cast<typename BitsOf<Y>::any*>(backs);
-  for (int64_t c = 0; c < n; c++) {
-    const U decoded = position<U>(U(position<U>(bits[c]) + U(int(codes[c]))));
-    const U back = bits[c];
-    bits[c] = codes[c] == kZero ? U(0) : codes[c] == kListed ? back : decoded;
+  // kNR weights of before, from W' and the codes; those that are listed are left to be written
+  inline __attribute__((always_inline)) void unmerge(const Y* merged, int64_t c, const int8_t* codes, Y* w) const {
+    Vec<Acc> total[2];
+    for (int i = 0; i < 2; i++) {
+      total[i] = load<Acc>(sums + c + i * kWidth<Acc>);
+      for (int64_t a = 1; a < count; a++) total[i] += load<Acc>(sums + a * stride + c + i * kWidth<Acc>);
+    }
+    Vec<Acc> v[2];
+    for (int i = 0; i < 2; i++) v[i] = load<Acc>(merged + i * kWidth<Acc>) - total[i];
+    const Rounded<Acc, Y> backs(v);
+    for (int64_t i = 0; i < kNR<Acc>; i += kBitLanes<U>) {
+      const auto units = __builtin_convertvector(load_bits<Bytes>(codes + i), BitLanes<U>);
+      const BitLanes<U> bits = position<U>(position<U>(backs.template bits<BitLanes<U>>(i)) + units);
+      const BitLanes<U> weights = units == U(kZero) ? BitLanes<U>{} : bits;
+      memcpy(w + i, &weights, sizeof weights);
+    }
   }
-}
 
-// Calls f(column) for each weight of a row that is listed.
-template <class F>
-inline void for_listed(const int8_t* codes, int64_t n, F&& f) {
-  constexpr uint64_t kOnes = 0x0101010101010101, kTops = 0x8080808080808080;
-  for (int64_t c = 0; c < n; c += 8) {
-    uint64_t word = 0;
-    memcpy(&word, codes + c, size_t(smaller(8, n - c)));
-    const uint64_t difference = word ^ kTops;  // zero bytes are kListed
-    if (((difference - kOnes) & ~difference & kTops) == 0) continue;
-    for (int64_t i = c; i < smaller(c + 8, n); i++)
-      if (codes[i] == kListed) f(i);
-  }
-}
+ private:
+  using Bytes = typename VectorOf<int8_t, kBitLanes<U>>::type;
+};
 
-// ---------------------------------------------------------------- the checksum
+// ---------------------------------------------------------------- the checksums
 
+// Words are eight bytes of a row; the last one of a row is filled up with zeros. `before` of a
+// matrix is the sum of its words, which tells it from the merged one; `after` the sum of
+// mixed(word, key), with another key for each place, which tells whether anything was changed.
 constexpr uint64_t kKey = 0x9e3779b97f4a7c15;
-typedef typename VectorOf<uint64_t, kVectorBytes / 8>::type Words;
+typedef BitLanes<uint64_t> Words;
 
-inline uint64_t mixed(uint64_t word, uint64_t key) {
-  const uint64_t m = word ^ key;
-  return word + uint64_t(uint32_t(m)) * (m >> 32);
+inline __attribute__((always_inline)) Words mixed(Words words, Words keys) {
+  const Words m = words ^ keys;
+#if defined(__AVX512F__)
+  return Words(_mm512_mul_epu32(__m512i(m), __m512i(m >> 32)));
+#else
+  return (m & 0xffffffff) * (m >> 32);
+#endif
 }
 
-// The share of a row, or of a part of it that begins at word `first` of the matrix. Words are of
-// eight bytes; the last one of a row is filled up with zeros.
-inline uint64_t row_checksum(const void* row, int64_t bytes, uint64_t first) {
-  constexpr int kLanes = kVectorBytes / 8;
-  const char* data = static_cast<const char*>(row);
-  int64_t at = 0;
-  Words sum = {}, key = {};
-  for (int i = 0; i < kLanes; i++) key[i] = (first + uint64_t(i) + 1) * kKey;
-  for (; at + kVectorBytes <= bytes; at += kVectorBytes, key += kLanes * kKey) {
-    Words words;
-    memcpy(&words, data + at, sizeof words);
-    const Words m = words ^ key;
-    sum += words + (m & 0xffffffff) * (m >> 32);
+// The checksums, lane by lane, of rows or parts of them that begin at word `first` of a matrix
+struct Checksums {
+  Words before = {}, after = {}, keys = {};
+
+  void begin(int64_t first) {
+    for (int i = 0; i < kBitLanes<uint64_t>; i++) keys[i] = uint64_t(i + 1) * kKey;
+    keys += uint64_t(first) * kKey;
   }
-  uint64_t total = 0;
-  for (int i = 0; i < kLanes; i++) total += sum[i];
-  for (; at < bytes; at += 8) {
-    uint64_t word = 0;
-    memcpy(&word, data + at, size_t(smaller(8, bytes - at)));
-    total += mixed(word, (first + uint64_t(at / 8) + 1) * kKey);
+  // The next words; the matrix of `before` may be another one than that of `after`.
+  inline __attribute__((always_inline)) void add(Words of_before, Words of_after) {
+    before += of_before, after += mixed(of_after, keys);
+    keys += kBitLanes<uint64_t> * kKey;
   }
-  return total;
-}
+  void add_row(const void* of_before, const void* of_after, int64_t bytes, int64_t first) {
+    const auto *a = static_cast<const char*>(of_before), *b = static_cast<const char*>(of_after);
+    int64_t at = 0;
+    for (begin(first); at + kVectorBytes <= bytes; at += kVectorBytes)
+      add(load_bits<Words>(a + at), load_bits<Words>(b + at));
+    if (at >= bytes) return;
+    Words of_a = {}, of_b = {};
+    memcpy(&of_a, a + at, size_t(bytes - at)), memcpy(&of_b, b + at, size_t(bytes - at));
+    const Words share = mixed(of_b, keys);
+    before += of_a;
+    for (int i = 0; i < kBitLanes<uint64_t>; i++) after[i] += i * 8 < bytes - at ? share[i] : 0;
+  }
+  // Adds all lanes to shared numbers.
+  void add_to(uint64_t& before_sum, uint64_t& after_sum) const {
+    uint64_t a = 0, b = 0;
+    for (int i = 0; i < kBitLanes<uint64_t>; i++) a += before[i], b += after[i];
+    __atomic_fetch_add(&before_sum, a, __ATOMIC_RELAXED);
+    __atomic_fetch_add(&after_sum, b, __ATOMIC_RELAXED);
+  }
+};
 
 }  // namespace gralora::cpu::GRALORA_ISA

@@ -17,7 +17,7 @@ namespace gralora::cpu {
   void linear(const LinearParams& p, const LinearPlan& plan);       \
   void merge_coded(const CodedParams& p, const CodedPlan& plan);    \
   void unmerge_coded(const CodedParams& p, const CodedPlan& plan);  \
-  uint64_t checksum(const CodedParams& p, const CodedPlan& plan);   \
+  void checksums(const CodedParams& p, const CodedPlan& plan);      \
   }
 
 GRALORA_DECLARE_KERNELS(isa_default)
@@ -37,11 +37,11 @@ struct Kernels {
   void (*linear)(const LinearParams&, const LinearPlan&);
   void (*merge_coded)(const CodedParams&, const CodedPlan&);
   void (*unmerge_coded)(const CodedParams&, const CodedPlan&);
-  uint64_t (*checksum)(const CodedParams&, const CodedPlan&);
+  void (*checksums)(const CodedParams&, const CodedPlan&);
 };
 
 #define GRALORA_KERNELS(isa) \
-  {isa::forward, isa::backward, isa::merge, isa::linear, isa::merge_coded, isa::unmerge_coded, isa::checksum}
+  {isa::forward, isa::backward, isa::merge, isa::linear, isa::merge_coded, isa::unmerge_coded, isa::checksums}
 
 Kernels kernels(bool accumulate_f64) {
   switch (accumulate_f64 ? Capability::Default : machine().capability) {
@@ -57,12 +57,12 @@ Kernels kernels(bool accumulate_f64) {
 
 // Calls run(kernels, plan) with the plan of a merge with codes.
 template <class Run>
-auto with_plan(const CodedParams& p, const Run& run) {
+void with_plan(const CodedParams& p, const Run& run) {
   CodedPlan whole = plan(p, machine());
   std::vector<MergePlan> adapters;
   for (int64_t i = 0; i < p.count; i++) adapters.push_back(plan_in_tile(p, p.adapters[i], whole, machine()));
   whole.adapters = adapters.data();
-  return run(kernels(p.weight.dtype == DType::f64), whole);
+  run(kernels(p.weight.dtype == DType::f64), whole);
 }
 
 }  // namespace
@@ -77,8 +77,8 @@ void merge_coded(const CodedParams& p) {
 void unmerge_coded(const CodedParams& p) {
   with_plan(p, [&](const Kernels& of, const CodedPlan& plan) { of.unmerge_coded(p, plan); });
 }
-uint64_t checksum(const CodedParams& p) {
-  return with_plan(p, [&](const Kernels& of, const CodedPlan& plan) { return of.checksum(p, plan); });
+void checksums(const CodedParams& p) {
+  with_plan(p, [&](const Kernels& of, const CodedPlan& plan) { of.checksums(p, plan); });
 }
 
 }  // namespace gralora::cpu

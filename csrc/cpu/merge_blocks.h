@@ -15,15 +15,60 @@
 
 namespace gralora::cpu::GRALORA_ISA {
 
+// Where sums go in a plain merge: into weights, from `to` on
+template <class Acc, class Y>
+struct IntoWeights {
+  Y* to;
+  int64_t row_stride, column_stride;
+  bool accumulate;  // false: the weights are overwritten and never read
+  bool prefetches;
+
+  static constexpr bool begins() { return true; }
+  IntoWeights at(int64_t row, int64_t column) const {
+    return {to + row * row_stride + column * column_stride, row_stride, column_stride, accumulate, prefetches};
+  }
+  // Whether whole micro-tiles are taken
+  bool takes_tiles() const { return column_stride == 1; }
+
+  template <int MR>
+  inline __attribute__((always_inline)) auto rows(int64_t c) const {
+    const LeftRows<Y, MR> weights(to + c, row_stride);
+    if (prefetches) for_sums<MR, 2>([&](int m, int v) { prefetch<1>(address(weights.row(m), (2 + v) * kWidth<Acc>)); });
+    return weights;
+  }
+  template <int MR>
+  inline __attribute__((always_inline)) void put(const LeftRows<Y, MR>& weights, int64_t,
+                                                 Vec<Acc> (&sum)[MR][2]) const {
+    // All weights of the micro-tile are loaded before one is stored: see Expand::store_vectors.
+    if (accumulate) for_sums<MR, 2>([&](int m, int v) { sum[m][v] += load<Acc>(weights.row(m) + v * kWidth<Acc>); });
+    for_sums<MR, 1>([&](int m, int) { store_row<Acc, Y, 2>(weights.row(m), sum[m]); });
+  }
+  // Where a row ends within a vector, or where the elements of a row are not contiguous
+  template <int MR>
+  inline __attribute__((always_inline)) void put_edge(int64_t c, Vec<Acc> (&sum)[MR][1], int64_t count) const {
+    for_sums<MR, 1>([&](int m, int) { add_edge(sum[m][0], to + m * row_stride + c * column_stride, count); });
+  }
+
+ private:
+  __attribute__((noinline)) void add_edge(Vec<Acc> delta, Y* at, int64_t count) const {
+    if (column_stride == 1) {
+      if (accumulate) delta += load_some<Acc>(at, count);
+      return store_some<Acc>(at, delta, count);
+    }
+    for (int64_t i = 0; i < count; i++) {
+      Y& weight = at[i * column_stride];
+      weight = from_acc<Y>(accumulate ? Acc(to_acc<Acc>(weight) + delta[i]) : delta[i]);
+    }
+  }
+};
+
 template <class Acc>
 struct Merge {
   const MergePlan& plan;
   int64_t rows, columns, k, r, h;  // rows and columns of W in this orientation
-  Param W;
-  Param L, Lg;  // [k, r, rows/k], [k, h, rows/k]
-  Param R, Rg;  // [k, r, columns/k], [k, h, columns/k]
+  Param L, Lg;                     // [k, r, rows/k], [k, h, rows/k]
+  Param R, Rg;                     // [k, r, columns/k], [k, h, columns/k]
   Acc scale;
-  bool accumulate;  // false: W is overwritten and never read
   const int64_t rb = r / k, H = rows / k, V = columns / k;
 
   struct Panels {
@@ -44,10 +89,10 @@ struct Merge {
     return {own, left, general, general + (plan.rows + kNR<Acc>)*h};
   }
 
-  // Rows [first, first + count) of row block a, columns [from, until) of column block b; `to` is
-  // where the first of them is written. count is at most plan.rows.
-  template <class Y>
-  void merge_block(int64_t a, int64_t b, int64_t first, int64_t count, int64_t from, int64_t until, Y* to,
+  // Rows [first, first + count) of row block a, columns [from, until) of column block b. Their sums
+  // go to `sink`, which is where the first of them goes. count is at most plan.rows.
+  template <class Sink>
+  void merge_block(int64_t a, int64_t b, int64_t first, int64_t count, int64_t from, int64_t until, const Sink& sink,
                    const Buffers& own) const {
     pack_left<Acc>(plan.left, {L, a, b * rb, rb, first, count}, scale, own.left, own.left_panel);
     if (h > 0) pack_left<Acc>(plan.left_general, {Lg, a, 0, h, first, count}, scale, own.left_general, own.left_panel);
@@ -55,8 +100,9 @@ struct Merge {
       const int64_t width = smaller(plan.strip, until - c0);
       const Panels panels = read_right(a, b, c0, width, own.panels);
       for_row_groups(count, [&](auto group, int64_t m) {
-        merge_rows<decltype(group)::value, Y>(own.left + m * rb, own.left_general + m * h, panels, width,
-                                              to + m * W.row_stride + (c0 - from) * W.column_stride);
+        if (sink.begins())
+          merge_rows<decltype(group)::value>(own.left + m * rb, own.left_general + m * h, panels, width,
+                                             sink.at(m, c0 - from));
       });
     }
   }
@@ -73,32 +119,22 @@ struct Merge {
     return panels;
   }
 
-  // A group of rows of W, from `to` on. Not inlined, since GCC would then hold part of the sums in
-  // memory.
-  template <int MR, class Y>
+  // A group of rows of W. Not inlined, since GCC would then hold part of the sums in memory.
+  template <int MR, class Sink>
   __attribute__((noinline)) void merge_rows(const Acc* left, const Acc* general, const Panels& right, int64_t width,
-                                            Y* to) const {
-    constexpr int NV = 2;
+                                            const Sink& sink) const {
     int64_t c = 0;
-    if (W.column_stride == 1)
+    if (sink.takes_tiles())
       for (; c + kNR<Acc> <= width; c += kNR<Acc>) {
-        const LeftRows<Y, MR> weights(to + c, W.row_stride);
-        if (plan.prefetches)
-          for_sums<MR, NV>([&](int m, int v) { prefetch<1>(address(weights.row(m), (NV + v) * kWidth<Acc>)); });
-        Vec<Acc> sum[MR][NV] = {};
+        const auto rows = sink.template rows<MR>(c);
+        Vec<Acc> sum[MR][2] = {};
         add_products(left, general, right, c, sum);
-        // All weights of the micro-tile are loaded before one is stored: see
-        // Expand::store_vectors.
-        if (accumulate)
-          for_sums<MR, NV>([&](int m, int v) { sum[m][v] += load<Acc>(weights.row(m) + v * kWidth<Acc>); });
-        for_sums<MR, 1>([&](int m, int) { store_row<Acc, Y, NV>(weights.row(m), sum[m]); });
+        sink.template put<MR>(rows, c, sum);
       }
     for (; c < width; c += kWidth<Acc>) {
       Vec<Acc> sum[MR][1] = {};
       add_products(left, general, right, c, sum);
-      for_sums<MR, 1>([&](int m, int) {
-        add_edge<Y>(sum[m][0], to + m * W.row_stride + c * W.column_stride, smaller(kWidth<Acc>, width - c));
-      });
+      sink.template put_edge<MR>(c, sum, smaller(kWidth<Acc>, width - c));
     }
   }
 
@@ -108,32 +144,17 @@ struct Merge {
     multiply<Fp32<Acc>>(rb, LeftPacked<Acc, MR>{left}, right.R.at(0, c), right.R.ld, sum, Nothing{});
     if (h > 0) multiply<Fp32<Acc>>(h, LeftPacked<Acc, MR>{general}, right.Rg.at(0, c), right.Rg.ld, sum, Nothing{});
   }
-
-  // The epilogue where a row ends within a vector, or where the elements of a row are not
-  // contiguous
-  template <class Y>
-  __attribute__((noinline)) void add_edge(Vec<Acc> delta, Y* to, int64_t count) const {
-    if (W.column_stride == 1) {
-      if (accumulate) delta += load_some<Acc>(to, count);
-      return store_some<Acc>(to, delta, count);
-    }
-    for (int64_t i = 0; i < count; i++) {
-      Y& weight = to[i * W.column_stride];
-      weight = from_acc<Y>(accumulate ? Acc(to_acc<Acc>(weight) + delta[i]) : delta[i]);
-    }
-  }
 };
 
-// The merge of an adapter into `weight`, [M, N] by its strides
+// dW of an adapter in the orientation of the plan
 template <class Acc>
-Merge<Acc> merge_of(const Shape& s, const Adapter& adapter, double scaling, const MergePlan& plan, const Param& weight,
-                    bool accumulate) {
+Merge<Acc> merge_of(const Shape& s, const Adapter& adapter, double scaling, const MergePlan& plan) {
   const Param At = transposed(adapter.A), B = adapter.B;
   const Param Ag = blocks_of_columns(adapter.A_general, s.N / s.k);
   const Param Bgt = transposed(blocks_of_rows(adapter.B_general, s.M / s.k));
   const Acc scale = Acc(scaling);
-  return plan.along_N ? Merge<Acc>{plan, s.N, s.M, s.k, s.r, s.h, transposed(weight), At, Ag, B, Bgt, scale, accumulate}
-                      : Merge<Acc>{plan, s.M, s.N, s.k, s.r, s.h, weight, B, Bgt, At, Ag, scale, accumulate};
+  return plan.along_N ? Merge<Acc>{plan, s.N, s.M, s.k, s.r, s.h, At, Ag, B, Bgt, scale}
+                      : Merge<Acc>{plan, s.M, s.N, s.k, s.r, s.h, B, Bgt, At, Ag, scale};
 }
 
 }  // namespace gralora::cpu::GRALORA_ISA

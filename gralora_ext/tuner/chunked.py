@@ -42,7 +42,7 @@ def merge(kept: Kept, weight: Tensor, to: Tensor) -> None:
         places = (listed + rows.start * weight.shape[1]).to(torch.int32)
         kept.values = torch.cat([kept.values, old.reshape(-1)[listed]])
         kept.places = torch.cat([kept.places, places])
-        before, after = before + _checksum(old, rows), after + _checksum(new, rows)
+        before, after = before + _checksums(old, rows)[0], after + _checksums(new, rows)[1]
         kept.pending = (merge, rows, old)
         to[rows] = new
     kept.facts[BEFORE], kept.facts[AFTER] = _wrapped(before), _wrapped(after)
@@ -73,9 +73,10 @@ def settle(kept: Kept, weight: Tensor) -> None:
     kept.pending = None
 
 
-def checksum(weight: Tensor) -> int:
-    """That of ``codes.h``, over the weight's rows as they are stored."""
-    return _wrapped(sum(_checksum(weight[rows], rows) for rows in _steps(weight)))
+def checksums(weight: Tensor) -> tuple[int, int]:
+    """Those of ``codes.h``, over the weight's rows as they are stored."""
+    shares = [_checksums(weight[rows], rows) for rows in _steps(weight)]
+    return _wrapped(sum(before for before, _ in shares)), _wrapped(sum(after for _, after in shares))
 
 
 def _steps(weight: Tensor) -> Iterator[slice]:
@@ -163,15 +164,15 @@ def _decoded(kept: Kept, merged: Tensor, rows: slice) -> Tensor:
     return weights.view(merged.dtype)
 
 
-def _checksum(numbers: Tensor, rows: slice) -> int:
-    """The share of these rows, not yet within 64 bits."""
+def _checksums(numbers: Tensor, rows: slice) -> tuple[int, int]:
+    """The shares of these rows, not yet within 64 bits."""
     per_word = 8 // numbers.element_size()
     padded = torch.nn.functional.pad(_bits(numbers), (0, -numbers.shape[1] % per_word))
     words = padded.contiguous().view(torch.int64)
     first = rows.start * words.shape[1] + 1
     keys = torch.arange(first, first + words.numel(), device=words.device).view(words.shape) * _KEY
     mixed = words ^ keys
-    return int((words + (mixed & _LOW) * (mixed >> 32 & _LOW)).sum())
+    return int(words.sum()), int(((mixed & _LOW) * (mixed >> 32 & _LOW)).sum())
 
 
 def _wrapped(total: int) -> int:

@@ -104,7 +104,7 @@ class Kept:
         self.places, self.values = (t.clone() for t in self._listed())
 
     def _merge_copied(self, weight: Tensor, to: Tensor) -> None:
-        self.facts[BEFORE], self.facts[FIRST_NOT_FINITE] = self._checksum(weight), len(self.operands)
+        self.facts[BEFORE], self.facts[FIRST_NOT_FINITE] = self._checksums(weight)[0], len(self.operands)
         self.copy = weight.clone()
         if to.data_ptr() != weight.data_ptr():
             to.copy_(weight)
@@ -112,7 +112,7 @@ class Kept:
             add(to, operands, self.fan_in_fan_out)
             if int(self.facts[FIRST_NOT_FINITE]) > i and not torch.isfinite(to).all():
                 self.facts[FIRST_NOT_FINITE] = i
-        self.facts[AFTER] = self._checksum(to)
+        self.facts[AFTER] = self._checksums(to)[1]
         self.facts[DONE] = 1
 
     def obstacle(self, weight: Tensor) -> str | None:
@@ -120,7 +120,7 @@ class Kept:
         now = _description(weight)
         if now != self.made_of:
             return f"is {_in_words(now)} and was {_in_words(self.made_of)} when they were merged"
-        if self._checksum(weight) != int(self.facts[AFTER]):
+        if self._checksums(weight)[1] != int(self.facts[AFTER]):
             return "was changed since they were merged"
         return None
 
@@ -135,7 +135,7 @@ class Kept:
         else:
             _chunked().take_off(self, weight)
         # Sums are those of the merge on the same kind of processor alone.
-        same = self._checksum(weight) == int(self.facts[BEFORE])
+        same = self._checksums(weight)[0] == int(self.facts[BEFORE])
         return None if same else "was merged on another kind of processor"
 
     def put_on(self, weight: Tensor) -> None:
@@ -143,7 +143,7 @@ class Kept:
         weight = weight.detach()
         if self.pending is not None:
             _chunked().settle(self, weight)
-        elif _description(weight) == self.made_of and self._checksum(weight) == int(self.facts[BEFORE]):
+        elif _description(weight) == self.made_of and self._checksums(weight)[0] == int(self.facts[BEFORE]):
             for operands in self.operands:
                 add(weight, operands, self.fan_in_fan_out)
 
@@ -164,9 +164,10 @@ class Kept:
         count = max(0, int(self.facts[LISTED]))
         return self.places[:count], self.values[:count]
 
-    def _checksum(self, weight: Tensor) -> int:
+    def _checksums(self, weight: Tensor) -> tuple[int, int]:
+        """Of ``weight``, if it were that of before, and if it were that of after."""
         weight = weight.detach()
-        return _ops.checksum(weight, self.fan_in_fan_out) if weight.is_cpu else _chunked().checksum(weight)
+        return _ops.checksums(weight, self.fan_in_fan_out) if weight.is_cpu else _chunked().checksums(weight)
 
 
 def capacity(weight: Tensor) -> int:
