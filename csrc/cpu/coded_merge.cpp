@@ -13,64 +13,10 @@
 // have found their place, so that what is not finished can be undone.
 #include "codes.h"
 #include "merge_blocks.h"
+#include "weight_rows.h"
 
 namespace gralora::cpu::GRALORA_ISA {
 namespace {
-
-// ---------------------------------------------------------------- the matrix
-
-// W in the orientation of its rows, and rows of it by pointers to contiguous elements
-template <class Y>
-struct Matrix {
-  Param W;
-  int64_t rows, columns;
-
-  Y* at(int64_t row, int64_t column) const {
-    return static_cast<Y*>(W.data) + row * W.row_stride + column * W.column_stride;
-  }
-  // In place, or copied into `buffer`
-  const Y* read(int64_t row, int64_t column, int64_t n, Y* buffer) const {
-    const Y* from = at(row, column);
-    if (W.column_stride == 1) return from;
-    for (int64_t c = 0; c < n; c++) buffer[c] = from[c * W.column_stride];
-    return buffer;
-  }
-  void write(int64_t row, int64_t column, int64_t n, const Y* values) const {
-    Y* to = at(row, column);
-    if (W.column_stride == 1) {
-      memcpy(to, values, size_t(n) * sizeof(Y));
-      return;
-    }
-    for (int64_t c = 0; c < n; c++) to[c * W.column_stride] = values[c];
-  }
-  int64_t word(int64_t row, int64_t column) const {
-    return row * ceil_div(columns * int64_t(sizeof(Y)), 8) + column * int64_t(sizeof(Y)) / 8;
-  }
-};
-
-template <class Y>
-Matrix<Y> matrix_of(const CodedParams& p, const Param& weight, bool along_N) {
-  return along_N ? Matrix<Y>{transposed(weight), p.N, p.M} : Matrix<Y>{weight, p.M, p.N};
-}
-
-template <class Y>
-void add_checksums(const Matrix<Y>& matrix, const CodedPlan& plan, CodedResult& result) {
-  Scratch scratch;
-  const PerThread<Y> buffers(scratch, plan.threads, plan.columns);
-  parallel_items(ceil_div(matrix.rows, plan.rows), plan.threads, [&](int64_t item, int thread) {
-    Checksums sums;
-    const int64_t first = item * plan.rows, last = smaller(matrix.rows, first + plan.rows);
-    for (int64_t row = first; row < last; row++)
-      for (int64_t c = 0; c < matrix.columns; c += plan.columns) {
-        const int64_t n = smaller(plan.columns, matrix.columns - c);
-        const Y* part = matrix.read(row, c, n, buffers.of(thread));
-        sums.add_row(part, part, n * int64_t(sizeof(Y)), matrix.word(row, c));
-      }
-    sums.add_to(result.before, result.after);
-  });
-}
-
-// ---------------------------------------------------------------- the passes
 
 template <class Acc, class Y>
 class Coded {
@@ -184,11 +130,11 @@ class Coded {
     const Y* from;
     Y* to;
     int8_t* codes;
-    int64_t below, codes_below;  // from the row to what is prefetched; 0: nothing
-    bool in_place() const { return below != 0; }
+    bool in_place;
+    // What is prefetched lies so far from them: rows below, or in a buffer nothing else.
+    int64_t below = 0, codes_below = 0;
 
-    void prefetch_below(int64_t c) const {
-      if (below == 0) return;
+    inline __attribute__((always_inline)) void prefetch_below(int64_t c) const {
       prefetch<1>(address(from, below + c));
       if (sizeof(Y) * kNR<Acc> > 64) prefetch<1>(address(from, below + c + kWidth<Acc>));
       prefetch<1>(address(codes, codes_below + c));
@@ -197,23 +143,24 @@ class Coded {
   Row open(const Tile& t, int64_t row, const Buffers& own) const {
     const int64_t n = t.columns;
     if (n % kNR<Acc> == 0 && from_.W.column_stride == 1)
-      return {from_.at(row, t.column), to_.at(row, t.column), codes(row, t.column), kAhead * from_.W.row_stride,
-              kAhead * from_.columns};
+      return {from_.at(row, t.column),     to_.at(row, t.column), codes(row, t.column), true,
+              kAhead * from_.W.row_stride, kAhead * from_.columns};
     const Y* weights = from_.read(row, t.column, n, own.weights);
     if (weights != own.weights) memcpy(own.weights, weights, size_t(n) * sizeof(Y));
     memset(own.weights + n, 0, size_t(round_up(n, kNR<Acc>) - n) * sizeof(Y));
     memcpy(own.codes, codes(row, t.column), size_t(n));
-    return {own.weights, own.merged, own.codes, 0, 0};
+    return {own.weights, own.merged, own.codes, false};
   }
 
   // The columns of a row that are merged: all, unless the list is full.
-  int64_t merge_row(const CodedRow<Acc, Y>& coded, const Row& at, int64_t n, int64_t place, List& list,
-                    Checksums& sums) {
+  template <bool one_adapter>
+  int64_t merge_row(const CodedRow<Acc, Y> coded, const Row at, int64_t n, int64_t place, List& list, Checksums& sums) {
+    const CodeConstants<Y> constants;
     Checksums own = sums;
     for (int64_t c = 0; c < n; c += kNR<Acc>) {
-      uint32_t any;
+      uint32_t any = 0;
       at.prefetch_below(c);
-      const Rounded<Acc, Y> merged = coded.merge(at.from + c, c, at.codes + c, any);
+      const auto merged = coded.template merge<one_adapter>(at.from + c, c, constants, at.codes + c, any);
       if (__builtin_expect(any != 0, 0) && !write_list(at.from + c, any, n - c, place + c, list)) return c;
       for (int i = 0; i < kNR<Acc>; i += kVectorBytes / int(sizeof(Y))) {
         const Words words = merged.template bits<Words>(i);
@@ -240,12 +187,13 @@ class Coded {
         for (int64_t c = 0; c < t.columns; c += kNR<Acc>) bad = coded.first_not_finite(at.from + c, c, bad);
       Checksums of_row = sums;
       of_row.begin(word);
-      const int64_t done = merge_row(coded, at, t.columns, place, list, of_row);
+      const int64_t done = p_.count == 1 ? merge_row<true>(coded, at, t.columns, place, list, of_row)
+                                         : merge_row<false>(coded, at, t.columns, place, list, of_row);
       if (done < t.columns) {
-        for (int64_t c = 0; c < done; c += kNR<Acc>) coded.unmerge(at.to + c, c, at.codes + c, at.to + c);
+        for (int64_t c = 0; c < done; c += kNR<Acc>) coded.unmerge(at.to + c, c, {}, at.codes + c, at.to + c);
         break;
       }
-      if (at.in_place()) {
+      if (at.in_place) {
         sums = of_row;
       } else {
         sums.add_row(at.from, at.to, t.columns * int64_t(sizeof(Y)), word);
@@ -265,14 +213,15 @@ class Coded {
     if (t.rows == 0) return;
     const Buffers own = buffers(scratch);
     add_up(t, own);
+    const CodeConstants<Y> constants;
     for (int64_t m = 0; m < t.rows; m++) {
       const CodedRow<Acc, Y> coded = row_of(own, m);
       const Row at = open(t, t.row + m, own);
       for (int64_t c = 0; c < t.columns; c += kNR<Acc>) {
         at.prefetch_below(c);
-        coded.unmerge(at.from + c, c, at.codes + c, at.to + c);
+        coded.unmerge(at.from + c, c, constants, at.codes + c, at.to + c);
       }
-      if (!at.in_place()) to_.write(t.row + m, t.column, t.columns, at.to);
+      if (!at.in_place) to_.write(t.row + m, t.column, t.columns, at.to);
     }
   }
 

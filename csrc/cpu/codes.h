@@ -60,9 +60,9 @@ inline __attribute__((always_inline)) V load_bits(const Y* from) {
 // The position of the number with these bits, in two's complement; the function is its own
 // inverse.
 template <class U>
-inline __attribute__((always_inline)) BitLanes<U> position(BitLanes<U> bits) {
+inline __attribute__((always_inline)) BitLanes<U> position(BitLanes<U> bits, BitLanes<U> magnitude) {
   const BitLanes<U> sign = bits >> (8 * sizeof(U) - 1);
-  return bits ^ ((BitLanes<U>{} - sign) & kMagnitude<U>);
+  return bits ^ ((BitLanes<U>{} - sign) & magnitude);
 }
 
 // kNR weights, rounded to their dtype. In registers where there is a way: stored in parts and read
@@ -102,7 +102,8 @@ struct Rounded<float, bf16> : RoundedHalf<bf16> {
   explicit Rounded(const Vec<float> (&v)[2]) : RoundedHalf(rounded(v)) {}
   static inline __attribute__((always_inline)) __m512i rounded(const Vec<float> (&v)[2]) {
     __m512i both;
-    if (__builtin_expect(kHasBf16Instructions && !(any_subnormal(v[0]) | any_subnormal(v[1])), 1)) {
+    const __mmask16 a = _mm512_fpclass_ps_mask(__m512(v[0]), 0x20), b = _mm512_fpclass_ps_mask(__m512(v[1]), 0x20);
+    if (__builtin_expect(kHasBf16Instructions && _kortestz_mask16_u8(a, b), 1)) {  // as in store_row
       asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(both) : "v"(v[1]), "v"(v[0]));
       return both;
     }
@@ -119,17 +120,32 @@ struct Rounded<float, f16> : RoundedHalf<f16> {
 };
 #endif
 
-// Which of kNR codes are kListed, one bit for each
-template <class Acc>
-inline __attribute__((always_inline)) uint32_t listed(const int8_t* codes) {
+// Which of the codes of a vector are kListed, one bit for each
+template <class U>
+inline __attribute__((always_inline)) uint32_t listed(BitLanes<U> code, BitLanes<U> is_listed) {
 #if defined(__AVX512F__)
-  return _mm256_cmpeq_epi8_mask(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)), _mm256_set1_epi8(kListed));
-#else
-  uint32_t found = 0;
-  for (int i = 0; i < kNR<Acc>; i++) found |= uint32_t(codes[i] == kListed) << i;
-  return found;
+  if constexpr (sizeof(U) == 2) return _mm512_cmpeq_epi16_mask(__m512i(code), __m512i(is_listed));
+  if constexpr (sizeof(U) == 4) return _mm512_cmpeq_epi32_mask(__m512i(code), __m512i(is_listed));
 #endif
+  uint32_t found = 0;
+  for (int i = 0; i < kBitLanes<U>; i++) found |= uint32_t(code[i] == is_listed[i]) << i;
+  return found;
 }
+
+// The constants of a code, held in registers: GCC would make them anew for each vector.
+template <class Y>
+struct CodeConstants {
+  using U = typename BitsOf<Y>::type;
+  BitLanes<U> magnitude = BitLanes<U>{} + kMagnitude<U>, infinity = BitLanes<U>{} + BitsOf<Y>::kInfinity;
+  BitLanes<U> most = BitLanes<U>{} + U(kMostUnits), range = BitLanes<U>{} + U(2 * kMostUnits);
+  BitLanes<U> listed = BitLanes<U>{} + U(kListed), zero = BitLanes<U>{} + U(kZero);
+
+  CodeConstants() {
+#if defined(__x86_64__)
+    asm("" : "+x"(magnitude), "+x"(infinity), "+x"(most), "+x"(range), "+x"(listed), "+x"(zero));
+#endif
+  }
+};
 
 // A row of a tile, all of its parts as wide as whole micro-tiles
 template <class Acc, class Y>
@@ -138,16 +154,17 @@ struct CodedRow {
   const Acc* sums;  // dW of the first adapter; those of the others follow at `stride`
   int64_t stride, count;
 
-  // kNR weights from column c on: W' of all adapters, and the codes; `any`: one is kListed
-  inline __attribute__((always_inline)) Rounded<Acc, Y> merge(const Y* w, int64_t c, int8_t* codes,
-                                                              uint32_t& any) const {
+  // kNR weights from column c on: W' of all adapters, and the codes; `any` gets a bit for each kListed
+  template <bool one_adapter>
+  inline __attribute__((always_inline)) Rounded<Acc, Y> merge(const Y* w, int64_t c, const CodeConstants<Y>& k,
+                                                              int8_t* codes, uint32_t& any) const {
     Vec<Acc> total[2], v[2];
     for (int i = 0; i < 2; i++) {
       total[i] = load<Acc>(sums + c + i * kWidth<Acc>);
       v[i] = load<Acc>(w + i * kWidth<Acc>) + total[i];
     }
     Rounded<Acc, Y> merged(v);
-    for (int64_t a = 1; a < count; a++) {
+    for (int64_t a = 1; !one_adapter && a < count; a++) {
       merged.widen(v);
       for (int i = 0; i < 2; i++) {
         const Vec<Acc> delta = load<Acc>(sums + a * stride + c + i * kWidth<Acc>);
@@ -160,14 +177,14 @@ struct CodedRow {
     const Rounded<Acc, Y> backs(v);
     for (int64_t i = 0; i < kNR<Acc>; i += kBitLanes<U>) {
       const auto bits = load_bits<BitLanes<U>>(w + i), back = backs.template bits<BitLanes<U>>(i);
-      const BitLanes<U> units = position<U>(bits) - position<U>(back);
-      const auto fits = (units + U(kMostUnits) <= U(2 * kMostUnits)) & ((back & kMagnitude<U>) <= BitsOf<Y>::kInfinity);
-      BitLanes<U> code = fits ? units : BitLanes<U>{} + U(kListed);
-      code = bits == 0 ? BitLanes<U>{} + U(kZero) : code;
+      const BitLanes<U> units = position<U>(bits, k.magnitude) - position<U>(back, k.magnitude);
+      const auto fits = (units + k.most <= k.range) & ((back & k.magnitude) <= k.infinity);
+      BitLanes<U> code = fits ? units : k.listed;
+      code = bits == 0 ? k.zero : code;
       const auto bytes = __builtin_convertvector(code, Bytes);
       memcpy(codes + i, &bytes, sizeof bytes);
+      any |= listed<U>(code, k.listed) << i;
     }
-    any = listed<Acc>(codes);
     return merged;
   }
 
@@ -186,7 +203,8 @@ struct CodedRow {
   }
 
   // kNR weights of before, from W' and the codes; those that are listed are left to be written
-  inline __attribute__((always_inline)) void unmerge(const Y* merged, int64_t c, const int8_t* codes, Y* w) const {
+  inline __attribute__((always_inline)) void unmerge(const Y* merged, int64_t c, const CodeConstants<Y>& k,
+                                                     const int8_t* codes, Y* w) const {
     Vec<Acc> total[2];
     for (int i = 0; i < 2; i++) {
       total[i] = load<Acc>(sums + c + i * kWidth<Acc>);
@@ -197,8 +215,9 @@ struct CodedRow {
     const Rounded<Acc, Y> backs(v);
     for (int64_t i = 0; i < kNR<Acc>; i += kBitLanes<U>) {
       const auto units = __builtin_convertvector(load_bits<Bytes>(codes + i), BitLanes<U>);
-      const BitLanes<U> bits = position<U>(position<U>(backs.template bits<BitLanes<U>>(i)) + units);
-      const BitLanes<U> weights = units == U(kZero) ? BitLanes<U>{} : bits;
+      const BitLanes<U> bits =
+          position<U>(position<U>(backs.template bits<BitLanes<U>>(i), k.magnitude) + units, k.magnitude);
+      const BitLanes<U> weights = units == k.zero ? BitLanes<U>{} : bits;
       memcpy(w + i, &weights, sizeof weights);
     }
   }

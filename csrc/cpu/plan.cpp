@@ -352,9 +352,9 @@ MergePlan plan(const MergeParams& p, const Machine& machine) {
 // ------------------------------------------------------------------ merge with codes
 
 CodedPlan plan(const CodedParams& p, const Machine& machine) {
-  // The sums of a tile, 192 KiB for an adapter, stay in L2 until the row by row work. Columns are a
+  // The sums of a tile, 384 KiB for an adapter, stay in L2 until the row by row work. Columns are a
   // multiple of the words of a checksum and of a micro-panel.
-  constexpr int64_t kGroups = 8, kColumns = 512;
+  constexpr int64_t kGroups = 8, kColumns = 1024;
   const MicroKernel kernel(machine, p.weight.dtype == DType::f64);
   CodedPlan plan;
   int64_t ranks = 1;
