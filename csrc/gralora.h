@@ -119,6 +119,39 @@ struct MergeParams {
   int threads = 1;
 };
 
+// An adapter of several that are merged one after the other
+struct MergedAdapter {
+  Shape shape;  // T is not used
+  Adapter adapter;
+  double scaling = 1.0;
+};
+
+// What a merge with codes has found out; the checksums are those of cpu/codes.h.
+struct CodedResult {
+  uint64_t before = 0, after = 0;  // checksums
+  int64_t listed = 0;              // exceptions; -1: there was no room for them, and nothing is merged
+  int64_t first_not_finite = 0;    // the first adapter after which a weight is not finite; else, and where this
+                                   // is not asked for, their number
+};
+
+// A merge that is taken off again bit for bit (cpu/coded_merge.cpp). Sums are in double where the
+// weight is float64; adapters are float64 only there.
+struct CodedParams {
+  int64_t N = 0, M = 0;
+  const MergedAdapter* adapters = nullptr;
+  int64_t count = 0;  // of adapters
+  Param weight;       // [M, N] by its strides; block_stride is not used
+  Param to;           // as `weight`, or `weight` itself: what is written
+  int8_t* codes = nullptr;
+  // The exceptions: where a weight lies, counted along the rows that codes follow, and its bits
+  int32_t* places = nullptr;
+  void* values = nullptr;
+  int64_t capacity = 0;       // room for so many
+  bool finds_broken = false;  // the first adapter after which a weight is not finite
+  CodedResult* result = nullptr;
+  int threads = 1;
+};
+
 // out = in (W + dW)^T + bias, with in [T, N] and out [T, M]; or, `transposed`, out = in (W + dW),
 // with in [T, M] and out [T, N]. r == 0 and h == 0: there is no dW, and the adapter is not read.
 struct LinearParams {
@@ -138,6 +171,9 @@ void forward(const ForwardParams& p);
 void backward(const BackwardParams& p);
 void merge(const MergeParams& p);
 void linear(const LinearParams& p);
+void merge_coded(const CodedParams& p);
+void unmerge_coded(const CodedParams& p);  // reads result->listed
+void checksums(const CodedParams& p);      // of `weight`, as before and as after
 }  // namespace cpu
 
 }  // namespace gralora

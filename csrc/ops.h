@@ -2,6 +2,7 @@
 // The ops, each: check, allocate, fill Params, launch. Shapes as in gralora.h.
 #pragma once
 
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 
 #include <array>
@@ -46,6 +47,21 @@ void merge_kernel(at::Tensor weight, const at::Tensor& A, const at::Tensor& B, c
 
 at::Tensor delta_weight_kernel(const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,
                                const OptionalTensor& B_general, double scaling, bool fan_in_fan_out);
+
+// Several adapters merged one after the other, with codes that lead back to the bits of before
+// (coded_ops.cpp), on the CPU. adapters: A, B, A_general and B_general of each. `to` is written and
+// may be weight. facts: whether it is done, the checksums of before and after, the number of
+// exceptions, the first adapter after which a weight is not finite.
+void merge_coded_kernel(const at::Tensor& weight, at::Tensor to, const c10::List<OptionalTensor>& adapters,
+                        at::ArrayRef<double> scalings, bool fan_in_fan_out, at::Tensor codes, at::Tensor places,
+                        at::Tensor values, at::Tensor facts);
+void unmerge_coded_kernel(at::Tensor weight, const c10::List<OptionalTensor>& adapters, at::ArrayRef<double> scalings,
+                          bool fan_in_fan_out, const at::Tensor& codes, const at::Tensor& places,
+                          const at::Tensor& values);
+// Of a weight: what facts would have if it were the weight of before, and that of after
+std::tuple<int64_t, int64_t> checksums_kernel(const at::Tensor& weight, bool fan_in_fan_out);
+// Memory for the codes of a weight, from the pool of results
+at::Tensor empty_codes_kernel(const at::Tensor& weight);
 
 // A layer whose weight is frozen, with its adapter (linear_ops.cpp). own_gemm: y = x
 // (W + dW)^T + bias in one product of ours, with dropout y = x W^T + bias and then the path of x;

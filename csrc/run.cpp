@@ -75,4 +75,19 @@ void run(LinearParams p) {
   if (p.shape.T > 0) cpu::linear(p);
 }
 
+void run_merge_coded(CodedParams p) {
+  p.threads = threads();
+  cpu::merge_coded(p);
+}
+
+void run_unmerge_coded(CodedParams p) {
+  p.threads = threads();
+  cpu::unmerge_coded(p);
+}
+
+void run_checksums(CodedParams p) {
+  p.threads = threads();
+  cpu::checksums(p);
+}
+
 }  // namespace gralora

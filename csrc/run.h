@@ -13,6 +13,10 @@ namespace gralora {
 void run(ForwardParams p, const at::Tensor& like);
 void run(BackwardParams p, const at::Tensor& like);
 void run(MergeParams p, const at::Tensor& like);
-void run(LinearParams p);  // the CPU only
+// The CPU only
+void run(LinearParams p);
+void run_merge_coded(CodedParams p);
+void run_unmerge_coded(CodedParams p);
+void run_checksums(CodedParams p);
 
 }  // namespace gralora

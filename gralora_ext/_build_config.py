@@ -30,6 +30,7 @@ COMMON_SOURCES = [
     "csrc/registration.cpp",
     "csrc/ops.cpp",
     "csrc/linear_ops.cpp",
+    "csrc/coded_ops.cpp",
     "csrc/run.cpp",
     "csrc/result_memory.cpp",
     "csrc/autograd.cpp",
@@ -41,7 +42,13 @@ COMMON_SOURCES = [
     "csrc/cpu/dispatch.cpp",
 ]
 # Compiled once per capability; they include no torch header.
-KERNEL_SOURCES = ["csrc/cpu/forward.cpp", "csrc/cpu/backward.cpp", "csrc/cpu/merge.cpp", "csrc/cpu/linear.cpp"]
+KERNEL_SOURCES = [
+    "csrc/cpu/forward.cpp",
+    "csrc/cpu/backward.cpp",
+    "csrc/cpu/merge.cpp",
+    "csrc/cpu/coded_merge.cpp",
+    "csrc/cpu/linear.cpp",
+]
 
 # GCC would multiply and add in two steps, rounded twice, where a loop has one sum alone: a token's
 # bits would depend on how many are beside it.

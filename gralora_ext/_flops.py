@@ -120,6 +120,11 @@ def _merge(A: Shape, B: Shape, A_general: Shape | None) -> int:
     return 2 * N * M * (A[2] // A[0] + (0 if A_general is None else A_general[0]))
 
 
+@register_flop_formula(_ops.merge_coded)
+def _merge_coded(weight: Shape, to: Shape, adapters: list[Any], *args: Any, **kwargs: Any) -> int:
+    return sum(_merge(*adapters[i : i + 3]) for i in range(0, len(adapters), 4))
+
+
 @register_flop_formula(_ops.merge_)
 def _merge_into(weight: Shape, A: Shape, B: Shape, A_general: Shape | None, *args: Any, **kwargs: Any) -> int:
     return _merge(A, B, A_general)

@@ -62,29 +62,34 @@ def scaled(by: float, only: str = "") -> Callable[[Any], None]:
     """A merge that adds the adapters' weights by ``by``, of all layers or of one."""
 
     def plant(model: Any, patch: pytest.MonkeyPatch) -> None:
-        right = GraloraLinear._add_to
+        right = GraloraLinear.merge
         wrong = [layer for name, layer in model.get_base_model().named_modules() if not only or name == only]
 
-        def add(self: Any, weight: Any, adapter: str, sign: float = 1.0) -> None:
-            right(self, weight, adapter, sign * by if any(self is layer for layer in wrong) else sign)
+        def merge(self: Any, *args: Any, **kwargs: Any) -> None:
+            scalings = dict(self.scaling)
+            if any(self is layer for layer in wrong):
+                self.scale_layer(by)
+            right(self, *args, **kwargs)
+            self.scaling.update(scalings)
 
-        patch.setattr(GraloraLinear, "_add_to", add)
+        patch.setattr(GraloraLinear, "merge", merge)
 
     return plant
 
 
 def block_left_out(model: Any, patch: pytest.MonkeyPatch) -> None:
     """One input block of one layer."""
-    right = GraloraLinear._add_to
+    right = GraloraLinear.merge
     layer = model.get_base_model().get_submodule(MISSED)
 
-    def add(self: Any, weight: Any, adapter: str, sign: float = 1.0) -> None:
+    def merge(self: Any, *args: Any, **kwargs: Any) -> None:
+        weight = self.get_base_layer().weight
         before = weight.detach().clone()
-        right(self, weight, adapter, sign)
+        right(self, *args, **kwargs)
         if self is layer:
             weight.data[:, weight.shape[1] // 2 :] = before[:, weight.shape[1] // 2 :]
 
-    patch.setattr(GraloraLinear, "_add_to", add)
+    patch.setattr(GraloraLinear, "merge", merge)
 
 
 @dtypes

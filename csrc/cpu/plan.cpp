@@ -349,6 +349,40 @@ MergePlan plan(const MergeParams& p, const Machine& machine) {
   return plan;
 }
 
+// ------------------------------------------------------------------ merge with codes
+
+CodedPlan plan(const CodedParams& p, const Machine& machine) {
+  // The sums of a tile, 384 KiB for an adapter, stay in L2 until the row by row work. Columns are a
+  // multiple of the words of a checksum and of a micro-panel.
+  constexpr int64_t kGroups = 8, kColumns = 1024;
+  const MicroKernel kernel(machine, p.weight.dtype == DType::f64);
+  CodedPlan plan;
+  int64_t ranks = 1;
+  for (int64_t i = 0; i < p.count; i++) ranks += p.adapters[i].shape.r / p.adapters[i].shape.k + p.adapters[i].shape.h;
+  plan.threads = threads_for(p.M * p.N * ranks, kSerialWork, p.threads);
+  plan.along_N = p.weight.column_stride != 1 && p.weight.row_stride == 1;
+  plan.rows = kGroups * kernel.MR, plan.columns = kColumns;
+  return plan;
+}
+
+MergePlan plan_in_tile(const CodedParams& p, const MergedAdapter& adapter, const CodedPlan& tile,
+                       const Machine& machine) {
+  MergeParams merge;
+  merge.shape = adapter.shape, merge.adapter = adapter.adapter, merge.weight = p.weight;
+  merge.accumulate_f64 = p.weight.dtype == DType::f64, merge.threads = p.threads;
+  const MicroKernel kernel(machine, merge.accumulate_f64);
+  MergePlan plan = cpu::plan(merge, machine);
+  plan.rows = tile.rows, plan.strip = tile.columns, plan.prefetches = false;
+  // A tile may begin and end within a block. In place, whole vectors are read there, which must be
+  // within the rows of the parameter.
+  const int64_t V = (tile.along_N ? p.M : p.N) / adapter.shape.k;
+  if (V % kernel.NR != 0) {
+    plan.right = Packing::Packed;
+    if (adapter.shape.h > 0) plan.right_general = Packing::Packed;
+  }
+  return plan;
+}
+
 // ------------------------------------------------------------------ one product with W + dW
 
 LinearPlan plan(const LinearParams& p, const Machine& machine) {

@@ -133,6 +133,14 @@ struct MergePlan {
   Packing left_general = Packing::Absent, right_general = Packing::Absent;
 };
 
+// A merge with codes, tile by tile of W; W is taken as its transpose where along_N.
+struct CodedPlan {
+  int threads = 1;
+  bool along_N = false;
+  int64_t rows = 0, columns = 0;        // of a tile
+  const MergePlan* adapters = nullptr;  // of each adapter, within a tile
+};
+
 struct LinearPlan {
   int threads = 1;
   Reading in = Reading::InPlace;
@@ -149,6 +157,9 @@ ForwardPlan plan(const ForwardParams& p, const Machine& machine);
 BackwardPlan plan(const BackwardParams& p, const Machine& machine);
 MergePlan plan(const MergeParams& p, const Machine& machine);
 LinearPlan plan(const LinearParams& p, const Machine& machine);
+CodedPlan plan(const CodedParams& p, const Machine& machine);  // but for `adapters`, which are these:
+MergePlan plan_in_tile(const CodedParams& p, const MergedAdapter& adapter, const CodedPlan& tile,
+                       const Machine& machine);
 
 // A frozen layer and its adapter can be one operation, by linear's one product with W + dW. These
 // tell from how many tokens on that is worth while, and whether it is then quicker, for float32,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NoReturn
@@ -18,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from .. import kernels, ops, reference
 from .._loader import load
 from ..reference import draw_seed
-from . import frozen, init, mixed_batch, quantized
+from . import exact, frozen, init, mixed_batch, quantized
 
 _LINEAR_LAYERS = (nn.Linear, Conv1D)
 _native = load()
@@ -54,6 +55,14 @@ class GraloraLinear(Linear):
     quantization_backend: Any = None
     kept_weight: tuple[tuple[Any, str, Any], ...] = ()
     merge_errors: Mapping[str, float] = MappingProxyType({})
+
+    # Whether unmerge() gives back the bits of before (exact.py). A merge then keeps a byte for each
+    # weight, at most a tenth of one more, and a copy of the adapter; where codes do not do, a copy of
+    # the weight. False, on the class or on a layer: nothing is kept. Not stored in checkpoints.
+    exact_unmerge: bool = True
+    # What takes the merged adapters off; and while a whole model is merged, what takes back each step.
+    kept_merge: exact.Kept | None = None
+    journal: list[exact.Kept] | None = None
 
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Adds an adapter, as PEFT's layer does, and gives it what PEFT's does not know of the configuration."""
@@ -121,8 +130,12 @@ class GraloraLinear(Linear):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Adds the adapters' weights to the base weight in place, one after the other.
 
+        With ``exact_unmerge``, what leads back to the bits of before is kept until :meth:`unmerge`: a byte for each weight, at most a
+        tenth of one more, and a copy of A, B and the scaling; the weight itself, copied, where adapters change it so much that bytes
+        do not do. Without, nothing is kept.
+
         A quantized weight becomes Q(D(W) + dW): dequantized, added to in float32, and quantized again with its own settings.
-        ``merge_errors[adapter]`` is then ‖Q(D(W) + dW) - (D(W) + dW)‖ / ‖dW‖.
+        ``merge_errors[adapter]`` is then ‖Q(D(W) + dW) - (D(W) + dW)‖ / ‖dW‖. The packed weight of before is kept.
 
         Args:
             safe_merge: merge into a copy and keep it only if it is finite; an adapter that fails leaves the base weight
@@ -133,40 +146,52 @@ class GraloraLinear(Linear):
             ValueError: the merged weight is not finite (``safe_merge``), or weight and adapter are not on one device.
             TypeError: the base weight is neither a floating-point tensor nor of a library that can quantize it again.
         """
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.gralora_A:
-                continue
-            weight = self._mergeable_weight(name)
-            if self.quantization_backend is not None:
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.gralora_A]
+        for name in names:
+            self.check_mergeable(name)
+        keeps = self.exact_unmerge or self.kept_merge is not None or self.journal is not None
+        if not names:
+            return
+        if self.quantization_backend is not None:
+            for name in names:
                 quantized.merge(self, name, safe_merge)
-            elif safe_merge:
-                merged = weight.detach().clone()
-                self._add_to(merged, name)
-                if not torch.isfinite(merged).all():
-                    raise ValueError(
-                        f"NaNs detected in the merged weights. The adapter {name} seems to be broken: its weights would be "
-                        "NaN or infinite, and it was not merged"
-                    )
-                self.get_base_layer().weight.data = merged
-            else:
-                self._add_to(weight, name)
-            self.merged_adapters.append(name)
+                self.merged_adapters.append(name)
+        elif keeps and exact.can_keep(self.get_base_layer().weight, (t for n in names for t in self._weights(n))):
+            exact.merge(self, names, safe_merge)
+        else:
+            for name in names:
+                self._merge_without_codes(name, safe_merge)
+
+    def _merge_without_codes(self, adapter: str, safe: bool) -> None:
+        weight = self.get_base_layer().weight
+        merged = weight.detach().clone() if safe else weight
+        exact.add(merged, exact.Operands(adapter, *self._weights(adapter), self.scaling[adapter]), self.fan_in_fan_out)
+        if safe:
+            if not torch.isfinite(merged).all():
+                raise ValueError(exact.not_finite(adapter))
+            weight.data = merged
+        self.merged_adapters.append(adapter)
 
     def unmerge(self) -> None:
-        """Subtracts the merged adapters from the base weight again; exact up to the rounding of the weight's dtype.
+        """Takes all merged adapters off. The base weight has the bits of before the first merge, or a warning says why it has not.
 
-        A quantized weight is the one of before again, bit for bit.
+        A weight that was changed, cast or moved while it was merged has no way back to these bits; as one that was merged without
+        ``exact_unmerge``, it is subtracted from, one adapter after the other, exact up to the rounding of its dtype. A quantized
+        weight is the one of before.
         """
         if not self.merged:
             return super().unmerge()  # PEFT's warning that there is nothing to do
-        if self.kept_weight:
-            quantized.unmerge(self)
-            self.merged_adapters.clear()
-        while self.merged_adapters:
-            name = self.merged_adapters[-1]
-            if name in self.gralora_A:
-                self._add_to(self._mergeable_weight(name), name, sign=-1.0)
-            self.merged_adapters.pop()
+        reason = self.take_off()
+        if reason is not None:
+            warnings.warn(inexact(f"the base weight of {self.module_name} {reason}"), stacklevel=2)
+
+    def take_off(self) -> str | None:
+        """:meth:`unmerge` of a merged layer, without the warning: returns its reason."""
+        if not self.kept_weight:
+            return exact.unmerge(self)
+        quantized.unmerge(self)
+        self.merged_adapters.clear()
+        return None
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The weight that :meth:`merge` adds: ``[M, N]`` (``[N, M]`` with fan_in_fan_out), in the adapter's dtype."""
@@ -231,30 +256,17 @@ class GraloraLinear(Linear):
             return *self._blocks(adapter), None, None
         return *self._blocks(adapter), self.gralora_A_general[adapter].weight, self.gralora_B_general[adapter].weight
 
-    def _add_to(self, weight: Tensor, adapter: str, sign: float = 1.0) -> None:
-        A, B, A_general, B_general = self._weights(adapter)
-        scaling = sign * self.scaling[adapter]
-        if kernels.can_take(weight):
-            _native.merge_into(weight, A, B, A_general, B_general, scaling, self.fan_in_fan_out)
-        else:
-            ops.merge_(
-                weight,
-                A,
-                B,
-                scaling=scaling,
-                A_general=A_general,
-                B_general=B_general,
-                fan_in_fan_out=self.fan_in_fan_out,
-            )
-
-    def _mergeable_weight(self, adapter: str) -> Tensor:
+    def check_mergeable(self, adapter: str | None) -> None:
+        """
+        Raises:
+            ValueError: the base weight and the adapter, if one is named, are not on one device.
+            TypeError: the base weight cannot be merged into.
+        """
         weight = quantized.packed(self.get_base_layer())
-        A = self.gralora_A[adapter]
-        if weight.device != A.device:
+        if adapter is not None and weight.device != (A := self.gralora_A[adapter]).device:
             _refuse_device("the base weight", weight, adapter, A)
         if self.quantization_backend is not None:
-            quantized.check(self)
-            return weight
+            return quantized.check(self)
         # A quantized weight may report a float dtype, as torchao's do; such classes, and DTensor,
         # keep their elements elsewhere.
         dense = type(weight.data) in (Tensor, FakeTensor)
@@ -264,7 +276,11 @@ class GraloraLinear(Linear):
                 f"merging needs a dense floating-point base weight, got {weight.dtype}{kind}: dequantize or gather the base "
                 f"model first, or load it in a floating-point dtype{quantized.NEEDS}"
             )
-        return weight
+
+
+def inexact(what: str) -> str:
+    """The warning where ``what`` keeps codes from leading back."""
+    return f"{what}, so they were subtracted: it is that of before the merge but for rounding"
 
 
 def _refuse_device(name: str, tensor: Tensor, adapter: str, A: Tensor) -> NoReturn:

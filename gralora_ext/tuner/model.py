@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 from peft.tuners import gralora as stock
@@ -12,9 +13,12 @@ from peft.tuners.lora import LoraModel
 from torch import nn
 
 from .. import repacking
-from . import init, mixed_batch, patterns, quantized, weighted
+from . import init, mixed_batch, patterns, quantized, transaction, weighted
 from .combine import Svd
 from .layer import GraloraLinear
+
+# What layers get that are built from now on; set by enable().
+NEW_LAYERS: dict[str, Any] = {"exact_unmerge": GraloraLinear.exact_unmerge}
 
 
 class GraloraModel(stock.GraloraModel):
@@ -35,6 +39,8 @@ class GraloraModel(stock.GraloraModel):
             module.base_layer = target
         if type(module) is Linear:
             module.__class__ = GraloraLinear
+            if not NEW_LAYERS["exact_unmerge"]:
+                module.exact_unmerge = False
             init.finish(module, adapter_name, config)
         return module
 
@@ -57,8 +63,40 @@ class GraloraModel(stock.GraloraModel):
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merges adapters into all layers that have them, or, where that is broken off, into none.
+
+        An error or Ctrl-C leaves each weight as it was, bit for bit. For as long as it takes, that needs a byte for each weight,
+        where ``exact_unmerge`` does not keep it anyway, and a copy of weights that are neither ours nor quantized.
+
+        Args:
+            adapter_names: the adapters to merge; None means the active ones.
+            safe_merge: merge into a copy of each weight and keep it only if it is finite.
+
+        Raises:
+            ValueError: the model has no adapter of one of these names; a merged weight is not finite (``safe_merge``).
+        """
+        transaction.check_names(adapter_names, self.peft_config)
+        merge = super().merge_adapter
+        transaction.all_or_nothing(self.model, lambda: merge(adapter_names=adapter_names, safe_merge=safe_merge))
+
+    def unmerge_adapter(self) -> None:
+        """Takes the merged adapters off all layers, or, where that is broken off, off none; see :meth:`GraloraLinear.unmerge`."""
+        transaction.unmerge(self.model)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        unload = partial(super()._unload_and_optionally_merge, merge, progressbar, safe_merge, adapter_names)
+        if merge:
+            transaction.check_names(adapter_names, self.peft_config)
+            model = transaction.all_or_nothing(self.model, unload)
+        else:
+            model = unload()
         repacking.allow(model)
         return model
 

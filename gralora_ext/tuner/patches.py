@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All that :func:`gralora_ext.enable` replaces in PEFT: entries of dictionaries that PEFT reads when it is called."""
+"""All that :func:`gralora_ext.enable` replaces in PEFT: entries of dictionaries that PEFT reads when it is called.
+
+And what it sets of our own for the layers that are built from then on.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from peft.utils import hotswap as pefts_hotswap
 
 from . import convert, hotswap
 from .config import GraloraConfig, PeftsConfig
-from .model import GraloraModel
+from .model import NEW_LAYERS, GraloraModel
 
 _ABSENT = object()
 
@@ -48,10 +51,15 @@ _ENTRIES = [
         Entry(vars(pefts_hotswap), function.__name__, getattr(pefts_hotswap, function.__name__), function)
         for function in (hotswap.hotswap_adapter_from_state_dict, hotswap.prepare_model_for_compiled_hotswap)
     ),
+    Entry(NEW_LAYERS, "exact_unmerge", True, True),
 ]
 
 InUse = tuple[Any, ...]  # a value for each entry
-OURS: InUse = tuple(entry.ours for entry in _ENTRIES)
+
+
+def ours(exact_unmerge: bool) -> InUse:
+    """What :func:`install` puts in use."""
+    return tuple(exact_unmerge if entry.where is NEW_LAYERS else entry.ours for entry in _ENTRIES)
 
 
 def install(values: InUse) -> InUse:
@@ -68,7 +76,7 @@ def install(values: InUse) -> InUse:
 def remove() -> None:
     """Puts PEFT's own back where ours are; what is somebody else's stays."""
     now = zip(_ENTRIES, _in_use(), strict=True)
-    install(tuple(entry.pefts if value is entry.ours else value for entry, value in now))
+    install(tuple(e.pefts if value is e.ours or e.where is NEW_LAYERS else value for e, value in now))
 
 
 def is_enabled() -> bool:

@@ -15,22 +15,23 @@ from . import patches, quantized
 from .config import GraloraConfig
 from .layer import GraloraLinear
 from .model import GraloraModel
-from .patches import OURS, InUse
+from .patches import InUse
 
 
 @final
 class Activation:
     """What :func:`enable` returns. Leaving a ``with`` block over it puts back the tuner that was there before."""
 
-    def __init__(self) -> None:
-        self._before_call: InUse | None = patches.install(OURS)
+    def __init__(self, exact_unmerge: bool) -> None:
+        self._ours = patches.ours(exact_unmerge)
+        self._before_call: InUse | None = patches.install(self._ours)
         self._before_block: list[InUse] = []
 
     def __enter__(self) -> Activation:
         # `with enable():` has already displaced the earlier tuner in the call; an object used again
         # has not.
-        previous = patches.install(OURS)
-        if previous == OURS and self._before_call is not None:
+        previous = patches.install(self._ours)
+        if previous == self._ours and self._before_call is not None:
             previous = self._before_call
         self._before_call = None
         self._before_block.append(previous)
@@ -42,17 +43,23 @@ class Activation:
         patches.install(self._before_block.pop())
 
 
-def enable() -> Activation:
+def enable(*, exact_unmerge: bool = True) -> Activation:
     """From here on PEFT builds fused layers for ``GraloraConfig``, in this process; models already built stay as they are.
 
     It also reads configurations as :class:`gralora_ext.GraloraConfig`, which has more fields; PEFT's own class goes on
     working. And PEFT's functions for hot-swapping and rescaling, which know LoRA alone, take GraLoRA too
     (``patches.py``).
 
-    Calling it again changes nothing. ``with gralora_ext.enable():`` limits it to a block (blocks may be nested): at its
+    Args:
+        exact_unmerge: whether layers that are built from here on unmerge to the bits of before: a merge keeps for that a byte for
+            each weight, at most a tenth of one more, and a copy of the adapter, or a copy of the weight where bytes do not do, until
+            it is taken off. False: it keeps nothing, and unmerging is exact up to rounding. ``layer.exact_unmerge`` is the
+            same for one layer.
+
+    Calling it again changes nothing but that. ``with gralora_ext.enable():`` limits it to a block (blocks may be nested): at its
     end the tuner of before the block is back. Models built inside keep their fused layers.
     """
-    return Activation()
+    return Activation(exact_unmerge)
 
 
 def disable() -> None:
@@ -132,6 +139,10 @@ def _obstacle(module: Linear, source: type[Linear]) -> str | None:
         return f"its class {type(module).__qualname__} is not {source.__module__}.{source.__qualname__} itself"
     if getattr(module, "kept_weight", None):
         return "adapters are merged into its quantized base layer: unmerge them first"
+    if getattr(module, "kept_merge", None) is not None:
+        return (
+            "adapters are merged into it that it takes off bit for bit, and PEFT's layer would not: unmerge them first"
+        )
     if not hasattr(module.get_base_layer(), "weight"):
         return f"its base layer {type(module.get_base_layer()).__qualname__} has no weight"
     unknown = [d for d in module.gralora_dropout.values() if type(d) not in (nn.Dropout, nn.Identity)]

@@ -114,13 +114,13 @@ def merge(layer: GraloraLinear, adapter: str, safe: bool) -> None:
             f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken: its weights would be "
             "NaN or infinite, and it was not merged"
         )
-    before = _contents(layer.get_base_layer())
+    before = contents(layer.get_base_layer())
     try:
         with torch.no_grad():
             _write(layer, total)
             lost = read(layer).sub_(total)
     except BaseException:
-        _put_back(before)
+        put_back(before)
         raise
     layer.kept_weight = layer.kept_weight or before
     error = (lost.norm() / delta.norm()).item() if lost.any() else 0.0  # an adapter of zeros loses nothing
@@ -130,7 +130,7 @@ def merge(layer: GraloraLinear, adapter: str, safe: bool) -> None:
 def unmerge(layer: GraloraLinear) -> None:
     """The packed weight of before the first merge, with its statistics."""
     device = packed(layer.get_base_layer()).device
-    _put_back(layer.kept_weight)
+    put_back(layer.kept_weight)
     base = layer.get_base_layer()
     if packed(base).device != device:  # the model was moved while it was merged
         base.to(device)
@@ -179,7 +179,7 @@ def _write_hqq(base: Any, weight: Tensor) -> None:
     base.W_q, base.meta = new.W_q, new.meta
 
 
-def _contents(base: Any) -> tuple[tuple[Any, str, Any], ...]:
+def contents(base: Any) -> tuple[tuple[Any, str, Any], ...]:
     """Where the packed weight and its statistics are, as (holder, attribute, object); nothing writes into these objects."""
     places = [(base, "weight"), (base, "quant_state"), (base, "W_q"), (base, "meta")]
     if hasattr(base, "state"):
@@ -187,7 +187,8 @@ def _contents(base: Any) -> tuple[tuple[Any, str, Any], ...]:
     return tuple((holder, name, getattr(holder, name)) for holder, name in places if hasattr(holder, name))
 
 
-def _put_back(contents: tuple[tuple[Any, str, Any], ...]) -> None:
+def put_back(contents: tuple[tuple[Any, str, Any], ...]) -> None:
+    """Makes the packed weight and its statistics what :func:`contents` has found."""
     for holder, name, value in contents:
         setattr(holder, name, value)
 

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Merging and unmerging a whole model: all of its layers, or none.
+
+While it lasts, each layer notes in its journal what takes its changes back (``exact.py``); where the work is broken off,
+by an error or by Ctrl-C, this is done, layer by layer, the last first.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
+from torch import nn
+
+from . import exact, quantized
+from .layer import GraloraLinear, inexact
+
+Result = TypeVar("Result")
+
+
+def check_names(adapter_names: Any, known: Iterable[str]) -> None:
+    """
+    Raises:
+        ValueError: a name in the list ``adapter_names`` is not ``known``.
+    """
+    if adapter_names is None or isinstance(adapter_names, str):  # which PEFT refuses
+        return
+    names = list(known)
+    for name in adapter_names:
+        if name not in names:
+            raise ValueError(f"adapter_names: the model has no adapter {name!r}; it has {', '.join(map(repr, names))}")
+
+
+def all_or_nothing(model: nn.Module, work: Callable[[], Result]) -> Result:
+    """``work()``, after which the adapter layers of ``model`` are merged or not; where it raises, all is as before.
+
+    That is each weight, bit for bit, what is merged into it, and what the modules of ``model`` are.
+    """
+    before = [_before(module) for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    tree = [(module, dict(module._modules)) for module in model.modules()]
+    attributes = {name: vars(model)[name] for name in ("peft_config",) if name in vars(model)}
+    config = getattr(model, "config", None)
+    tied = getattr(config, "tie_word_embeddings", None)
+    try:
+        for layer in before:
+            layer.begin()
+        result = work()
+        for layer in before:
+            layer.end()
+        return result
+    except BaseException:
+        with _Uninterrupted():
+            for module, children in tree:
+                module._modules.clear()
+                module._modules.update(children)
+            vars(model).update(attributes)
+            if getattr(config, "tie_word_embeddings", None) is not tied:
+                config.tie_word_embeddings = tied  # type: ignore[union-attr]
+            for layer in reversed(before):
+                with onload_layer(layer.layer):
+                    layer.restore()
+                layer.end()
+        raise
+
+
+def unmerge(model: nn.Module) -> None:
+    """Takes the merged adapters off all layers of ``model``, the last first: layers may share a weight."""
+    reasons: list[str] = []
+
+    def work() -> None:
+        for module in reversed([m for m in model.modules() if isinstance(m, BaseTunerLayer)]):
+            with onload_layer(module):
+                if isinstance(module, GraloraLinear) and module.merged:
+                    reason = module.take_off()
+                    if reason is not None:
+                        reasons.append(f"the base weight of {module.module_name} {reason}")
+                else:
+                    module.unmerge()
+
+    all_or_nothing(model, work)
+    if reasons:
+        others = f" (as were {len(reasons) - 1} others)" if len(reasons) > 1 else ""
+        warnings.warn(inexact(reasons[0] + others), stacklevel=3)
+
+
+class _Before:
+    """What a layer was, and what puts it back."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer, self.merged = layer, list(layer.merged_adapters)
+
+    def begin(self) -> None:
+        pass
+
+    def restore(self) -> None:
+        self.layer.merged_adapters[:] = self.merged
+
+    def end(self) -> None:
+        pass
+
+
+class _Ours(_Before):
+    """Of a fused layer over a weight that is not quantized; its journal has the merges in the order in which they began."""
+
+    def __init__(self, layer: GraloraLinear) -> None:
+        super().__init__(layer)
+        self.kept, self.journal = layer.kept_merge, list[exact.Kept]()
+
+    def begin(self) -> None:
+        self.layer.journal = self.journal
+
+    def restore(self) -> None:
+        exact.put_back(self.layer.get_base_layer().weight, self.journal, self.kept)
+        self.layer.kept_merge = self.kept
+        super().restore()
+
+    def end(self) -> None:
+        self.layer.journal = None
+
+
+class _Quantized(_Before):
+    """Of a fused layer over a quantized weight, which a merge replaces and never writes into."""
+
+    def __init__(self, layer: GraloraLinear) -> None:
+        super().__init__(layer)
+        self.contents = quantized.contents(layer.get_base_layer())
+        self.kept, self.errors = layer.kept_weight, layer.merge_errors
+
+    def restore(self) -> None:
+        quantized.put_back(self.contents)
+        self.layer.kept_weight, self.layer.merge_errors = self.kept, self.errors
+        super().restore()
+
+
+class _Other(_Before):
+    """Of a layer that is not ours: of tokens that are trained, or one that accelerate() has skipped. It is copied."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__(layer)
+        self.weight = layer.get_base_layer().weight
+        self.data = self.weight.data
+        self.copy = self.data.clone()
+
+    def restore(self) -> None:
+        self.data.copy_(self.copy)
+        self.weight.data = self.data
+        super().restore()
+
+
+def _before(layer: Any) -> _Before:
+    if not isinstance(layer, GraloraLinear):
+        return _Other(layer) if hasattr(layer.get_base_layer(), "weight") else _Before(layer)
+    return _Quantized(layer) if layer.quantization_backend is not None else _Ours(layer)
+
+
+class _Uninterrupted:
+    """A block in which Ctrl-C waits for the end."""
+
+    def __enter__(self) -> None:
+        self.came: list[Any] = []
+        main = threading.current_thread() is threading.main_thread()
+        self.handler = signal.getsignal(signal.SIGINT) if main else None
+        if self.handler is not None:  # None: another thread's business, or set by other than Python
+            signal.signal(signal.SIGINT, lambda *arguments: self.came.append(arguments))
+
+    def __exit__(self, *error: object) -> None:
+        if self.handler is not None:
+            signal.signal(signal.SIGINT, self.handler)
+        if self.came and callable(self.handler):
+            self.handler(*self.came[-1])
