@@ -233,7 +233,8 @@ def layers(data: Data, *names: str) -> dict[str, nn.Module]:
     """The layers of these names, on one weight ``[M, N]`` in the activations' dtype.
 
     ``base`` is frozen and has no adapter; ``ours-path`` is ours that calls its base layer and adds
-    the path.
+    the path; ``ours-plain`` is ours that keeps nothing of a merge, so that it is taken off but for
+    rounding.
     """
     s = data.shape
     weight = data.normal(s.M, s.N, dtype=s.x_dtype, scale=s.N**-0.5)
@@ -242,13 +243,24 @@ def layers(data: Data, *names: str) -> dict[str, nn.Module]:
         "base": linear,
         "ours": lambda weight: our_layer(data, linear(weight)),
         "ours-path": lambda weight: our_layer(data, linear(weight)),
+        "ours-plain": lambda weight: our_layer(data, linear(weight)),
         "peft": lambda weight: peft_layer(data, linear(weight)),
         "lora": lambda weight: lora_layer(data, linear(weight), factors),
     }
     made = {name: make[name](weight) for name in names}
     if "ours-path" in made:
         made["ours-path"].one_operation = False
+    if "ours-plain" in made:
+        made["ours-plain"].exact_unmerge = False
     return made
+
+
+def with_weights_of_their_own(adapted: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """The same layers: each is merged and unmerged alone, as ours would notice."""
+    for layer in adapted.values():
+        base = layer.get_base_layer()
+        base.weight = nn.Parameter(base.weight.detach().clone(), requires_grad=False)
+    return adapted
 
 
 def merges(adapted: dict[str, nn.Module]) -> dict[str, Contender]:

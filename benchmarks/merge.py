@@ -39,7 +39,7 @@ def tasks(level: Level, threads: int, device: torch.device) -> list[Task]:
         for dtype in ("fp32", "bf16")
     ]
     return [
-        Task(f"{NAME}: {case_key(s)}", expected_seconds(s, level), partial(measure, s), memory=6 * 4 * s.N * s.M)
+        Task(f"{NAME}: {case_key(s)}", expected_seconds(s, level), partial(measure, s), memory=10 * 4 * s.N * s.M)
         for s in shapes
     ]
 
@@ -49,13 +49,13 @@ def case_key(shape: Shape) -> str:
 
 
 def expected_seconds(shape: Shape, level: Level) -> float:
-    pair = 3 * 2 * 2 * CALL_SECONDS * shape.N * shape.M  # three contenders, there and back, each writing M × N twice
+    pair = 4 * 2 * 2 * CALL_SECONDS * shape.N * shape.M  # four contenders, there and back, each writing M × N twice
     return SECONDS + 10 * pair + 2 * max(level.seconds, (level.rounds + 2) * pair)
 
 
 def measure(shape: Shape, context: Context) -> Iterator[Record]:
     data = Data(shape, context.device)
-    adapted = peers.layers(data, *MERGED)
+    adapted = peers.with_weights_of_their_own(peers.layers(data, *MERGED, "ours-plain"))
     errors = {name: merge_error(layer, data) for name, layer in adapted.items()}
     work = merge_work(shape)
     case = asdict(shape)

@@ -133,7 +133,7 @@ def test_the_peak_of_a_merge_is_the_memory_that_it_takes_beside_the_weight():
     weight = 4 * shape.N * shape.M
     found = peaks("merge", shape, CPU, 1)
     assert found.keys() == {"ours", "peft", "lora"}
-    assert found["ours"] < weight / 4, "ours has no temporary of the weight's size"
+    assert found["ours"] < 1.4 * weight / 4, "ours has codes of a byte for each weight, the adapter's copy and scratch"
     assert weight < found["peft"] < 8 * weight and weight / 2 < found["lora"] < 8 * weight
 
 

@@ -41,14 +41,14 @@ class Operands(NamedTuple):
 
     def taken_off(self, device: torch.device) -> Operands:
         """What subtracts this adapter from a weight on ``device``."""
-        A, B, *general = (None if t is None else t.to(device) for t in self[1:5])
-        return Operands(self.name, A, B, *general, -self.scaling)  # type: ignore[arg-type]
+        tensors = (None if t is None else t.to(device) for t in self[1:5])
+        return Operands._make((self.name, *tensors, -self.scaling))
 
 
 def operands_of(layer: GraloraLinear, name: str) -> Operands:
     """A copy of the adapter as it is now."""
-    A, B, *general = (None if t is None else t.detach().clone() for t in layer._weights(name))
-    return Operands(name, A, B, *general, layer.scaling[name])  # type: ignore[arg-type]
+    tensors = (None if t is None else t.detach().clone() for t in layer._weights(name))
+    return Operands._make((name, *tensors, layer.scaling[name]))
 
 
 def add(weight: Tensor, o: Operands, fan_in_fan_out: bool) -> None:

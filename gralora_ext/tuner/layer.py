@@ -165,7 +165,8 @@ class GraloraLinear(Linear):
     def _merge_without_codes(self, adapter: str, safe: bool) -> None:
         weight = self.get_base_layer().weight
         merged = weight.detach().clone() if safe else weight
-        exact.add(merged, exact.Operands(adapter, *self._weights(adapter), self.scaling[adapter]), self.fan_in_fan_out)
+        operands = exact.Operands._make((adapter, *self._weights(adapter), self.scaling[adapter]))
+        exact.add(merged, operands, self.fan_in_fan_out)
         if safe:
             if not torch.isfinite(merged).all():
                 raise ValueError(exact.not_finite(adapter))
