@@ -17,7 +17,7 @@ from helpers import NAMES, same_bits
 from torch import Tensor, nn
 from tuner_helpers import DEVICE, Conv1DMlp, Mlp, adapted, config, llama, rows, tokens
 
-from gralora_ext.tuner import GraloraLinear, accelerate, disable, enable, restore
+from gralora_ext.tuner import GraloraLinear, accelerate, chunked, disable, enable, exact, restore
 from gralora_ext.tuner.exact import AFTER, Kept
 
 BASES = [Mlp, Conv1DMlp]
@@ -97,7 +97,7 @@ def test_a_thousand_cycles_change_no_bit(base: Any, hybrid_r: int, dtype: torch.
 def test_codes_lead_back_for_a_thousand_cycles(dtype: torch.dtype) -> None:
     model = wide(dtype)
     before = weights(model)
-    for _ in range(100):
+    for _ in range(1000):
         model.merge_adapter()
         assert layer_of(model).kept_merge.copy is None
         model.unmerge_adapter()
@@ -153,6 +153,26 @@ def test_random_interleavings_end_with_the_bits_of_before(base: Any, hybrid_r: i
                     assert_as_before(model, before)
             model.unmerge_adapter()
         assert_as_before(model, before)
+
+
+@each_dtype
+@each_kind
+def test_codes_of_plain_torch_lead_back_too(base: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on devices without kernels for codes; with the bits of a merge that keeps nothing."""
+    monkeypatch.setattr(exact, "_has_kernel", lambda weight: False)
+    monkeypatch.setattr(chunked, "ELEMENTS", 200)
+    for model in (with_two(base, dtype, hybrid_r=3), wide(dtype)):
+        before = weights(model)
+        for safe in (False, True):
+            model.merge_adapter(adapter_names=["default"], safe_merge=safe)
+            with pytest.warns(UserWarning, match="additionally"):
+                model.merge_adapter(adapter_names=["other"], safe_merge=safe)
+            layer, expected = layer_of(model), before["base_model.model.first.base_layer.weight"].clone()
+            for operands in layer.kept_merge.operands:
+                exact.add(expected, operands, layer.fan_in_fan_out)
+            assert same_bits(layer.base_layer.weight.detach(), expected)
+            model.unmerge_adapter()
+            assert_as_before(model, before)
 
 
 # ---------------------------------------------------------------- what a merge gives and keeps

@@ -18,7 +18,7 @@ from peft import get_peft_model
 from tuner_helpers import DEVICE, Conv1DMlp, Mlp, adapted, config, llama, needs_new_peft
 
 from gralora_ext import GraloraConfig
-from gralora_ext.tuner import GraloraLinear, accelerate, enable, layer, transaction
+from gralora_ext.tuner import GraloraLinear, accelerate, chunked, enable, layer, transaction
 
 CALLS = {
     "merge": lambda model: model.merge_adapter(),
@@ -28,6 +28,16 @@ CALLS = {
 }
 each_call = pytest.mark.parametrize("call", CALLS)
 exactly = pytest.mark.parametrize("exact", [True, False], ids=["codes", "no codes"])
+
+
+class Wider(Mlp):
+    """Wide enough for codes, at the scale of its adapters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(48, 96), torch.nn.Linear(96, 48)
+        for module in (self.first, self.second):
+            torch.nn.init.normal_(module.weight, std=10.0)
 
 
 class Broken(Exception):
@@ -131,6 +141,29 @@ def interrupted_at_line(number: int, files: set[str]) -> Iterator[list[int]]:
         yield count
     finally:
         sys.settrace(previous)
+
+
+@each_call
+@pytest.mark.parametrize("at", range(0, 40, 3))
+def test_an_interruption_between_chunks_of_plain_torch_changes_nothing(
+    call: str, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layer.exact, "_has_kernel", lambda weight: False)
+    monkeypatch.setattr(chunked, "ELEMENTS", 200)
+    model = model_of(Wider, call=call)
+    before, right, count = State(model), chunked._add_to_rows, 0
+
+    def breaks(*arguments: Any) -> None:
+        nonlocal count
+        count += 1
+        if count - 1 == at:
+            raise KeyboardInterrupt
+        right(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(chunked, "_add_to_rows", breaks)
+        CALLS[call](model)
+    before.assert_same(model)
 
 
 @exactly

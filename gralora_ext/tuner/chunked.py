@@ -30,7 +30,7 @@ def merge(kept: Kept, weight: Tensor, to: Tensor) -> None:
     kept.codes = torch.empty(weight.numel(), dtype=torch.int8, device=weight.device)
     kept.places, kept.values = kept.places.to(weight.device), kept.values.to(weight.device)
     codes, before, after = kept.codes.view(weight.shape), 0, 0
-    finite = len(kept.operands)
+    finite, in_place = len(kept.operands), to.data_ptr() == weight.data_ptr()
     for rows in _steps(weight):
         old = weight[rows].clone()
         new, broken = _merged(kept, old, rows)
@@ -43,7 +43,8 @@ def merge(kept: Kept, weight: Tensor, to: Tensor) -> None:
         kept.values = torch.cat([kept.values, old.reshape(-1)[listed]])
         kept.places = torch.cat([kept.places, places])
         before, after = before + _checksums(old, rows)[0], after + _checksums(new, rows)[1]
-        kept.pending = (merge, rows, old)
+        if in_place:
+            kept.pending = (merge, rows, old)
         to[rows] = new
     kept.facts[BEFORE], kept.facts[AFTER] = _wrapped(before), _wrapped(after)
     kept.facts[LISTED], kept.facts[FIRST_NOT_FINITE] = len(kept.places), finite

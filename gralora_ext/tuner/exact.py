@@ -95,7 +95,7 @@ class Kept:
             self._merge_copied(weight, to)
 
     def _merge_coded(self, weight: Tensor, to: Tensor) -> None:
-        if not weight.is_cpu:
+        if not _has_kernel(weight):
             return _chunked().merge(self, weight, to)
         room = capacity(weight)
         self.codes = _ops.empty_codes(weight)
@@ -130,7 +130,7 @@ class Kept:
         weight = weight.detach()
         if self.copy is not None:
             weight.copy_(self.copy)
-        elif weight.is_cpu:
+        elif _has_kernel(weight):
             _ops.unmerge_coded_(weight, *self._arguments(), self.codes, *self._listed())
         else:
             _chunked().take_off(self, weight)
@@ -167,7 +167,7 @@ class Kept:
     def _checksums(self, weight: Tensor) -> tuple[int, int]:
         """Of ``weight``, if it were that of before, and if it were that of after."""
         weight = weight.detach()
-        return _ops.checksums(weight, self.fan_in_fan_out) if weight.is_cpu else _chunked().checksums(weight)
+        return _ops.checksums(weight, self.fan_in_fan_out) if _has_kernel(weight) else _chunked().checksums(weight)
 
 
 def capacity(weight: Tensor) -> int:
@@ -286,6 +286,11 @@ def _description(weight: Tensor) -> tuple[Any, ...]:
 def _in_words(description: tuple[Any, ...]) -> str:
     dtype, device, shape, strides = description
     return f"{dtype} on {device} of shape {list(shape)} and strides {list(strides)}"
+
+
+def _has_kernel(weight: Tensor) -> bool:
+    """Whether the codes are made by csrc/cpu/coded_merge.cpp; else ``chunked.py`` makes them."""
+    return weight.is_cpu
 
 
 def _chunked() -> Any:
