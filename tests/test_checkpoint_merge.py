@@ -366,3 +366,15 @@ def test_what_cannot_be_written_as_json_is_no_obstacle(tmp_path):
     merge(base, adapter, tmp_path / "same")
     assert (tmp_path / "same" / "config.json").read_bytes() == config.read_bytes()
     assert json.loads((tmp_path / "out" / "config.json").read_text())["limit"][1] == float("inf")
+
+
+def test_the_number_of_torchs_threads_is_as_before(tmp_path):
+    base = save_base(tmp_path / "base", llama())
+    adapter = save_adapter(tmp_path / "adapter", base, gralora())
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        merge(base, adapter, tmp_path / "out")
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

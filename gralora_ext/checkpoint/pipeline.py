@@ -26,7 +26,9 @@ from .safetensors_file import TORCH_DTYPES, SafetensorsFile, SafetensorsWriter, 
 from .strips import merge_strip_
 
 PIECE = 1 << 20
-BUFFERS, AHEAD = 16, 6
+BUFFERS = 12  # pairs
+MERGERS = 8  # more would wait for the threads that hash
+_LOADED_BYTES = 8 << 20  # of adapters, for all weights under way, where that is more than one
 _WRITEBACK = 16 << 20
 
 
@@ -65,19 +67,25 @@ class RunningHash:
 class Pipeline:
     """Writes shards; ``hashes`` are those of the base's files, by path, as far as they have been read.
 
-    ``progress`` is called with the bytes written so far of each piece.
+    A piece is read, then merged, then written and hashed; each of these waits for the one before in a thread of its own. Pieces
+    are merged by several threads at once, each alone: OpenMP's threads would spin where the others have work to do.
+    ``progress`` is called with the bytes of each piece that has been written.
     """
 
     def __init__(self, hashes: dict[Path, RunningHash], progress: Callable[[int], None]):
         self.hashes = hashes
         self.progress = progress
-        self._threads = [ThreadPoolExecutor(1, f"merge-{name}") for name in ("read", "write", "hash")]
-        self._reader, self._writer, self._hasher = self._threads
-        self._free = deque(torch.empty(PIECE, dtype=torch.uint8) for _ in range(BUFFERS))
-        self._reads: deque[tuple[Piece, Tensor, Future[None]]] = deque()
-        self._writes: deque[tuple[Tensor, list[Future[None]]]] = deque()
+        self._threads_before = torch.get_num_threads()
+        self._reader, self._writer, self._hasher = (
+            ThreadPoolExecutor(1, f"merge-{name}") for name in ("read", "write", "hash")
+        )
+        self._merger = ThreadPoolExecutor(min(self._threads_before, MERGERS), "merge", torch.set_num_threads, (1,))
+        # The second of a pair is for another dtype than the file's. Where there is none, its memory
+        # is never touched, and so never taken.
+        self._free = deque(torch.empty((2, PIECE), dtype=torch.uint8) for _ in range(BUFFERS))
+        self._flights: deque[tuple[Tensor, int, list[Future[Any]]]] = deque()
         self._files: dict[Path, SafetensorsFile] = {}
-        self._loaded: tuple[Job, list[dict[str, Tensor]]] | None = None
+        self._loaded_bytes = 0
 
     def write(self, shard: Shard, path: Path) -> str:
         """Writes a shard to ``path``, on the disk when this returns, and gives its SHA-256."""
@@ -88,16 +96,12 @@ class Pipeline:
             stack.callback(writer.close)
             stack.callback(self._settle)
             own.feed(0, writer.header)
-            for name in writer.tensors:
+            for name, info in writer.tensors.items():
+                weights: list[dict[str, Tensor]] = []  # those of the weight before are freed first
+                weights = self._weights(jobs[name])
                 for piece in pieces(jobs[name]):
-                    buffer = self._buffer()
-                    self._reads.append((piece, buffer, self._reader.submit(self._read, piece, buffer)))
-                    if len(self._reads) > AHEAD:
-                        self._merge_next(writer, own)
-            while self._reads:
-                self._merge_next(writer, own)
-            while self._writes:
-                self._free.append(self._written())
+                    self._send(piece, weights, writer, info.begin, own)
+            self._land(0)
             for file in self._files.values():
                 file.check_unchanged()
             writer.finish()
@@ -108,34 +112,47 @@ class Pipeline:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for thread in self._threads:
+        for thread in (self._reader, self._merger, self._writer, self._hasher):
             thread.shutdown(cancel_futures=True)
-        for file in self._files.values():
-            file.close()
+        torch.set_num_threads(self._threads_before)
+
+    def _send(
+        self, piece: Piece, weights: list[dict[str, Tensor]], writer: SafetensorsWriter, begin: int, own: RunningHash
+    ) -> None:
+        if not self._free:
+            self._land(len(self._flights) - 1)
+        buffer = self._free.popleft()
+        item_size = piece.item_size if piece.job.is_copy else TORCH_DTYPES[piece.job.dtype].itemsize
+        at = begin + piece.first * item_size
+        read = self._reader.submit(self._read, piece, buffer[0])
+        merged = self._merger.submit(_merged, piece, buffer, read, weights)
+        written = self._writer.submit(lambda: _write(writer, at, merged.result()))
+        hashed = self._hasher.submit(lambda: own.feed(at, merged.result()))
+        self._flights.append((buffer, piece.rows * piece.columns * item_size, [read, merged, written, hashed]))
+
+    def _land(self, most: int) -> None:
+        """Waits until at most so many pieces are under way; what failed in a thread is raised here."""
+        while len(self._flights) > most:
+            buffer, size, futures = self._flights[0]
+            for future in futures:
+                future.result()
+            self._flights.popleft()
+            self._free.append(buffer)
+            self.progress(size)
 
     def _settle(self) -> None:
         """After a failure, no thread works on the file any more; otherwise there is nothing left to wait for."""
-        waited = [*(future for *_, future in self._reads), *(f for _, futures in self._writes for f in futures)]
+        waited = [future for *_, futures in self._flights for future in futures]
         for future in waited:
             future.cancel()
         for future in waited:
             if not future.cancelled():
                 future.exception()
-        self._reads.clear()
-        self._writes.clear()
+        self._flights.clear()
         for file in self._files.values():
             file.close()
         self._files.clear()
-        self._loaded = None
-
-    def _buffer(self) -> Tensor:
-        return self._free.popleft() if self._free else self._written()
-
-    def _written(self) -> Tensor:
-        buffer, futures = self._writes.popleft()
-        for future in futures:
-            future.result()
-        return buffer
+        self._loaded_bytes = 0
 
     def _read(self, piece: Piece, buffer: Tensor) -> None:
         source = piece.job.source
@@ -147,45 +164,45 @@ class Pipeline:
             os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
             if file.stamp != source.stamp:
                 refuse_changed(source.path)
-            if running is not None:
-                running.catch_up(file.fd, min(file.size, source.info.begin) if running.at == 0 else running.at)
+            if running is not None and running.at == 0:
+                running.catch_up(file.fd, source.info.begin)
         begin = source.info.begin + piece.first * piece.item_size
         data = buffer[: piece.rows * piece.columns * piece.item_size].numpy()
         file.read_into(begin, data)
         if running is not None:
             running.feed(begin, data)
 
-    def _merge_next(self, writer: SafetensorsWriter, own: RunningHash) -> None:
-        piece, buffer, future = self._reads.popleft()
-        self._writes.append((buffer, []))  # the buffer is not lost if what follows fails
-        future.result()
-        job = piece.job
-        data = self._merged(piece, buffer[: piece.rows * piece.columns * piece.item_size]).numpy()
-        info = writer.tensors[job.name]
-        at = info.begin + piece.first * (info.nbytes // max(1, info.numel))
-        self._writes[-1][1].extend(
-            (self._writer.submit(_write, writer, at, data), self._hasher.submit(own.feed, at, data))
-        )
-        self.progress(data.nbytes)
-
-    def _merged(self, piece: Piece, data: Tensor) -> Tensor:
-        """The bytes of a piece of the result, in the buffer of ``data`` where their dtype is the source's."""
-        job = piece.job
-        if job.is_copy:
-            return data
-        computed = TORCH_DTYPES[job.computed]
-        typed = data.view(TORCH_DTYPES[job.source.info.dtype]).to(computed)
-        strip = typed.view(piece.rows, piece.columns)
-        for addition, weights in zip(job.additions, self._weights(job), strict=True):
-            merge_strip_(strip, piece.row, piece.column, weights, addition.scaling, addition.fan_in_fan_out)
-        return typed.to(TORCH_DTYPES[job.dtype]).view(torch.uint8)
-
     def _weights(self, job: Job) -> list[dict[str, Tensor]]:
-        """What the adapters have for a weight; those of the weight before are freed first."""
-        if self._loaded is None or self._loaded[0] is not job:
-            self._loaded = None
-            self._loaded = (job, [addition.layer.stored() for addition in job.additions])
-        return self._loaded[1]
+        """What the adapters have for a weight. Large ones are read when nothing needs those of the weights before any more."""
+        size = sum(addition.layer.nbytes for addition in job.additions)
+        if self._loaded_bytes + size > _LOADED_BYTES:
+            self._land(0)
+            self._loaded_bytes = 0
+        self._loaded_bytes += size
+        return [addition.layer.stored() for addition in job.additions]
+
+
+def _merged(piece: Piece, buffer: Tensor, read: Future[None], weights: list[dict[str, Tensor]]) -> Any:
+    """The bytes of a piece of the result, in one of the two parts of ``buffer``; the source's are in the first."""
+    read.result()
+    job, count = piece.job, piece.rows * piece.columns
+    if job.is_copy:
+        return buffer[0, : count * piece.item_size].numpy()
+    here, other = buffer[0], buffer[1]
+    typed = _typed(here, job.source.info.dtype, count)
+    if job.computed != job.source.info.dtype:
+        typed, here, other = _typed(other, job.computed, count).copy_(typed), other, here
+    strip = typed.view(piece.rows, piece.columns)
+    for addition, its in zip(job.additions, weights, strict=True):
+        merge_strip_(strip, piece.row, piece.column, its, addition.scaling, addition.fan_in_fan_out)
+    if job.dtype != job.computed:
+        typed = _typed(other, job.dtype, count).copy_(typed)
+    return typed.view(torch.uint8).numpy()
+
+
+def _typed(buffer: Tensor, dtype: str, count: int) -> Tensor:
+    kind = TORCH_DTYPES[dtype]
+    return buffer[: count * kind.itemsize].view(kind)
 
 
 def pieces(job: Job) -> Iterator[Piece]:
