@@ -84,3 +84,12 @@ def _kind(record):
     """What must be the same for the same bits."""
     versions = [record["versions"][name] for name in ("torch", "transformers", "peft", "cpu_capability")]
     return record["machine"]["cpu"], record["machine"]["caches"], *versions, record["threads"]
+
+
+def test_the_committed_ranks_are_k_r():
+    content = json.loads((RESULTS / "analyze-rank" / "rank.json").read_text(encoding="utf-8"))
+    for k in (1, 2, 4, 8):
+        layers = content["in_model"][str(k)]
+        assert len(layers) == 3 * 21, "three seeds, three blocks of seven layers"
+        assert all(layer["float64"] == k * content["rank"] for layer in layers)
+        assert [layer["float64"] for layer in content["wide"][str(k)]] == [k * content["wide_rank"]] * 3
