@@ -228,8 +228,9 @@ class Coded {
   // Lists those of the first n weights whose bits in `listed` are set; false: there is no room.
   __attribute__((noinline)) bool write_list(const Y* weights, uint32_t listed, int64_t n, int64_t place, List& list) {
     const int64_t share = smaller(kShare, larger(1, p_.capacity / kShare));
-    for (int64_t c = 0; c < smaller(n, kNR<Acc>); c++) {
-      if ((listed >> c & 1) == 0) continue;
+    for (; listed != 0; listed &= listed - 1) {
+      const int c = __builtin_ctz(listed);
+      if (c >= n) break;
       if (list.at == list.end) {
         int64_t at = __atomic_load_n(&p_.result->listed, __ATOMIC_RELAXED);
         do {
