@@ -49,8 +49,8 @@ at::Tensor delta_weight_kernel(const at::Tensor& A, const at::Tensor& B, const O
                                const OptionalTensor& B_general, double scaling, bool fan_in_fan_out);
 
 // Several adapters merged one after the other, with codes that lead back to the bits of before
-// (coded_ops.cpp), on the CPU. adapters: A, B, A_general and B_general of each. `to` is written and
-// may be weight. facts: whether it is done, the checksums of before and after, the number of
+// (coded_ops.cpp), on the CPU. adapters: A, B, A_general and B_general of each. `to` is written
+// and may be weight. facts: whether it is done, the checksums of before and after, the number of
 // exceptions, the first adapter after which a weight is not finite.
 void merge_coded_kernel(const at::Tensor& weight, at::Tensor to, const c10::List<OptionalTensor>& adapters,
                         at::ArrayRef<double> scalings, bool fan_in_fan_out, at::Tensor codes, at::Tensor places,

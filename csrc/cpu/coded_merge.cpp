@@ -124,8 +124,8 @@ class Coded {
   CodedRow<Acc, Y> row_of(const Buffers& own, int64_t m) const {
     return {own.sums + m * plan_.columns, tile_size(), p_.count};
   }
-  // A row of a tile where it is read, where it is written and where its codes are: in place, or where
-  // it does not consist of whole micro-tiles of contiguous weights, in buffers
+  // A row of a tile where it is read, where it is written and where its codes are: in place, or
+  // where it does not consist of whole micro-tiles of contiguous weights, in buffers
   struct Row {
     const Y* from;
     Y* to;

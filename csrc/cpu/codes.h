@@ -154,7 +154,8 @@ struct CodedRow {
   const Acc* sums;  // dW of the first adapter; those of the others follow at `stride`
   int64_t stride, count;
 
-  // kNR weights from column c on: W' of all adapters, and the codes; `any` gets a bit for each kListed
+  // kNR weights from column c on: W' of all adapters, and the codes; `any` gets a bit for each
+  // kListed
   template <bool one_adapter>
   inline __attribute__((always_inline)) Rounded<Acc, Y> merge(const Y* w, int64_t c, const CodeConstants<Y>& k,
                                                               int8_t* codes, uint32_t& any) const {
@@ -188,7 +189,8 @@ struct CodedRow {
     return merged;
   }
 
-  // The first adapter after which one of kNR weights is not finite, if it is below `bad`, else that
+  // The first adapter after which one of kNR weights is not finite, if it is below `bad`, else
+  // `bad`
   inline int64_t first_not_finite(const Y* w, int64_t c, int64_t bad) const {
     Y merged[kNR<Acc>];
     Vec<Acc> v[2] = {load<Acc>(w), load<Acc>(w + kWidth<Acc>)};

@@ -89,8 +89,8 @@ struct Merge {
     return {own, left, general, general + (plan.rows + kNR<Acc>)*h};
   }
 
-  // Rows [first, first + count) of row block a, columns [from, until) of column block b. Their sums
-  // go to `sink`, which is where the first of them goes. count is at most plan.rows.
+  // Rows [first, first + count) of row block a, columns [from, until) of column block b. Their
+  // sums go to `sink`, which is where the first of them goes. count is at most plan.rows.
   template <class Sink>
   void merge_block(int64_t a, int64_t b, int64_t first, int64_t count, int64_t from, int64_t until, const Sink& sink,
                    const Buffers& own) const {

@@ -352,8 +352,8 @@ MergePlan plan(const MergeParams& p, const Machine& machine) {
 // ------------------------------------------------------------------ merge with codes
 
 CodedPlan plan(const CodedParams& p, const Machine& machine) {
-  // The sums of a tile, 384 KiB for an adapter, stay in L2 until the row by row work. Columns are a
-  // multiple of the words of a checksum and of a micro-panel.
+  // The sums of a tile, 384 KiB for an adapter, stay in L2 until the row by row work. Columns are
+  // a multiple of the words of a checksum and of a micro-panel.
   constexpr int64_t kGroups = 8, kColumns = 1024;
   const MicroKernel kernel(machine, p.weight.dtype == DType::f64);
   CodedPlan plan;
