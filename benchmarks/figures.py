@@ -201,9 +201,8 @@ class Tables:
             of_backend = [job for job in jobs if job["config"]["backend"] == backend]
             before, after = ([job[f"eval_loss_{when}"] for job in of_backend] for when in ("before", "after"))
             span = f"{statistics.mean(after):.3f} ({min(after):.3f} to {max(after):.3f})"
-            rows.append(
-                [label, str(len(of_backend)), f"{statistics.mean(before):.3f}", span, f"{statistics.stdev(after):.3f}"]
-            )
+            spread = f"{statistics.stdev(after):.3f}" if len(after) > 1 else "one seed"
+            rows.append([label, str(len(of_backend)), f"{statistics.mean(before):.3f}", span, spread])
         settings, versions = jobs[0]["config"], jobs[0]["versions"]
         sentence = (
             f"`gralora-ext finetune --load-in-4bit`, SmolLM2-135M in nf4, {jobs[0]['steps']} steps on the CPU, "
