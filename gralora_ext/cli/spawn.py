@@ -71,7 +71,7 @@ class _Launch:
         self.processes: list[subprocess.Popen[bytes]] = []
         try:
             for signum in signals:
-                if handlers[signum] != signal.SIG_IGN:  # as nohup asks for with SIGHUP
+                if signum != signal.SIGHUP or handlers[signum] != signal.SIG_IGN:  # as nohup asks for, see Stopper
                     signal.signal(signum, self._pass_on)
             for rank in range(self.size):
                 self._start(rank)
