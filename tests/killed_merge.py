@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,9 @@ def run(arguments: list[Any], *, before: int = 0, after: float | None = None) ->
             die_before(before)
             merge(*arguments)
             code = 0
+        except BaseException:
+            traceback.print_exc()
+            raise
         finally:
             os._exit(code)
     if after is not None:
