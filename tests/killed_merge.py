@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Merges in forked processes that die by SIGKILL; a program of its own, since a process with OpenMP threads cannot fork.
 
-``python killed_merge.py BASE ADAPTER OUT calls STEP`` lets one die before each STEP-th of the calls that change the disk;
-``… times COUNT SEED`` at random moments. Each merge is then run again to its end. Prints a line for each: how often it died, and
-the SHA-256 of all files but the manifest.
+``python killed_merge.py BASE ADAPTER OUT calls STEP`` lets one die before each STEP-th of the calls that change the disk, and
+the one that goes on at one of its first; ``… times COUNT SEED`` at random moments. Each merge is then run again to its end.
+Prints a line for each: how often it died, and the SHA-256 of all files but the manifest.
 """
 
 from __future__ import annotations
@@ -94,8 +94,11 @@ def main() -> None:
             if run(arguments, before=before):
                 return
             check_incomplete(out)
-            run(arguments)
-            print(1, digest(out), flush=True)
+            again = run(arguments, before=1 + before % 8)  # the one that goes on dies too, early
+            check_incomplete(out)
+            if not again:
+                run(arguments)
+            print(2 - again, digest(out), flush=True)
     count, seed = numbers
     rng = random.Random(seed)
     start = time.perf_counter()

@@ -127,10 +127,10 @@ def opened(
         with disk_errors(out):
             if not staging.is_done:
                 staging.folder.mkdir(exist_ok=True)
+                staging.save()  # first: what is in place already must be in some list at any moment
                 for path in staging.folder.iterdir():
-                    if path.name not in staging.outputs:  # what was being written when an earlier try was killed
+                    if path.name not in (STATE, *staging.outputs):  # what was being written when a try was killed
                         path.unlink()
-                staging.save()
             yield staging
 
 
@@ -160,7 +160,6 @@ def _take_up(staging: Staging, pending: dict[str, Any], overwrite: bool) -> None
     if reason:
         # What it has put in place already is not listed in a manifest, and would be nobody's.
         staging.theirs += [name for name in pending["outputs"] if pending["placing"]]
-        shutil.rmtree(staging.folder)
         return
     staging.placing = pending["placing"]
     since = (staging.folder / STATE).stat().st_ctime_ns
