@@ -149,8 +149,8 @@ def test_the_documents_of_the_repository_hold_what_the_results_say(capsys):
 
 
 def test_the_suite_stays_small():
-    """At most 21 modules of some 300 lines each, and a page that can be read at once."""
+    """At most 22 modules of some 300 lines each, and a page that can be read at once."""
     modules = {file.name: len(file.read_text().splitlines()) for file in RESULTS.parent.rglob("*.py")}
-    assert len(modules) <= 21 and max(modules.values()) <= 320, modules
+    assert len(modules) <= 22 and max(modules.values()) <= 320, modules
     assert len((RESULTS.parent / "README.md").read_text().split()) <= 900
     assert len((RESULTS / "NOTES.md").read_text().splitlines()) <= 250

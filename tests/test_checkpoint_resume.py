@@ -68,14 +68,16 @@ def test_killed_before_any_call_it_writes_the_same_files(folders, tmp_path, step
     assert len(found) > 60 / step and len({digest for _, digest in found}) == 1
 
 
-@pytest.mark.long
-def test_killed_at_100_random_moments_it_writes_the_same_files(tmp_path):
+@pytest.mark.parametrize(
+    "kills", [pytest.param(20, marks=pytest.mark.long), pytest.param(100, marks=pytest.mark.exhaustive)]
+)
+def test_killed_at_random_moments_it_writes_the_same_files(tmp_path, kills):
     base = save_base(
         tmp_path / "base", llama(hidden_size=512, intermediate_size=2048), torch.bfloat16, max_shard_size="3MB"
     )
     adapter = save_adapter(tmp_path / "adapter", base, gralora(r=64))
-    found = killed(base, adapter, tmp_path / "out", "times", "100", "0")
-    assert sum(count for count, _ in found) >= 100 and len({digest for _, digest in found}) == 1
+    found = killed(base, adapter, tmp_path / "out", "times", str(kills), "0")
+    assert sum(count for count, _ in found) >= kills and len({digest for _, digest in found}) == 1
 
 
 def test_goes_on_with_the_files_that_are_missing(folders, tmp_path, monkeypatch):

@@ -185,8 +185,9 @@ def test_signal_to_the_launcher_ends_all_as_one_process(work, text, signum):
     assert not list(work.glob(f"{output}/**/.partial-*"))
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("moment", range(20))
+@pytest.mark.parametrize(
+    "moment", [pytest.param(n, marks=pytest.mark.long if n < 5 else pytest.mark.exhaustive) for n in range(20)]
+)
 def test_process_killed_at_any_moment_and_resumed_has_the_unbroken_losses(work, unbroken, moment):
     drawn = random.Random(moment)
     output, rank = f"moment{moment}", drawn.randrange(2)

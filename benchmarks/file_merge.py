@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A merge in files beside ``cp`` with ``sync``, and beside PEFT, in turns, on a model of 4 GB with the shapes of an 8B Llama."""
+"""A merge in files beside ``cp`` with ``sync``, and beside PEFT, in turns, on a model of 4 GB with the shapes of an 8B Llama.
+
+``python -m benchmarks.file_merge FOLDER`` needs 20 GB of disk in FOLDER, and prints seconds, medians and ratios as JSON.
+"""
+
+from __future__ import annotations
 
 import json
 import os
@@ -7,9 +12,11 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
+from typing import Any
 
-import pytest
 import torch
 
 from gralora_ext.checkpoint.safetensors_file import SafetensorsWriter
@@ -48,7 +55,7 @@ print(time.perf_counter() - start, 0)
 """
 
 
-def make(folder, layers):
+def make(folder: Path, layers: int) -> tuple[Path, Path, int]:
     """Random bfloat16 in two files, and an adapter for all linear layers."""
     base, adapter = folder / "base", folder / "adapter"
     base.mkdir()
@@ -86,7 +93,7 @@ def make(folder, layers):
     return base, adapter, size
 
 
-def write(path, shapes, dtype, noise):
+def write(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str, noise: Any) -> None:
     writer = SafetensorsWriter(path, [(name, dtype, shape) for name, shape in shapes.items()], {"format": "pt"})
     for info in writer.tensors.values():
         for at in range(0, info.nbytes, noise.nbytes):
@@ -95,36 +102,43 @@ def write(path, shapes, dtype, noise):
     writer.close()
 
 
-def run(program, *folders):
+def run(program: str, *folders: Path) -> tuple[float, ...]:
     done = subprocess.run([sys.executable, "-c", program, *folders], capture_output=True, text=True, check=True)
     return tuple(map(float, done.stdout.split()[-2:]))
 
 
-@pytest.mark.long
-def test_half_as_fast_as_a_copy_and_five_times_as_fast_as_peft(tmp_path):
-    if shutil.disk_usage(tmp_path).free < 20 << 30:
-        pytest.skip("20 GB of disk are needed")
-    base, adapter, size = make(tmp_path, layers=8)
-    assert size > 4e9
-    copy, out = tmp_path / "copy", tmp_path / "out"
-    found = {"cp": [], "merge": [], "PEFT": []}
-    for turn in range(3):
+def measure(folder: Path, turns: int = 3) -> dict[str, Any]:
+    """Seconds of each contender, PEFT's in the first turn alone, and the greatest growth of our process in bytes."""
+    base, adapter, size = make(folder, layers=8)
+    copy, out = folder / "copy", folder / "out"
+    seconds: dict[str, list[float]] = {"cp": [], "merge": [], "PEFT": []}
+    most = 0.0
+    for turn in range(turns):
         os.sync()
         start = time.perf_counter()
         subprocess.run(["cp", "-r", "--reflink=never", base, copy], check=True)
         os.sync()
-        found["cp"].append(time.perf_counter() - start)
+        seconds["cp"].append(time.perf_counter() - start)
         shutil.rmtree(copy)
         os.sync()
-        seconds, grown = run(MERGE, base, adapter, out)
-        found["merge"].append(seconds)
-        assert grown < (64 << 20) + 4 * 32 * (WIDTH + INNER)
+        taken, grown = run(MERGE, base, adapter, out)
+        seconds["merge"].append(taken)
+        most = max(most, grown)
         shutil.rmtree(out)
         if turn == 0:
             os.sync()
-            found["PEFT"].append(run(PEFT, base, adapter, out)[0])
+            seconds["PEFT"].append(run(PEFT, base, adapter, out)[0])
             shutil.rmtree(out)
-    print({name: [round(value, 2) for value in values] for name, values in found.items()})
-    medians = {name: statistics.median(values) for name, values in found.items()}
-    assert medians["cp"] / medians["merge"] > 0.5
-    assert medians["PEFT"] / medians["merge"] > 5
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        "bytes": size,
+        "seconds": seconds,
+        "beside cp and sync": medians["cp"] / medians["merge"],
+        "beside PEFT": medians["PEFT"] / medians["merge"],
+        "growth": most,
+    }
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory(dir=sys.argv[1]) as made:
+        print(json.dumps(measure(Path(made)), indent=2))
