@@ -309,7 +309,7 @@ def test_restore_leaves_by_name_what_pefts_tuner_would_misread(fields: dict[str,
     torch.manual_seed(0)
     with enable():
         values = {"r": 12, "alpha": 24, "target_modules": ["first", "second"], "init_weights": False}
-        model = get_peft_model(Mlp().double(), GraloraConfig(**values, **fields))
+        model = get_peft_model(Mlp().double(), GraloraConfig(**values, **fields)).to(DEVICE)
         y = model(rows(3))
         if merged:
             model.merge_adapter()

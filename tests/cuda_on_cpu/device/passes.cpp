@@ -25,6 +25,9 @@ void forward(const ForwardParams&) { refuse(); }
 void backward(const BackwardParams&) { refuse(); }
 void merge(const MergeParams&) { refuse(); }
 void linear(const LinearParams&) { refuse(); }
+void merge_coded(const CodedParams&) { refuse(); }
+void unmerge_coded(const CodedParams&) { refuse(); }
+void checksums(const CodedParams&) { refuse(); }
 }  // namespace gralora::cpu
 
 namespace gralora::device {
