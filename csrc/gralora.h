@@ -2,11 +2,12 @@
 // The vocabulary that ops, CPU kernels and CUDA kernels share: plain structs, no torch, no CUDA
 // headers.
 //
-//   T  tokens: all leading dimensions of x flattened        k  the grid is k x k blocks
-//   N  in_features          M  out_features                 r  rank of the adapter, rb = r/k the rank of one block
-//   h  rank of the plain LoRA beside it (0: none)           s  scaling
+//   T  tokens: all leading dimensions of x flattened    k  the grid is k x k blocks
+//   N  in_features          M  out_features             r  rank of the adapter, rb = r/k a block's
+//   h  rank of the plain LoRA beside it (0: none)       s  scaling
 //
-//   H[t,n,c] = sum_i x[t, n*N/k + i] * A[n,i,c]             U[t,j,n*rb+q] = H[t,n,j*rb+q]   (the block exchange)
+//   H[t,n,c] = sum_i x[t, n*N/k + i] * A[n,i,c]
+//   U[t,j,n*rb+q] = H[t,n,j*rb+q]   (the block exchange)
 //   y[t, j*M/k + o] = base[t, j*M/k + o] + s * sum_c U[t,j,c] * B[j,c,o]  (+ s * (x Ag^T) Bg^T)
 //
 // Sums are taken in the accumulation type: float, or double where any tensor is float64.

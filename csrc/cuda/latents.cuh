@@ -9,8 +9,9 @@ namespace gralora::cuda {
 
 // The latents of T tokens, in one of two forms:
 //   kept      [T, k*r + h]: U (or dH), then the general part, as forward leaves them for backward
-//   partial   [splits][T][k][r + h]: sums over parts of a width by block, before the block exchange;
-//             whoever reads them adds the splits (and, for the general part, the blocks) in order
+//   partial   [splits][T][k][r + h]: sums over parts of a width by block, before the block
+//             exchange; whoever reads them adds the splits (and, for the general part, the blocks)
+//             in order
 struct Latents {
   static constexpr bool kAllPieces = false;
   float* data;

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Floats as sums of bfloat16 pieces, so that one tensor-core instruction serves every dtype.
 //
-//   x = p_0 + p_1 + p_2 (+ an error)     p_0 = bf16(x), p_1 = bf16(x - p_0), p_2 = bf16(x - p_0 - p_1)
+//   x = p_0 + p_1 + p_2 (+ an error)
+//   p_0 = bf16(x), p_1 = bf16(x - p_0), p_2 = bf16(x - p_0 - p_1)
 //
 // A product of two such sums takes the pairs (i, j) with i + j < level. A bfloat16 is one piece, a
 // half two, a float three: each of them exactly (8 bits a piece), but for parts of a float below

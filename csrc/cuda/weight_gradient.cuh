@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // weight_gradient: sums over tokens of latent times wide activation.
 //
-//   sums[split][n][c][i] = f * sum_{t in split} v[t, n, c] * x'[t, n*w + i]      c < r + h;  f carries a scaling
+//   sums[split][n][c][i] = f * sum_{t in split} v[t, n, c] * x'[t, n*w + i]      c < r + h
 //
-// U and g give dB and dBg; dH and x give dA and dAg: the two sides of one launch, or of a launch
-// each where g and x differ in dtype. reduce_kernel then adds the splits in their order and writes
-// the gradients: no atomics, so the result depends on the shape and the number of splits alone.
+// f carries a scaling. U and g give dB and dBg; dH and x give dA and dAg: the two sides of one
+// launch, or of a launch each where g and x differ in dtype. reduce_kernel then adds the splits in
+// their order and writes the gradients: no atomics, so the result depends on the shape and the
+// number of splits alone.
 //
 // A block owns 64 columns of x, kRanks ranks (32 where there are no more, or 64) and one split of
 // the tokens; each of its 8 warps 16 of the ranks and as many columns as are left to it. x comes

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What torch asks of a kind of device: how many there are, which one is current, and on which stream. All work is done
-// when a call returns, so that streams and events have nothing to wait for; but a stream has a device, and its handle
-// tells launches which stream it is.
+// What torch asks of a kind of device: how many there are, which one is current, and on which
+// stream. All work is done when a call returns, so that streams and events have nothing to wait
+// for; but a stream has a device, and its handle tells launches which stream it is.
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>

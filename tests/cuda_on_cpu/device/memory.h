@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The memory of the emulated devices. The host can touch it only while an Access lives, as copies and launches hold
-// one: code that follows a pointer of the device on the host ends with a segmentation fault.
+// The memory of the emulated devices. The host can touch it only while an Access lives, as copies
+// and launches hold one: code that follows a pointer of the device on the host ends with a
+// segmentation fault.
 #pragma once
 
 #include <c10/core/Allocator.h>

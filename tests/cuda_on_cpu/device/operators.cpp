@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// torch's own operations on the emulated devices: what makes a tensor, views and copies are here, and everything else is
-// done by torch's kernels for the CPU on copies in the host's memory.
+// torch's own operations on the emulated devices: what makes a tensor, views and copies are here,
+// and everything else is done by torch's kernels for the CPU on copies in the host's memory.
 #include <ATen/EmptyTensor.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/native/CPUFallback.h>

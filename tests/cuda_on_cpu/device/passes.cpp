@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The operations of gralora_ext on the emulated devices, by the same C++ as on CUDA's, and what is checked of each launch:
-// it goes to the current stream of the current device, and touches that device's memory alone, within its blocks.
+// The operations of gralora_ext on the emulated devices, by the same C++ as on CUDA's, and what is
+// checked of each launch: it goes to the current stream of the current device, and touches that
+// device's memory alone, within its blocks.
 #include <map>
 #include <string>
 
