@@ -16,7 +16,7 @@
 namespace gralora {
 namespace {
 
-// Those that a pass may use: its plan may want fewer (cpu/plan.cpp).
+// Those that a pass may use: its plan may want fewer (cpu/plan.h).
 int threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
 #ifdef GRALORA_HAVE_CUDA

@@ -39,6 +39,7 @@ COMMON_SOURCES = [
     "csrc/explain_bindings.cpp",
     "csrc/cpu/machine.cpp",
     "csrc/cpu/plan.cpp",
+    "csrc/cpu/plan_merge.cpp",
     "csrc/cpu/dispatch.cpp",
 ]
 # Compiled once per capability; they include no torch header.

@@ -1,35 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
-// How the plans are made, and every threshold with its reason. Where a comment says "measured",
-// the figures are in benchmarks/results/NOTES.md.
-#include "plan.h"
-
-#include <algorithm>
+// How the plans of forward and backward are made.
+#include "plan_parts.h"
 
 namespace gralora::cpu {
 namespace {
 
 // ------------------------------------------------------------------ thresholds
 
-// Below so many multiply-adds, waking the other threads takes longer than they save. Forward needs
-// more work than backward and merge before threads pay: those two also write as many numbers as
-// the parameters have.
-constexpr int64_t kSerialWork = 1 << 18, kSerialForward = 1 << 21;
+// Forward needs more work than backward and merge before threads pay: those two also write as many
+// numbers as the parameters have.
+constexpr int64_t kSerialForward = 1 << 21;
 // Reading one number of a parameter takes as long as so many multiply-adds.
 constexpr int64_t kReadingWork = 4;
 
-// A panel in float takes at most half of L2, since activations share it, and at most so many
-// bytes.
-constexpr int64_t kMostPanelBytes = 1 << 19;
-int64_t panel_elements(const Machine& machine) {
-  return (machine.l2.bytes > 0 ? std::min(kMostPanelBytes, machine.l2.bytes / 2) : kMostPanelBytes) / 4;
-}
 // MC: tokens that share packed parameters. Their latents stay in L2 from project (x to U) to
 // expand (U to y).
 constexpr int64_t kMostTokens = 512;
-// From so many groups of MR tokens on, packing a block of a parameter pays. Fewer tokens read it
-// in place, if its layout and dtype allow that.
-constexpr int64_t kGroupsWorthPacking = 3;
-
 // A product of pairs rounds U to bfloat16. With fewer tokens than this, reading the parameters
 // takes most of the time, pairs would gain little, and U is left exact.
 constexpr int64_t kTokensToRound = 5;
@@ -60,60 +46,10 @@ constexpr int64_t kWaveBytes = 64 << 20;
 // A strip for few tokens: columns of y whose sums stay in L1.
 constexpr int64_t kFewTokensStrip = 1024;
 
-// ------------------------------------------------------------------ the micro-kernel
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-// W, MR and NR of microkernel.h, in elements of the accumulation type.
-struct MicroKernel {
-  DType accumulated;
-  int64_t W, MR, NR;
-
-  MicroKernel(const Machine& machine, bool f64)
-      : accumulated(f64 ? DType::f64 : DType::f32),
-        W((f64 ? 16 : machine.vector_bytes()) / (f64 ? 8 : 4)),
-        MR(!f64 && machine.capability == Capability::Avx512 ? 12 : 6),
-        NR(2 * W) {}
-};
+// ------------------------------------------------------------------ products
 
 int64_t rows_of(Product product, const MicroKernel& kernel) {
   return product == Product::Bf16Amx || product == Product::SplitAmx ? 32 : kernel.MR;
-}
-
-Product plain(bool f64) { return f64 ? Product::Float64 : Product::Float32; }
-
-// A chunk begins at a multiple of NR, so that micro-panels stay whole, and at a multiple of 8
-// columns, so that it begins with a whole byte of the dropout mask.
-Chunks chunks(int64_t width, int64_t k, const MicroKernel& kernel) {
-  Chunks cut;
-  cut.block_width = width / k;
-  const int64_t wanted = std::max<int64_t>(1, ceil_div(cut.block_width, kMostColumns));
-  cut.columns = round_up(ceil_div(cut.block_width, wanted), std::max<int64_t>(kernel.NR, 8));
-  cut.per_block = ceil_div(cut.block_width, cut.columns);
-  cut.count = k * cut.per_block;
-  return cut;
-}
-
-int threads_for(int64_t multiply_adds, int64_t serial, int threads) { return multiply_adds < serial ? 1 : threads; }
-
-// ------------------------------------------------------------------ operands
-
-bool even(int64_t n) { return n % 2 == 0; }
-bool in_rows(const Param& param) { return param.column_stride == 1; }
-bool evenly_spaced(const Activation& x) { return x.column_stride == 1 && x.leading_dims <= 1; }
-bool aligned_to_pairs(const void* data) { return reinterpret_cast<uintptr_t>(data) % 4 == 0; }
-
-// Whether pairs of columns of x can be read in place.
-bool has_pairs(const Activation& x) {
-  return x.dtype == DType::bf16 && evenly_spaced(x) && aligned_to_pairs(x.data) &&
-         (x.leading_dims == 0 || even(x.strides[0]));
-}
-// Whether the `rows` rows of each block of a parameter can be packed as pairs.
-bool has_pairs(const Param& param, int64_t rows) {
-  return param.dtype == DType::bf16 && even(rows) &&
-         (param.column_stride == 1 || (param.row_stride == 1 && even(param.column_stride) && even(param.block_stride) &&
-                                       aligned_to_pairs(param.data)));
 }
 
 // The product of a pass. `activations`: all of them can be read as pairs; `widths`: the widths of
@@ -126,31 +62,6 @@ Product product_of(const Params& p, bool activations, bool widths, bool paramete
   // Intel's processors take four times as long for a step with pairs as for one with floats.
   const bool quicker = machine.bf16_instructions && machine.vendor != Vendor::Intel;
   return quicker && p.u_bf16 && parameters && p.shape.T >= kTokensToRound ? Product::Bf16Pairs : Product::Float32;
-}
-
-// gradient_width: the width of a block of x or g whose rows are also the right factor of a weight
-// gradient, which reads them in whole vectors; 0 where they are not.
-Reading reading(const Activation& x, bool dropped, int64_t gradient_width, Product product, const MicroKernel& kernel) {
-  if (dropped) return Reading::Dropped;
-  // product_of() asked has_pairs()
-  if (product != plain(kernel.accumulated == DType::f64)) return Reading::InPlace;
-  const bool usable = x.dtype == kernel.accumulated && evenly_spaced(x) && gradient_width % kernel.W == 0;
-  return usable ? Reading::InPlace : Reading::Copied;
-}
-
-// How blocks of `rows` rows are read. columns: those of a block, or, where a block is cut into
-// several panels, of a panel; tokens: how many are multiplied by the packed block, 0 where it is
-// packed only if it must be.
-Packing packing(const Param& param, int64_t rows, int64_t columns, int64_t tokens, Product product,
-                const MicroKernel& kernel) {
-  if (param.data == nullptr) return Packing::Absent;
-  if (product == Product::Bf16Pairs) return Packing::Paired;
-  if (product == Product::Bf16Amx || product == Product::SplitAmx)
-    return has_pairs(param, rows) ? Packing::Paired : Packing::Split;
-  const bool usable = param.dtype == kernel.accumulated && in_rows(param) && columns % kernel.W == 0;
-  const bool is_micro_panel = columns <= kernel.NR && param.row_stride == columns;
-  const bool few = tokens < kGroupsWorthPacking * kernel.MR;
-  return usable && (few || is_micro_panel) ? Packing::InPlace : Packing::Packed;
 }
 
 // ------------------------------------------------------------------ forward
@@ -319,116 +230,6 @@ BackwardPlan plan(const BackwardParams& p, const Machine& machine) {
     plan.A_general_for_U = packing(o.Ag_for_U, w_in, s.h, tokens, plan.product, kernel);
   }
   return plan;
-}
-
-// ------------------------------------------------------------------ merge
-
-MergePlan plan(const MergeParams& p, const Machine& machine) {
-  constexpr int64_t kMostGroups = 48;  // groups of MR rows that share a panel
-  const Shape& s = p.shape;
-  const MicroKernel kernel(machine, p.accumulate_f64);
-  MergePlan plan;
-  plan.threads = threads_for(s.M * s.N * (s.r / s.k + s.h), kSerialWork, p.threads);
-  plan.along_N = p.weight.column_stride != 1 && p.weight.row_stride == 1;
-  // Memory bounds a merge of wide weights: prefetching them takes up to 30 % less on AMD's
-  // processors, and 5 to 25 % more on Intel's (measured).
-  plan.prefetches = machine.vendor == Vendor::Amd && p.weight.dtype == kernel.accumulated;
-  const int64_t rows = plan.along_N ? s.N : s.M, columns = plan.along_N ? s.M : s.N;
-  const int64_t H = rows / s.k, V = columns / s.k, ranks = s.r / s.k + s.h;
-  plan.strip = round_up(std::min(V, std::max(panel_elements(machine) / ranks, 4 * kernel.NR)), kernel.NR);
-  const int64_t share = ceil_div(rows, 4 * plan.threads);  // about four ranges for each thread
-  plan.rows = std::min(kMostGroups * kernel.MR, std::max(kernel.MR, share));
-  plan.rows = round_up(std::min(plan.rows, H), kernel.MR);
-  const Param At = transposed(p.adapter.A), Ag = blocks_of_columns(p.adapter.A_general, s.N / s.k);
-  const Param Bgt = transposed(blocks_of_rows(p.adapter.B_general, s.M / s.k));
-  const Product product = plain(p.accumulate_f64);
-  const auto left = [&](const Param& param) { return packing(param, ranks, kernel.W, 0, product, kernel); };
-  const auto right = [&](const Param& param) { return packing(param, ranks, V, plan.rows, product, kernel); };
-  plan.left = left(plan.along_N ? At : p.adapter.B), plan.right = right(plan.along_N ? p.adapter.B : At);
-  plan.left_general = left(plan.along_N ? Ag : Bgt), plan.right_general = right(plan.along_N ? Bgt : Ag);
-  return plan;
-}
-
-// ------------------------------------------------------------------ merge with codes
-
-CodedPlan plan(const CodedParams& p, const Machine& machine) {
-  // The sums of a tile, 384 KiB for an adapter, stay in L2 until the row by row work. Columns are
-  // a multiple of the words of a checksum and of a micro-panel.
-  constexpr int64_t kGroups = 8, kColumns = 1024;
-  const MicroKernel kernel(machine, p.weight.dtype == DType::f64);
-  CodedPlan plan;
-  int64_t ranks = 1;
-  for (int64_t i = 0; i < p.count; i++) ranks += p.adapters[i].shape.r / p.adapters[i].shape.k + p.adapters[i].shape.h;
-  plan.threads = threads_for(p.M * p.N * ranks, kSerialWork, p.threads);
-  plan.along_N = p.weight.column_stride != 1 && p.weight.row_stride == 1;
-  plan.rows = kGroups * kernel.MR, plan.columns = kColumns;
-  return plan;
-}
-
-MergePlan plan_in_tile(const CodedParams& p, const MergedAdapter& adapter, const CodedPlan& tile,
-                       const Machine& machine) {
-  MergeParams merge;
-  merge.shape = adapter.shape, merge.adapter = adapter.adapter, merge.weight = p.weight;
-  merge.accumulate_f64 = p.weight.dtype == DType::f64, merge.threads = p.threads;
-  const MicroKernel kernel(machine, merge.accumulate_f64);
-  MergePlan plan = cpu::plan(merge, machine);
-  plan.rows = tile.rows, plan.strip = tile.columns, plan.prefetches = false;
-  // A tile may begin and end within a block. In place, whole vectors are read there, which must be
-  // within the rows of the parameter.
-  const int64_t V = (tile.along_N ? p.M : p.N) / adapter.shape.k;
-  if (V % kernel.NR != 0) {
-    plan.right = Packing::Packed;
-    if (adapter.shape.h > 0) plan.right_general = Packing::Packed;
-  }
-  return plan;
-}
-
-// ------------------------------------------------------------------ one product with W + dW
-
-LinearPlan plan(const LinearParams& p, const Machine& machine) {
-  // A strip is so many micro-panels wide, tried in this order. Computing a panel takes as long as
-  // multiplying kPanelTokens tokens by it. There are at most kMostSegments segments, each of at
-  // least kGroups groups of rows.
-  constexpr int64_t kMicroPanels[] = {3, 4, 2}, kPanelTokens = 16, kGroups = 8, kMostSegments = 8;
-  const int64_t T = p.shape.T, rows = p.transposed ? p.shape.M : p.shape.N;
-  const int64_t columns = p.transposed ? p.shape.N : p.shape.M;
-  const MicroKernel kernel(machine, p.accumulate_f64);
-  LinearPlan plan;
-  plan.threads = threads_for(T * rows * columns, kSerialWork, p.threads);
-  plan.in = reading(p.in, false, 0, plain(p.accumulate_f64), kernel);
-  plan.chunks = chunks(rows, 1, kernel);
-  const Param Ag = blocks_of_columns(p.adapter.A_general, p.shape.N / p.shape.k);
-  const Param Bgt = transposed(blocks_of_rows(p.adapter.B_general, p.shape.M / p.shape.k));
-  const auto left = [&](const Param& param) { return packing(param, 0, kernel.W, 0, plain(p.accumulate_f64), kernel); };
-  plan.left = left(p.transposed ? p.adapter.B : transposed(p.adapter.A));
-  plan.left_general = left(p.transposed ? Bgt : Ag);
-  plan.tokens_together = kGroups * kernel.MR;
-  // Of all cuts, the one that takes the least time when each thread takes an equal number of
-  // items. The time is counted in columns times tokens.
-  int64_t least = INT64_MAX;
-  for (const int64_t micro_panels : kMicroPanels) {
-    const int64_t strip = micro_panels * kernel.NR, strips = ceil_div(columns, strip);
-    for (int64_t n = 1; n == 1 || (n <= kMostSegments && T / n >= kGroups * kernel.MR); n++) {
-      const int64_t tokens = std::max(kernel.MR, round_up(ceil_div(T, n), kernel.MR));
-      const int64_t items = strips * ceil_div(T, tokens);
-      const int64_t time = ceil_div(items, plan.threads) * strip * (tokens + kPanelTokens);
-      if (time < least) least = time, plan.strip = strip, plan.segment = tokens;
-    }
-  }
-  // Panels of nearly equal length, each of which fits into L2.
-  const int64_t most = std::max<int64_t>(1, panel_elements(machine) / (plan.strip * plan.chunks.columns));
-  plan.chunks_per_panel = ceil_div(plan.chunks.per_block, ceil_div(plan.chunks.per_block, most));
-  return plan;
-}
-
-// With fewer tokens, making W + dW takes longer than the one product saves.
-int64_t tokens_for_one_operation() { return 64; }
-
-// On AMD's processors MKL, which makes torch's product, does not go beyond AVX2: linear has been
-// up to twice as fast with AVX-512, and 1.1 times as fast with AVX2. On a Xeon it took 1.0 to 1.1
-// of the time of torch's product and the adapter's forward.
-bool one_product_is_quicker(const Machine& machine) {
-  return machine.vendor == Vendor::Amd && machine.capability != Capability::Default;
 }
 
 }  // namespace gralora::cpu

@@ -33,7 +33,7 @@
 
 namespace gralora::cpu {
 
-// The thresholds that the kernels use too. All others are in plan.cpp.
+// The thresholds that the kernels use too. All others are where the plans are made.
 //
 // At most so many tokens have kernels of their own: reading the parameters is then nearly all of
 // the work. An adapter with a general part has no such kernels: with them it took 60 % of the
