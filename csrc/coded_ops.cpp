@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Merging several adapters with codes that lead back, and taking them off by these: on the CPU.
 //
-// All memory is the caller's and there is no result, so that a caller who is interrupted after the
-// call has lost nothing: facts tells whether it was carried out.
+// All memory is the caller's, and a merge has no result, so that a caller who is interrupted after
+// the call has lost nothing: facts tells whether it was carried out.
 #include <vector>
 
 #include "checks.h"
@@ -94,9 +94,9 @@ void merge_coded_kernel(const at::Tensor& weight, at::Tensor to, const c10::List
   bump_version(to);
 }
 
-void unmerge_coded_kernel(at::Tensor weight, const c10::List<OptionalTensor>& adapters, at::ArrayRef<double> scalings,
-                          bool fan_in_fan_out, const at::Tensor& codes, const at::Tensor& places,
-                          const at::Tensor& values) {
+int64_t unmerge_coded_kernel(at::Tensor weight, const c10::List<OptionalTensor>& adapters,
+                             at::ArrayRef<double> scalings, bool fan_in_fan_out, const at::Tensor& codes,
+                             const at::Tensor& places, const at::Tensor& values) {
   Coded coded;
   fill(coded, weight, weight, adapters, scalings, fan_in_fan_out, codes, places, values);
   coded.result.listed = places.numel();
@@ -105,6 +105,7 @@ void unmerge_coded_kernel(at::Tensor weight, const c10::List<OptionalTensor>& ad
                       "gralora_ext: places must be below ", weight.numel(), ", but one is ", coded.p.places[i]);
   run_unmerge_coded(coded.p);
   bump_version(weight);
+  return int64_t(coded.result.before);
 }
 
 std::tuple<int64_t, int64_t> checksums_kernel(const at::Tensor& weight, bool fan_in_fan_out) {

@@ -173,7 +173,7 @@ void backward(const BackwardParams& p);
 void merge(const MergeParams& p);
 void linear(const LinearParams& p);
 void merge_coded(const CodedParams& p);
-void unmerge_coded(const CodedParams& p);  // reads result->listed
+void unmerge_coded(const CodedParams& p);  // reads result->listed, writes result->before
 void checksums(const CodedParams& p);      // of `weight`, as before and as after
 }  // namespace cpu
 

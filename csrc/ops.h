@@ -55,9 +55,10 @@ at::Tensor delta_weight_kernel(const at::Tensor& A, const at::Tensor& B, const O
 void merge_coded_kernel(const at::Tensor& weight, at::Tensor to, const c10::List<OptionalTensor>& adapters,
                         at::ArrayRef<double> scalings, bool fan_in_fan_out, at::Tensor codes, at::Tensor places,
                         at::Tensor values, at::Tensor facts);
-void unmerge_coded_kernel(at::Tensor weight, const c10::List<OptionalTensor>& adapters, at::ArrayRef<double> scalings,
-                          bool fan_in_fan_out, const at::Tensor& codes, const at::Tensor& places,
-                          const at::Tensor& values);
+// Returns what checksums_kernel says of the weight as that of before.
+int64_t unmerge_coded_kernel(at::Tensor weight, const c10::List<OptionalTensor>& adapters,
+                             at::ArrayRef<double> scalings, bool fan_in_fan_out, const at::Tensor& codes,
+                             const at::Tensor& places, const at::Tensor& values);
 // Of a weight: what facts would have if it were the weight of before, and that of after
 std::tuple<int64_t, int64_t> checksums_kernel(const at::Tensor& weight, bool fan_in_fan_out);
 // Memory for the codes of a weight, from the pool of results

@@ -35,7 +35,7 @@ TORCH_LIBRARY(gralora_ext, m) {
       "Tensor(b!) codes, Tensor(c!) places, Tensor(d!) values, Tensor(e!) facts) -> ()");
   m.def(
       "unmerge_coded_(Tensor(a!) weight, Tensor?[] adapters, float[] scalings, bool fan_in_fan_out, Tensor codes, "
-      "Tensor places, Tensor values) -> ()");
+      "Tensor places, Tensor values) -> int before");
   m.def("checksums(Tensor weight, bool fan_in_fan_out) -> (int before, int after)");
   m.def("empty_codes(Tensor weight) -> Tensor");
 }

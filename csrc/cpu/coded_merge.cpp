@@ -20,6 +20,8 @@ namespace {
 
 template <class Acc, class Y>
 class Coded {
+  using U = typename BitsOf<Y>::type;
+
  public:
   Coded(const CodedParams& p, const CodedPlan& plan)
       : p_(p),
@@ -54,6 +56,7 @@ class Coded {
   }
 
   void unmerge() {
+    p_.result->before = 0;
     Scratch scratch;
     const PerThread<Acc> buffers(scratch, plan_.threads, buffers_size());
     parallel_items(items_, plan_.threads,
@@ -214,6 +217,7 @@ class Coded {
     const Buffers own = buffers(scratch);
     add_up(t, own);
     const CodeConstants<Y> constants;
+    Checksums sums;
     for (int64_t m = 0; m < t.rows; m++) {
       const CodedRow<Acc, Y> coded = row_of(own, m);
       const Row at = open(t, t.row + m, own);
@@ -221,8 +225,10 @@ class Coded {
         at.prefetch_below(c);
         coded.unmerge(at.from + c, c, constants, at.codes + c, at.to + c);
       }
+      sums.add_row_before(at.to, t.columns * int64_t(sizeof(Y)));
       if (!at.in_place) to_.write(t.row + m, t.column, t.columns, at.to);
     }
+    sums.add_to(p_.result->before, p_.result->after);
   }
 
   // Lists those of the first n weights whose bits in `listed` are set; false: there is no room.
@@ -259,9 +265,15 @@ class Coded {
     p_.result->listed = count;
   }
 
+  // Writes the weights of the list, and corrects `before` by them.
   void write_listed(int64_t count) const {
-    for (int64_t i = 0; i < count; i++)
-      *to_.at(p_.places[i] / to_.columns, p_.places[i] % to_.columns) = static_cast<const Y*>(p_.values)[i];
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t row = p_.places[i] / to_.columns, column = p_.places[i] % to_.columns;
+      Y &weight = *to_.at(row, column), value = static_cast<const Y*>(p_.values)[i];
+      const auto in_word = [&](Y y) { return uint64_t(bit_cast<U>(y)) << column * int64_t(sizeof(Y)) % 8 * 8; };
+      p_.result->before += in_word(value) - in_word(weight);
+      weight = value;
+    }
   }
 
   // What a thread takes of the list at a time; rows that are prefetched ahead

@@ -270,6 +270,15 @@ struct Checksums {
     before += of_a;
     for (int i = 0; i < kBitLanes<uint64_t>; i++) after[i] += i * 8 < bytes - at ? share[i] : 0;
   }
+  // A row of which `before` alone is asked
+  void add_row_before(const void* row, int64_t bytes) {
+    const auto* from = static_cast<const char*>(row);
+    int64_t at = 0;
+    for (; at + kVectorBytes <= bytes; at += kVectorBytes) before += load_bits<Words>(from + at);
+    Words rest = {};
+    memcpy(&rest, from + at, size_t(bytes - at));
+    before += rest;
+  }
   // Adds all lanes to shared numbers.
   void add_to(uint64_t& before_sum, uint64_t& after_sum) const {
     uint64_t a = 0, b = 0;

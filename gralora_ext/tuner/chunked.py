@@ -42,7 +42,7 @@ def merge(kept: Kept, weight: Tensor, to: Tensor) -> None:
         places = (listed + rows.start * weight.shape[1]).to(torch.int32)
         kept.values = torch.cat([kept.values, old.reshape(-1)[listed]])
         kept.places = torch.cat([kept.places, places])
-        before, after = before + _checksums(old, rows)[0], after + _checksums(new, rows)[1]
+        before, after = before + _sum(old), after + _mixed_sum(new, rows)
         if in_place:
             kept.pending = (merge, rows, old)
         to[rows] = new
@@ -52,13 +52,17 @@ def merge(kept: Kept, weight: Tensor, to: Tensor) -> None:
     kept.pending = None
 
 
-def take_off(kept: Kept, weight: Tensor) -> None:
-    """Makes ``weight`` that of before the merge."""
+def take_off(kept: Kept, weight: Tensor) -> int:
+    """Makes ``weight`` that of before the merge, and returns its checksum as that of before."""
+    before = 0
     for rows in _steps(weight):
         merged = weight[rows].clone()
+        old = _decoded(kept, merged, rows)
+        before += _sum(old)
         kept.pending = (take_off, rows, merged)
-        weight[rows] = _decoded(kept, merged, rows)
+        weight[rows] = old
     kept.pending = None
+    return _wrapped(before)
 
 
 def settle(kept: Kept, weight: Tensor) -> None:
@@ -76,8 +80,9 @@ def settle(kept: Kept, weight: Tensor) -> None:
 
 def checksums(weight: Tensor) -> tuple[int, int]:
     """Those of ``codes.h``, over the weight's rows as they are stored."""
-    shares = [_checksums(weight[rows], rows) for rows in _steps(weight)]
-    return _wrapped(sum(before for before, _ in shares)), _wrapped(sum(after for _, after in shares))
+    before = sum(_sum(weight[rows]) for rows in _steps(weight))
+    after = sum(_mixed_sum(weight[rows], rows) for rows in _steps(weight))
+    return _wrapped(before), _wrapped(after)
 
 
 def _steps(weight: Tensor) -> Iterator[slice]:
@@ -165,15 +170,24 @@ def _decoded(kept: Kept, merged: Tensor, rows: slice) -> Tensor:
     return weights.view(merged.dtype)
 
 
-def _checksums(numbers: Tensor, rows: slice) -> tuple[int, int]:
-    """The shares of these rows, not yet within 64 bits."""
+def _words(numbers: Tensor) -> Tensor:
     per_word = 8 // numbers.element_size()
     padded = torch.nn.functional.pad(_bits(numbers), (0, -numbers.shape[1] % per_word))
-    words = padded.contiguous().view(torch.int64)
+    return padded.contiguous().view(torch.int64)
+
+
+def _sum(numbers: Tensor) -> int:
+    """What rows add to the checksum of before, not yet within 64 bits."""
+    return int(_words(numbers).sum())
+
+
+def _mixed_sum(numbers: Tensor, rows: slice) -> int:
+    """What these rows add to the checksum of after, not yet within 64 bits."""
+    words = _words(numbers)
     first = rows.start * words.shape[1] + 1
     keys = torch.arange(first, first + words.numel(), device=words.device).view(words.shape) * _KEY
     mixed = words ^ keys
-    return int(words.sum()), int(((mixed & _LOW) * (mixed >> 32 & _LOW)).sum())
+    return int(((mixed & _LOW) * (mixed >> 32 & _LOW)).sum())
 
 
 def _wrapped(total: int) -> int:

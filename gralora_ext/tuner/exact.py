@@ -130,13 +130,13 @@ class Kept:
         weight = weight.detach()
         if self.copy is not None:
             weight.copy_(self.copy)
-        elif _has_kernel(weight):
-            _ops.unmerge_coded_(weight, *self._arguments(), self.codes, *self._listed())
+            return None
+        if _has_kernel(weight):
+            before = _ops.unmerge_coded_(weight, *self._arguments(), self.codes, *self._listed())
         else:
-            _chunked().take_off(self, weight)
+            before = _chunked().take_off(self, weight)
         # Sums are those of the merge on the same kind of processor alone.
-        same = self._checksums(weight)[0] == int(self.facts[BEFORE])
-        return None if same else "was merged on another kind of processor"
+        return None if before == int(self.facts[BEFORE]) else "was merged on another kind of processor"
 
     def put_on(self, weight: Tensor) -> None:
         """Undoes :meth:`take_off`, if it was called or begun: the same sums once more."""
