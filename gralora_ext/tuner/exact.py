@@ -234,20 +234,21 @@ def unmerge(layer: GraloraLinear) -> str | None:
     weight: Tensor = layer.get_base_layer().weight
     kept, merged = layer.kept_merge, list(layer.merged_adapters)
     reason = None if kept is None else kept.obstacle(weight)
+    coded = kept if reason is None else None
     as_merged = {} if kept is None else {o.name: o for o in kept.operands}
-    exactly = as_merged if reason is None else {}
-    rest = [
-        as_merged.get(n) or n for n in reversed(merged) if n not in exactly and (n in as_merged or n in layer.gralora_A)
-    ]
-    for each in rest:
-        layer.check_mergeable(each if isinstance(each, str) else None)
-    subtracted = [
-        (operands_of(layer, each) if isinstance(each, str) else each).taken_off(weight.device) for each in rest
-    ]
+    subtracted = list[Operands]()
+    for name in reversed(merged):
+        if name in as_merged:
+            if coded is None:
+                layer.check_mergeable(None)
+                subtracted.append(as_merged[name].taken_off(weight.device))
+        elif name in layer.gralora_A:
+            layer.check_mergeable(name)
+            subtracted.append(operands_of(layer, name).taken_off(weight.device))
     records = list[Kept]()
     try:
-        if exactly and kept is not None:
-            reason = kept.take_off(weight)
+        if coded is not None:
+            reason = coded.take_off(weight)
         if subtracted:
             if layer.journal is not None and can_keep(weight, (t for o in subtracted for t in o[1:5])):
                 _merge(layer, weight, subtracted, False, records)
@@ -257,7 +258,7 @@ def unmerge(layer: GraloraLinear) -> str | None:
         layer.kept_merge = None
         layer.merged_adapters.clear()
     except BaseException:
-        put_back(weight, records, kept if exactly else None)
+        put_back(weight, records, coded)
         layer.kept_merge, layer.merged_adapters[:] = kept, merged
         raise
     return reason

@@ -50,17 +50,18 @@ class GraloraLinear(Linear):
     use_rslora: Mapping[str, bool] = MappingProxyType({})
     other_param_names = (*Linear.other_param_names, "use_rslora")
 
-    # PEFT's, for a quantized base layer (quantized.py): the packed weight of before the first merge,
-    # and by adapter how much of dW quantizing again has lost.
+    # PEFT's, for a quantized base layer (quantized.py): the packed weight of before the first
+    # merge, and by adapter how much of dW quantizing again has lost.
     quantization_backend: Any = None
     kept_weight: tuple[tuple[Any, str, Any], ...] = ()
     merge_errors: Mapping[str, float] = MappingProxyType({})
 
     # Whether unmerge() gives back the bits of before (exact.py). A merge then keeps a byte for each
-    # weight, at most a tenth of one more, and a copy of the adapter; where codes do not do, a copy of
-    # the weight. False, on the class or on a layer: nothing is kept. Not stored in checkpoints.
+    # weight, at most a tenth of one more, and a copy of the adapter; where codes do not do, a copy
+    # of the weight. False, on the class or on a layer: nothing is kept. Not stored in checkpoints.
     exact_unmerge: bool = True
-    # What takes the merged adapters off; and while a whole model is merged, what takes back each step.
+    # What takes the merged adapters off; and while a whole model is merged, what takes back each
+    # step.
     kept_merge: exact.Kept | None = None
     journal: list[exact.Kept] | None = None
 
@@ -258,7 +259,8 @@ class GraloraLinear(Linear):
         return *self._blocks(adapter), self.gralora_A_general[adapter].weight, self.gralora_B_general[adapter].weight
 
     def check_mergeable(self, adapter: str | None) -> None:
-        """
+        """Whether the base weight can be merged into; and, if one is named, this adapter.
+
         Raises:
             ValueError: the base weight and the adapter, if one is named, are not on one device.
             TypeError: the base weight cannot be merged into.

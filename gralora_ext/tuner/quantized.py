@@ -23,6 +23,7 @@ from torch.nn.utils import skip_init
 from transformers.pytorch_utils import Conv1D
 
 from .. import ops, repacking
+from . import exact
 from .config import NEEDED_PEFT
 
 if Version(peft.__version__) >= Version(NEEDED_PEFT):
@@ -110,10 +111,7 @@ def merge(layer: GraloraLinear, adapter: str, safe: bool) -> None:
     delta = ops.delta_weight(A, B, scaling=layer.scaling[adapter], A_general=A_general, B_general=B_general)
     total = read(layer) + delta
     if safe and not torch.isfinite(total).all():
-        raise ValueError(
-            f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken: its weights would be "
-            "NaN or infinite, and it was not merged"
-        )
+        raise ValueError(exact.not_finite(adapter))
     before = contents(layer.get_base_layer())
     try:
         with torch.no_grad():

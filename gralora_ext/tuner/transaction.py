@@ -42,7 +42,7 @@ def all_or_nothing(model: nn.Module, work: Callable[[], Result]) -> Result:
     """
     before = [_before(module) for module in model.modules() if isinstance(module, BaseTunerLayer)]
     tree = [(module, dict(module._modules)) for module in model.modules()]
-    attributes = {name: vars(model)[name] for name in ("peft_config",) if name in vars(model)}
+    peft_config = vars(model).get("peft_config")
     config = getattr(model, "config", None)
     tied = getattr(config, "tie_word_embeddings", None)
     try:
@@ -57,7 +57,8 @@ def all_or_nothing(model: nn.Module, work: Callable[[], Result]) -> Result:
             for module, children in tree:
                 module._modules.clear()
                 module._modules.update(children)
-            vars(model).update(attributes)
+            if peft_config is not None:
+                vars(model)["peft_config"] = peft_config
             if getattr(config, "tie_word_embeddings", None) is not tied:
                 config.tie_word_embeddings = tied  # type: ignore[union-attr]
             for layer in reversed(before):
