@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ..program.errors import FileError, first_sentence
-from .adapter import CONFIG, WEIGHTS, Adapter, read_config, weights_of
+from .adapter import Adapter, weights_of
+from .adapter_config import CONFIG, WEIGHTS, read_config
 from .new_folder import new_folder
 from .pieces import copy_tensor
 from .safetensors_file import SafetensorsFile, SafetensorsWriter
