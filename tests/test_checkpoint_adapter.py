@@ -69,6 +69,13 @@ def test_a_lora_is_a_gralora_of_one_block(base, tmp_path):
             torch.testing.assert_close(got, deltas[name], rtol=1e-5, atol=1e-6)
 
 
+def test_a_switch_that_is_a_number_is_on_as_in_peft(base, tmp_path):
+    save_adapter(tmp_path / "a", base, lora(r=4, lora_alpha=6))
+    change_config(tmp_path / "a", use_rslora=1)
+    with Adapter(tmp_path / "a") as adapter:
+        assert {layer.scaling for layer in adapter.layers.values()} == {3.0}
+
+
 def test_what_is_trained_whole_has_the_names_of_the_parameters(tmp_path):
     base = save_base(tmp_path / "base", gpt2())
     config = gralora(target_modules=["c_attn"], fan_in_fan_out=True, bias="all", modules_to_save=["lm_head"])

@@ -104,7 +104,7 @@ class Adapter:
     @property
     def fan_in_fan_out(self) -> bool:
         """What the configuration says of all layers; the shape of a weight that is not square says it better."""
-        return self.config.get("fan_in_fan_out") is True
+        return bool(self.config.get("fan_in_fan_out"))
 
     @property
     def files(self) -> list[Path]:
@@ -214,7 +214,7 @@ class Adapter:
             raise FileError(
                 f"{self.folder / CONFIG}: {field}: expected a number for layer {name}, got {str(alpha)[:60]}"
             )
-        return alpha / math.sqrt(ranks) if self.config.get("use_rslora") is True else alpha / ranks
+        return alpha / math.sqrt(ranks) if self.config.get("use_rslora") else alpha / ranks
 
 
 def weights_of(folder: Path) -> Path:
