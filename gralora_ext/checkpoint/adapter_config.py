@@ -55,18 +55,18 @@ def check_config(path: Path, config: dict[str, Any]) -> None:
             f"{path} is that of the method's own repository (it has gralora_alpha), whose r counts otherwise: convert it first "
             "with `gralora-ext import-official`"
         )
+    for field in ("trainable_token_indices", *(_NOT_PLAIN if kind == "LORA" else ())):
+        if config.get(field):
+            raise FileError(
+                f"{path}: {field} is set, and such an adapter cannot be merged in files: load the model with PEFT and merge it there"
+            )
     if kind == "LORA":
-        for field in _NOT_PLAIN:
-            if config.get(field):
-                raise FileError(f"{path}: {field} is set: only plain LoRA on linear layers can be merged in files")
         start = config.get("init_lora_weights")
         if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
             raise FileError(
                 f"{path}: init_lora_weights is {start[:60]!r}, which changes the base model too: save the adapter with PEFT's "
                 "path_initial_model_for_weight_conversion, and merge that"
             )
-    if config.get("trainable_token_indices"):
-        raise FileError(f"{path}: trainable_token_indices is set: such an adapter is merged by PEFT, not in files")
 
 
 def values_of_layers(path: Path, field: str, pattern: object, layers: list[str]) -> dict[str, Any]:
