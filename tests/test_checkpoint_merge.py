@@ -176,6 +176,9 @@ def test_scale_multiplies_what_is_added(tmp_path):
     merge(base, adapter, tmp_path / "half", scale=0.5)
     weaker = save_adapter(tmp_path / "weaker", base, gralora(alpha=6))
     assert_same_weights(loaded(tmp_path / "half"), merged_in_memory(base, weaker))
+    merge(tmp_path / "half", adapter, tmp_path / "off", scale=-0.5)
+    for got, before in zip(loaded(tmp_path / "off").parameters(), loaded(base).parameters(), strict=True):
+        torch.testing.assert_close(got, before, rtol=1e-6, atol=1e-6)
 
 
 def test_an_adapter_on_a_tied_head_changes_the_head_alone(tmp_path):

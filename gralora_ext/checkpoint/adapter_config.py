@@ -18,8 +18,8 @@ from .json_text import read_object
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KINDS = ("GRALORA", "LORA")
 _MARKED = re.compile(r"(\d{1,9}|auto) \(needs gralora_ext: [\w, ]+\)")
-# Fields of LoraConfig, of PEFT 0.19 to 0.21, with which the merged weight is not W + s B A, or is not
-# that of the base model as it is stored.
+# Fields of LoraConfig (PEFT 0.19 to 0.21) with which the merged weight is not W + s B A, or is not that
+# of the base model as it is stored.
 _NOT_PLAIN = (
     "use_dora",
     "lora_bias",
@@ -32,7 +32,7 @@ _NOT_PLAIN = (
     "kasa_config",
     "monteclora_config",
 )
-# What matching a pattern's keys may take of a processor and of memory; a thousand layers with a key
+# What matching a pattern's keys may take of a processor and of memory. A thousand layers with a key
 # each take half a second.
 _SECONDS, _BYTES = 10, 512 << 20
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
