@@ -3,14 +3,18 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from checkpoint_helpers import gpt2, gralora, llama, lora, save_adapter, save_base
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 
 from gralora_ext import ops
+from gralora_ext.checkpoint import adapter_config
 from gralora_ext.checkpoint.adapter import Adapter
+from gralora_ext.checkpoint.adapter_config import values_of_layers
 from gralora_ext.program.errors import FileError
 
 
@@ -65,6 +69,13 @@ def test_a_lora_is_a_gralora_of_one_block(base, tmp_path):
             torch.testing.assert_close(got, deltas[name], rtol=1e-5, atol=1e-6)
 
 
+def test_a_switch_that_is_a_number_is_on_as_in_peft(base, tmp_path):
+    save_adapter(tmp_path / "a", base, lora(r=4, lora_alpha=6))
+    change_config(tmp_path / "a", use_rslora=1)
+    with Adapter(tmp_path / "a") as adapter:
+        assert {layer.scaling for layer in adapter.layers.values()} == {3.0}
+
+
 def test_what_is_trained_whole_has_the_names_of_the_parameters(tmp_path):
     base = save_base(tmp_path / "base", gpt2())
     config = gralora(target_modules=["c_attn"], fan_in_fan_out=True, bias="all", modules_to_save=["lm_head"])
@@ -84,6 +95,8 @@ CONFIGS = {
     "alpha a text": ({"alpha": "8"}, "alpha: expected a number"),
     "alpha a huge integer": ({"alpha": 10**400}, "alpha: expected a number"),
     "a pattern that is no expression": ({"alpha_pattern": {"(": 1}}, "regular expression"),
+    "a pattern that PEFT cannot put behind a prefix": ({"alpha_pattern": {"(?i)Q": 1}}, "regular expression"),
+    "k with endless digits": ({"gralora_k": "9" * 5000 + " (needs gralora_ext: k_pattern)"}, "gralora_k is"),
     "a pattern that is a list": ({"rank_pattern": [1]}, "rank_pattern"),
     "trained tokens": ({"trainable_token_indices": [1]}, "trainable_token_indices"),
 }
@@ -96,6 +109,35 @@ def test_a_configuration_that_does_not_fit_is_refused(base, tmp_path, name):
     change_config(tmp_path / "a", **fields)
     with pytest.raises(FileError, match=message):
         Adapter(tmp_path / "a")
+
+
+def test_patterns_are_matched_as_peft_matches_them():
+    keys = [
+        "q_proj",
+        "layers.1.mlp.up",
+        r"layers\.[02]\.mlp\.(up|down)_proj",
+        "^model.layers.1",
+        r"^model.*v_proj",
+        "odd)(_k",
+    ]
+    layers = [
+        f"model.layers.{n}.{end}" for n in range(3) for end in ("q_proj", "mlp.up_proj", "mlp.down_proj", "v_proj")
+    ]
+    layers += ["model.layers.1", "odd_k", "v_proj"]
+    pattern = {key: number for number, key in enumerate(keys, 1)}
+    expected = {layer: pattern.get(get_pattern_key(pattern.keys(), layer)) for layer in layers}
+    found = values_of_layers(Path("config"), "rank_pattern", pattern, layers)
+    assert found == {layer: value for layer, value in expected.items() if value is not None}
+    assert set(found.values()) == set(pattern.values()) - {2}
+
+
+@pytest.mark.parametrize(
+    "key", [r"([\w.]+)+!", "(){4000000000}!", "(x?){1000}" * 100_000], ids=["years", "memory", "long"]
+)
+def test_patterns_that_take_years_or_all_memory_are_refused(monkeypatch, key):
+    monkeypatch.setattr(adapter_config, "_SECONDS", 1)
+    with pytest.raises(FileError, match="rank_pattern: its keys take more than 1 s or 512 MiB to match"):
+        values_of_layers(Path("config"), "rank_pattern", {key: 4}, ["model.layers.0.self_attn.q_proj"])
 
 
 @pytest.mark.parametrize("field", ["use_dora", "lora_bias", "target_parameters"])

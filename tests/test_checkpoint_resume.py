@@ -109,6 +109,17 @@ def test_a_repeated_merge_of_copied_files_is_done_too(own):
     assert merge(base, adapter, out).was_done
 
 
+def test_files_of_the_base_keep_their_content_whatever_their_names(own, monkeypatch):
+    base, adapter, out = own
+    names = ("state.json", "merge.json.new", "model.safetensors.part", "config.json.new")
+    for name in names:
+        (base / name).write_text(name)
+    break_off(monkeypatch, base, adapter, out)
+    merge(base, adapter, out)
+    assert [(out / name).read_text() for name in names] == list(names)
+    assert merge(base, adapter, out).was_done
+
+
 CHANGES = {
     "a weight of the base": lambda base, adapter: flip(next(base.glob("*1-of*.safetensors"))),
     "the tokenizer": lambda base, adapter: (base / "tokenizer.json").write_text("{}"),
@@ -258,6 +269,7 @@ def test_too_little_space_is_told_before_anything_is_written(folders, tmp_path, 
     monkeypatch.setattr("gralora_ext.checkpoint.merging.free_bytes", lambda folder: 1000)
     with pytest.raises(JobError, match="needs .* MiB, and its disk has"):
         merge(*folders, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()] == [staging.STATE]
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(folders, tmp_path, monkeypatch):

@@ -18,11 +18,10 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ..program.errors import FileError
+from .adapter_config import CONFIG, WEIGHTS, check_config, is_number, plain_k, read_config, values_of_layers
 from .header import TensorInfo
-from .json_text import read_object
 from .safetensors_file import HOW_TO_CONVERT, PICKLES, SafetensorsFile
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _PARTS = {
     "GRALORA": {
@@ -34,22 +33,6 @@ _PARTS = {
     "LORA": {"lora_A.weight": "A", "lora_B.weight": "B"},
 }
 _FLOATS = ("F32", "BF16", "F16", "F64")
-_MARKED = re.compile(r"(\d+|auto) \(needs gralora_ext: [\w, ]+\)")
-# Fields of LoraConfig with which the merged weight is not W + s B A, or is not that of the base
-# model as it is stored.
-_NOT_PLAIN = (
-    "use_dora",
-    "lora_bias",
-    "use_qalora",
-    "use_bdlora",
-    "target_parameters",
-    "layer_replication",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-)
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -102,11 +85,15 @@ class Adapter:
         """``config`` takes the place of the file's."""
         self.folder = folder
         self.config = read_config(folder) if config is None else config
-        _check_config(folder / CONFIG, self.config)
+        check_config(folder / CONFIG, self.config)
         self.kind = str(self.config["peft_type"])
         self.file = SafetensorsFile(weights_of(folder))
         try:
             parts, self.whole = self._sorted_tensors()
+            self._patterns = {
+                field: values_of_layers(folder / CONFIG, field, self.config.get(field), sorted(parts))
+                for field in ("rank_pattern", "alpha_pattern", "k_pattern")
+            }
             self.layers = {name: self._layer(name, parts[name]) for name in sorted(parts)}
             if not self.layers and not self.whole:
                 raise FileError(f"{self.file.path} holds no tensor: expected those of a {self.kind} adapter")
@@ -117,7 +104,7 @@ class Adapter:
     @property
     def fan_in_fan_out(self) -> bool:
         """What the configuration says of all layers; the shape of a weight that is not square says it better."""
-        return self.config.get("fan_in_fan_out") is True
+        return bool(self.config.get("fan_in_fan_out"))
 
     @property
     def files(self) -> list[Path]:
@@ -207,7 +194,7 @@ class Adapter:
                 f"{self.folder / CONFIG}: hybrid_r is {_short(said)}, but layer {name} has h = {h} in {WEIGHTS}"
             )
         self._check_rank(name, r)
-        said = _matching(self.config.get("k_pattern") or {}, name, _plain_k(self.config.get("gralora_k", 2)))
+        said = self._patterns["k_pattern"].get(name, plain_k(self.config.get("gralora_k", 2)))
         if said not in (k, "auto"):
             raise FileError(
                 f"{self.folder / CONFIG}: gralora_k is {_short(said)}, but layer {name} has k = {k} in {WEIGHTS}"
@@ -215,51 +202,19 @@ class Adapter:
         return N, M, k, r, h
 
     def _check_rank(self, name: str, r: int) -> None:
-        said = _matching(self.config.get("rank_pattern") or {}, name, self.config.get("r"))
+        said = self._patterns["rank_pattern"].get(name, self.config.get("r"))
         if said != r or isinstance(said, bool):
             raise FileError(f"{self.folder / CONFIG}: r is {_short(said)}, but layer {name} has r = {r} in {WEIGHTS}")
 
     def _scaling(self, name: str, ranks: int) -> float:
         """s = alpha / (r + h), with rslora alpha / sqrt(r + h)."""
         field, default = ("lora_alpha", 8) if self.kind == "LORA" else ("alpha", 64)
-        alpha = _matching(self.config.get("alpha_pattern") or {}, name, self.config.get(field, default))
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not _is_finite(alpha):
+        alpha = self._patterns["alpha_pattern"].get(name, self.config.get(field, default))
+        if not is_number(alpha):
             raise FileError(
                 f"{self.folder / CONFIG}: {field}: expected a number for layer {name}, got {str(alpha)[:60]}"
             )
-        return alpha / math.sqrt(ranks) if self.config.get("use_rslora") is True else alpha / ranks
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The configuration in an adapter's folder, not checked yet."""
-    if not folder.is_dir():
-        raise FileError(f"{folder} is not a folder: expected an adapter's, with {CONFIG} and {WEIGHTS}")
-    return read_object(folder / CONFIG)
-
-
-def _check_config(path: Path, config: dict[str, Any]) -> None:
-    kind = config.get("peft_type")
-    if not isinstance(kind, str) or kind not in _PARTS:
-        raise FileError(f"{path}: peft_type: expected GRALORA or LORA, got {str(kind)[:60]!r}")
-    if "gralora_alpha" in config:
-        raise FileError(
-            f"{path} is that of the method's own repository (it has gralora_alpha), whose r counts otherwise: convert it first "
-            "with `gralora-ext import-official`"
-        )
-    if kind == "LORA":
-        for field in _NOT_PLAIN:
-            if config.get(field):
-                raise FileError(f"{path}: {field} is set: only plain LoRA on linear layers can be merged in files")
-        start = config.get("init_lora_weights")
-        if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
-            raise FileError(
-                f"{path}: init_lora_weights is {start[:60]!r}, which changes the base model too: save the adapter with PEFT's "
-                "path_initial_model_for_weight_conversion, and merge that"
-            )
-    if config.get("trainable_token_indices"):
-        raise FileError(f"{path}: trainable_token_indices is set: such an adapter is merged by PEFT, not in files")
-    for field in ("rank_pattern", "alpha_pattern", "k_pattern"):
-        _check_pattern(path, field, config.get(field))
+        return alpha / math.sqrt(ranks) if self.config.get("use_rslora") else alpha / ranks
 
 
 def weights_of(folder: Path) -> Path:
@@ -272,41 +227,9 @@ def weights_of(folder: Path) -> Path:
     return path
 
 
-def _check_pattern(path: Path, field: str, pattern: object) -> None:
-    if pattern is None:
-        return
-    if not isinstance(pattern, dict):
-        raise FileError(f"{path}: {field}: expected names of layers with numbers, got {str(pattern)[:60]!r}")
-    for key, value in pattern.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not _is_finite(value) or value <= 0:
-            raise FileError(f"{path}: {field}: expected a positive number for {key[:60]!r}, got {str(value)[:60]}")
-        try:
-            re.compile(key)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise FileError(f"{path}: {field}: {key[:60]!r} is no name and no regular expression: {error}") from None
-
-
-def _matching(pattern: dict[str, Any], name: str, default: Any) -> Any:
-    """The value for a layer, by PEFT's rule (``peft.utils.other.get_pattern_key``): the first key that ends the name."""
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
-
-
-def _plain_k(said: Any) -> Any:
-    """``gralora_k`` without the note that :class:`gralora_ext.GraloraConfig` puts behind it."""
-    marked = _MARKED.fullmatch(said) if isinstance(said, str) else None
-    return said if not marked else "auto" if marked[1] == "auto" else int(marked[1])
-
-
 def _split(name: str, parts: dict[str, str]) -> tuple[str, str]:
     return next(((name[: -len(end) - 1], part) for end, part in parts.items() if name.endswith(f".{end}")), ("", ""))
 
 
 def _short(value: object) -> str:
     return repr(value)[:60]
-
-
-def _is_finite(value: float) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer beyond float64
-        return False

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from ..program.errors import FileError
 from .header import TensorInfo
@@ -45,10 +45,7 @@ class BaseModel:
         found = next((part[key] for part in parts for key in _QUANTIZATION if part.get(key)), None)
         if found is not None:
             method = found.get("quant_method") if isinstance(found, dict) else found
-            raise FileError(
-                f"{folder / CONFIG}: the model is quantized ({str(method)[:40]}): merge into the model that it was made of, in "
-                "bf16, fp16 or fp32, and quantize the result"
-            )
+            _refuse_quantized(folder / CONFIG, str(method)[:40])
         self.index_metadata: dict[str, Any] = {}
         names = self._file_names()
         self.sharded = names != [SINGLE]
@@ -96,10 +93,7 @@ class BaseModel:
             self.file_metadata[name] = file.metadata
             for info in file.tensors.values():
                 if info.dtype.startswith(_QUANTIZED):
-                    raise FileError(
-                        f"{path}: {info.name} has dtype {info.dtype}: expected a model in bf16, fp16 or fp32; merge into the model "
-                        "that it was made of, and quantize the result"
-                    )
+                    _refuse_quantized(path, f"{info.name} has dtype {info.dtype}")
                 if info.name in self.tensors:
                     other = self.tensors[info.name].path.name
                     raise FileError(f"{path} and {other} both have a tensor {info.name[:80]!r}")
@@ -112,6 +106,13 @@ class BaseModel:
             if tensor not in self.tensors or self.tensors[tensor].path.name != file:
                 raise FileError(f"{self.folder / INDEX} says that {tensor[:80]!r} is in {file}, which does not have it")
         del self._weight_map
+
+
+def _refuse_quantized(path: Path, how: str) -> NoReturn:
+    raise FileError(
+        f"{path}: the model is quantized ({how}): merge into the model that it was made of, in bf16, fp16 or fp32, and quantize "
+        "the result"
+    )
 
 
 def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:

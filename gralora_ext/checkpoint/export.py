@@ -15,7 +15,8 @@ import torch
 from .. import lora_factors
 from ..lora_factors import Factors
 from ..program.errors import FileError, first_sentence
-from .adapter import CONFIG, WEIGHTS, Adapter, Layer
+from .adapter import Adapter, Layer
+from .adapter_config import CONFIG, WEIGHTS
 from .new_folder import new_folder
 from .pieces import copy_tensor, write_tensor
 from .safetensors_file import NAMES_OF_DTYPES, TORCH_DTYPES, SafetensorsWriter

@@ -28,7 +28,7 @@ def read_bytes(path: Path, most: int) -> bytes:
     """The bytes of a file of at most ``most``; a FileError where it cannot be read, or is longer."""
     try:
         if path.exists() and not path.is_file():
-            raise FileError(f"{path} is not a file")
+            raise FileError(f"{path} is not a file: expected one, and no folder, pipe or device")
         with open(path, "rb") as file:
             content = file.read(most + 1)
     except OSError as error:

@@ -244,10 +244,10 @@ def _set_dtype(config: dict[str, Any], value: str) -> None:
 
 def _check_place(out: Path, base: BaseModel, adapters: list[Adapter]) -> None:
     if out.exists() and not out.is_dir():
-        raise FileError(f"out: {out} is not a folder")
+        raise FileError(f"{out} is not a folder: expected a new or empty one")
     for folder in (base.folder, *(adapter.folder for adapter in adapters)):
         if out.exists() and os.path.samefile(out, folder):
-            raise FileError(f"out: {out} is a folder that is read: name another one")
+            raise FileError(f"{out} is a folder that is read: name another one for the result")
 
 
 def _check_space(out: Path, needed: int) -> None:

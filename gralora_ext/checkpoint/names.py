@@ -19,14 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.utils.hooks import RemovableHandle
 
 from ..program.errors import FileError
 from .adapter import Adapter
-from .base import BaseModel
+from .base import CONFIG, BaseModel
 
 _PROGRAM = "from gralora_ext.checkpoint.names import main; main()"
 _LOADED = "transformers.modeling_utils"
 _SECONDS = 600
+_MORE_PARAMETERS = 1000  # those of a head, or of a part that the files do not have
 
 
 @dataclass
@@ -58,7 +61,7 @@ class Names:
 
 
 def names_of(base: BaseModel, adapters: list[Adapter]) -> Names:
-    """The names of ``base`` as the ``adapters`` use them."""
+    """The names of ``base`` as the ``adapters`` use them; a FileError where transformers fails over the question."""
     needed = [parameter for adapter in adapters for parameter in parameters_of(adapter)]
     # A matrix that is trained whole may be tied to another one, of which only transformers knows.
     may_be_tied = any(len(info.shape) == 2 for adapter in adapters for info in adapter.whole.values())
@@ -80,14 +83,21 @@ def names_of(base: BaseModel, adapters: list[Adapter]) -> Names:
             env={**os.environ, **environment},
         )
         return Names(**json.loads(done.stdout.splitlines()[-1]))
-    except (subprocess.SubprocessError, OSError, ValueError, IndexError, TypeError):
-        return Names({name: name for name in needed if name in base.tensors})
+    except subprocess.CalledProcessError as error:
+        reason = (error.stderr.strip().splitlines() or [f"exit code {error.returncode}"])[-1][:400]
+    except subprocess.TimeoutExpired:
+        reason = f"no answer in {_SECONDS} s"
+    raise FileError(f"{base.folder}: transformers could not be asked for the names of its parameters: {reason}")
 
 
 def main() -> None:
     """Prints the names of the model in the first folder of the command line, as the adapters in the others use them."""
     folder, *others = map(Path, sys.argv[1:])
-    print(json.dumps(asdict(_ask_transformers(BaseModel(folder), [Adapter(other) for other in others]))))
+    try:
+        names = _ask_transformers(BaseModel(folder), [Adapter(other) for other in others])
+    except FileError as error:
+        sys.exit(str(error))
+    print(json.dumps(asdict(names)))
 
 
 def parameters_of(adapter: Adapter) -> Iterator[str]:
@@ -118,11 +128,34 @@ def _models(base: BaseModel, adapters: list[Adapter]) -> Iterator[Any]:
         return
     for make in _classes(transformers, base, adapters):
         try:
-            with torch.device("meta"), warnings.catch_warnings():
+            with torch.device("meta"), warnings.catch_warnings(), _few_parameters(base):
                 warnings.simplefilter("ignore")
-                yield make(config)
+                model = make(config)
+        except FileError:
+            raise
         except Exception:  # noqa: BLE001, S112  a class that does not go with this configuration
             continue
+        yield model
+
+
+def _few_parameters(base: BaseModel) -> RemovableHandle:
+    """While it is entered, making a model with many more parameters than the files have tensors is a FileError.
+
+    A configuration may tell of layers without end, which would never be made.
+    """
+    most = 2 * len(base.tensors) + _MORE_PARAMETERS
+    count = 0
+
+    def counted(module: torch.nn.Module, name: str, parameter: torch.Tensor | None) -> None:
+        nonlocal count
+        count += parameter is not None and parameter.is_meta
+        if count > most:
+            raise FileError(
+                f"{base.folder / CONFIG} tells of a model with more than {most:,} parameters, and its files have "
+                f"{len(base.tensors):,} tensors: expected the configuration of these weights"
+            )
+
+    return register_module_parameter_registration_hook(counted)
 
 
 def _classes(transformers: Any, base: BaseModel, adapters: list[Adapter]) -> Iterator[Any]:

@@ -31,7 +31,7 @@ def _check_free(final: Path, out: Path) -> None:
     if not final.exists():
         return
     if not final.is_dir():
-        raise FileError(f"{out} is a file: expected the name of a new folder")
+        raise FileError(f"{out} is not a folder: expected a new or empty one")
     inside = next(final.iterdir(), None)
     if inside is not None:
-        raise FileError(f"{out} has files in it, such as {inside.name}: expected the name of a new or empty folder")
+        raise FileError(f"{out} holds other files ({inside.name}): expected a new or empty folder")

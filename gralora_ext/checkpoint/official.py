@@ -14,22 +14,26 @@ from pathlib import Path
 from typing import Any
 
 from ..program.errors import FileError, first_sentence
-from .adapter import CONFIG, WEIGHTS, Adapter, read_config, weights_of
+from .adapter import Adapter, weights_of
+from .adapter_config import CONFIG, WEIGHTS, read_config
 from .new_folder import new_folder
 from .pieces import copy_tensor
 from .safetensors_file import SafetensorsFile, SafetensorsWriter
 
 _SAME = (
-    *(
-        "auto_mapping",
-        "base_model_name_or_path",
-        "revision",
-        "task_type",
-        "inference_mode",
-        "hybrid_r",
-        "target_modules",
-    ),
-    *("gralora_dropout", "gralora_k", "fan_in_fan_out", "modules_to_save", "layers_to_transform", "layers_pattern"),
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "task_type",
+    "inference_mode",
+    "hybrid_r",
+    "target_modules",
+    "gralora_dropout",
+    "gralora_k",
+    "fan_in_fan_out",
+    "modules_to_save",
+    "layers_to_transform",
+    "layers_pattern",
 )
 _OTHERS = ("peft_type", "r", "gralora_alpha", "bias")
 _BIASES = ("none", "all", "gralora_only")
@@ -67,7 +71,7 @@ def import_official(adapter: str | os.PathLike[str], out: str | os.PathLike[str]
     folder = Path(adapter)
     given = read_config(folder)
     fields, notes = _translated(folder / CONFIG, given)
-    _check_ranks(folder, given)
+    _check_ranks(folder, fields["r"])
     with Adapter(folder, {**fields, "peft_type": "GRALORA"}) as opened:
         if not opened.layers:
             raise FileError(f"{opened.file.path} holds no layer with a GraLoRA adapter: expected one or more to import")
@@ -114,8 +118,8 @@ def _translated(path: Path, given: dict[str, Any]) -> tuple[dict[str, Any], list
     return {**same, "r": r - h, "hybrid_r": h, "gralora_k": k, "alpha": given["gralora_alpha"], "bias": "none"}, notes
 
 
-def _check_ranks(folder: Path, given: dict[str, Any]) -> None:
-    ranks = given.get("r", 8) - given.get("hybrid_r", 0)
+def _check_ranks(folder: Path, ranks: int) -> None:
+    """Refuses tensors of another r in the repository's words; :class:`Adapter` would speak of PEFT's r."""
     with SafetensorsFile(weights_of(folder)) as file:
         for name, info in file.tensors.items():
             if name.endswith(".gralora_A") and info.shape[2:] != (ranks,):

@@ -102,10 +102,10 @@ def parse_size(size: int | str | None) -> int | None:
 
     try:
         count = int(size) if isinstance(size, int) or str(size).strip().isdigit() else parse_size_to_int(size)
-    except (ValueError, OverflowError) as error:
-        raise FileError(f"max_shard_size: expected a number of bytes or a text such as 5GB, got {size!r}") from error
+    except (ValueError, OverflowError):
+        count = 0
     if count <= 0 or isinstance(size, bool):
-        raise FileError(f"max_shard_size: expected a positive size such as 5GB, got {size!r}")
+        raise FileError(f"max_shard_size: expected a positive number of bytes, or a text such as 5GB, got {size!r}")
     return count
 
 

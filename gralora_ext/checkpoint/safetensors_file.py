@@ -179,5 +179,5 @@ def stamp_of(status: os.stat_result) -> tuple[int, ...]:
 def _measured(fd: int, path: Path) -> tuple[int, tuple[int, ...]]:
     status = os.fstat(fd)
     if not stat.S_ISREG(status.st_mode):
-        raise FileError(f"{path} is not a file: expected a safetensors file")
+        raise FileError(f"{path} is not a file: expected one, and no folder, pipe or device")
     return status.st_size, stamp_of(status)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The folder that a merge writes into: staged in a hidden folder inside it, and put in place when all of it is there.
 
-``OUT/.gralora_ext-merge/`` has the files that are finished and ``state.json``, which lists them; a killed merge goes on from there. When all
+``OUT/.gralora_ext-merge/`` has the files that are finished and ``.state.json``, which lists them; a killed merge goes on from there. When all
 are there they are renamed into ``OUT``, ``config.json`` last, without which no program takes the folder for a model's. The manifest
 ``merge.json`` then lists inputs and outputs with their SHA-256: what it does not list is not ours, and is never touched.
 """
@@ -25,7 +25,8 @@ from .base import CONFIG
 from .json_text import read_bytes
 from .safetensors_file import stamp_of
 
-STAGE, STATE, MANIFEST = ".gralora_ext-merge", "state.json", "merge.json"
+# The state's name is hidden: no small file of a base has such a one, and is staged beside it.
+STAGE, STATE, MANIFEST = ".gralora_ext-merge", ".state.json", "merge.json"
 _MOST_MANIFEST_BYTES = 16 << 20
 OVERWRITE = "give overwrite=True (--overwrite) to write it anew"
 

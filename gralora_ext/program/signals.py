@@ -64,7 +64,7 @@ class Stopper:
         if self.signum is not None:
             if time.monotonic() - self._came < self._again:
                 return
-            self._tell(b"\nstopped at once; the last checkpoint is whole\n")
+            self._tell(b"\nstopped at once; what was finished is whole\n")
             os._exit(128 + signum)
         self.learn(signum)
         if self._depth:
