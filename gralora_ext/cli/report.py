@@ -18,7 +18,6 @@ PACKAGES = (
     "bitsandbytes",
     "safetensors",
     "tokenizers",
-    "bitsandbytes",
     "datasets",
     "gguf",
     "matplotlib",
