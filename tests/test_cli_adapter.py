@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import gralora_ext
 from gralora_ext.cli.option_table import OPTIONS
 
+pytestmark = pytest.mark.usefixtures("no_plot")
 JOB = ("finetune", "--model", "model", "--data", "data.jsonl", "--steps", 4, "--lr", 0.02, "--r", 4, "--max-length", 64)
 JOB += ("--sample-tokens", 2, "--save-every", 2, "--eval-every", 2, "--lr-schedule", "constant")
 
@@ -25,11 +26,6 @@ def work(tmp_path_factory):
     make_model(folder / "model")
     make_data(folder / "data.jsonl")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _no_plot(monkeypatch):
-    monkeypatch.setattr("gralora_ext.cli.report.draw", lambda metrics, path: path.write_bytes(b"plot"))
 
 
 # Fields under another name here, and those that the job decides by itself.

@@ -14,6 +14,7 @@ from cli_helpers import call, make_data, make_model, metrics, same_end, sentence
 from gralora_ext.cli.option_table import BITSANDBYTES_OPTIMIZERS, OPTIMIZERS, OPTIONS, REPORTERS
 from gralora_ext.cli.options import decisive, parse, settings
 
+pytestmark = pytest.mark.usefixtures("no_plot")
 JOB = ("finetune", "--model", "model", "--data", "data.jsonl", "--batch-size", 2, "--r", 4, "--lr", 0.01)
 JOB += ("--lr-schedule", "constant", "--max-length", 64, "--sample-tokens", 2, "--eval-every", 2, "--no-merge")
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
@@ -25,11 +26,6 @@ def work(tmp_path_factory):
     make_model(folder / "model")
     make_data(folder / "data.jsonl")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _no_plot(monkeypatch):
-    monkeypatch.setattr("gralora_ext.cli.report.draw", lambda metrics, path: path.write_bytes(b"plot"))
 
 
 def run(work, output, *more):
