@@ -26,8 +26,8 @@ class Sample(NamedTuple):
 class Encoder:
     """Makes tokens of rows: by the tokenizer's chat template where it has one, else the prompt, a line break, the answer.
 
-    The last answer ends with the tokenizer's end token, so that the model learns where to stop. Answers and that token are
-    the labels; all tokens are, where ``answers_only`` is off, and in texts.
+    The last answer ends with the tokenizer's end token, so that the model learns where to stop. Answers and that token
+    are the labels; all tokens are, where ``answers_only`` is off, and in texts.
     """
 
     def __init__(self, tokenizer: Any, max_length: int, answers_only: bool = True):
@@ -45,7 +45,7 @@ class Encoder:
         return self._open(prompt + "\n")
 
     def pieces(self, row: Row) -> tuple[list[tuple[list[int], bool]], int]:
-        """The tokens of a row, in pieces that are learned or not; and the number of answers that could not be told apart."""
+        """The tokens of a row, in pieces that are learned or not; and how many answers could not be told apart."""
         if isinstance(row, str):
             return [(self._ended(self._open(row)), True)], 0
         if isinstance(row, tuple):
@@ -120,7 +120,7 @@ class Encoder:
         return remarks
 
     def sample(self, row: Row) -> Sample:
-        """A question of the held-out rows, with its right answer: of a conversation the last one, of a text its second half."""
+        """A held-out row's question with its right answer: of a conversation the last one, of a text its second half."""
         if isinstance(row, tuple):
             return Sample(self.prompt(row[0]), *row)
         if isinstance(row, str):

@@ -21,7 +21,7 @@ Messages = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Completion:
-    """A conversation of which only answers after the first ``asked`` messages are learned, as of a prompt's completion."""
+    """A conversation of which the first ``asked`` messages are the prompt: of answers only later ones are learned."""
 
     messages: Messages
     asked: int
@@ -52,7 +52,10 @@ class Fields:
 
 @dataclass
 class Rows:
-    """What was read: ``name`` for the reader, ``rows`` in the file's order, ``remark`` on those left out, ``digest`` of them."""
+    """What was read: ``name`` for the reader, ``rows`` in the file's order, ``remark`` on those left out.
+
+    ``digest`` is the SHA-256 of ``rows``.
+    """
 
     name: str
     rows: list[Row]
@@ -69,9 +72,9 @@ class Rows:
         return "texts" if isinstance(first, str) else "rows" if isinstance(first, tuple) else "conversations"
 
     def split(self, held_out: int, seed: int | None = None) -> tuple[list[Row], list[Row]]:
-        """Rows to learn from, and ``held_out`` (0: a fifth, at most 200) that are kept from training, in the file's order.
+        """Rows to learn from, and ``held_out`` ones (0: a fifth, at most 200) that are kept from training.
 
-        Those are drawn by ``seed``, or without one the last.
+        The latter are drawn by ``seed``, or without one the last. Both are in the file's order.
         """
         held_out = held_out or max(1, min(200, len(self.rows) // 5))
         if held_out >= len(self.rows):
@@ -97,8 +100,8 @@ def read_rows(
 ) -> Rows:
     """Reads and checks every row, so that a bad one shows before any model is loaded.
 
-    ``data`` are files, or folders or names that ``datasets.load_dataset`` knows; None is the embedded GSM8K. What there is
-    nothing to learn from, an empty text or a conversation without an answer, is left out and counted.
+    ``data`` are files, or folders or names that ``datasets.load_dataset`` knows; None is the embedded GSM8K. What there
+    is nothing to learn from, an empty text or a conversation without an answer, is left out and counted.
     """
     places = [str(data_file())] if data is None else data
     name = GSM8K if data is None else places[0] if len(places) == 1 else f"{places[0]} and {len(places) - 1} more"
