@@ -100,3 +100,9 @@ def tree(sdist: Path, builds: Path) -> Path:
 def device() -> torch.device:
     """The device on which the operations are tested."""
     return torch.device(os.environ["GRALORA_TEST_DEVICE"])
+
+
+@pytest.fixture
+def no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs of the command line draw no loss.png, which takes half of the time of a short one."""
+    monkeypatch.setattr("gralora_ext.cli.report.draw", lambda metrics, path: path.write_bytes(b"plot"))

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import gralora_ext
 from gralora_ext.cli.option_table import OPTIONS
 
+pytestmark = pytest.mark.usefixtures("no_plot")
 JOB = ("finetune", "--model", "model", "--data", "data.jsonl", "--steps", 4, "--lr", 0.02, "--r", 4, "--max-length", 64)
 JOB += ("--sample-tokens", 2, "--save-every", 2, "--eval-every", 2, "--lr-schedule", "constant")
 
@@ -25,11 +26,6 @@ def work(tmp_path_factory):
     make_model(folder / "model")
     make_data(folder / "data.jsonl")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _no_plot(monkeypatch):
-    monkeypatch.setattr("gralora_ext.cli.report.draw", lambda metrics, path: path.write_bytes(b"plot"))
 
 
 # Fields under another name here, and those that the job decides by itself.
@@ -84,29 +80,38 @@ CASES = {
 }
 
 
+def trained(work, name):
+    """What a case's job leaves; it is run once."""
+    output = work / name
+    if not output.exists():
+        done = call(*JOB, *CASES[name][0], "--output", name, cwd=work)
+        assert done.returncode == 0, done.stderr
+    return output
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_job_with_it_is_merged_right_and_resumes_to_the_last_bit(work, name):
     more, expected = CASES[name]
-    done = call(*JOB, *more, "--output", name, cwd=work)
-    assert done.returncode == 0, done.stderr
-    config = json.loads((work / name / "adapter" / "adapter_config.json").read_text())
+    output = trained(work, name)
+    config = json.loads((output / "adapter" / "adapter_config.json").read_text())
     assert {k: sorted(v) if isinstance(v, list) else v for k, v in config.items()}.items() >= expected.items()
-    assert metrics(work / name)["merged_logits"]["relative"] <= 1e-5
+    assert metrics(output)["merged_logits"]["relative"] <= 1e-5
     job = (*JOB, "--no-merge", *more, "--output", f"{name} again")
     assert call(*job, "--steps", 2, cwd=work).returncode == 0
     again = call(*job, "--resume", cwd=work)
     assert again.returncode == 0, again.stderr
-    same_end(work / f"{name} again", work / name)
+    same_end(work / f"{name} again", output)
 
 
 @pytest.mark.parametrize("name", ["rank_pattern", "pissa", "modules_to_save", "tokens"])
 def test_adapter_on_its_base_is_the_merged_model(work, name):
     from transformers import AutoModelForCausalLM
 
+    output = trained(work, name)
     base = AutoModelForCausalLM.from_pretrained(work / "model")
     with gralora_ext.enable():
-        adapted = peft.PeftModel.from_pretrained(base, work / name / "adapter").eval()
-    merged = AutoModelForCausalLM.from_pretrained(work / name / "merged").eval()
+        adapted = peft.PeftModel.from_pretrained(base, output / "adapter").eval()
+    merged = AutoModelForCausalLM.from_pretrained(output / "merged").eval()
     ids = torch.arange(2, 60)[None]
     with torch.no_grad():
         torch.testing.assert_close(adapted(ids).logits, merged(ids).logits, atol=1e-4, rtol=1e-4)
@@ -136,10 +141,11 @@ def test_trained_biases_are_saved_merged_and_resumed(work, backend, bias):
 
 
 def test_patterns_reach_the_layers(work):
-    tensors = load_file(work / "rank_pattern" / "adapter" / "adapter_model.safetensors")
+    tensors = load_file(trained(work, "rank_pattern") / "adapter" / "adapter_model.safetensors")
     ranks = {name.split(".")[-2]: t.shape[-1] for name, t in tensors.items() if name.endswith("gralora_A")}
     assert (ranks["q_proj"], ranks["up_proj"], ranks["k_proj"]) == (8, 2, 4)
-    assert {n.split(".")[4] for n in load_file(work / "layers" / "adapter" / "adapter_model.safetensors")} == {"1"}
+    tensors = load_file(trained(work, "layers") / "adapter" / "adapter_model.safetensors")
+    assert {name.split(".")[4] for name in tensors} == {"1"}
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,11 @@ from __future__ import annotations
 import json
 
 import pytest
-from cli_helpers import CHAT, call, conversations, make_chat_data, make_chat_model, make_model, sentence
+from cli_helpers import CHAT, call, conversations, make_chat_data, make_chat_model, make_model, same_end, sentence
 
 from gralora_ext.cli.chat import read_template
 from gralora_ext.cli.data import IGNORED, Encoder
+from gralora_ext.cli.rows import Completion
 from gralora_ext.program.errors import JobError
 
 MARKED = (
@@ -102,6 +103,19 @@ def test_a_conversation_of_one_answer_is_a_prompt_with_its_answer(tokenizer):
     assert encoder.examples([asked], "training") == encoder.examples([("how many", "three")], "training")
 
 
+@pytest.mark.parametrize("template", [CHAT, MARKED, THINKS], ids=["prefixes", "marks", "thinks"])
+def test_of_a_prompt_and_a_completion_of_messages_only_the_completion_is_learned(tokenizer, template):
+    """As TRL learns them: an answer in the prompt is what came before."""
+    tokenizer.chat_template = template
+    encoder = Encoder(tokenizer, 100)
+    (example,), remarks = encoder.examples([Completion(TURNS, 3)], "training")
+    assert learned(tokenizer, example) == ["cat dog<eos>" if template != THINKS else "<think></think>cat dog<eos>"]
+    assert tokenizer.decode(example["input_ids"]) == tokenizer.apply_chat_template(TURNS, tokenize=False).rstrip()
+    assert remarks == [] and encoder.sample(Completion(TURNS, 3)) == encoder.sample(TURNS)
+    (example,), _ = Encoder(tokenizer, 100, answers_only=False).examples([Completion(TURNS, 3)], "training")
+    assert example["labels"] == [IGNORED, *example["input_ids"][1:]]
+
+
 def test_what_follows_the_last_answer_is_left_away_and_a_system_message_is_not_learned(tokenizer):
     row = [{"role": "system", "content": "be brief"}, *TURNS[:2], {"role": "user", "content": "thanks"}]
     (example,), _ = Encoder(tokenizer, 100).examples([row], "training")
@@ -135,8 +149,9 @@ def test_a_template_that_tells_no_answer_is_refused(tokenizer):
 def test_a_conversation_that_the_template_refuses_is_quoted(tokenizer):
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     says = "fails: roles must alternate: mend it, or the conversation of user, assistant, user, assistant that begins with 'd"
-    with pytest.raises(JobError, match=says):
-        Encoder(tokenizer, 100).examples([TURNS], "training")
+    for row in (TURNS, Completion(TURNS, 1)):
+        with pytest.raises(JobError, match=says):
+            Encoder(tokenizer, 100).examples([row], "training")
 
 
 def test_sample_is_the_last_question_with_what_came_before(tokenizer):
@@ -154,6 +169,20 @@ def test_job_learns_conversations_and_resumes_them(model, tmp_path):
     assert "user: " in done.stdout and "reference: " in done.stdout
     again = call(*JOB, "--no-merge", "--resume", "--steps", 3, cwd=tmp_path)
     assert again.returncode == 0 and "2 of 3 steps done" in again.stdout
+
+
+def test_job_has_the_same_losses_on_conversations_of_one_answer_and_on_prompts_with_completions(model, tmp_path):
+    (tmp_path / "model").symlink_to(model)
+    talks = [messages[:2] for messages in conversations(24)]
+    for name, rows in (
+        ("chat", [{"messages": messages} for messages in talks]),
+        ("completions", [{"prompt": messages[:1], "completion": messages[1:]} for messages in talks]),
+    ):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        done = call(*JOB, "--data", f"{name}.jsonl", "--no-merge", "--output", name, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "20 conversations to train on, 4 held out, drawn by --seed 0" in done.stdout
+    same_end(tmp_path / "completions", tmp_path / "chat")
 
 
 def test_a_model_without_a_template_takes_one_from_a_file(tmp_path):

@@ -15,6 +15,7 @@ from cli_helpers import CHAT, call, make_chat_data, make_chat_model, make_data, 
 from error_messages import ROOT
 
 PAGES = ("docs/data.md", "docs/memory.md", "docs/finetune.md")
+pytestmark = pytest.mark.usefixtures("no_plot")
 SHORT = ("--steps", 1, "--max-length", 120, "--sample-tokens", 2, "--eval-rows", 2)
 
 
@@ -47,12 +48,11 @@ def work(tmp_path_factory):
 
 
 @pytest.mark.parametrize("command", [pytest.param(c, id=f"{p}: {c[:70]}") for p in PAGES for c in commands(p)])
-def test_command_runs_as_it_stands(work, command, monkeypatch):
+def test_command_runs_as_it_stands(work, command):
     if "bit" in command and find_spec("bitsandbytes") is None:
         pytest.skip("bitsandbytes is not installed")
     if "parquet" in command and find_spec("pyarrow") is None:
         pytest.skip("pyarrow is not installed")
-    monkeypatch.setattr("gralora_ext.cli.report.draw", lambda metrics, path: path.write_bytes(b"plot"))
     done = call(*shlex.split(command), *SHORT, cwd=work)
     assert done.returncode == 0, done.stderr
 
@@ -64,7 +64,7 @@ def test_the_table_of_options_is_the_programs():
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
-def test_the_example_of_a_chat_in_4_bits_trains_with_its_one_command(tmp_path, monkeypatch):
+def test_the_example_of_a_chat_in_4_bits_trains_with_its_one_command(tmp_path):
     make_chat_model(tmp_path / "model")
     lines = (ROOT / "examples" / "chat_4bit.sh").read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
     (command,) = (line for line in lines if line.startswith("gralora-ext "))

@@ -181,11 +181,14 @@ print(code, "torch" in sys.modules, "transformers" in sys.modules)
         ("--output", "old", "--resume"),
     ],
 )
-def test_mistake_is_answered_before_torch_is_imported(work, mistake):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_mistake_is_answered_before_torch_is_imported(work, mistake, processes):
+    """By the first of several processes too."""
+    place = {"WORLD_SIZE": str(processes), "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     (work / "old" / "checkpoints" / "checkpoint-9").mkdir(parents=True, exist_ok=True)
     (work / "old" / "finetune.json").write_text("{}")
     command = [sys.executable, "-c", WITHOUT_TORCH, *JOB, *mistake]
-    result = subprocess.run(command, cwd=work, env=environment(), capture_output=True, text=True, check=True)
+    result = subprocess.run(command, cwd=work, env=environment(**place), capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "2 False False", result.stdout
     assert sentence(result).startswith("gralora-ext: error: ")
 

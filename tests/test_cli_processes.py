@@ -12,9 +12,12 @@ import pytest
 from several_helpers import make_configurations
 
 from gralora_ext.cli.accelerate_file import read
-from gralora_ext.cli.checkpoints import Checkpoints
+from gralora_ext.cli.checkpoints import Checkpoints, History
+from gralora_ext.cli.checks import check_shared, device
 from gralora_ext.cli.group import Group
+from gralora_ext.cli.job import Job
 from gralora_ext.cli.launcher import Place, again, engine, place_here
+from gralora_ext.cli.options import parse
 from gralora_ext.cli.resume import _compare_processes, processes
 from gralora_ext.cli.shares import ShareLoader, Shares, has_labels
 from gralora_ext.program.errors import JobError, Stopped
@@ -101,6 +104,28 @@ def test_engine_is_what_accelerate_says(launched):
         engine(Place(0, 2))
 
 
+@pytest.mark.parametrize("option", ["--load-in-4bit", "--load-in-8bit", "--optim adamw_8bit", "--optim adafactor"])
+def test_what_needs_a_whole_model_goes_with_ddp_only(option):
+    options = parse(option.split())
+    check_shared(options, "ddp")
+    for shared in ("fsdp2", "deepspeed"):
+        with pytest.raises(JobError, match=f"{option} needs a whole model in each process, and this is {shared}"):
+            check_shared(options, shared)
+        check_shared(parse([]), shared)
+
+
+def test_each_process_of_a_machine_has_a_cuda_device_of_its_own(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    options = parse(["--device", "cuda", "--fp16"])
+    assert device(options, Place()) == "cuda"
+    assert [device(options, Place(rank, 3, rank % 2)) for rank in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
+    with pytest.raises(JobError, match="there are 2 CUDA devices here, and more processes"):
+        device(options, Place(2, 3, 2))
+    with pytest.raises(JobError, match="--fp16 needs a CUDA device"):
+        device(parse(["--device", "cpu", "--fp16"]), Place(0, 3))
+
+
 def test_the_command_that_goes_on_starts_as_many_processes(launched, monkeypatch):
     torchrun = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
     launched(**torchrun)
@@ -155,6 +180,25 @@ def test_checkpoint_is_anyones_to_read_who_takes_as_many_rows():
         JobError, match=r"with 8 rows a step \(now 16: --batch-size x --grad-accum x 4 processes\); go on with"
     ):
         _compare_processes(Path("checkpoint-1"), processes(state(2)), processes(state(4)), "`again`")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("what", ["options", "rows"])
+def test_every_process_stops_where_one_is_at_another_job(rank, what):
+    """Before it loads a model: the first one would wait for that, and might give the others up."""
+    states = [{"settings": {"r": 8}, "data_digest": "a"} for _ in range(2)]
+    states[1].update({"settings": {"r": 4}} if what == "options" else {"data_digest": "b"})
+    job = Job.__new__(Job)
+    job.group, job.state, job.checkpoint, job.done, job.history = (
+        Group(Place(rank, 2)),
+        states[rank],
+        None,
+        0,
+        History(),
+    )
+    job.group.exchange = lambda own: [(state, own[1]) for state in states]
+    with pytest.raises(JobError, match=f"process 1 of 2 has other {what} than the first: start all with the same"):
+        job.meet()
 
 
 def test_deepspeeds_checkpoint_is_for_as_many_as_wrote_it():

@@ -14,6 +14,7 @@ import torch
 from cli_helpers import call, make_data, make_model, same_end, sentence
 from safetensors.torch import load_file, save_file
 
+pytestmark = pytest.mark.usefixtures("no_plot")
 # The rate rises over ten steps, and a row is dropped out: scheduler, optimizer and random numbers all decide the losses.
 JOB = ("finetune", "--model", "model", "--data", "data.jsonl", "--batch-size", 2, "--dropout", 0.1, "--hybrid-r", 2)
 JOB += ("--r", 4, "--lr", 0.02, "--lr-schedule", "constant", "--warmup-steps", 10, "--max-length", 64)
@@ -40,12 +41,6 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, steps in (("unbroken", 12), ("half", 8)):
         assert call(*JOB, "--steps", steps, "--output", name, cwd=folder).returncode == 0
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes half of the time of such a job."""
-    monkeypatch.setattr("gralora_ext.cli.report.draw", lambda metrics, path: path.write_bytes(b"plot"))
 
 
 class Broken(NamedTuple):

@@ -15,7 +15,8 @@ from cli_helpers import call, conversations, environment, make_data, make_model,
 from gralora_ext.cli import row_files
 from gralora_ext.cli.gather import gather
 from gralora_ext.cli.options import parse
-from gralora_ext.cli.rows import Fields, Rows, read_rows
+from gralora_ext.cli.rows import Completion, Fields, Rows, read_rows
+from gralora_ext.compare.texts import _named
 from gralora_ext.program.errors import JobError
 
 ROWS = [{"question": f'"q" {i},\nof two lines, é', "answer": f"a{i}"} for i in range(5)]
@@ -82,8 +83,14 @@ def test_conversations_of_a_columnar_file_lose_what_is_empty(tmp_path):
     assert read_rows([write(tmp_path / "d.parquet", rows)]).rows == talks
 
 
+ASKED = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
+SAID = [{"role": "assistant", "content": "a"}]
 FORMATS = {
     "prompt and completion": ({"prompt": "p", "completion": "c", "more": 1}, ("p", "c")),
+    "a prompt and a completion of messages": (
+        {"prompt": ASKED, "completion": SAID},
+        Completion([*ASKED, *SAID], 2),
+    ),
     "instruction and output": ({"instruction": "p", "input": "", "output": "c"}, ("p", "c")),
     "instruction, input and output": ({"instruction": "p", "input": "i", "output": "c"}, ("p\n\ni", "c")),
     "instruction and response": ({"instruction": "p", "response": "c"}, ("p", "c")),
@@ -110,6 +117,11 @@ def test_fields_of_the_first_row_tell_the_format(tmp_path, name):
     assert read_rows([write(tmp_path / "d.jsonl", [row, row])]).rows == [expected, expected]
 
 
+@pytest.mark.parametrize("row", [("q", "a"), "t", [*ASKED, *SAID], Completion([*ASKED, *SAID], 2)], ids=type)
+def test_rows_that_compare_writes_are_read_as_they_were(tmp_path, row):
+    assert read_rows([write(tmp_path / "d.jsonl", [_named(row)] * 2)]).rows == [row, row]
+
+
 def test_named_fields_are_taken_whatever_else_a_row_has(tmp_path):
     row = {"question": "q", "answer": "a", "text": "t", "talk": [{"role": "assistant", "content": "a"}]}
     file = write(tmp_path / "d.jsonl", [row, row])
@@ -127,6 +139,10 @@ def test_what_there_is_nothing_to_learn_from_is_counted(tmp_path):
     found = read_rows([write(tmp_path / "c.jsonl", talks)])
     assert len(found.rows) == 3
     assert found.remark == "1 of 4 conversations have no answer of the assistant: left out"
+    completions = [{"prompt": ASKED, "completion": said} for said in (SAID, SAID, ASKED)]
+    found = read_rows([write(tmp_path / "p.jsonl", completions)])
+    assert found.rows == [Completion([*ASKED, *SAID], 2)] * 2
+    assert found.remark == "1 of 3 conversations have no answer of the assistant: left out"
     with pytest.raises(JobError, match="has 0 rows that are not empty: one to train on and one to hold out are the"):
         read_rows([write(tmp_path / "e.jsonl", [{"text": ""}] * 4)])
 
@@ -183,6 +199,21 @@ GOOD = '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "c
             "d.jsonl",
             '{"prompt": ["x"], "completion": "c"}',
             "the field 'prompt' (--prompt-field) must be a text, got list",
+        ),
+        (
+            "d.jsonl",
+            '{"prompt": ["x"], "completion": [{"role": "assistant", "content": "a"}]}',
+            "d.jsonl:1: message 0 of the field 'prompt' must be an object with role and content, got str",
+        ),
+        (
+            "d.jsonl",
+            '{"prompt": [{"role": "user", "content": "q"}], "completion": [{"role": "assistant"}]}',
+            "d.jsonl:1: message 0 of the field 'completion' must have a content; it has 'role'",
+        ),
+        (
+            "d.jsonl",
+            json.dumps({"prompt": ASKED, "completion": SAID}) + '\n{"prompt": "q", "completion": "a"}',
+            "d.jsonl:2: the field 'prompt' (--prompt-field) must be a list of messages, got str",
         ),
     ],
 )

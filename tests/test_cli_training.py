@@ -11,9 +11,10 @@ from importlib.util import find_spec
 import pytest
 from cli_helpers import call, make_data, make_model, metrics, same_end, sentence
 
-from gralora_ext.cli.option_table import EIGHT_BIT_OPTIMIZERS, OPTIMIZERS, OPTIONS, REPORTERS
+from gralora_ext.cli.option_table import BITSANDBYTES_OPTIMIZERS, OPTIMIZERS, OPTIONS, REPORTERS
 from gralora_ext.cli.options import decisive, parse, settings
 
+pytestmark = pytest.mark.usefixtures("no_plot")
 JOB = ("finetune", "--model", "model", "--data", "data.jsonl", "--batch-size", 2, "--r", 4, "--lr", 0.01)
 JOB += ("--lr-schedule", "constant", "--max-length", 64, "--sample-tokens", 2, "--eval-every", 2, "--no-merge")
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
@@ -25,11 +26,6 @@ def work(tmp_path_factory):
     make_model(folder / "model")
     make_data(folder / "data.jsonl")
     return folder
-
-
-@pytest.fixture(autouse=True)
-def _no_plot(monkeypatch):
-    monkeypatch.setattr("gralora_ext.cli.report.draw", lambda metrics, path: path.write_bytes(b"plot"))
 
 
 def run(work, output, *more):
@@ -50,7 +46,7 @@ def plain(work):
 
 VARIANTS = {
     **{f"optim {name}": ("--optim", name) for name in OPTIMIZERS},
-    **{f"optim {name}": ("--optim", name) for name in EIGHT_BIT_OPTIMIZERS},
+    **{f"optim {name}": ("--optim", name) for name in BITSANDBYTES_OPTIMIZERS},
     "bf16": ("--bf16",),
     "neftune": ("--neftune-noise-alpha", 5),
     "checkpointing and dropout": ("--gradient-checkpointing", "--dropout", 0.2),
@@ -64,7 +60,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_job_with_it_trains_and_resumes_to_the_last_bit(work, plain, name):
-    if any(other in name for other in EIGHT_BIT_OPTIMIZERS) and find_spec("bitsandbytes") is None:
+    if any(other in name for other in BITSANDBYTES_OPTIMIZERS) and find_spec("bitsandbytes") is None:
         pytest.skip("bitsandbytes is not installed")
     more = VARIANTS[name]
     whole = run(work, "whole", "--steps", 4, *more)

@@ -35,8 +35,8 @@ _SAME = (
 def add_adapter(model: Any, source: Source, options: Any) -> Any:
     """Fits ``model`` with the adapter of ``options.backend``; returns the PeftModel, adapters in fp32.
 
-    GraLoRA and LoRA get the same number of parameters and the same scale: LoRA's rank is r + hybrid_r. What PEFT refuses
-    is a JobError.
+    GraLoRA and LoRA get the same number of parameters and the same scale: LoRA's rank is r + hybrid_r. What PEFT
+    refuses is a JobError.
     """
     import peft
 
@@ -132,7 +132,7 @@ def matched_layers(model: Any, targets: str | list[str]) -> list[tuple[str, Any]
 
 
 def load_adapter(model: Any, folder: Path) -> None:
-    """Puts the weights of a saved adapter into ``model``; JobError unless they are all of its adapter's, and no others."""
+    """Puts the weights of a saved adapter into ``model``; JobError unless they are all of its adapter and no others."""
     from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
     try:
@@ -160,7 +160,7 @@ def _check_saved(model: Any, names: list[str]) -> None:
 
 
 def check_mergeable(model: Any, options: Any) -> None:
-    """JobError where the adapter cannot be merged in the end: a layer without a bias has no place for one of the adapter."""
+    """JobError where the adapter cannot be merged in the end: its bias has no place in a layer that has none."""
     from peft.tuners.lora import LoraLayer
 
     if not (options.lora_bias and options.merge):

@@ -38,14 +38,15 @@ class Template:
         """The text after which the assistant speaks."""
         return self.text(messages, add_generation_prompt=True)
 
-    def parts(self, messages: Messages) -> tuple[list[tuple[str, bool]], int]:
+    def parts(self, messages: Messages, asked: int = 0) -> tuple[list[tuple[str, bool]], int]:
         """Pieces of the conversation's text in their order, each with whether the assistant said it.
 
-        Those end with the assistant's last word. A turn is found by writing the conversation to its beginning and to its
-        end: both must be beginnings of the whole text. The second value is the number of turns of which that is not true,
-        since the template writes them otherwise when the conversation goes on: they are not among what the assistant said.
+        What it said within the first ``asked`` messages does not count. The pieces end with the assistant's last word.
+        A turn is found by writing the conversation to its beginning and to its end: both must be beginnings of the whole
+        text. The second value is the number of turns of which that is not true, since the template writes them otherwise
+        when the conversation goes on: they are not among what the assistant said.
         """
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= asked]
         whole = self.text(messages[: turns[-1] + 1])
         pieces, at, lost = [], 0, 0
         for i in turns:

@@ -16,7 +16,7 @@ from pathlib import Path
 from ..program.errors import JobError, first_sentence
 from ..program.files import LOCK, PARTIAL
 from .launcher import Place
-from .option_table import EIGHT_BIT_OPTIMIZERS, REPORTERS
+from .option_table import BITSANDBYTES_OPTIMIZERS, REPORTERS
 from .options import SETTINGS, bits_of
 from .output import RECORD
 
@@ -62,7 +62,7 @@ def check_needed(options: argparse.Namespace) -> None:
     needed: list[tuple[str, tuple[str, ...]]] = []
     if bits_of(options):
         needed.append((f"--load-in-{bits_of(options)}bit", ("bitsandbytes",)))
-    if options.optim in EIGHT_BIT_OPTIMIZERS:
+    if options.optim in BITSANDBYTES_OPTIMIZERS:
         needed.append((f"--optim {options.optim}", ("bitsandbytes",)))
     needed += [(f"--report-to {name}", REPORTERS[name]) for name in options.report_to or []]
     for option, packages in needed:
@@ -71,8 +71,13 @@ def check_needed(options: argparse.Namespace) -> None:
 
 
 def device(options: argparse.Namespace, place: Place) -> str:
-    """:func:`_kind_of_device`; of several processes on a machine each has a CUDA device of its own."""
+    """What ``--device`` says, or for auto ``cuda`` where it is there and the backend has kernels for it, else ``cpu``.
+
+    Of several processes on a machine each has a CUDA device of its own.
+    """
     kind = _kind_of_device(options)
+    if options.fp16 and kind != "cuda":
+        raise JobError("--fp16 needs a CUDA device, since only there losses are scaled: --bf16 works on the CPU")
     if kind == "cpu" or place.size == 1:
         return kind
     import torch
@@ -85,25 +90,7 @@ def device(options: argparse.Namespace, place: Place) -> str:
     return f"cuda:{place.local_rank}"
 
 
-def check_shared(options: argparse.Namespace, engine: str) -> None:
-    """That what a job asks for goes with a model of which each process has a share."""
-    if engine == "ddp":
-        return
-    whole = [f"--load-in-{bits_of(options)}bit"] if bits_of(options) else []
-    whole += [f"--optim {options.optim}"] if options.optim in (*EIGHT_BIT_OPTIMIZERS, "adafactor") else []
-    for option in whole:
-        raise JobError(f"{option} needs a whole model in each process, and this is {engine}")
-
-
 def _kind_of_device(options: argparse.Namespace) -> str:
-    """``cuda`` where it is there and the backend has kernels for it, else ``cpu``; or what ``--device`` says."""
-    found = _device(options)
-    if options.fp16 and found != "cuda":
-        raise JobError("--fp16 needs a CUDA device, since only there losses are scaled: --bf16 works on the CPU")
-    return found
-
-
-def _device(options: argparse.Namespace) -> str:
     import torch
 
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -117,6 +104,15 @@ def _device(options: argparse.Namespace) -> str:
     from gralora_ext import build_info
 
     return "cuda" if build_info()["cuda_archs"] else "cpu"
+
+
+def check_shared(options: argparse.Namespace, engine: str) -> None:
+    """That what a job asks for goes with a model of which each process has a share."""
+    bits = bits_of(options)
+    needs_whole_model = bits or options.optim in (*BITSANDBYTES_OPTIMIZERS, "adafactor")
+    if engine != "ddp" and needs_whole_model:
+        option = f"--load-in-{bits}bit" if bits else f"--optim {options.optim}"
+        raise JobError(f"{option} needs a whole model in each process, and this is {engine}")
 
 
 def quiet_libraries() -> None:

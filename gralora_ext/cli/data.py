@@ -9,7 +9,7 @@ import torch
 
 from ..program.errors import JobError, clipped, first_sentence
 from .chat import Template, TemplateFails
-from .rows import Row
+from .rows import Completion, Messages, Row
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
 Example = dict[str, list[int]]
@@ -26,8 +26,8 @@ class Sample(NamedTuple):
 class Encoder:
     """Makes tokens of rows: by the tokenizer's chat template where it has one, else the prompt, a line break, the answer.
 
-    The last answer ends with the tokenizer's end token, so that the model learns where to stop. Answers and that token are
-    the labels; all tokens are, where ``answers_only`` is off, and in texts.
+    The last answer ends with the tokenizer's end token, so that the model learns where to stop. Answers and that token
+    are the labels; all tokens are, where ``answers_only`` is off, and in texts.
     """
 
     def __init__(self, tokenizer: Any, max_length: int, answers_only: bool = True):
@@ -45,7 +45,7 @@ class Encoder:
         return self._open(prompt + "\n")
 
     def pieces(self, row: Row) -> tuple[list[tuple[list[int], bool]], int]:
-        """The tokens of a row, in pieces that are learned or not; and the number of answers that could not be told apart."""
+        """The tokens of a row, in pieces that are learned or not; and how many answers could not be told apart."""
         if isinstance(row, str):
             return [(self._ended(self._open(row)), True)], 0
         if isinstance(row, tuple):
@@ -57,14 +57,15 @@ class Encoder:
                 f"the rows are conversations, and the tokenizer in {self.place} has no chat template: name a model that "
                 "has one, such as an Instruct model, or a file with --chat-template"
             )
+        messages, asked = _conversation(row)
         if not self.answers_only:
-            text = self.template.text(row).rstrip()
+            text = self.template.text(messages).rstrip()
             return [(self._ended(self._tokens(text, add_special_tokens=False)), True)], 0
-        if self.template.has_marks:
-            tokens, learned = self.template.marked(row)
+        if self.template.has_marks and not asked:
+            tokens, learned = self.template.marked(messages)
             end = max((i + 1 for i, mark in enumerate(learned) if mark), default=0)
             return [([token], mark) for token, mark in zip(tokens[:end], learned, strict=False)], 0
-        texts, lost = self.template.parts(row)
+        texts, lost = self.template.parts(messages, asked)
         pieces = self._cut(texts)
         if pieces:
             pieces[-1] = self._ended(pieces[-1][0]), True
@@ -119,17 +120,18 @@ class Encoder:
         return remarks
 
     def sample(self, row: Row) -> Sample:
-        """A question of the held-out rows, with its right answer: of a conversation the last one, of a text its second half."""
+        """A held-out row's question with its right answer: of a conversation the last one, of a text its second half."""
         if isinstance(row, tuple):
             return Sample(self.prompt(row[0]), *row)
         if isinstance(row, str):
             words = row.split(" ")
             half = " ".join(words[: (len(words) + 1) // 2]) or row
             return Sample(self._open(half), half, row[len(half) :].strip())
-        last = max(i for i, message in enumerate(row) if message["role"] == "assistant")
-        asked = self.template.open(row[:last]) if last else ""
-        shown = "\n".join(f"{message['role']}: {message.get('content', '')}" for message in row[:last])
-        return Sample(self._tokens(asked, add_special_tokens=False), shown, row[last].get("content", ""))
+        messages, _ = _conversation(row)
+        last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+        asked = self.template.open(messages[:last]) if last else ""
+        shown = "\n".join(f"{message['role']}: {message.get('content', '')}" for message in messages[:last])
+        return Sample(self._tokens(asked, add_special_tokens=False), shown, messages[last].get("content", ""))
 
     def collate(self, examples: list[Example]) -> dict[str, torch.Tensor]:
         """A batch ``[B, T]`` padded on the right: ``input_ids``, ``attention_mask``, ``labels``."""
@@ -150,9 +152,10 @@ class Encoder:
             return self.pieces(row)
         except TemplateFails as error:
             cure = "mend it, or remove it, and rows are taken as plain text"
-            if isinstance(row, list):
-                roles = clipped(", ".join(message["role"] for message in row))
-                said = clipped(repr(row[0].get("content", "")))
+            if not isinstance(row, (str, tuple)):
+                messages, _ = _conversation(row)
+                roles = clipped(", ".join(message["role"] for message in messages))
+                said = clipped(repr(messages[0].get("content", "")))
                 cure = f"mend it, or the conversation of {roles} that begins with {said}"
             raise JobError(f"the chat template of the tokenizer in {self.place} fails: {error}: {cure}") from error
 
@@ -199,3 +202,8 @@ class Encoder:
         asked = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
         pieces, lost = self.template.parts(asked)
         return answer if lost else pieces[-1][0]
+
+
+def _conversation(row: Messages | Completion) -> tuple[Messages, int]:
+    """The messages, and how many of them come before what is learned."""
+    return (row.messages, row.asked) if isinstance(row, Completion) else (row, 0)

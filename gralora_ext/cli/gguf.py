@@ -31,8 +31,9 @@ def cache_folder() -> Path:
 def folder_of_gguf(path: Path, say: Any) -> Path:
     """The folder with the model of the GGUF file ``path`` in float32, and its tokenizer.
 
-    It is named for the file's content and the major release of transformers (whose tokenizer files differ), written beside and renamed, and carries a list of its files with their digests:
-    a folder that differs from its list is converted again.
+    It is named for the file's content and for the major release of transformers, whose tokenizer files differ. It is
+    written beside its place and renamed, and carries a list of its files with their digests: a folder that differs from
+    its list is converted again.
     """
     if importlib.util.find_spec("gguf") is None:
         raise JobError(f"{path.name} is a GGUF file, and reading those needs `pip install gguf`")

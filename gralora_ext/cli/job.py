@@ -75,14 +75,14 @@ class Job:
         """Several processes see that they are at one job, and the others learn where it goes on."""
         own = self.checkpoint, self.done, vars(self.history)
         states = self.group.exchange((self.state, own))
+        first, (self.checkpoint, self.done, history) = states[0]
         for rank, (state, _) in enumerate(states):
-            if state != states[0][0] and self.group.is_first:
-                what = "options" if state["data_digest"] == self.state["data_digest"] else "rows"
+            if state != first:
+                what = "options" if state["data_digest"] == first["data_digest"] else "rows"
                 raise JobError(
                     f"process {rank} of {self.group.size} has other {what} than the first: start all with the same "
                     "options, on the same files"
                 )
-        self.checkpoint, self.done, history = states[0][1]
         self.history = History(history)
 
     def prepare(self) -> None:

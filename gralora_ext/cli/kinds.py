@@ -19,8 +19,8 @@ _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 class Kind:
     """``read`` makes a value of one word, or raises a ValueError that says what was expected.
 
-    ``metavar`` stands for a word in the help. Where ``many`` is set, an option takes several words, and ``join`` makes one
-    value of theirs. ``group`` says that a file may give names and values.
+    ``metavar`` stands for a word in the help. Where ``many`` is set, an option takes several words, and ``join`` makes
+    one value of theirs. ``group`` says that a file may give names and values.
     """
 
     read: Callable[[str], Any]
@@ -31,7 +31,10 @@ class Kind:
     is_switch: bool = False
 
     def of_file(self, value: Any) -> Any:
-        """What a file's ``value`` stands for; a ValueError where it is none of this kind, a TypeError where it is a group."""
+        """What a file's ``value`` stands for.
+
+        Raises a ValueError where it is none of this kind, and a TypeError where it is a group.
+        """
         if isinstance(value, dict) and self.group and all(map(_is_flat, value.values())):
             return self.join([self.read(json.dumps({str(name): v for name, v in value.items()}))])
         if isinstance(value, list) and self.many and value and not any(isinstance(v, (list, dict)) for v in value):

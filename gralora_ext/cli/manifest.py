@@ -80,9 +80,10 @@ def is_as_written(path: Path, entry: dict[str, Any]) -> bool:
 
 
 def remove(folder: Path, names: Iterable[str]) -> None:
-    """Deletes the files ``names`` below ``folder`` in their order, then the folders that this leaves empty, itself included.
+    """Deletes the files ``names`` below ``folder`` in their order, then the folders that this leaves empty.
 
-    What lies behind a symbolic link is not deleted: it is not below ``folder``.
+    ``folder`` itself is deleted too where nothing is left in it. What lies behind a symbolic link is not deleted: it is
+    not below ``folder``.
     """
     parents = {folder}
     for name in names:

@@ -28,8 +28,8 @@ def load(
 ) -> tuple[Any, Any]:
     """The model and its tokenizer. A GGUF file is converted once, into a cache of safetensors folders.
 
-    With ``bits`` the model is quantized with them, on ``device``, where it stays. ``attention`` is what transformers calls
-    ``attn_implementation``; None is the model's own.
+    With ``bits`` the model is quantized with them, on ``device``, where it stays. ``attention`` is what transformers
+    calls ``attn_implementation``; None is the model's own.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -68,7 +68,7 @@ def load(
 
 
 def _quantization(bits: int | None, dtype: str, device: str) -> dict[str, Any]:
-    """What ``from_pretrained`` is told beside the dtype: QLoRA's settings for 4 bits, and the device, since it quantizes there."""
+    """What ``from_pretrained`` is told beside the dtype: QLoRA's settings, and the device, since it quantizes there."""
     if bits is None:
         return {}
     from transformers import BitsAndBytesConfig

@@ -24,7 +24,7 @@ from .kinds import (
 
 BACKENDS = ("fused", "peft", "lora")
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "adafactor", "adagrad", "rmsprop", "sgd")
-EIGHT_BIT_OPTIMIZERS = ("adamw_8bit", "lion_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "paged_lion_8bit")
+BITSANDBYTES_OPTIMIZERS = ("adamw_8bit", "lion_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "paged_lion_8bit")
 REPORTERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}  # by the packages: one is enough
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
@@ -134,8 +134,8 @@ TABLE: dict[str, tuple[Option, ...]] = {
                "cutoff-len sequence-len model-max-length"),
         Option("packing", SWITCH, False, "fill each row of --max-length tokens with several rows of data, which do not "
                "see each other", "sample-packing"),
-        Option("optim", choice(*OPTIMIZERS, *EIGHT_BIT_OPTIMIZERS, adamw="adamw_torch", adamw_bnb_8bit="adamw_8bit"),
-               "adamw_torch", f"{', '.join(OPTIMIZERS)}; or with bitsandbytes {', '.join(EIGHT_BIT_OPTIMIZERS)}",
+        Option("optim", choice(*OPTIMIZERS, *BITSANDBYTES_OPTIMIZERS, adamw="adamw_torch", adamw_bnb_8bit="adamw_8bit"),
+               "adamw_torch", f"{', '.join(OPTIMIZERS)}; or with bitsandbytes {', '.join(BITSANDBYTES_OPTIMIZERS)}",
                "optimizer"),
         Option("lr", POSITIVE, 1e-3, "the highest learning rate", "learning-rate"),
         Option("lr-schedule", choice("linear", "cosine", "constant", constant_with_warmup="constant"), "linear",
@@ -189,7 +189,7 @@ TABLE: dict[str, tuple[Option, ...]] = {
     "files and reports": (
         Option("save-every", _N, 10, "steps from one checkpoint to the next", "save-steps", free=True),
         Option("merge", SWITCH, True, "write merged/ too", free=True),
-        Option("report-to", several(choice(*REPORTERS, "none") ), None, "tensorboard or wandb: send each step's "
+        Option("report-to", several(choice(*REPORTERS, "none")), None, "tensorboard or wandb: send each step's "
                "figures there too", free=True),
         Option("run-name", TEXT, None, "the job's name there", free=True),
     ),

@@ -19,6 +19,7 @@ from .parser import HOW, JobParser
 from .source import check_targets
 
 SETTINGS = "finetune.json"  # in the output folder: the settings, as a file for --config; the mark of a job's folder
+_INPUTS = ("model", "data", "eval_data", "chat_template", "accelerate_config")  # options that may be paths
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -38,7 +39,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     options = argparse.Namespace(**{**defaults, **how, **chosen, **typed})
     _check_together(options)
     _resolve(options)
-    for name in ("model", "data", "eval_data", "output", "chat_template", "accelerate_config"):
+    for name in (*_INPUTS, "output"):
         value = getattr(options, name)
         for path in [value] if isinstance(value, str) else value or []:
             _check_path(name, path)
@@ -48,7 +49,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """The options as a file for ``--config`` that works from any folder: paths are absolute, what is unset is left out."""
     values = {k: v for k, v in vars(options).items() if v is not None and k not in HOW}
-    for name in ("model", "data", "eval_data", "chat_template", "accelerate_config"):
+    for name in _INPUTS:
         if name in values:
             one = isinstance(values[name], str)
             places = [_absolute(place) for place in ([values[name]] if one else values[name])]

@@ -59,7 +59,7 @@ def check(model: Any, examples: list[Example], attention: str | None, bits: int 
     model.train(was_training)
     first, second = first[start:], second[start:]
     tolerance = _UNSEEN_8BIT if bits == 8 else _UNSEEN
-    rounding = 5e-2 if bits or first.dtype != alone.dtype or model.dtype != torch.float32 else tolerance
+    rounding = 5e-2 if bits or model.dtype != torch.float32 else tolerance
     if _differ(first, second) > tolerance or _differ(first, alone) > rounding:
         how = f" with {attention} attention" if attention else ""
         raise JobError(

