@@ -80,15 +80,7 @@ class Analysis:
         names = [record["name"] for records in self.records.values() for record in records]
         one = next(iter(self.records.values()))[0]
         made = {key: one[key] for key in ("date", "git", "machine", "versions", "threads")}
-        s = self.settings
-        settings = {key: getattr(s, key) for key in ("steps", "batch_size", "max_length", "dtype")}
-        settings = {
-            "model": s.model_name,
-            **s.texts,
-            "seeds": self.options.seeds,
-            "quick": self.options.quick,
-            **settings,
-        }
+        settings = {"seeds": self.options.seeds, "quick": self.options.quick, **self.settings.in_words()}
         return {"settings": settings, "choices": chosen, "runs": names, **made}
 
     @property
