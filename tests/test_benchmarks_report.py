@@ -89,7 +89,10 @@ def test_a_comparisons_table_names_every_commit_that_made_its_runs_and_what_dive
     folder = (copied / "compare-tiny").rename(copied / "compare")
     one, *others = sorted((folder / "runs").glob("*.json"))
     commit = json.loads(others[0].read_text())["git"]["commit"][:7]
-    later = json.loads(one.read_text()) | {"git": {"commit": "0123456789", "dirty": True}, "date": "2999-01-01T00:00:00"}
+    later = json.loads(one.read_text()) | {
+        "git": {"commit": "0123456789", "dirty": True},
+        "date": "2999-01-01T00:00:00",
+    }
     one.write_text(json.dumps(later))
     summary = json.loads((folder / "summary.json").read_text())
     summary["rows"][-1]["diverged"] = 1
