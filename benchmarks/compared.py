@@ -3,15 +3,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gralora_ext.program.errors import JobError
+from gralora_ext.compare.page import cells
 
-from .results import markdown
+from .results import markdown, read_json, when
 
 COMPARED = "compare"  # the folder with the committed comparison; analyses lie in analyze-rank and so on
 ANALYSES = ("rank", "outlier", "grid")
@@ -30,13 +29,9 @@ def tables(folder: Path) -> dict[str, Callable[[Path], str]]:
 
 def methods(folder: Path) -> str:
     """The comparison's table, with what follows from it."""
-    content = _read(folder / COMPARED / "summary.json")
-    metrics = content["metrics"]
-    table = [["method", "learning rate", "seeds", *(f"{m['label']} ({m['unit']})" for m in metrics)]]
-    for row in content["rows"]:
-        rate = "" if row["rate"] is None else f"{row['rate']:g}{' (at the edge)' if row['at_edge'] else ''}"
-        values = [row["metrics"].get(m["key"], {}).get("text", "") for m in metrics]
-        table.append([row["label"], rate, str(row["seeds"]), *values])
+    content = read_json(folder / COMPARED / "summary.json")
+    table = [["method", "learning rate", "seeds", *(f"{m['label']} ({m['unit']})" for m in content["metrics"])]]
+    table += [[row["label"], *cells(row)] for row in content["rows"]]
     s = content["settings"]
     sizes = (
         f"`gralora-ext compare{' --quick' if s['quick'] else ''}`: {s['model'].split(' (')[0]} on {s['data']}, "
@@ -45,12 +40,12 @@ def methods(folder: Path) -> str:
     )
     busy = ["Other programs used the machine meanwhile, so that the speeds are too low, and not comparable."]
     said = content["sentences"] + (busy if content["busy"] else [])
-    return "\n\n".join([sizes, markdown(table), *said, _measured(content["made"])])
+    return "\n\n".join([sizes, markdown(table), *said, _measured(folder / COMPARED)])
 
 
 def findings(folder: Path, what: str) -> str:
     """An analysis: what the paper says, what was measured, and the sentence that follows."""
-    content = _read(folder / f"analyze-{what}" / f"{what}.json")
+    content = read_json(folder / f"analyze-{what}" / f"{what}.json")
     table = [["the paper", "its number", "ours", "verdict"]]
     table += [[f["claim"], f["paper"], f["ours"], f["sentence"]] for f in content["findings"]]
     s = content["settings"]
@@ -58,20 +53,16 @@ def findings(folder: Path, what: str) -> str:
         f"`gralora-ext analyze {what}{' --quick' if s['quick'] else ''}`: {s['model'].split(' (')[0]}, {s['steps']} steps of "
         f"{s['batch_size']} rows, {s['seeds']} seeds."
     )
-    return "\n\n".join([sizes, markdown(table), _measured(content)])
+    return "\n\n".join([sizes, markdown(table), _measured(folder / f"analyze-{what}")])
 
 
-def _measured(made: dict[str, Any]) -> str:
-    git, versions, machine = made["git"], made["versions"], made["machine"]
-    commit = (git["commit"] or "not recorded")[:7] + (" with changes" if git["dirty"] else "")
-    return (
-        f"Measured with torch {versions['torch']}, PEFT {versions['peft']}: {machine['cpu']}, {made['threads']} threads, "
-        f"commit {commit}, {made['date'][:10]}."
-    )
+def _measured(folder: Path) -> str:
+    """With what and where the runs in ``folder`` were made, which may be of several days and commits."""
+    made = sorted((read_json(file) for file in (folder / "runs").glob("*.json")), key=lambda run: run["date"])
+    return f"Measured with {'; '.join(dict.fromkeys(map(_place, made)))}."
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise JobError(f"{path} cannot be read: {error}") from error
+def _place(made: dict[str, Any]) -> str:
+    versions = made["versions"]
+    place = f"{made['machine']['cpu']}, {made['threads']} threads"
+    return f"torch {versions['torch']}, PEFT {versions['peft']}: {place}, {when(made)}"

@@ -8,7 +8,6 @@ no run measured it.
 
 from __future__ import annotations
 
-import json
 import re
 import statistics
 from collections.abc import Callable, Iterable
@@ -20,7 +19,7 @@ from typing import Any
 from gralora_ext.program.errors import JobError
 
 from . import compared, results
-from .results import LABELS, markdown
+from .results import LABELS, markdown, read_json, when
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -52,9 +51,7 @@ class Run:
     @property
     def source(self) -> str:
         """Where it was measured, on which commit and day."""
-        git = self.content["git"]
-        commit = (git["commit"] or "not recorded")[:7] + (" with changes" if git["dirty"] else "")
-        return f"{self.processor}, commit {commit}, {self.content['date'][:10]}"
+        return f"{self.processor}, {when(self.content)}"
 
     @property
     def settings(self) -> str:
@@ -175,9 +172,9 @@ class Tables:
     def job(self) -> str:
         """The default fine-tuning job, as it wrote its metrics; where it ran is in the file beside them."""
         folder = self.folder / JOB
-        job = json.loads(read(folder / "metrics.json"))
+        job = read_json(folder / "metrics.json")
         beside = folder / "measured.json"
-        where = {**(json.loads(read(beside)) if beside.exists() else {}), **job}
+        where = {**(read_json(beside) if beside.exists() else {}), **job}
         shown = {
             "model": job["model"],
             "data": job["data"],
@@ -195,7 +192,7 @@ class Tables:
 
     def four_bit(self) -> str:
         """The default fine-tuning job with the base in 4 bits, over seeds, beside PEFT's LoRA."""
-        jobs = [json.loads(read(file)) for file in sorted((self.folder / FOUR_BIT).glob("*.json"))]
+        jobs = [read_json(file) for file in sorted((self.folder / FOUR_BIT).glob("*.json"))]
         rows = [["adapter", "seeds", "held-out loss before", "after, mean (least to greatest)", "standard deviation"]]
         for backend, label in (("fused", "ours"), ("lora", "PEFT's LoRA")):
             of_backend = [job for job in jobs if job["config"]["backend"] == backend]
@@ -294,10 +291,3 @@ def _mebibytes(values: list[float]) -> str:
 def _case(record: Record) -> str:
     """The key without its first word, which tells what was measured."""
     return record["key"].split(" ", 1)[1]
-
-
-def read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise JobError(f"{path} cannot be read: {error}") from error

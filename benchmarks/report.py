@@ -13,7 +13,8 @@ from pathlib import Path
 from gralora_ext.program.errors import JobError
 from gralora_ext.program.files import staged
 
-from .figures import RESULTS, ROOT, TABLES, Tables, read
+from .figures import RESULTS, ROOT, TABLES, Tables
+from .results import read
 
 BLOCK = re.compile(r"^<!-- figures: ([^\n]*?) -->\n(.*?)^<!-- end of figures -->$", re.MULTILINE | re.DOTALL)
 MARKER = re.compile(r"^<!-- (?:figures: .*?|end of figures) -->$", re.MULTILINE)

@@ -112,6 +112,27 @@ def load(path: Path) -> dict[str, Any]:
     return content
 
 
+def read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise JobError(f"{path} cannot be read: {error}") from error
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(read(path))
+    except ValueError as error:
+        raise JobError(f"{path} cannot be read: {error}") from error
+
+
+def when(made: dict[str, Any]) -> str:
+    """On which commit and day a result was made."""
+    git = made["git"]
+    commit = (git["commit"] or "not recorded")[:7] + (" with changes" if git["dirty"] else "")
+    return f"commit {commit}, {made['date'][:10]}"
+
+
 def markdown(rows: list[list[str]]) -> str:
     """A Markdown table; the first row is its head."""
     head, *rest = (f"|{'|'.join(row)}|" for row in rows)

@@ -53,8 +53,8 @@ HEAD = """\
 # What LoRA users do, with GraLoRA
 
 Made by `python tests/features.py`, which tries each line on a small model and checks its numbers, and compared by a test. PEFT is the newest
-version that this project is tested with. "later": `GraloraConfig` refuses it today, in a sentence that names it. Engines that split or
-offload a model are tried in a [table of their own](peft.md).
+version that this project is tested with. "later": ours refuses it today, in a sentence that names it. Engines that split or offload a
+model are tried in a [table of their own](peft.md#engines).
 
 """
 

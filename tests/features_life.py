@@ -117,7 +117,8 @@ def _(tuner: Tuner) -> None:
 @feature('`add_weighted_adapter`: "ties", "dare_ties", "dare_linear", "magnitude_prune"')
 def _(tuner: Tuner) -> None:
     model = with_second(tuner)
-    # Of twice the same adapter, of which nothing is left out: A and B are each a mean, or a sum, of two roots of a half.
+    # The same adapter twice, with nothing left out: A and B are each a mean, or a sum, of two
+    # roots of a half.
     for how, factor in {"ties": 0.5, "dare_ties": 0.5, "dare_linear": 2, "magnitude_prune": 2}.items():
         model.add_weighted_adapter(["default", "default"], [0.5, 0.5], how, combination_type=how, density=1.0)
         near(delta(model, adapter=how), factor * delta(model))

@@ -8,9 +8,9 @@ import json
 import pytest
 import torch
 from cli_helpers import call, sentence
-from compare_helpers import command, make_work, records
+from compare_helpers import SMALL, command, make_here, make_work, records
 
-from gralora_ext.compare import findings, wide_layer
+from gralora_ext.compare import findings, runner, wide_layer
 from gralora_ext.compare.extras import Adapted, rank_of
 from gralora_ext.compare.findings import NOT_REPRODUCED, OUT_OF_REACH, REPRODUCED, predicted_ks
 from gralora_ext.compare.methods import beyond
@@ -139,6 +139,10 @@ LOW, MIDDLE, HIGH = of(0.70, 0.71, 0.72), of(0.80, 0.81, 0.82), of(0.90, 0.91, 0
         ({8: MIDDLE, 64: LOW, 256: HIGH}, False, NOT_REPRODUCED),
         ({8: HIGH, 64: MIDDLE, 256: LOW}, False, REPRODUCED),
         ({8: HIGH, 256: of(0.5, 0.6)}, False, OUT_OF_REACH),
+        ({8: of(0.701, 0.711, 0.721), 256: LOW}, True, OUT_OF_REACH),
+        ({8: of(0.701, 0.711, 0.721), 256: LOW}, False, OUT_OF_REACH),
+        ({8: LOW}, True, OUT_OF_REACH),
+        ({8: LOW}, False, OUT_OF_REACH),
     ],
 )
 def test_whether_high_ranks_are_worse_follows_from_the_losses(losses, expected, verdict):
@@ -189,11 +193,28 @@ def test_ranks_that_are_not_k_r_are_not_reproduced():
 
 
 @pytest.mark.parametrize(
+    ("what", "expected"),
+    [
+        ("rank", "seed0"),
+        ("outlier", "seed0"),
+        ("grid", "each case of LoRA has a run that diverged"),
+    ],
+)
+def test_what_diverged_is_told_in_a_sentence(work, what, expected, monkeypatch):
+    monkeypatch.setattr(runner.Runner, "_make", make_here)
+    ranks = ("--ranks", 8, "--ks", 2, "--extend", 0) if what == "grid" else ()
+    done = call("analyze", what, "--output", f"diverged-{what}", "--seeds", 1, "--lrs", 1e30, *ranks, *SMALL, cwd=work)
+    assert done.returncode == 2 and expected in sentence(done) and "diverged" in sentence(done)
+    assert "--lrs" in sentence(done)
+
+
+@pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         ([], "analyze: expected rank, outlier or grid, got ''"),
         (["rang"], "analyze: expected rank, outlier or grid, got 'rang' (did you mean rank?)"),
         (["grid", "--ks", "3", "--ranks", "9"], "--ks: expected 2, 4 or 8, got 3"),
+        (["grid", "--ks", "3", "--ranks", "8"], "--ks: expected 2, 4 or 8, got 3"),
         (["grid", "--ranks", "12"], "analyze grid: k = 8 does not divide the rank 12"),
         (["rank", "--rank", "4"], "analyze rank: k = 8 does not divide the rank 4"),
     ],

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import compared
 from benchmarks.__main__ import main
 from benchmarks.report import RESULTS, TABLES
 
@@ -82,6 +83,24 @@ def test_a_changed_result_changes_the_table_and_fails_the_check(copied, tmp_path
     assert f"{page}: table step is not what the results say" in out and "table merge" not in out
     assert "12,345" not in page.read_text()
     assert main(["report", str(page), *where]) == 0 and "|12,345|" in page.read_text()
+
+
+def test_a_comparisons_table_names_every_commit_that_made_its_runs_and_what_diverged(copied):
+    folder = (copied / "compare-tiny").rename(copied / "compare")
+    one, *others = sorted((folder / "runs").glob("*.json"))
+    commit = json.loads(others[0].read_text())["git"]["commit"][:7]
+    later = json.loads(one.read_text()) | {
+        "git": {"commit": "0123456789", "dirty": True},
+        "date": "2999-01-01T00:00:00",
+    }
+    one.write_text(json.dumps(later))
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["rows"][-1]["diverged"] = 1
+    del summary["rows"][-1]["metrics"]["loss"]
+    (folder / "summary.json").write_text(json.dumps(summary))
+    text = compared.methods(copied)
+    assert f"commit {commit}, " in text and text.endswith("commit 0123456 with changes, 2999-01-01.")
+    assert "|GraLoRA, k = 2|0.01 (at the edge)|3|diverged|" in text
 
 
 def test_a_figure_typed_by_hand_fails_the_check(tmp_path):

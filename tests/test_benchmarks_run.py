@@ -228,7 +228,7 @@ def sampled_seconds(record: dict[str, Any]) -> float:
     return sum(c["rounds"] * max(c["median"], SAMPLE_SECONDS) for c in record["contenders"].values())
 
 
-# Those of whole runs: a second run beside one, with a "+" in its name, may have counted bytes alone.
+# Whole runs: a second run beside one, with a "+" in its name, may have counted bytes alone.
 WHOLE_RUNS = [file for file in sorted(RESULTS.glob("*/results.json")) if "+" not in file.parent.name]
 
 

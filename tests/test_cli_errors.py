@@ -213,6 +213,15 @@ def test_little_memory_is_one_sentence(work):
     assert re.search(r"error: out of memory: [\d,]+ MiB more were asked for at once: try a smaller", sentence(result))
 
 
+def test_little_memory_names_no_option_that_a_command_lacks(work, monkeypatch):
+    def run_out(arguments):
+        raise MemoryError
+
+    monkeypatch.setattr("gralora_ext.cli.info.run", run_out)
+    result = call("info", cwd=work)
+    assert result.returncode == 2 and sentence(result) == "gralora-ext: error: out of memory: free some"
+
+
 def test_debug_shows_where_an_error_comes_from(work):
     result = call(*JOB, "--max-length", "4", "--debug", cwd=work)
     assert result.returncode == 2 and "Traceback" in result.stderr

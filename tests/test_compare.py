@@ -14,7 +14,7 @@ from cli_helpers import call, run, sentence, start
 from compare_helpers import SMALL, command, make_work, records
 
 from gralora_ext.cli import compare as cli
-from gralora_ext.compare import runner
+from gralora_ext.compare import runner, texts
 from gralora_ext.compare.comparison import Comparison
 from gralora_ext.compare.job import RunJob
 from gralora_ext.compare.methods import METHODS
@@ -85,6 +85,13 @@ def test_no_test_row_is_trained_on_or_chosen_with(work, tmp_path):
     rows = [json.loads(line) for line in (work / "rows.jsonl").read_text().splitlines()]
     pairs = [(row["question"], row["answer"]) for row in rows]
     assert texts.train == pairs[:44] and texts.validation == pairs[44:48] and texts.test == pairs[48:54]
+
+
+def test_fewer_reviews_than_asked_for_are_all_of_them(tmp_path, monkeypatch):
+    (tmp_path / "reviews.csv").write_text("text,label\n" + "".join(f"review {n}<br />,1\n" for n in range(3)))
+    monkeypatch.setattr(texts, "general_text_file", lambda: tmp_path / "reviews.csv")
+    options = cli.options(["--general-texts", "5"])
+    assert texts._general(options.general_text, options.general_texts)[1] == ["review 0\n", "review 1\n", "review 2\n"]
 
 
 def test_means_and_spreads_are_those_of_the_runs(compared):

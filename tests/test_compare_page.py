@@ -25,23 +25,32 @@ def output(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def shown(output):
-    """The page, opened from its file by a browser that is cut off from every network, and what it complained of."""
+def browser():
+    """One that is cut off from every network."""
     driver = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     found = next(filter(None, map(shutil.which, BROWSERS)), None)
     if found is None:
         pytest.skip(f"none of the browsers {', '.join(BROWSERS)} is installed")
     with driver.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        context = browser.new_context(offline=True)
-        shown = context.new_page()
-        complaints, asked = [], []
-        shown.on("pageerror", lambda error: complaints.append(str(error)))
-        shown.on("console", lambda message: complaints.append(message.text))
-        shown.on("request", lambda request: asked.append(request.url))
-        shown.goto((output / PAGE).as_uri())
-        yield shown, complaints, asked
-        browser.close()
+        started = play.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield started.new_context(offline=True)
+        started.close()
+
+
+def opened(browser, path):
+    """The page, opened from its file, what it complained of, and what it asked for."""
+    shown = browser.new_page()
+    complaints, asked = [], []
+    shown.on("pageerror", lambda error: complaints.append(str(error)))
+    shown.on("console", lambda message: complaints.append(message.text))
+    shown.on("request", lambda request: asked.append(request.url))
+    shown.goto(path.as_uri())
+    return shown, complaints, asked
+
+
+@pytest.fixture(scope="module")
+def shown(browser, output):
+    return opened(browser, output / PAGE)
 
 
 def order(shown):
@@ -127,8 +136,28 @@ def test_each_run_can_be_opened_with_its_settings(shown, output):
     assert settings["settings"]["max_length"] == 64 and settings["versions"]["torch"]
 
 
+def test_names_are_shown_letter_by_letter_and_two_seeds_tell_no_methods_apart(browser, output, tmp_path):
+    content = content_of(output)
+    for n, row in enumerate(content["rows"]):
+        row["label"] = "<img src=x onerror=alert(1)> & &amp;"
+        for metric in row["metrics"].values():
+            metric |= {"mean": float(n), "deviation": 1e-6, "values": [n - 1e-6, n + 1e-6]}
+    (tmp_path / PAGE).write_text(page.made(content), encoding="utf-8")
+    shown, complaints, _ = opened(browser, tmp_path / PAGE)
+    assert complaints == [] and shown.locator("img").count() == 0
+    cells = shown.locator('#table td[data-key="loss"]')
+    assert sorted(cell.get_attribute("class") or "" for cell in cells.all()) == ["", "best", "near", "near", "near"]
+    assert shown.locator("#table tbody td:first-child").first.inner_text() == "<img src=x onerror=alert(1)> & &amp;"
+    assert shown.locator("#pareto text").last.text_content() == "<img src=x onerror=alert(1)> & &amp;"
+    shown.close()
+
+
+def content_of(output):
+    return json.loads((output / "summary.json").read_text()) | {"runs": records(output)}
+
+
 def test_what_stands_in_the_data_cannot_end_the_pages_data(output):
-    content = json.loads((output / "summary.json").read_text()) | {"runs": records(output)}
+    content = content_of(output)
     content["settings"]["data"] = "</script><script>alert(1)</script> {{style}}"
     text = page.made(content)
     assert text.count("</script>") == text.count("<script") == 3, "the data, the plots and the program"

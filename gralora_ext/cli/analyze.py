@@ -64,11 +64,11 @@ def options(argv: list[str]) -> argparse.Namespace:
     found = parse(of, argv[1:], defaults, quick)
     found.what, found.extend = what, found.extend or 0
     ks = getattr(found, "ks", None) or [1, 2, 4, 8]
+    if unknown := next((k for k in ks if k not in (1, 2, 4, 8)), None):
+        raise JobError(f"--ks: expected 2, 4 or 8, got {unknown}")
     for rank in getattr(found, "ranks", None) or [found.rank]:
         if wrong := next((k for k in ks if rank % k), None):
             raise JobError(f"analyze {what}: k = {wrong} does not divide the rank {rank}")
-    if unknown := next((k for k in ks if k not in (1, 2, 4, 8)), None):
-        raise JobError(f"--ks: expected 2, 4 or 8, got {unknown}")
     return found
 
 

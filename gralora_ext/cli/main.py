@@ -70,8 +70,7 @@ def _code_of(arguments: list[str]) -> int:
 
 
 def _dispatch(arguments: list[str]) -> int:
-    # Each command is imported where it is called: finetune needs packages that info only reports
-    # on.
+    # Imported where it is called: finetune needs packages that info only reports on.
     name, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
     if name == "finetune":
         return _finetune(rest)
@@ -115,9 +114,8 @@ def _finetune(arguments: list[str]) -> int:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # what fails there, the job tells in one sentence
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars; the job's own are lines then
-    # Threads that spin while they wait starve each other where cores are shared: small
-    # operations then take tens of times as long. The OpenMP runtime reads this when torch loads
-    # it.
+    # Threads that spin while they wait starve each other where cores are shared: small operations
+    # then take tens of times as long. The OpenMP runtime reads this when torch loads it.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from ..program.memory import keep_freed_memory
     from .finetune import run
@@ -129,8 +127,8 @@ def _finetune(arguments: list[str]) -> int:
 def _explain(arguments: list[str], error: Exception) -> int:
     """What the machine lacks is the user's to mend; all else is a failure that nobody foresaw."""
     if reason := memory_failure(error):
-        cure = "try a smaller --batch-size or --max-length, --gradient-checkpointing or --dtype bf16, or free some"
-        return _fail(arguments, f"{reason}: {cure}", 2)
+        less = "try a smaller --batch-size or --max-length, --gradient-checkpointing or --dtype bf16, or "
+        return _fail(arguments, f"{reason}: {less if arguments[0] == 'finetune' else ''}free some", 2)
     reason = disk_failure(error) or (error.strerror if isinstance(error, OSError) else None)
     if not reason:
         return _fail(arguments, f"{type(error).__name__}: {first_sentence(error)}", 1)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..program.errors import Stopped
+from ..program.errors import JobError, Stopped
 from ..program.files import staged, write_json
 from . import findings, pictures
 from .comparison import Chooser, settings_of, stopped
@@ -70,20 +70,17 @@ class Analysis:
         for seed in range(self.options.seeds):
             for rank, method in self.cases():
                 run = self.chooser.run(method, MEASURE, choices[rank, method.name].rate, seed, rank)
-                self.records.setdefault((rank, method.name), []).append(runner.record(run))
+                record = runner.record(run)
+                if self.extra and record["extra"] is None:
+                    raise JobError(
+                        f"the run {record['name']} diverged, and has no adapter to measure: try a smaller --lrs"
+                    )
+                self.records.setdefault((rank, method.name), []).append(record)
         chosen = [{"rank": rank, **choice.as_dict()} for (rank, _), choice in choices.items()]
         names = [record["name"] for records in self.records.values() for record in records]
         one = next(iter(self.records.values()))[0]
         made = {key: one[key] for key in ("date", "git", "machine", "versions", "threads")}
-        s = self.settings
-        settings = {key: getattr(s, key) for key in ("steps", "batch_size", "max_length", "dtype")}
-        settings = {
-            "model": s.model_name,
-            **s.texts,
-            "seeds": self.options.seeds,
-            "quick": self.options.quick,
-            **settings,
-        }
+        settings = {"seeds": self.options.seeds, "quick": self.options.quick, **self.settings.in_words()}
         return {"settings": settings, "choices": chosen, "runs": names, **made}
 
     @property
@@ -140,7 +137,7 @@ class Outliers(Analysis):
 
     def run(self, runner: Runner) -> dict[str, Any]:
         content = self.measure(runner)
-        by_k = {1 if name == "lora" else int(name[-1]): records for (_, name), records in self.records.items()}
+        by_k = {_k(name): records for (_, name), records in self.records.items()}
 
         def over_seeds(k: int, value: Callable[[dict[str, Any]], float]) -> Spread:
             means = [sum(map(value, record["extra"])) / len(record["extra"]) for record in by_k[k]]
@@ -183,10 +180,15 @@ class Grid(Analysis):
         for (rank, name), records in self.records.items():
             of_seeds = spread([record["results"]["loss"] for record in records])
             if of_seeds:  # a case of which a run diverged has no mean
-                losses[rank, 1 if name == "lora" else int(name[-1])] = of_seeds
+                losses[rank, _k(name)] = of_seeds
         lora = {rank: s for (rank, k), s in losses.items() if k == 1}
-        gralora = {rank: min((s for (r, k), s in losses.items() if r == rank and k > 1), key=lambda s: s.mean)
-                   for rank in lora if any(r == rank and k > 1 for r, k in losses)}  # fmt: skip
+        gralora: dict[int, Spread] = {}  # with the best k of each rank
+        for (rank, k), of_seeds in losses.items():
+            if k > 1 and (rank not in gralora or of_seeds.mean < gralora[rank].mean):
+                gralora[rank] = of_seeds
+        for name, by_rank in (("LoRA", lora), ("GraLoRA", gralora)):
+            if not by_rank:
+                raise JobError(f"analyze grid: each case of {name} has a run that diverged: try a smaller --lrs")
         found = [
             findings.worse_at_high_rank("LoRA", lora, True, self.parameters),
             findings.worse_at_high_rank("GraLoRA with the best k", gralora, False, self.parameters),
@@ -202,6 +204,11 @@ class Grid(Analysis):
             for (r, k), s in losses.items()
         ]
         return {**content, "cells": cells, "findings": _dicts(found)}
+
+
+def _k(method: str) -> int:
+    """LoRA is k = 1."""
+    return METHODS[method].options.get("k", 1)
 
 
 def _share(change: list[list[float]]) -> float:

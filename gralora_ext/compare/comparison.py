@@ -146,7 +146,12 @@ class Comparison:
         ]
         runs = [self.base, *(record for of_method in self.records.values() for record in of_method)]
         return {
-            "settings": {"seeds": self.options.seeds, "quick": self.options.quick, **self.settings_in_words()},
+            "settings": {
+                "seeds": self.options.seeds,
+                "quick": self.options.quick,
+                "rank": self.settings.rank,
+                **self.settings.in_words(),
+            },
             "metrics": [
                 {k: getattr(m, k) for k in ("key", "label", "unit", "digits", "less_is_better")}
                 for m in summary.METRICS
@@ -158,8 +163,3 @@ class Comparison:
             "choices": [choice.as_dict() for choice in self.choices.values()],
             "runs": runs,
         }
-
-    def settings_in_words(self) -> dict[str, Any]:
-        s = self.settings
-        common = {k: getattr(s, k) for k in ("rank", "steps", "batch_size", "max_length", "dtype")}
-        return {"model": s.model_name, **s.texts, **common}

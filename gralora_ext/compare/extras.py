@@ -35,6 +35,7 @@ class Adapted:
         return min(k * r + h, k * n, k * B.shape[2])
 
     def delta(self) -> Tensor:
+        """ΔW [M, N]."""
         return reference.delta_weight(**self.tensors, scaling=self.scaling)
 
     def gradient(self, x: Tensor, g: Tensor) -> Tensor:

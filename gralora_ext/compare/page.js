@@ -3,10 +3,8 @@
 "use strict";
 
 const data = JSON.parse(document.getElementById("data").textContent);
-const colours = ["#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a", "#9f6b53", "#787774", "#cb912f", "#337ea9",
-  "#d44c47", "#5a8f29", "#6f5bd0"];
 const methods = data.rows.filter(row => row.method !== "base");
-const colourOf = Object.fromEntries(methods.map((row, i) => [row.method, colours[i % colours.length]]));
+const colourOf = Object.fromEntries(methods.map((row, i) => [row.method, data.colours[i % data.colours.length]]));
 const metricOf = Object.fromEntries(data.metrics.map(metric => [metric.key, metric]));
 const valueOf = (row, key) => row.metrics[key] ? row.metrics[key].mean : null;
 
@@ -33,11 +31,12 @@ function rateText(value) {
   return value.toExponential().replace("e-", "e\u2212");
 }
 
-// Whether runs of a method differ in it at all: parameters and sizes are what they are.
+// Whether runs of a method differ in it at all: parameters and sizes do not.
 const isMeasured = key => methods.some(row => row.metrics[key] && row.metrics[key].deviation > 0);
 
-// What a method's spread does not tell apart from the best: the difference is at most both deviations together.
+// What a method's spread does not tell apart from the best, by the rule of `apart` in summary.py.
 function isNear(one, best) {
+  if (Math.min(one.values.length, best.values.length) < data.least_seeds) return true;
   return Math.abs(one.mean - best.mean) <= Math.hypot(one.deviation || 0, best.deviation || 0);
 }
 

@@ -9,13 +9,15 @@ import re
 from importlib.resources import files
 from typing import Any
 
-from .summary import METRICS
+from .pictures import COLOURS
+from .summary import LEAST_SEEDS, METRICS
 
 
 def made(content: dict[str, Any]) -> str:
     """The page's text. Whatever stands in the data, it cannot end the element that holds it."""
     folder = files(__package__)
-    data = json.dumps(content, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
+    shown = {**content, "least_seeds": LEAST_SEEDS, "colours": COLOURS}
+    data = json.dumps(shown, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
     text = (folder / "page.html").read_text(encoding="utf-8")
     parts = {
         "title": html.escape(f"Methods compared on {content['settings']['model'].split(' (')[0]}"),
@@ -27,13 +29,17 @@ def made(content: dict[str, Any]) -> str:
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], text)
 
 
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row of the table as text: its learning rate, its seeds, and each of METRICS."""
+    rate = "" if row["rate"] is None else f"{row['rate']:g}{' (at the edge)' if row['at_edge'] else ''}"
+    missing = "diverged" if row["diverged"] else ""
+    return [rate, str(row["seeds"]), *(row["metrics"].get(m.key, {}).get("text", missing) for m in METRICS)]
+
+
 def text_table(content: dict[str, Any]) -> str:
     """The table for a terminal."""
     lines = [["method", "lr", "seeds", *(m.label for m in METRICS)]]
-    for row in content["rows"]:
-        rate = "" if row["rate"] is None else f"{row['rate']:g}{' (edge)' if row['at_edge'] else ''}"
-        values = [row["metrics"].get(m.key, {}).get("text", "diverged" if row["diverged"] else "") for m in METRICS]
-        lines.append([row["method"], rate, str(row["seeds"]), *values])
+    lines += [[row["method"], *cells(row)] for row in content["rows"]]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines

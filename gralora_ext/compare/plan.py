@@ -32,6 +32,11 @@ class Settings:
     texts: dict[str, Any]
     digests: dict[str, str]  # of the texts that a run of each part reads
 
+    def in_words(self) -> dict[str, Any]:
+        """For people: neither a path nor a digest, nor a rank, which a run may have of its own."""
+        common = {k: getattr(self, k) for k in ("steps", "batch_size", "max_length", "dtype")}
+        return {"model": self.model_name, **self.texts, **common}
+
     def held_out_rows(self, part: str) -> int:
         return self.texts["validation_rows" if part == CHOOSE else "test_rows"]
 

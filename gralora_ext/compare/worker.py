@@ -20,7 +20,7 @@ from ..program.files import PARTIAL, staged, write_json
 from ..program.memory import keep_freed_memory
 from ..program.resources import memory_failure
 from ..program.signals import stopper
-from .plan import Run, Settings
+from .plan import MEASURE, Run, Settings
 from .runner import RUNS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,7 +76,7 @@ def measured(run: Run, texts: Path, folder: Path) -> dict[str, Any]:
         job.check()
         job.prepare()
         job.train()
-        size = job.checkpoint_bytes(Path(scratch) / "saved") if run.part == "measure" else None
+        size = job.checkpoint_bytes(Path(scratch) / "saved") if run.part == MEASURE else None
     extra = EXTRAS[run.extra](job) if run.extra and job.diverged is None else None
     return {
         "name": run.name,
