@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -14,12 +15,13 @@ from several_helpers import make_configurations
 from gralora_ext.cli.accelerate_file import read
 from gralora_ext.cli.checkpoints import Checkpoints, History
 from gralora_ext.cli.checks import check_shared, device
-from gralora_ext.cli.group import Group
+from gralora_ext.cli.group import LOST, Group
 from gralora_ext.cli.job import Job
 from gralora_ext.cli.launcher import Place, again, engine, place_here
 from gralora_ext.cli.options import parse
 from gralora_ext.cli.resume import _compare_processes, processes
 from gralora_ext.cli.shares import ShareLoader, Shares, has_labels
+from gralora_ext.cli.spawn import _Launch
 from gralora_ext.program.errors import JobError, Stopped
 from gralora_ext.program.signals import Stopper
 
@@ -288,3 +290,37 @@ def test_checkpoint_that_lacks_a_process_s_random_numbers_is_not_whole(tmp_path)
     (checkpoint / "manifest.json").unlink()
     checkpoints.seal(checkpoint)
     assert checkpoints.newest_whole() == checkpoint
+
+
+# What the processes of a launch do: the first one's program, the second one's.
+ENDS = {
+    "one is told to stop and ends last": ("time.sleep(0.5); sys.exit(143)", f"sys.exit({LOST})", 143, ""),
+    "one is killed": ("os.kill(os.getpid(), 9)", f"sys.exit({LOST})", 137, "process 0 of 2 was ended by SIGKILL: "),
+    "one fails and the other works on": ("sys.exit(3)", "time.sleep(60)", 3, ""),
+    "one does not answer": ("time.sleep(60)", f"sys.exit({LOST})", 1, "process 0 of 2 did not answer for 600 s: "),
+    "none says why": ("sys.exit(0)", f"sys.exit({LOST})", 1, "process 1 of 2 has lost its connection to the others: "),
+}
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_launcher_tells_the_cause_and_not_who_has_lost_it(case, launched, monkeypatch, capsys, tmp_path):
+    launched()
+    first, second, code, says = ENDS[case]
+    options = parse(["--num-processes", "2", "--output", str(tmp_path / "output")])
+    launch = _Launch(options, [], dict(os.environ), 2)
+    program = f"import os, sys, time\nif os.environ['RANK'] == '0': {first}\nelse: {second}"
+    launch.command = [sys.executable, "-c", program]
+    assert launch.run() == code
+    told = capsys.readouterr().err
+    assert says in told if says else told == ""
+
+
+def test_signal_that_comes_while_processes_meet_waits_for_that(monkeypatch):
+    """A process that left half way would end after the one that has lost it."""
+    own = Stopper()
+    monkeypatch.setattr("gralora_ext.cli.group.stopper", own)
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda *a, **k: own._handle(signal.SIGTERM, None))
+    group = Group(Place(0, 2, 0))
+    with pytest.raises(Stopped):
+        group.join(cuda=False)
+    assert group.joined

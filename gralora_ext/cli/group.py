@@ -67,10 +67,12 @@ class Group:
 
         if cuda:
             torch.cuda.set_device(self.place.local_rank)
-        torch.distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=self.timeout)
-        )
-        self.joined = True
+        # A signal waits until they have met: a process that left half way would look as if the others had lost it.
+        with self.held():
+            torch.distributed.init_process_group(
+                "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=self.timeout)
+            )
+            self.joined = True
 
     @contextmanager
     def together(self, *, meet: bool = True) -> Iterator[None]:

@@ -100,17 +100,17 @@ class _Launch:
                 process.send_signal(signum)
 
     def _wait(self) -> tuple[int, int]:
-        """The first process that ended badly, and how; the first one and 0 where none did."""
+        """The process that is the cause where one ended badly, and how; the first one and 0 where none did."""
         failed: tuple[int, int] | None = None
         end = float("inf")
         while True:
             codes = [process.poll() for process in self.processes]
             bad = [(rank, code) for rank, code in enumerate(codes) if code]
-            if failed is None and bad:
-                # Of those that ended since the last look: the one that was killed is the cause,
-                # the others have lost it.
-                failed = min(bad, key=lambda e: (e[1] > 0, e[1] == LOST, e[0]))
-                end = time.monotonic() + (_GRACE if self.stop is None else _STOP_GRACE)
+            # One that has lost another is never the cause; its cause may need a moment more to end.
+            if bad and (failed is None or failed[1] == LOST):
+                if failed is None:
+                    end = time.monotonic() + (_GRACE if self.stop is None else _STOP_GRACE)
+                failed = min(bad, key=lambda e: (e[1] == LOST, e[1] > 0, e[0]))
             if all(code is not None for code in codes):
                 return failed or (0, 0)
             if time.monotonic() > end:
@@ -132,9 +132,12 @@ class _Launch:
         first = self.processes[0].returncode
         if self.stop is not None and first >= 0 and first != LOST:
             return first or 128 + self.stop
-        what = f"did not answer for {self.options.process_timeout} s"
         if code < 0:
             what = f"was ended by {signal_name(-code)}"
+        elif self.processes[rank].returncode == LOST:
+            what = "has lost its connection to the others"
+        else:
+            what = f"did not answer for {self.options.process_timeout} s"
         print(f"gralora-ext: error: process {rank} of {self.size} {what}: {self._how_to_go_on()}", file=sys.stderr)
         return 1 if code == LOST else 128 - code
 
