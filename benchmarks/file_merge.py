@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A merge in files beside ``cp`` with ``sync``, and beside PEFT, in turns, on a model of 4 GB with the shapes of an 8B Llama.
 
-``python -m benchmarks.file_merge FOLDER`` needs 20 GB of disk in FOLDER, and prints seconds, medians and ratios as JSON.
+``python -m benchmarks.file_merge FOLDER`` needs 20 GB of disk in FOLDER, and prints seconds, medians and ratios as JSON: what
+is committed as ``results/file-merge/measured.json``.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 from gralora_ext.checkpoint.safetensors_file import SafetensorsWriter
+from gralora_ext.program import machine
 
 WIDTH, KEYS, INNER, WORDS = 4096, 1024, 14336, 32000
 LINEAR = {
@@ -107,8 +109,8 @@ def run(program: str, *folders: Path) -> tuple[float, ...]:
     return tuple(map(float, done.stdout.split()[-2:]))
 
 
-def measure(folder: Path, turns: int = 3) -> dict[str, Any]:
-    """Seconds of each contender, PEFT's in the first turn alone, and the greatest growth of our process in bytes."""
+def measure(folder: Path, turns: int = 7, slow_turns: int = 3) -> dict[str, Any]:
+    """Seconds of each contender, PEFT's in some of the turns, and the greatest growth of our process in bytes."""
     base, adapter, size = make(folder, layers=8)
     copy, out = folder / "copy", folder / "out"
     seconds: dict[str, list[float]] = {"cp": [], "merge": [], "PEFT": []}
@@ -125,7 +127,7 @@ def measure(folder: Path, turns: int = 3) -> dict[str, Any]:
         seconds["merge"].append(taken)
         most = max(most, grown)
         shutil.rmtree(out)
-        if turn == 0:
+        if turn < slow_turns:
             os.sync()
             seconds["PEFT"].append(run(PEFT, base, adapter, out)[0])
             shutil.rmtree(out)
@@ -133,9 +135,13 @@ def measure(folder: Path, turns: int = 3) -> dict[str, Any]:
     return {
         "bytes": size,
         "seconds": seconds,
-        "beside cp and sync": medians["cp"] / medians["merge"],
-        "beside PEFT": medians["PEFT"] / medians["merge"],
+        "beside_copy": medians["cp"] / medians["merge"],
+        "beside_peft": medians["PEFT"] / medians["merge"],
         "growth": most,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "git": machine.commit(Path(__file__).resolve().parent),
+        "machine": machine.machine(None),
+        "versions": machine.versions(),
     }
 
 

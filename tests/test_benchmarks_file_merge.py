@@ -15,5 +15,5 @@ def test_measures_copy_merge_and_peft(tmp_path, monkeypatch):
         monkeypatch.setattr(file_merge, name, value)
     found = file_merge.measure(tmp_path, turns=1)
     assert {name: len(values) for name, values in found["seconds"].items()} == {"cp": 1, "merge": 1, "PEFT": 1}
-    assert found["beside cp and sync"] > 0 and found["beside PEFT"] > 0 and found["growth"] < 64 << 20
+    assert found["beside_copy"] > 0 and found["beside_peft"] > 0 and found["growth"] < 64 << 20
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
