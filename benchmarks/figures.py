@@ -25,8 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 JOB = "finetune-default"
 FOUR_BIT = "finetune-4bit"
+FILE_MERGE = "file-merge"
 PASSES = {"forward": "forward", "forward + backward": "training"}  # of the path, and their benches
-PEERS = ("peft", "peft-compiled", "lora", "torch")
+PEERS = ("peft", "peft-compiled", "lora", "torch", "ours-plain")
 NOT_MEASURED = "not measured"
 
 Record = dict[str, Any]
@@ -133,8 +134,27 @@ class Tables:
         for row, run in zip(rows[1:], [run for run in runs for _ in range(2)], strict=True):
             peaks = [r["contenders"] for r in run.records("merge", what="peak")] if row[1] == "merge" else []
             row += [_mebibytes([p[n]["median"] for p in peaks if n in p]) for n in ("ours", "peft", "lora")]
+            row[1] += " by codes" if "ours-plain" in run.records("merge", what="merge")[0]["contenders"] else ""
         text = f"How many times as fast our layer is as each: {MEANS}; and the peak of memory beside the weight."
         return self._page(text, rows, runs)
+
+    def file_merge(self) -> str:
+        """A merge in files, beside copying the files and beside PEFT."""
+        found = read_json(self.folder / FILE_MERGE / "measured.json")
+        names = {"merge": "`gralora-ext merge`", "cp": "`cp`, which merges nothing", "PEFT": "PEFT: load, merge, save"}
+        rows = [["each followed by `sync`", "turns", "median, s (least to greatest)", "GB/s"]]
+        for name, label in names.items():
+            seconds = found["seconds"][name]
+            median = statistics.median(seconds)
+            span = f"{median:.1f} ({min(seconds):.1f} to {max(seconds):.1f})"
+            rows.append([label, str(len(seconds)), span, f"{found['bytes'] / median / 1e9:.2f}"])
+        sentence = (
+            f"A model of {found['bytes'] / 1e9:.1f} GB in bfloat16 with the shapes of an 8B Llama, r = 32, k = 2, in turns. "
+            f"Our process grew by at most {found['growth'] / 2**20:.0f} MiB:"
+        )
+        where = f"{found['machine']['cpu']}, {found['machine']['cores']} cores of a virtual machine"
+        versions = f"torch {found['versions']['torch']}, PEFT {found['versions']['peft']}"
+        return f"{sentence}\n\n{markdown(rows)}\n\nMeasured with {versions}: {where}, {when(found)}."
 
     def kept(self) -> str:
         """What a layer keeps alive for backward, x included."""
@@ -244,6 +264,7 @@ TABLES: dict[str, Callable[[Tables], str]] = {
     "mixed": Tables.mixed,
     "job": Tables.job,
     "four-bit": Tables.four_bit,
+    "file-merge": Tables.file_merge,
     **{name: lambda tables, made=made: made(tables.folder) for name, made in compared.tables(RESULTS).items()},
 }
 

@@ -139,7 +139,7 @@ def measure(folder: Path, turns: int = 7, slow_turns: int = 3) -> dict[str, Any]
         "beside_peft": medians["PEFT"] / medians["merge"],
         "growth": most,
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "git": machine.commit(Path(__file__).resolve().parent),
+        "git": machine.commit(Path(__file__).resolve().parent.parent),
         "machine": machine.machine(None),
         "versions": machine.versions(),
     }

@@ -23,6 +23,7 @@ LABELS = {  # the contenders as plots and tables name them
     "ours": "ours",
     "ours-op": "ours, the operation alone",
     "ours-path": "ours, base layers called",
+    "ours-plain": "ours that keeps nothing",
     "peft": "PEFT's GraLoRA",
     "peft-compiled": "PEFT's GraLoRA, torch.compile",
     "lora": "PEFT's LoRA",
