@@ -184,7 +184,7 @@ TABLE: dict[str, tuple[Option, ...]] = {
         Option("eval-rows", _N, 32, "how many of them each evaluation reads", "max-eval-samples"),
         Option("eval-every", _N, None, "steps from one evaluation to the next (default: half of all)", "eval-steps",
                free=True),
-        Option("sample-tokens", _N, 128, "the greatest length of a sample answer", free=True),
+        Option("sample-tokens", _N, 32, "the greatest length of a sample answer", free=True),
     ),
     "files and reports": (
         Option("save-every", _N, 10, "steps from one checkpoint to the next", "save-steps", free=True),
