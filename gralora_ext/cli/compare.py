@@ -14,12 +14,12 @@ DEFAULTS = {
     "methods": list(DEFAULT),
     "seeds": 3,
     "rank": 32,
-    "steps": 60,
+    "steps": 40,
     "batch_size": 4,
     "max_length": 384,
-    "test_rows": 200,
-    "validation_rows": 100,
-    "general_texts": 64,
+    "test_rows": 128,
+    "validation_rows": 64,
+    "general_texts": 32,
     "extend": 2,
 }
 QUICKLY = {
