@@ -33,9 +33,29 @@ choose_environment() {
         fail "there is no pip in $environment: run '$python -m ensurepip', or use an environment that has pip."
 }
 
+# What decides whether there is anything to install: this checkout's build and its sources, our variables, and which packages
+# of which versions are in the environment.
+fingerprint() {
+    {
+        printf '%s\n' "$repo" "$1" "${wheels[@]}"
+        env | grep '^GRALORA_EXT_' | sort || true
+        cd "$repo"
+        cat pyproject.toml setup.py gralora_ext/_build_config.py
+        find csrc -type f | sort | xargs cat
+        ls gralora_ext/_C.* || true
+        ls "$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+    } 2>/dev/null | sha256sum
+}
+
 # set_up EXTRA: torch and the tools first, since the extension is compiled against the torch in the environment.
+# Where nothing has changed since the last time it does nothing.
 set_up() {
     choose_environment
+    local mark=$environment/.gralora_ext-$1
+    if [ "$(cat "$mark" 2>/dev/null)" = "$(fingerprint "$1")" ]; then
+        say "all is installed in $environment"
+        return
+    fi
     local pip=("$python" -m pip --disable-pip-version-check install --quiet)
     say "1/3 installing torch and the build tools into $environment"
     "${pip[@]}" 'torch>=2.7' 'setuptools>=77' wheel ninja
@@ -53,4 +73,5 @@ CHECK
     say "3/3 compiling and installing gralora_ext with what '$1' needs"
     # Editable: in this folder Python finds the source tree first, and the extension must then be in it.
     "${pip[@]}" --no-build-isolation --editable "$repo[$1]"
+    fingerprint "$1" >"$mark"
 }
