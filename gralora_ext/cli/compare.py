@@ -14,7 +14,7 @@ DEFAULTS = {
     "methods": list(DEFAULT),
     "seeds": 3,
     "rank": 32,
-    "steps": 40,
+    "steps": 30,
     "batch_size": 4,
     "max_length": 384,
     "test_rows": 128,

@@ -50,8 +50,8 @@ _ALL = (
     Method("gralora-orthogonal", "GraLoRA, k = 2, orthogonal start", options={"k": 2, "init_weights": "orthogonal"}),
 )
 METHODS = {method.name: method for method in _ALL}
-# At rank 32 `auto` is k = 2 in every layer: the same run again.
-DEFAULT = tuple(name for name in METHODS if name != "gralora-auto")
+# Without what GraloraConfig brings besides: `--methods all` has it.
+DEFAULT = tuple(name for name in METHODS if name not in ("gralora-auto", "gralora-rslora", "gralora-orthogonal"))
 QUICK = ("full", "lora", "gralora-k2")
 
 
