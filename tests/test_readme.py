@@ -11,7 +11,7 @@ from error_messages import ROOT
 
 import gralora_ext
 
-FIGURES = {"step", "path", "one-token", "kept", "merge", "job"}
+FIGURES = {"step", "path", "one-token", "kept", "merge", "file-merge", "job"}
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in ROOT.glob("docs/**/*.md")}
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES["README.md"] = README
