@@ -41,7 +41,8 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, flags in capabilities.items()
         for source in config.KERNEL_SOURCES
     }
-    commands |= {f"{name}.o": [f"csrc/cpu/{name}.cpp", *have] for name in ("machine", "plan", "dispatch")}
+    choosing = [source for source in config.COMMON_SOURCES if source.startswith("csrc/cpu/")]
+    commands |= {f"{Path(source).stem}.o": [source, *have] for source in choosing}
     commands |= {f"{name}.o": [f"tests/cpp/{name}.cpp"] for name in PROGRAMS}
 
     def compile_(item: tuple[str, list[str]]) -> None:
