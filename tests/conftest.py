@@ -60,7 +60,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if most is not None:
         keep_cases(config, items, most)
     for item in items:
-        if item.get_closest_marker("build") or "cuda_on_cpu" in item.path.parts:
+        long = item.get_closest_marker("build") or "cuda_on_cpu" in item.path.parts
+        if long and not item.get_closest_marker("exhaustive"):
             item.add_marker(pytest.mark.long)
 
 
