@@ -25,12 +25,12 @@ DEFAULTS = {
 QUICKLY = {
     "methods": list(QUICK),
     "seeds": 2,
-    "steps": 8,
+    "steps": 4,
     "batch_size": 2,
     "max_length": 256,
-    "test_rows": 24,
-    "validation_rows": 16,
-    "general_texts": 8,
+    "test_rows": 12,
+    "validation_rows": 8,
+    "general_texts": 4,
     "extend": 0,
 }
 
