@@ -134,7 +134,7 @@ class Tables:
         for row, run in zip(rows[1:], [run for run in runs for _ in range(2)], strict=True):
             peaks = [r["contenders"] for r in run.records("merge", what="peak")] if row[1] == "merge" else []
             row += [_mebibytes([p[n]["median"] for p in peaks if n in p]) for n in ("ours", "peft", "lora")]
-            row[1] += " by codes" if "ours-plain" in run.records("merge", what="merge")[0]["contenders"] else ""
+            row[1] += " with codes" if "ours-plain" in run.records("merge", what="merge")[0]["contenders"] else ""
         text = f"How many times as fast our layer is as each: {MEANS}; and the peak of memory beside the weight."
         return self._page(text, rows, runs)
 
