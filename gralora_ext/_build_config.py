@@ -51,8 +51,8 @@ KERNEL_SOURCES = [
     "csrc/cpu/linear.cpp",
 ]
 
-# GCC would multiply and add in two steps, rounded twice, where a loop has one sum alone: a token's
-# bits would depend on how many are beside it.
+# GCC would multiply and add in two steps, rounded twice, where a loop has one sum alone. A token's
+# bits would then depend on how many are beside it.
 FMA_FLAGS = ["-mfma", "--param=avoid-fma-max-bits=0"]
 
 # In rising order: the linker keeps the first copy of a shared inline function, so the portable one

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# All that only a GPU can show, by one command: builds the extension for the cards that are here, tries their instructions and
-# all passes (self-test), runs the tests of operations and layers on CUDA, those under autocast once more by themselves,
-# compute-sanitizer's four tools, and the benchmarks. Leaves one folder to commit, with a page to read first: REPORT.md.
-# Goes on after a step that failed; the exit code is then 1.
+# All that only a GPU can show, by one command: builds the extension for the cards that are here,
+# tries their instructions and all passes (self-test), runs the tests of operations and layers on
+# CUDA, those under autocast once more by themselves, compute-sanitizer's four tools, and the
+# benchmarks. Leaves one folder to commit, with a page to read first: REPORT.md. Goes on after a
+# step that failed; the exit code is then 1.
 #
 # usage: scripts/gpu_check.sh [FOLDER]      FOLDER: benchmarks/results/cuda-<date>-<card> where it is left out
 source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
@@ -45,8 +46,8 @@ step selftest "$python" -m gralora_ext info --selftest
 step tests "${on_cuda[@]}" tests/test_cuda.py tests/test_ops_*.py tests/test_tuner_*.py tests/test_model_gradients.py
 step autocast "${on_cuda[@]}" tests/test_ops_compile.py tests/test_tuner_*.py -k autocast
 if command -v compute-sanitizer >/dev/null; then
-    # Without torch's cache each tensor is an allocation of its own, and what lies beyond its end is seen. initcheck must watch
-    # torch's kernels too: they write what ours read.
+    # Without torch's cache each tensor is an allocation of its own, and what lies beyond its end is
+    # seen. initcheck must watch torch's kernels too: they write what ours read.
     for tool in memcheck racecheck initcheck synccheck; do
         only=(--kernel-name kns=gralora)
         [ "$tool" = initcheck ] && only=()

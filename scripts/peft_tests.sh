@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Runs PEFT's own tests on GraLoRA twice, with PEFT's tuner and with ours, and fails if a test that passes with PEFT's
-# tuner does not pass with ours, or if our layer was hardly called. About three minutes.
+# Runs PEFT's own tests on GraLoRA twice, with PEFT's tuner and with ours, and fails if a test that
+# passes with PEFT's tuner does not pass with ours, or if our layer was hardly called. Three minutes.
 #
 # usage: scripts/peft_tests.sh [PYTHON]     PYTHON: an interpreter with gralora_ext[peft-tests] installed; default python
 #
-# The tests are those of the installed PEFT release, from its source distribution, which is kept in the user's cache.
-# Some of them want models from a hub. It is not asked: tests/peft_models.py builds tiny models of the same architectures under
-# the names that the tests ask for (HF_HUB_OFFLINE=0 lets the hub be asked instead). One test fails both ways without a hub:
-# it downloads a configuration into an empty cache of its own.
+# The tests are those of the installed PEFT release, from its source distribution, which is kept in
+# the user's cache. Some of them want models from a hub. It is not asked: tests/peft_models.py
+# builds tiny models of the same architectures under the names that the tests ask for
+# (HF_HUB_OFFLINE=0 lets the hub be asked instead). One test fails both ways without a hub: it
+# downloads a configuration into an empty cache of its own.
 set -euo pipefail
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -43,7 +44,7 @@ fi
 cd "$sources"
 for tuner in stock fused; do
     echo "== PEFT $version, its tests on GraLoRA, tuner: $tuner"
-    # pytest exits with 1 where tests fail: the comparison below decides about them. Other exits are errors.
+    # pytest exits with 1 where tests fail: the comparison below decides about them. Others are errors.
     "$python" -m pytest -o addopts= -p no:cacheprovider -p peft_plugin -q -rN --tb=no --disable-warnings -k gralora \
         --gralora-tuner="$tuner" --gralora-report="$work/$tuner.json" \
         tests/test_{custom_models,initialization,config,decoder_models,encoder_decoder_models}.py \

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Sets up all and runs the tests, but for the long ones (pytest -m long), which .ci/run runs after them.
+# Sets up all and runs the tests. The long ones (pytest -m long) are left to .ci/run.
 #
 # usage: scripts/test.sh [arguments of pytest, such as -k cli]
 source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"

@@ -15,7 +15,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "gralora_ext"
 
-# Run in a process of its own: prints build_info and the bits of every op's results as one line of JSON.
+# Run in a process of its own: prints build_info and the bits of all ops' results as a line of JSON.
 PROBE = """
 import hashlib, json, torch
 import gralora_ext

@@ -12,10 +12,11 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-# The benchmarks are not part of the installed package; appended, so that what is installed comes first.
+# The benchmarks are not installed. Their folder comes last, so that what is installed is tested.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-# A thread that spins on a busy machine takes the time of the one it waits for. OpenMP reads this when torch loads it.
+# A thread that spins on a busy machine takes the time of the one it waits for. OpenMP reads this
+# when torch loads it.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import build_helpers

@@ -23,8 +23,9 @@ import gralora_ext
 from gralora_ext import reference
 from gralora_ext.tolerances import TOLERANCES, tolerance
 
-# Share of the weights that a 16-bit merge may round to the neighbour of the correctly rounded value: a float32 sum is
-# about 2^-13 of a bfloat16 ulp off (2^-10 of a float16 ulp), and only sums that near to a tie can go the other way.
+# Share of the weights that a 16-bit merge may round to the neighbour of the correctly rounded
+# value: a float32 sum is about 2^-13 of a bfloat16 ulp off (2^-10 of a float16 ulp), and only sums
+# that near to a tie can go the other way.
 MERGE_MISROUNDED = 0.02
 
 DTYPES = tuple(TOLERANCES)
@@ -39,7 +40,8 @@ LAYOUTS = (
     "expanded_rows",
     "expanded_columns",
 )
-# (k, n, m, rb, h): single elements, one wide side, many blocks of one rank, ranks and widths beyond one panel
+# (k, n, m, rb, h): single elements, one wide side, many blocks of one rank, ranks and widths beyond
+# one panel
 EXTREME_SIZES = [
     (1, 1, 1, 1, 0),
     (8, 1, 1, 1, 0),

@@ -22,8 +22,8 @@ from peft import LoraConfig
 # The folder of a snapshot is named for a commit; here there is one of each model.
 COMMIT = "0" * 40
 
-# Every width divides by the k of PEFT's tests (2 and 4), and a head has enough numbers for rotary embeddings. The vocabulary is
-# larger than any token in the tests.
+# Every width divides by the k of PEFT's tests (2 and 4), and a head has enough numbers for rotary
+# embeddings. The vocabulary is larger than any token in the tests.
 HIDDEN, FEED_FORWARD, LAYERS, HEADS, VOCABULARY, POSITIONS = 32, 64, 2, 4, 1024, 128
 SIZES = {
     "vocab_size": VOCABULARY,

@@ -64,7 +64,8 @@ class Recorder:
         self.file = file_of(nodeid)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        # A test has passed where its call has, unless its set-up or tear-down fails; a skip is reported by the set-up.
+        # A test has passed where its call has, unless its set-up or tear-down fails; a skip is
+        # reported by the set-up.
         if report.when == "call" or report.outcome != "passed":
             self.outcomes[report.nodeid] = report.outcome
 
@@ -78,7 +79,8 @@ def pytest_addoption(parser: Any) -> None:
 
 
 def pytest_configure(config: Any) -> None:
-    # PEFT's tests make transformers' FutureWarnings errors. It gives these names up, which the PEFT release uses.
+    # PEFT's tests make transformers' FutureWarnings errors. It gives these names up, which the PEFT
+    # release uses.
     names = "(is_gradient_checkpointing|gradient_checkpointing_(enable|disable))"
     config.addinivalue_line("filterwarnings", f"ignore:.{names}. is deprecated:FutureWarning")
     recorder = Recorder(config.getoption("--gralora-report"))

@@ -120,7 +120,8 @@ def test_torch_openmp_runtime_is_the_only_one(build: str, request: pytest.Fixtur
     info = request.getfixturevalue(build)["info"]
     (runtime,) = info["openmp"]
     assert "torch" in Path(runtime).parts or "torch.libs" in Path(runtime).parts
-    # Where torch's runtime keeps its common name, a second one in need would be the same file: look at the need itself.
+    # Where torch's runtime keeps its common name, a second one in need would be the same file: look
+    # at the need itself.
     headers = subprocess.run(["objdump", "-p", info["path"]], capture_output=True, text=True, check=True).stdout
     assert "NEEDED" in headers and not re.search(r"NEEDED\s+lib(gomp|iomp|omp)", headers)
 
@@ -209,7 +210,8 @@ def test_jit_follows_a_changed_kernel_in_two_processes_at_once(
 
 
 def test_editable_install_runs_from_the_tree(wheel_python: Path, tree: Path, builds: Path) -> None:
-    # Last, and in the wheel's place: with the same paths, the wheel's objects serve, and little is compiled again.
+    # Last, and in the wheel's place: with the same paths, the wheel's objects serve, and little is
+    # compiled again.
     env = helpers.environment()
     helpers.run(wheel_python, "-m", "pip", "uninstall", "--yes", "gralora_ext", env=env, cwd=builds)
     helpers.pip(wheel_python, "install", "--ignore-installed", "--editable", tree, env=env, cwd=builds)

@@ -42,7 +42,8 @@ def test_bar_shows_on_a_terminal_even_of_unknown_width():
     assert process.stdout is not None
     lines = process.stdout.read()
     process.wait(timeout=60)
-    # Before our copy of its end is closed: what is underway can get lost when all are. On a busy machine it takes its time.
+    # Before our copy of its end is closed: what is underway can get lost when all are. On a busy
+    # machine it takes its time.
     shown, deadline = "", time.monotonic() + 30
     while "loss 1.0, 80 tokens/s" not in shown and time.monotonic() < deadline:
         if select.select([ours], [], [], 0.5)[0]:

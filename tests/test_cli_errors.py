@@ -227,7 +227,8 @@ def test_debug_shows_where_an_error_comes_from(work):
     assert result.returncode == 2 and "Traceback" in result.stderr
 
 
-# Files over these sizes cannot be written. One checkpoint's optimizer state has about 130 kB, the merged model 110 kB.
+# Files over these sizes cannot be written. One checkpoint's optimizer state has about 130 kB, the
+# merged model 110 kB.
 @pytest.mark.parametrize(("output", "limit", "more"), [("full1", 60_000, ()), ("full2", 100_000, ("--r", 2))])
 def test_full_disk_leaves_no_half_of_anything(work, output, limit, more):
     result = run(

@@ -15,7 +15,8 @@ import pytest
 from cli_helpers import environment, make_data, make_model, metrics, run, same_end, sentence, stop_at
 
 STEPS = 40
-# Dropout, two passes in a step, several epochs and a short last step in each: whatever a resumed job could continue wrongly takes part.
+# Dropout, two passes in a step, several epochs and a short last step in each: whatever a resumed
+# job could continue wrongly takes part.
 JOB = (
     "--steps",
     STEPS,
@@ -167,10 +168,11 @@ def test_sigterm_saves_a_checkpoint_and_tells_how_to_go_on(stopped):
 def test_resumed_job_ends_like_the_unbroken_one(work, unbroken, stopped):
     resumed = work / "resumed"
     shutil.copytree(stopped[0], resumed)
-    # A torn checkpoint, as a crash of something else could leave it: it is newer, and must not be taken.
+    # A torn checkpoint, as some crash could leave it: it is newer, and must not be taken.
     (resumed / "checkpoints" / "checkpoint-39").mkdir()
     (resumed / "checkpoints" / ".partial-x" / "checkpoint-38").mkdir(parents=True)
-    # What the stopped job told the user to type, but for the copied folder: the settings come from the file in there.
+    # What the stopped job told the user to type, but for the copied folder: the settings come from
+    # the file in there.
     assert "finetune --config stopped/finetune.json --resume`" in stopped[1].stderr
     result = run("finetune", "--config", "resumed/finetune.json", "--output", "resumed", "--resume", cwd=work)
     assert "resumed/checkpoints/checkpoint-39 is damaged and left aside: manifest.json is missing" in result.stdout

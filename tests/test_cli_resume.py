@@ -15,7 +15,8 @@ from cli_helpers import call, make_data, make_model, same_end, sentence
 from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.usefixtures("no_plot")
-# The rate rises over ten steps, and a row is dropped out: scheduler, optimizer and random numbers all decide the losses.
+# The rate rises over ten steps, and a row is dropped out: scheduler, optimizer and random numbers
+# all decide the losses.
 JOB = ("finetune", "--model", "model", "--data", "data.jsonl", "--batch-size", 2, "--dropout", 0.1, "--hybrid-r", 2)
 JOB += ("--r", 4, "--lr", 0.02, "--lr-schedule", "constant", "--warmup-steps", 10, "--max-length", 64)
 JOB += ("--eval-every", 4, "--save-every", 4, "--sample-tokens", 4, "--no-merge")

@@ -35,7 +35,7 @@ ROWS = {
     "func": ["functional_call", "grad", "grad, hybrid", "jvp", "vmap", "vmap over grad"],
     "inspection": ["FLOPs", "FLOPs, hybrid", "jit.trace", "deepcopy"],
 }
-# Where a number of PEFT's layer is the limit, so that it runs too: its graphs, its error in bfloat16
+# PEFT's layer runs too where a number of its own is the limit: graphs, the error in bfloat16
 BESIDE_PEFTS = {"ZeRO-3 bf16", "graphs over nine shapes, training, MLP", "graph breaks, hybrid, dropout, autocast"}
 PACKAGES = {"deepspeed": "deepspeed", "trainers": "trl"}
 

@@ -82,8 +82,9 @@ def test_gradients_are_right_where_rows_lie_in_few_sets_of_a_cache(
     assert_gradients_near(replace(inputs, grad=grad[:, : k * m]))
 
 
-# Rows of ranks that are 4096 bytes apart, too, in float32 and in bfloat16; more ranks than a copy of them holds; several chunks of x,
-# with one tile of ranks and with two, from which on rows of pairs are copied in backward, too
+# Rows of ranks that are 4096 bytes apart, too, in float32 and in bfloat16; more ranks than a copy
+# of them holds; several chunks of x, with one tile of ranks and with two, from which on rows of
+# pairs are copied in backward, too
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=NAMES.get)
 @pytest.mark.parametrize(
     ("k", "n", "m", "rb", "h"),
@@ -111,7 +112,7 @@ def test_results_are_right_where_rows_lie_in_one_set_of_a_cache(
     assert_gradients_near(replace(inputs, grad=apart(inputs.grad)))
 
 
-# One block of tokens (128, of pairs 256) and one more; ranks of several sizes beside those of vectors
+# One block of tokens (128, of pairs 256) and one more; ranks of more sizes than vectors have
 @pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16], ids=NAMES.get)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=NAMES.get)
 @pytest.mark.parametrize(("k", "n", "m", "rb"), [(3, 70, 34, 11), (2, 300, 46, 24), (2, 26, 290, 32)])

@@ -16,7 +16,8 @@ from gralora_ext import ops, reference
 
 DTYPES = [torch.float32, torch.bfloat16]
 CAPABILITIES = ["default", "avx2", "avx512"]
-# How many tests each file gives to a run by instruction set, below: fewer means that their names have changed.
+# How many tests each file gives to a run by instruction set, below: fewer means that their names
+# have changed.
 LEAST_PASSED = {"forward": 6, "backward": 536, "merge": 42, "dropout": 72, "few_tokens": 446}
 
 

@@ -25,7 +25,8 @@ def like(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -
     return torch.zeros(shape, dtype=dtype, device=device)
 
 
-# name → (what is changed in a good call, error, what the message holds). Of the adapter, for all three ops:
+# name → (what is changed in a good call, error, what the message holds). Of the adapter, for all
+# three ops:
 ADAPTER_ERRORS = {
     "A_2d": ({"A": like(8, 6)}, ValueError, ["A", "k, N/k, r", "8, 6"]),
     "B_2d": ({"B": like(6, 10)}, ValueError, ["B", "k, r, M/k", "6, 10"]),

@@ -11,8 +11,9 @@ from gralora_ext import ops, reference
 
 TOKENS = [1, 2, 3, 4]
 
-# Ranks and widths of blocks that are a few vectors, less than one, or end within one; chunks of columns that end within the
-# turns of four rows; strips of y that end within one; the same of the hybrid part.
+# Ranks and widths of blocks that are a few vectors, less than one, or end within one; chunks of
+# columns that end within the turns of four rows; strips of y that end within one; the same of the
+# hybrid part.
 SIZES = [
     (1, 1, 1, 1, 0),
     (2, 96, 160, 8, 8),

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from gralora_ext import ops, reference
 
-# Widths of a block whose mask is whole bytes, and whose halves, the chunks of sums in float64, once were not: 264, 280, ... of two
-# chunks, 536, 560, ... of three.
+# Widths of a block whose mask is whole bytes, and whose halves, the chunks of sums in float64, once
+# were not: 264, 280, ... of two chunks, 536, 560, ... of three.
 WIDTHS = (8, 256, 264, 280, 296, 504, 520, 536, 560, 584, 808)
 FLOAT64 = {  # (x, base, adapter): float64 alone, and beside others, which are then summed in it too
     "fp64": (torch.float64, torch.float64, torch.float64),

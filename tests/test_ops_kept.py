@@ -15,7 +15,8 @@ import gralora_ext.ops  # noqa: F401  registers the operations
 from gralora_ext.tolerances import tolerance
 
 MIXES = tuple(itertools.product(DTYPES, repeat=3))
-# Beside float32 adapters a 16-bit x of 96 columns keeps U of at most 6 ranks, of which there are four times as many as here.
+# Beside float32 adapters a 16-bit x of 96 columns keeps U of at most 6 ranks, of which there are
+# four times as many as here.
 RANKS = (1, 2, 16)
 
 

@@ -19,8 +19,9 @@ from gralora_ext import build_info, ops, reference
 BF16 = torch.bfloat16
 ROUNDED_FROM = 5  # tokens: kTokensToRound
 
-# An even and an odd number of tokens, in one segment and in several; widths of blocks that are even, odd, a part of a vector and
-# of several chunks; ranks of a block that are even, odd, whole vectors (rounded as they are stored) and more; the hybrid part.
+# An even and an odd number of tokens, in one segment and in several; widths of blocks that are
+# even, odd, a part of a vector and of several chunks; ranks of a block that are even, odd, whole
+# vectors (rounded as they are stored) and more; the hybrid part.
 TOKENS = [5, 64, 97, 1301]
 SIZES = [
     (1, 2, 4, 2, 0),

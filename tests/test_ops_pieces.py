@@ -16,7 +16,8 @@ from gralora_ext import build_info, ops, reference
 BF16 = torch.bfloat16
 SPLIT_FROM = 128  # tokens: kTokensToSplit
 
-# Widths of blocks that are even, odd, a part of a tile and of several chunks; ranks that are whole tiles and that are not
+# Widths of blocks that are even, odd, a part of a tile and of several chunks; ranks that are whole
+# tiles and that are not
 SIZES = [
     (1, 2, 4, 2, 0),
     (3, 30, 40, 12, 2),

@@ -155,7 +155,7 @@ def tensors_for_parameters(layer: GraloraLinear) -> None:
         parameters.__dict__["default"] = tensor
 
 
-# What must go through the base layer: (what is changed in the layer, what is around the call, the input)
+# What must go through the base layer: (a change of the layer, what is around the call, the input)
 THROUGH_THE_BASE: dict[str, tuple[Callable[[GraloraLinear], Any], Around, Tensor]] = {
     "few tokens": (lambda layer: None, nullcontext, rows(63, dtype=FP32)),
     "forward hook": (
@@ -342,7 +342,8 @@ def test_a_language_model_trains_as_with_pefts_layers(calls: list[bool], own_gem
         if fused:
             restore(model)
             model(input_ids=batch)
-    # embeddings do not require a gradient, so the first q, k and v call their base layers unless our GEMM takes them
+    # embeddings do not require a gradient, so the first q, k and v call their base layers unless
+    # our GEMM takes them
     assert calls == [own_gemm] * (5 * (14 if own_gemm else 11))
     torch.testing.assert_close(losses[1], losses[0], rtol=2e-4, atol=0)
     assert losses[0][-1] < losses[0][0]

@@ -18,8 +18,8 @@ from .json_text import read_object
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KINDS = ("GRALORA", "LORA")
 _MARKED = re.compile(r"(\d{1,9}|auto) \(needs gralora_ext: [\w, ]+\)")
-# Fields of LoraConfig (PEFT 0.19 to 0.21) with which the merged weight is not W + s B A, or is not that
-# of the base model as it is stored.
+# Fields of LoraConfig (PEFT 0.19 to 0.21) with which the merged weight is not W + s B A, or is not
+# that of the base model as it is stored.
 _NOT_PLAIN = (
     "use_dora",
     "lora_bias",
@@ -32,10 +32,11 @@ _NOT_PLAIN = (
     "kasa_config",
     "monteclora_config",
 )
-# What matching a pattern's keys may take of a processor and of memory. A thousand layers with a key
-# each take half a second.
-_SECONDS, _BYTES = 10, 512 << 20
+# Beginnings of init_lora_weights with which training starts by changing the base model's weights
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# What matching a pattern's keys may take of a processor and of memory. It takes half a second for
+# a thousand layers with a key each.
+_SECONDS, _BYTES = 10, 512 << 20
 
 
 def read_config(folder: Path) -> dict[str, Any]:

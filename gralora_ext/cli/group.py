@@ -67,7 +67,8 @@ class Group:
 
         if cuda:
             torch.cuda.set_device(self.place.local_rank)
-        # A signal waits until they have met: a process that left half way would look as if the others had lost it.
+        # A signal waits until they have met. A process that left half way would end after those
+        # that have lost it, and they would be taken for the cause.
         with self.held():
             torch.distributed.init_process_group(
                 "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=self.timeout)

@@ -28,8 +28,8 @@ PAIRS = [
     (torch.float32, torch.bfloat16),
     (torch.float32, torch.float16),
 ]
-# x, base and the adapter as autocast leaves them: a layer's base is of 16 bits beside float32 from a
-# norm or an embedding, and the other way round where the layer itself is kept out of it.
+# x, base and the adapter as autocast leaves them: a layer's base is of 16 bits beside float32 from
+# a norm or an embedding, and the other way round where the layer itself is kept out of it.
 AUTOCAST = [
     (x, base, adapter)
     for low in (torch.bfloat16, torch.float16)
@@ -286,8 +286,8 @@ def check_memory(library: Library) -> None:
     check(library, rows, Way(padding=8))  # a block is not whole vectors
     check(library, replace(rows, n=24, m=40), Way(padding=8, offset=1))  # an address
     check(library, replace(rows, n=24, m=40), Way(padding=4))  # some rows
-    # Of the adapter: groups of four that end within a row's memory, but not within the block; blocks that begin between
-    # groups of four; no stride of 1
+    # Of the adapter: groups of four that end within a row's memory, but not within the block;
+    # blocks that begin between groups of four; no stride of 1
     for k, rb, layout in ((2, 3, "padded"), (3, 2, "leading_permuted"), (2, 2, "column_stride")):
         adapter = Case((40,), k, 10, 10, rb, 2, bf16, bf16, f32, adapter_layout=layout)
         check(library, adapter, Way(2, 2))

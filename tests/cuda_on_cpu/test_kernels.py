@@ -313,7 +313,7 @@ def test_long_sums_are_right_where_tensor_cores_cut(
         "130 66 90 2 12 5 0 0 2 2 30",
         "65 96 72 1 20 0 1 0 1 3 0",
         "1 33 40 1 3 1 2 2 1 1 10",
-        # More chunks of columns and tokens than a ring has stages, more tiles of y than a block holds
+        # More chunks of columns and tokens than stages of a ring, more tiles of y than in a block
         "161 328 200 1 16 0 1 0 1 1 30",
         # More ranks than are multiplied at once
         "20 33 145 1 70 0 0 0 1 1 0",

@@ -21,9 +21,9 @@ pytestmark = pytest.mark.skipif(
     compilers.find_toolkit() is None or compilers.compiler() is None, reason="needs CUDA's headers and g++"
 )
 
-# On tensor cores: by single elements, and by vectors, with more chunks of columns and of tokens than
-# a ring has stages, and more tiles of y than a block holds; more ranks than are multiplied at once.
-# And by the plain kernels.
+# On tensor cores: by single elements, and by vectors, with more chunks of columns and of tokens
+# than a ring has stages, and more tiles of y than a block holds; more ranks than are multiplied at
+# once. And by the plain kernels.
 RACE_CALLS = (
     "130 66 290 2 12 5 0 0 2 2 30 2 7 0",
     "161 328 200 1 16 0 1 0 1 1 30 2 7 0",

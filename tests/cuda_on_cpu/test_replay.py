@@ -28,8 +28,9 @@ SOURCES = {"bf16": "bfloat16.cu", "fp16": "float16.cu", "fp32": "float32.cu"}
 INPUTS = ("x", "base", "grad_y", "u", "A", "B", "A_general", "B_general", "weight")
 NO_TENSOR_CORES = (75, 40)
 
-# Ragged tiles of tokens, columns and ranks with dropout and a general part; whole vectors in several parts of columns and tokens;
-# one tile of tokens with more than 64 ranks, whose U is made again; the other dtypes.
+# Ragged tiles of tokens, columns and ranks with dropout and a general part; whole vectors in
+# several parts of columns and tokens; one tile of tokens with more than 64 ranks, whose U is made
+# again; the other dtypes.
 SHAPES = [
     Shape(131, 144, 176, 2, 12, h=5, dropout=0.3, columns=1, tokens=2),
     Shape(129, 256, 128, 2, 32, columns=2, tokens=3),

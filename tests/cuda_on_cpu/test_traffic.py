@@ -15,8 +15,8 @@ from work import READ, Plan
 
 pytestmark = pytest.mark.skipif(find_toolkit() is None or compiler() is None, reason="needs CUDA's headers and g++")
 
-# Each kernel in each of its ways: whole and ragged tiles of tokens, columns and ranks; 16, 32, 64 and more ranks; more than
-# 8 tiles of columns; one token; parts of columns and tokens; rows without vectors.
+# Each kernel in each of its ways: whole and ragged tiles of tokens, columns and ranks; 16, 32, 64
+# and more ranks; more than 8 tiles of columns; one token; parts of columns and tokens; no vectors.
 SMALL = [
     Shape(256, 512, 768, 2, 32),
     Shape(131, 144, 176, 2, 12, h=5, dropout=0.3, add_to_dx=True),

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 TUNERS = ("lora", "peft", "ours")
 STEPS = 3
-# 64 tokens a process: from there on our layer is one operation with its base layer, where it may be.
+# 64 tokens a process: from there on our layer may be one operation with its base layer.
 SEQUENCES, LENGTH, PROCESSES = 4, 16, 2
 LEARNING_RATE = 0.5
 

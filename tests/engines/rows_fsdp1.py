@@ -19,7 +19,7 @@ PROCESSES = 2
 
 def full_gradients(model: nn.Module) -> dict[str, Tensor]:
     with FullyShardedDataParallel.summon_full_params(model, with_grads=True):
-        # A frozen parameter has zeros there where it lies in one flat parameter with trainable ones.
+        # Zeros for a frozen parameter that lies in one flat parameter with trainable ones
         return {plain_name(n): p.grad.float().clone() for n, p in model.named_parameters() if p.requires_grad}
 
 

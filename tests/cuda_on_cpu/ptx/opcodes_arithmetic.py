@@ -101,7 +101,7 @@ def multiply(block: Block, instruction: Instruction, lanes: np.ndarray) -> None:
         return _multiply_wide(block, instruction, lanes)
     a, b, *addend = _inputs(block, instruction)
     if is_float(instruction.type) and addend:
-        # In double the product of two floats is exact; the sum is rounded twice, which hardly ever shows.
+        # In double the product of two floats is exact; the sum is rounded twice, which is rare to show.
         exact = np.longdouble if instruction.type == "f64" else np.float64
         return _put(block, instruction, a.astype(exact) * b + addend[0], lanes)
     if "hi" in instruction.modifiers:

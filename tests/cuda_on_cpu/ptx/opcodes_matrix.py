@@ -41,7 +41,7 @@ def _offsets(modes: Modes) -> np.ndarray:
     return sum(grids).ravel(order="F")
 
 
-# Of D[16, 8] = C + A[16, DEPTH] B[8, DEPTH]^T (cute/atom/mma_traits_sm80.hpp); that of B is of its transpose.
+# Of D[16, 8] = C + A[16, DEPTH] B[8, DEPTH]^T (cute/atom/mma_traits_sm80.hpp), for B transposed.
 DEPTH = 16
 A_LAYOUT = Layout(((4, 8), (32, 1)), ((2, 2, 2), (16, 8, 128)), 16)
 B_LAYOUT = Layout(((4, 8), (16, 1)), ((2, 2), (8, 64)), 8)
