@@ -42,7 +42,7 @@ fingerprint() {
         cd "$repo"
         cat pyproject.toml setup.py gralora_ext/_build_c*.py
         find csrc -type f | sort | xargs cat
-        ls gralora_ext/_C.* /dev/nvidia* || true
+        ls gralora_ext/_C.* /dev/nvidia* 2>/dev/null || true
         "$python" - "$repo/gralora_ext" <<'ASK'
 import os, sys, sysconfig
 sys.path.insert(0, sys.argv[1])
@@ -51,7 +51,7 @@ print(config.compiler(), config.cxx_flags(), config.cuda.find_toolkit())
 print([os.environ.get(name) for name in ("GRALORA_EXT_CUDA", "TORCH_CUDA_ARCH_LIST")])
 print(sorted(os.listdir(sysconfig.get_path("purelib"))))
 ASK
-    } 2>/dev/null | sha256sum
+    } | sha256sum
 }
 
 # set_up EXTRA: torch and the tools first, since the extension is compiled against the torch in the

@@ -306,7 +306,11 @@ def test_a_second_interruption_waits_until_all_is_put_back(monkeypatch: pytest.M
         right(*args)
 
     monkeypatch.setattr(layer.exact, "put_back", put_back)
-    with breaking(monkeypatch, 1, Broken(), True), pytest.raises(KeyboardInterrupt):
-        model.merge_adapter()
-    before.assert_same(model)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    outside = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job is started without it
+    try:
+        with breaking(monkeypatch, 1, Broken(), True), pytest.raises(KeyboardInterrupt):
+            model.merge_adapter()
+        before.assert_same(model)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, outside)
