@@ -38,7 +38,7 @@ def methods(folder: Path) -> str:
         f"{s['steps']} steps of {s['batch_size']} rows of at most {s['max_length']} tokens, rank {s['rank']}, "
         f"{s['test_rows']} test rows; mean ± standard deviation over seeds."
     )
-    busy = ["Other programs used the machine meanwhile, so that the speeds are too low, and not comparable."]
+    busy = ["In some runs threads had to wait for a core, so that their speeds are too low, and not comparable."]
     said = content["sentences"] + (busy if content["busy"] else [])
     return "\n\n".join([sizes, markdown(table), *said, _measured(folder / COMPARED)])
 

@@ -16,10 +16,11 @@ from gralora_ext.compare import runner
 from gralora_ext.compare.worker import measured
 from gralora_ext.program.files import staged, write_json
 
-SMALL = (
+OF_SEVERAL_RANKS = (
     *("--model", "model", "--data", "rows.jsonl", "--general-text", "general.txt", "--max-length", 64),
-    *("--test-rows", 6, "--validation-rows", 4, "--batch-size", 2, "--steps", 2, "--rank", 8, "--threads", 1),
+    *("--test-rows", 6, "--validation-rows", 4, "--batch-size", 2, "--steps", 2, "--threads", 1),
 )
+SMALL = (*OF_SEVERAL_RANKS, "--rank", 8)
 
 
 def make_work(folder: Path) -> Path:
@@ -42,7 +43,7 @@ def command(work: Path, *arguments: object) -> str:
     """What ``gralora-ext`` says, its runs made in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner.Runner, "_make", make_here)
-        done = call(*arguments, *SMALL, cwd=work)
+        done = call(*arguments, *(OF_SEVERAL_RANKS if "grid" in arguments else SMALL), cwd=work)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -8,13 +8,14 @@ import json
 import pytest
 import torch
 from cli_helpers import call, sentence
-from compare_helpers import SMALL, command, make_here, make_work, records
+from compare_helpers import OF_SEVERAL_RANKS, SMALL, command, make_here, make_work, records
 
 from gralora_ext.compare import findings, runner, wide_layer
 from gralora_ext.compare.extras import Adapted, rank_of
-from gralora_ext.compare.findings import NOT_REPRODUCED, OUT_OF_REACH, REPRODUCED, predicted_ks
+from gralora_ext.compare.findings import NOT_REPRODUCED, OUT_OF_REACH, REPRODUCED
+from gralora_ext.compare.grid_findings import Case, best_k, predicted_ks, worse_at_high_rank
 from gralora_ext.compare.methods import beyond
-from gralora_ext.compare.summary import Spread, apart, best_rate, spread
+from gralora_ext.compare.summary import Spread, apart, best_rate, beyond_t, spread
 
 
 @pytest.fixture(scope="module")
@@ -114,10 +115,28 @@ def test_a_spread_is_a_deviation_of_the_sample_and_none_for_one_seed():
     assert spread([1.0, float("nan")]) is None
 
 
-def test_means_are_apart_where_they_differ_by_more_than_both_deviations_and_there_are_three_seeds():
+@pytest.mark.parametrize(
+    ("t", "freedom"), [(12.7062, 1), (4.30265, 2), (3.18245, 3), (2.77645, 4), (2.22814, 10), (1.98397, 100)]
+)
+def test_students_t_is_that_of_the_tables(t, freedom):
+    assert beyond_t(t, freedom) == pytest.approx(0.05, abs=1e-6)
+    assert beyond_t(0, freedom) == pytest.approx(1)
+
+
+def test_means_are_apart_where_welch_s_test_says_so_and_there_are_three_seeds():
     assert apart(of(1.0, 1.1, 1.2), of(2.0, 2.1, 2.2))
     assert not apart(of(1.0, 1.1, 1.2), of(1.1, 1.2, 1.3))
+    # With equal deviations σ of three seeds, 4 degrees of freedom: by more than 2.776 σ √(2/3).
+    assert not apart(of(1.0, 1.1, 1.2), of(1.226, 1.326, 1.426)) and apart(of(1.0, 1.1, 1.2), of(1.227, 1.327, 1.427))
+    assert apart(of(1.0, 1.0, 1.0), of(1.1, 1.1, 1.1)) and not apart(of(1.0, 1.0, 1.0), of(1.0, 1.0, 1.0))
     assert not apart(of(1.0, 1.0), of(9.0, 9.0))
+
+
+def test_of_pairs_that_do_not_differ_about_one_in_twenty_is_told_apart():
+    generator = torch.Generator().manual_seed(0)
+    pairs = torch.randn(4000, 2, 3, generator=generator, dtype=torch.float64).tolist()
+    found = sum(apart(of(*one), of(*other)) for one, other in pairs) / len(pairs)
+    assert 0.02 < found < 0.06, "Welch's test keeps a little below its level with three seeds"
 
 
 def test_the_best_rate_is_none_of_those_that_diverged():
@@ -143,12 +162,19 @@ LOW, MIDDLE, HIGH = of(0.70, 0.71, 0.72), of(0.80, 0.81, 0.82), of(0.90, 0.91, 0
         ({8: of(0.701, 0.711, 0.721), 256: LOW}, False, OUT_OF_REACH),
         ({8: LOW}, True, OUT_OF_REACH),
         ({8: LOW}, False, OUT_OF_REACH),
+        ({8: HIGH, 64: LOW, 256: None}, True, OUT_OF_REACH),
+        ({8: None, 64: LOW, 256: HIGH}, True, REPRODUCED),
     ],
 )
 def test_whether_high_ranks_are_worse_follows_from_the_losses(losses, expected, verdict):
-    found = findings.worse_at_high_rank("LoRA", losses, expected, 135_000_000)
+    found = worse_at_high_rank("LoRA", {r: Case(s, r == 64) for r, s in losses.items()}, expected, 135_000_000)
     assert found.verdict == verdict and found.sentence.lower().startswith(verdict)
-    if verdict == OUT_OF_REACH:
+    for r, s in losses.items():
+        assert (f"a run diverged at r = {r}" in found.sentence) == (s is None)
+        assert (f"{s.text(4)} at r = {r}" if s else f"diverged at r = {r}") in found.ours
+    if 64 in losses and len(losses[64].values) >= 3:
+        assert "the learning rate is the least or greatest of those tried at r = 64" in found.sentence
+    if verdict == OUT_OF_REACH and None not in losses.values():
         assert "135 million parameters" in found.sentence
 
 
@@ -158,17 +184,28 @@ def test_the_k_with_a_ratio_nearest_to_eight():
     }  # fmt: skip
 
 
+NEARLY_LOW = of(0.701, 0.711, 0.721)
+
+
 @pytest.mark.parametrize(
-    ("of_32", "verdict"),
+    ("of_32", "of_128", "verdict", "told"),  # r/k² is 8 for k = 2 at r = 32, and for k = 4 at r = 128
     [
-        ({1: MIDDLE, 2: LOW, 4: HIGH}, REPRODUCED),
-        ({1: LOW, 2: HIGH, 4: MIDDLE}, NOT_REPRODUCED),
-        ({1: LOW, 2: LOW, 4: of(0.701, 0.711, 0.721)}, OUT_OF_REACH),
-        ({1: LOW, 2: of(0.701, 0.711, 0.721), 4: HIGH}, REPRODUCED),
+        ((MIDDLE, LOW, HIGH), (HIGH, MIDDLE, LOW), REPRODUCED, "at r = 32, r = 128, another k"),
+        ((MIDDLE, LOW, HIGH), (LOW, NEARLY_LOW, LOW), OUT_OF_REACH, "at r = 32, another k"),
+        ((LOW, HIGH, MIDDLE), (HIGH, MIDDLE, LOW), NOT_REPRODUCED, "better than it at r = 32, and"),
+        ((LOW, LOW, NEARLY_LOW), (LOW, LOW, NEARLY_LOW), OUT_OF_REACH, "and at r = 32, r = 128 3 seeds do not tell"),
+        ((LOW, NEARLY_LOW, HIGH), (LOW, LOW, HIGH), NOT_REPRODUCED, "better than it at r = 128, and at r = 32 3 seeds"),
+        ((MIDDLE, LOW, None), (HIGH, MIDDLE, LOW), OUT_OF_REACH, "a run diverged at r = 32, k = 4"),
+        ((LOW, None, HIGH), (HIGH, MIDDLE, LOW), OUT_OF_REACH, "a run diverged at r = 32, k = 2"),
+        ((None, None, None), (HIGH, MIDDLE, LOW), OUT_OF_REACH, "and at r = 32 3 seeds do not tell"),
     ],
 )
-def test_whether_the_best_k_follows_the_ratio_follows_from_the_losses(of_32, verdict):
-    assert findings.best_k({(32, k): s for k, s in of_32.items()}, 135_000_000).verdict == verdict
+def test_whether_the_best_k_follows_the_ratio_follows_from_the_losses(of_32, of_128, verdict, told):
+    cases = {(r, k): Case(s, (r, k) == (128, 1)) for r, row in ((32, of_32), (128, of_128))
+             for k, s in zip((1, 2, 4), row, strict=True)}  # fmt: skip
+    found = best_k(cases, 135_000_000)
+    assert found.verdict == verdict and told in found.sentence
+    assert "the least or greatest of those tried at r = 128, k = 1" in found.sentence
 
 
 @pytest.mark.parametrize(
@@ -177,11 +214,16 @@ def test_whether_the_best_k_follows_the_ratio_follows_from_the_losses(of_32, ver
         ({1: LOW, 2: MIDDLE, 4: HIGH}, REPRODUCED),
         ({1: HIGH, 2: MIDDLE, 4: LOW}, NOT_REPRODUCED),
         ({1: LOW, 2: of(0.701, 0.711, 0.721)}, OUT_OF_REACH),
+        ({1: LOW, 2: of(0.701, 0.711, 0.721), 4: HIGH}, OUT_OF_REACH),
         ({1: of(0.1), 2: of(0.9)}, OUT_OF_REACH),
     ],
 )
 def test_whether_gralora_is_nearer_to_full_follows_from_the_cosines(cosines, verdict):
-    assert findings.nearer_to_full(cosines, 135_000_000).verdict == verdict
+    without = {k: Spread(tuple(v - 0.002 for v in s.values)) for k, s in cosines.items()}
+    found = findings.nearer_to_full(cosines, without, 135_000_000)
+    assert found.verdict == verdict and f"without the channel {without[1].text(3)} for k = 1" in found.ours
+    if len(cosines[1].values) >= 3:
+        assert "each cosine is the same within 0.002" in found.sentence
 
 
 def test_ranks_that_are_not_k_r_are_not_reproduced():
@@ -203,9 +245,17 @@ def test_ranks_that_are_not_k_r_are_not_reproduced():
 def test_what_diverged_is_told_in_a_sentence(work, what, expected, monkeypatch):
     monkeypatch.setattr(runner.Runner, "_make", make_here)
     ranks = ("--ranks", 8, "--ks", 2, "--extend", 0) if what == "grid" else ()
-    done = call("analyze", what, "--output", f"diverged-{what}", "--seeds", 1, "--lrs", 1e30, *ranks, *SMALL, cwd=work)
+    common = (*OF_SEVERAL_RANKS, *ranks) if what == "grid" else SMALL
+    done = call("analyze", what, "--output", f"diverged-{what}", "--seeds", 1, "--lrs", 1e30, *common, cwd=work)
     assert done.returncode == 2 and expected in sentence(done) and "diverged" in sentence(done)
     assert "--lrs" in sentence(done)
+
+
+def test_a_model_without_the_layers_of_outliers_is_told_of(work, monkeypatch):
+    monkeypatch.setattr(runner.Runner, "_make", make_here)
+    monkeypatch.setattr("gralora_ext.compare.extras.OF_OUTLIERS", "c_proj")
+    done = call("analyze", "outlier", "--output", "no-outlier", "--seeds", 1, "--lrs", 1e-2, *SMALL, cwd=work)
+    assert done.returncode == 2 and "no adapted layer of the model is named c_proj" in sentence(done)
 
 
 @pytest.mark.parametrize(
@@ -217,6 +267,7 @@ def test_what_diverged_is_told_in_a_sentence(work, what, expected, monkeypatch):
         (["grid", "--ks", "3", "--ranks", "8"], "--ks: expected 2, 4 or 8, got 3"),
         (["grid", "--ranks", "12"], "analyze grid: k = 8 does not divide the rank 12"),
         (["rank", "--rank", "4"], "analyze rank: k = 8 does not divide the rank 4"),
+        (["grid", "--rank", "8"], "unrecognized arguments: --rank 8"),
     ],
 )
 def test_what_cannot_be_is_told_before_anything_runs(work, arguments, expected):

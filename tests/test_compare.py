@@ -8,18 +8,22 @@ import shutil
 import signal
 import statistics
 import time
+from dataclasses import replace
 
 import pytest
 from cli_helpers import call, run, sentence, start
 from compare_helpers import SMALL, command, make_work, records
 
 from gralora_ext.cli import compare as cli
-from gralora_ext.compare import runner, texts
-from gralora_ext.compare.comparison import Comparison
+from gralora_ext.compare import findings, runner, texts
+from gralora_ext.compare.comparison import Comparison, check_device
 from gralora_ext.compare.job import RunJob
 from gralora_ext.compare.methods import METHODS
 from gralora_ext.compare.plan import CHOOSE, MEASURE
 from gralora_ext.compare.progress import Progress
+from gralora_ext.compare.summary import was_busy
+from gralora_ext.compare.texts import gather
+from gralora_ext.program.errors import JobError
 
 METHODS_HERE = ("full", "lora", "gralora-k2")
 
@@ -84,7 +88,11 @@ def test_no_test_row_is_trained_on_or_chosen_with(work, tmp_path):
     assert jobs[MEASURE].rows.train == jobs[CHOOSE].rows.train == texts.train
     rows = [json.loads(line) for line in (work / "rows.jsonl").read_text().splitlines()]
     pairs = [(row["question"], row["answer"]) for row in rows]
-    assert texts.train == pairs[:44] and texts.validation == pairs[44:48] and texts.test == pairs[48:54]
+    parts = [texts.train, texts.validation, texts.test]
+    assert [len(part) for part in parts] == [50, 4, 6]
+    assert sorted(pair for part in parts for pair in part) == sorted(pairs), "each row is in one part"
+    assert texts.test != pairs[-6:] and texts.test != pairs[:6], "a file that is sorted would end with rows of one kind"
+    assert gather(options).test == texts.test, "the same ones each time"
 
 
 def test_fewer_reviews_than_asked_for_are_all_of_them(tmp_path, monkeypatch):
@@ -179,6 +187,62 @@ def test_sigterm_ends_the_run_in_hand_too(work):
     assert error.strip() == "stopped by SIGTERM; finished runs are kept, and the same command goes on with the others"
 
 
+def test_runs_made_with_another_version_are_not_mixed_in(compared, work):
+    output = work / "other-version"
+    shutil.copytree(compared[0], output)
+    for path in (output / "runs").glob("base*.json"):
+        path.write_text(json.dumps({**(record := json.loads(path.read_text())),
+                                    "versions": {**record["versions"], "peft": "0.1"}}))  # fmt: skip
+    done = call("compare", "--output", "other-version", "--methods", "lora", *SMALL, cwd=work)
+    assert done.returncode == 2 and "has runs made with peft 0.1, and here is " in sentence(done)
+
+
+def test_a_model_that_was_written_anew_has_other_runs(work):
+    options = cli.options(list(map(str, SMALL)))
+    options.model, options.data, options.general_text = (
+        str(work / name) for name in ("model", "rows.jsonl", "general.txt")
+    )
+    before = Comparison(options).settings.model_files
+    assert Comparison(options).settings.model_files == before
+    (work / "model" / "config.json").touch()
+    after = Comparison(options)
+    assert after.settings.model_files != before
+    run = after.chooser.run(METHODS["lora"], MEASURE, 1e-3, 0)
+    assert run.digest != replace(run, settings=replace(run.settings, model_files=before)).digest
+
+
+def test_methods_of_several_devices_are_not_compared(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("gralora_ext.build_info", lambda: {"cuda_archs": []})
+    with pytest.raises(JobError, match="gralora-k2 would train on the CPU and LoRA on the GPU"):
+        check_device([METHODS["lora"], METHODS["gralora-k2"]])
+    check_device([METHODS["full"], METHODS["lora"]])
+    monkeypatch.setattr("gralora_ext.build_info", lambda: {"cuda_archs": ["8.0"]})
+    check_device([METHODS["lora"], METHODS["gralora-k2"]])
+
+
+def test_a_run_whose_threads_had_to_wait_for_a_core_is_busy(compared):
+    record = records(compared[0])[0]
+    assert 0 <= record["waited"] < 1
+    assert was_busy({**record, "waited": 0.2}) and not was_busy({**record, "waited": 0.02})
+    load = record["machine"]["cores"] + 2
+    assert was_busy({**record, "waited": None, "load": load}) and not was_busy({**record, "waited": None, "load": 1})
+
+
+def row_of(method, *values, diverged=0):
+    metrics = {"loss": {"values": list(values)}} if values else {}
+    return {"seeds": 3, "method": method, "label": method, "diverged": diverged, "metrics": metrics}
+
+
+def test_what_diverged_beside_lora_is_said():
+    rows = [row_of("lora", 1.0, 1.01, 1.02), row_of("dora", diverged=1), row_of("gralora-k2", 0.5, 0.51, 0.52)]
+    assert findings.beside(rows, "loss", "Loss") == (
+        "Loss: below lora's: gralora-k2; above lora's: none; not told apart from lora's: none; diverged: dora."
+    )
+    rows[0] = row_of("lora", diverged=2)
+    assert findings.beside(rows, "loss", "Loss") == "Loss: lora diverged, so that no method can be told apart from it."
+
+
 def test_what_a_failed_run_said_is_told(work, monkeypatch):
     monkeypatch.setattr(runner.sys, "executable", "/bin/false")
     done = call("compare", "--output", "failed", *SMALL, cwd=work)
@@ -190,7 +254,13 @@ def test_what_a_failed_run_said_is_told(work, monkeypatch):
     ("arguments", "expected"),
     [
         (["--methods", "loar"], "--methods: there is no loar (did you mean lora?); there are full, lora"),
-        (["--validation-rows", "60"], "--validation-rows 60: rows.jsonl has 48 training rows, and some must remain"),
+        (["--validation-rows", "60"], "--validation-rows 60: rows.jsonl has 54 training rows, and some must remain"),
+        (["--rank", "12"], "--rank 12: gralora-k8 divides it by k = 8, which leaves a rest"),
+        (["--rank", "4", "--methods", "lora", "gralora-k8"], "--rank 4: gralora-k8 divides it by k = 8"),
+        (
+            ["--rank", "6", "--methods", "gralora-hybrid"],
+            "--rank 6: gralora-hybrid divides it, 3 of it plain, by k = 2",
+        ),
         (["--general-text", "nowhere.txt"], "--general-text: nowhere.txt cannot be read"),
         (["--output", "model"], "--output: model holds other files"),
         (["--seeds", "0"], "argument --seeds: expected a whole number of at least 1, got '0'"),

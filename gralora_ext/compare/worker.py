@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..program import machine
 from ..program.errors import JobError, Stopped
 from ..program.files import PARTIAL, staged, write_json
 from ..program.memory import keep_freed_memory
@@ -69,7 +70,7 @@ def measured(run: Run, texts: Path, folder: Path) -> dict[str, Any]:
 
     if run.settings.threads:
         torch.set_num_threads(run.settings.threads)
-    started = time.perf_counter()
+    started, commit = time.perf_counter(), machine.commit(ROOT)  # of what was imported: a later commit is not
     progress = Progress(run.settings.batch_size)
     with tempfile.TemporaryDirectory(prefix=PARTIAL, dir=folder) as scratch:
         job = RunJob(run, texts, Path(scratch) / "job", progress)
@@ -87,23 +88,22 @@ def measured(run: Run, texts: Path, folder: Path) -> dict[str, Any]:
         "results": {**job.results, "checkpoint_bytes": size, "seconds": time.perf_counter() - started},
         "losses": [{"step": e["step"], "loss": e["loss"]} for e in job.history.losses],
         "extra": extra,
-        **stamp(job.device),
+        **stamp(job.device, commit),
     }
 
 
-def stamp(device: str) -> dict[str, Any]:
-    """When, where and with what a run was made."""
+def stamp(device: str, commit: dict[str, Any]) -> dict[str, Any]:
+    """When, where and with what a run was made; ``commit`` is that of its beginning."""
     import torch
 
-    from ..program import machine
-
     return {
+        "git": commit,
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "git": machine.commit(ROOT),
         "machine": machine.machine(torch.cuda.get_device_name() if device == "cuda" else None),
         "versions": machine.versions(),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],  # of the last minute, this run in it
+        "waited": machine.waited(),
         "environment": {name: os.environ.get(name) for name in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS")},
     }
 

@@ -30,6 +30,18 @@ def slug(machine: dict[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
+def waited() -> float | None:
+    """The share of their time that this process's threads were ready to run and had no core; None if it is not known."""
+    running = waiting = 0
+    for file in Path("/proc/self/task").glob("*/schedstat"):
+        try:
+            ran, ready, _ = map(int, file.read_text().split())
+        except (OSError, ValueError):
+            continue
+        running, waiting = running + ran, waiting + ready
+    return waiting / (running + waiting) if running else None
+
+
 def available_memory() -> int:
     """Bytes that the system can give without swapping; without an answer, as many as there can be."""
     return int(_first(r"MemAvailable:\s+(\d+) kB", "/proc/meminfo") or 2**50) * 1024

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the losses over rank and k say of the paper's claims. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from .findings import NOT_REPRODUCED, OUT_OF_REACH, REPRODUCED, Finding, finding, model_size, too_few
+from .summary import LEAST_SEEDS, Spread, apart
+
+PAPERS_RATIO = 8  # r/k² of the paper's best settings
+
+
+@dataclass(frozen=True)
+class Case:
+    """One rank and k. ``losses`` is None where a run diverged; ``at_edge`` as :class:`.summary.Choice` has it."""
+
+    losses: Spread | None
+    at_edge: bool = False
+
+    @property
+    def mean(self) -> float:
+        assert self.losses is not None
+        return self.losses.mean
+
+
+def predicted_ks(r: int, ks: Iterable[int]) -> list[int]:
+    """Those of ``ks`` that bring r/k² nearest to 8, in ratio; both at a tie."""
+    far = {k: max(r / k**2, PAPERS_RATIO) / min(r / k**2, PAPERS_RATIO) for k in ks}
+    return [k for k in far if far[k] <= min(far.values()) * (1 + 1e-9)]
+
+
+def worse_at_high_rank(name: str, by_rank: Mapping[int, Case], expected: bool, parameters: int) -> Finding:
+    """``expected``: whether the paper says that the loss gets worse at the highest rank. One case must have a mean."""
+    claim = f"{name} gets worse at high rank." if expected else f"{name} does not get worse at high rank."
+    paper = "best at a middle rank" if expected else "best at the highest rank"
+    losses = {r: case.losses for r, case in by_rank.items() if case.losses}
+    best, top = min(losses, key=lambda r: losses[r].mean), max(by_rank)
+    ours = ", ".join(f"{losses[r].text(4) if r in losses else 'diverged'} at r = {r}" for r in sorted(by_rank))
+    if (seeds := min(len(s.values) for s in losses.values())) < LEAST_SEEDS:
+        return too_few(claim, paper, ours, seeds, parameters)
+    others = [r for r in losses if r != top]
+    if top not in losses:
+        verdict, why = OUT_OF_REACH, f"at the highest rank, r = {top}, a run diverged, so that there is no mean"
+    elif best != top and apart(losses[best], losses[top]):
+        verdict = REPRODUCED if expected else NOT_REPRODUCED
+        why = f"its loss at r = {top} is above that at r = {best}, and told apart from it"
+    elif best == top and (above := [r for r in others if apart(losses[r], losses[top])]):
+        verdict = NOT_REPRODUCED if expected else REPRODUCED
+        why = f"its loss is least at the highest rank, r = {top}, and told apart from that at {_ranks(above)}"
+    else:
+        verdict = OUT_OF_REACH
+        pair = f"its losses at r = {best} and r = {top} are not told apart"
+        why = pair if best != top else f"no other rank's loss is told apart from that at r = {top}"
+        why += f" over {seeds} seeds, at {model_size(parameters)}"
+    cases = {f"r = {r}": case for r, case in sorted(by_rank.items())}
+    return finding(claim, paper, ours, verdict, f"{why}{_reservations(cases)}.")
+
+
+def best_k(cases: Mapping[tuple[int, int], Case], parameters: int) -> Finding:
+    """``cases`` by (r, k), LoRA as k = 1: whether the best k is the one with r/k² nearest to 8.
+
+    A rank speaks for it where that k is told apart from all others and better, and against it where
+    another one is told apart from that k and better. It follows only where that holds for two k.
+    """
+    claim, paper = "The best k follows r/k² ≈ 8.", "r/k² ≈ 8"
+    speaks: dict[str, list[int]] = {"for": [], "against": [], "neither": []}
+    told, followed = [], set()
+    for r in sorted({r for r, _ in cases}):
+        of_rank = {k: case.losses for (rank, k), case in cases.items() if rank == r}
+        losses = {k: s for k, s in of_rank.items() if s}
+        if not losses:
+            speaks["neither"].append(r)
+            continue
+        best = min(losses, key=lambda k: losses[k].mean)
+        told.append(f"k = {best} at r = {r}")
+        side = _side(best, predicted_ks(r, of_rank), of_rank)
+        speaks[side].append(r)
+        if side == "for":
+            followed.add(best)
+    ours = f"least mean loss with {', '.join(told)}"
+    seeds = min((len(case.losses.values) for case in cases.values() if case.losses), default=0)
+    if seeds < LEAST_SEEDS:
+        return too_few(claim, paper, ours, seeds, parameters)
+    verdict = NOT_REPRODUCED if speaks["against"] else REPRODUCED if len(followed) > 1 else OUT_OF_REACH
+    why = (
+        f"the k with r/k² nearest to 8 is better than all others at {_ranks(speaks['for'])}, another k is better than it "
+        f"at {_ranks(speaks['against'])}, and at {_ranks(speaks['neither'])} {seeds} seeds do not tell, at "
+        f"{model_size(parameters)}"
+    )
+    in_words = {f"r = {r}, k = {k}": case for (r, k), case in sorted(cases.items())}
+    return finding(claim, paper, ours, verdict, f"{why}{_reservations(in_words)}.")
+
+
+def _side(best: int, predicted: list[int], losses: Mapping[int, Spread | None]) -> str:
+    """What a rank says, see :func:`best_k`: nothing where the k that would decide it diverged."""
+    rivals = [losses[k] for k in losses if k not in predicted] if best in predicted else [losses[k] for k in predicted]
+    least = losses[best]
+    if least and rivals and all(rival and apart(least, rival) for rival in rivals):
+        return "for" if best in predicted else "against"
+    return "neither"
+
+
+def _reservations(cases: Mapping[str, Case]) -> str:
+    """What weakens the sentence: cases that diverged, and those whose rate may not be the best."""
+    diverged = [name for name, case in cases.items() if case.losses is None]
+    edge = [name for name, case in cases.items() if case.losses and case.at_edge]
+    said = f"; a run diverged at {'; '.join(diverged)}" if diverged else ""
+    return said + (f"; the learning rate is the least or greatest of those tried at {'; '.join(edge)}" if edge else "")
+
+
+def _ranks(ranks: Iterable[int]) -> str:
+    return ", ".join(f"r = {r}" for r in ranks) or "none"
