@@ -111,11 +111,11 @@ def nearer_to_full(cosines: Mapping[int, Spread], without: Mapping[int, Spread],
     nearer = [k for k, c in others.items() if apart(c, lora) and c.mean > lora.mean]
     farther = [k for k, c in others.items() if apart(c, lora) and c.mean < lora.mean]
     verdict = NOT_REPRODUCED if farther else REPRODUCED if len(nearer) == len(others) else OUT_OF_REACH
-    rest = ks_in_words(set(others) - {*nearer, *farther})
-    why = f"it is nearer for {ks_in_words(nearer)}, farther for {ks_in_words(farther)}, and not told apart for {rest}"
+    sides = {"nearer": nearer, "farther": farther, "not told apart from LoRA's": set(others) - {*nearer, *farther}}
+    told = ", ".join(f"{side} for {ks_in_words(ks)}" for side, ks in sides.items() if ks)
     change = max(abs(cosines[k].mean - without[k].mean) for k in cosines)
-    why += f"; without the channel each cosine is the same within {change:.3f}"
-    return finding(claim, "nearer (a figure, no number)", ours, verdict, f"{why}, at {model_size(parameters)}.")
+    why = f"at {model_size(parameters)} it is {told}; without the channel each cosine is the same within {change:.3f}"
+    return finding(claim, "nearer (a figure, no number)", ours, verdict, f"{why}.")
 
 
 def beside(rows: Sequence[Mapping[str, Any]], key: str, what: str, reference: str = "lora") -> str:
@@ -147,7 +147,7 @@ def _range(values: Sequence[int]) -> str:
 
 
 def ks_in_words(ks: Any) -> str:
-    return ", ".join(f"k = {k}" for k in sorted(ks)) or "none"
+    return ", ".join(f"k = {k}" for k in sorted(ks))
 
 
 def page(findings: Sequence[Finding]) -> str:

@@ -111,4 +111,4 @@ def _reservations(cases: Mapping[str, Case]) -> str:
 
 
 def _ranks(ranks: Iterable[int]) -> str:
-    return ", ".join(f"r = {r}" for r in ranks) or "none"
+    return ", ".join(f"r = {r}" for r in ranks) or "no rank"
