@@ -53,7 +53,8 @@ def findings(folder: Path, what: str) -> str:
         f"`gralora-ext analyze {what}{' --quick' if s['quick'] else ''}`: {s['model'].split(' (')[0]}, {s['steps']} steps of "
         f"{s['batch_size']} rows, {s['seeds']} seeds."
     )
-    return "\n\n".join([sizes, markdown(table), _measured(folder / f"analyze-{what}")])
+    remark = [content["remark"]] if "remark" in content else []
+    return "\n\n".join([sizes, markdown(table), *remark, _measured(folder / f"analyze-{what}")])
 
 
 def _measured(folder: Path) -> str:

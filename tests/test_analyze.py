@@ -46,6 +46,7 @@ def test_rank_of_delta_w_is_k_r_in_float64_after_training(work, monkeypatch):
 
 def test_an_outlier_reaches_all_of_loras_blocks_and_a_kth_of_gralora_s(work):
     content = analyzed(work, "outlier")
+    assert content["remark"].startswith("A step on A alone has a cosine of ")
     assert {k: s["mean"] for k, s in content["shares"].items()} == {"1": 1.0, "2": 0.5, "4": 0.25, "8": 0.125}
     assert content["findings"][0]["verdict"] == REPRODUCED
     for layer in content["layers"]:
@@ -53,6 +54,7 @@ def test_an_outlier_reaches_all_of_loras_blocks_and_a_kth_of_gralora_s(work):
         change, full = (torch.tensor(layer[name]) for name in ("change", "change_of_full"))
         column = layer["block_column"]
         assert (full.sum(0).nonzero().flatten() == column).all(), "full fine-tuning: one column of blocks"
+        assert -1 <= layer["cosine_of_a"] <= 1 and -1 <= layer["cosine_of_b"] <= 1 and layer["size_of_a"] > 0
         of_adapter = change.sum(0).nonzero().flatten()
         assert len(of_adapter) == 8 // layer["k"] and column in of_adapter
 
@@ -76,7 +78,8 @@ def test_gradient_of_lora_is_the_formula_of_the_docstring():
     lora = Adapted("q", None, {"A": A, "B": B}, 0.5)
     full, down, up = g.T @ x, A[0].T, B[0].T
     expected = 0.25 * (up @ up.T @ full + full @ down.T @ down)
-    torch.testing.assert_close(lora.gradient(x, g), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(sum(lora.directions(x, g)), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(lora.directions(x, g)[0], 0.25 * up @ up.T @ full, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("hybrid", [False, True])
@@ -92,7 +95,7 @@ def test_gradient_of_gralora_is_the_derivative_of_delta_w(hybrid):
     steps = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
     small = 1e-6
     moved = Adapted("q", None, {n: t + small * steps[n] for n, t in tensors.items()}, 0.5).delta() - layer.delta()
-    torch.testing.assert_close(layer.gradient(x, g), moved / small, rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(sum(layer.directions(x, g)), moved / small, rtol=1e-3, atol=1e-2)
 
 
 def test_rank_counts_what_rounding_does_not_explain():

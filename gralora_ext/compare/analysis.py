@@ -163,11 +163,14 @@ class Outliers(Analysis):
             for layer in record["extra"]
         ]
         summed = {f"cosines_{what}": _spreads(of) for what, of in cosines.items()}
+        steps = {what: {k: over_seeds(k, operator.itemgetter(what)) for k in by_k}
+                 for what in ("cosine_of_a", "cosine_of_b", "size_of_a")}  # fmt: skip
         return {
             **content,
             "rank": self.options.rank,
             "shares": _spreads(shares),
             **summed,
+            "remark": findings.of_steps(steps["cosine_of_a"], steps["cosine_of_b"], steps["size_of_a"]),
             "layers": layers,
             "findings": _dicts(found),
         }

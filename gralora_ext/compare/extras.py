@@ -39,22 +39,23 @@ class Adapted:
         """ΔW [M, N]."""
         return reference.delta_weight(**self.tensors, scaling=self.scaling)
 
-    def gradient(self, x: Tensor, g: Tensor) -> Tensor:
-        """The direction in which a step on A and B moves ΔW [M, N]: its derivative along the gradients of A and B.
+    def directions(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """The directions in which steps on A and on B move ΔW [M, N]: its derivatives along their gradients.
 
-        For LoRA that is s² (B Bᵀ G + G Aᵀ A) with G = gᵀ x, the gradient that full fine-tuning has.
+        For LoRA they are s² B Bᵀ G and s² G Aᵀ A with G = gᵀ x, the gradient that full fine-tuning
+        has. A step on both moves ΔW along their sum.
         """
         leaves: dict[str, Any] = {name: t.clone().requires_grad_() for name, t in self.tensors.items()}
         y = reference.gralora(x, torch.zeros_like(g), **leaves, scaling=self.scaling)
         steps = dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), g), strict=True))
-        moved = torch.zeros(g.shape[-1], x.shape[-1], dtype=torch.float64)
+        moved = [torch.zeros(g.shape[-1], x.shape[-1], dtype=torch.float64) for _ in "AB"]
         for pair in (("A", "B"), ("A_general", "B_general")):
             if pair[0] not in self.tensors:
                 continue
-            for moving in pair:
+            for direction, moving in zip(moved, pair, strict=True):
                 factors = {n: (steps if n == moving else self.tensors)[n] for n in pair}
-                moved += _product(factors, pair, self.tensors, self.scaling)
-        return moved
+                direction += _product(factors, pair, self.tensors, self.scaling)
+        return moved[0], moved[1]
 
 
 def _product(factors: dict[str, Tensor], pair: tuple[str, str], tensors: dict[str, Tensor], scaling: float) -> Tensor:
@@ -144,7 +145,8 @@ def _with_and_without(layer: Adapted, x: Tensor, g: Tensor) -> dict[str, Any]:
     channel, median = int(sizes.argmax()), sizes.median().clamp_min(1e-30)
     plain = x.clone()
     plain[:, channel] *= median / sizes[channel]
-    adapters = [layer.gradient(inputs, g) for inputs in (x, plain)]
+    of_a, of_b = layer.directions(x, g)
+    adapters = [of_a + of_b, sum(layer.directions(plain, g))]
     full = [g.T @ inputs for inputs in (x, plain)]
     return {
         "channel": channel,
@@ -152,6 +154,9 @@ def _with_and_without(layer: Adapted, x: Tensor, g: Tensor) -> dict[str, Any]:
         "block_column": channel * GRID // x.shape[1],
         "cosine_with": _cosine(adapters[0], full[0]),
         "cosine_without": _cosine(adapters[1], full[1]),
+        "cosine_of_a": _cosine(of_a, full[0]),
+        "cosine_of_b": _cosine(of_b, full[0]),
+        "size_of_a": float(of_a.norm() / of_b.norm()) if of_b.norm() > 0 else 0.0,
         "block_cosines_with": _blocks(adapters[0], full[0], _cosine),
         "block_cosines_without": _blocks(adapters[1], full[1], _cosine),
         "change": _blocks(adapters[0], adapters[1], _change),
