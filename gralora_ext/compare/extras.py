@@ -146,7 +146,7 @@ def _with_and_without(layer: Adapted, x: Tensor, g: Tensor) -> dict[str, Any]:
     plain = x.clone()
     plain[:, channel] *= median / sizes[channel]
     of_a, of_b = layer.directions(x, g)
-    adapters = [of_a + of_b, sum(layer.directions(plain, g))]
+    adapters = [of_a + of_b, torch.add(*layer.directions(plain, g))]
     full = [g.T @ inputs for inputs in (x, plain)]
     return {
         "channel": channel,
