@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gralora_ext.compare.page import cells
+from gralora_ext.compare.summary import Spread
 
 from .results import markdown, read_json, when
 
@@ -53,8 +54,20 @@ def findings(folder: Path, what: str) -> str:
         f"`gralora-ext analyze {what}{' --quick' if s['quick'] else ''}`: {s['model'].split(' (')[0]}, {s['steps']} steps of "
         f"{s['batch_size']} rows, {s['seeds']} seeds."
     )
-    remark = [content["remark"]] if "remark" in content else []
-    return "\n\n".join([sizes, markdown(table), *remark, _measured(folder / f"analyze-{what}")])
+    more = _steps(content["steps"]) if "steps" in content else []
+    return "\n\n".join([sizes, markdown(table), *more, _measured(folder / f"analyze-{what}")])
+
+
+def _steps(steps: dict[str, Any]) -> list[str]:
+    """Of the outlier's analysis: what a step on A alone and one on B alone give."""
+    heads = {
+        "cosine_of_a": "cosine of a step on A",
+        "cosine_of_b": "cosine of a step on B",
+        "size_of_a": "how far A's step moves ΔW, as a part of B's",
+    }
+    table = [["k", *heads.values()]]
+    table += [[k, *(Spread(tuple(steps[what][k]["values"])).text(3) for what in heads)] for k in steps["cosine_of_a"]]
+    return ["The same direction, taken apart into a step on A alone and one on B alone:", markdown(table)]
 
 
 def _measured(folder: Path) -> str:

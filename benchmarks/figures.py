@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -90,21 +90,23 @@ class Tables:
         records = [r for of_run in cases.values() for r in of_run]
         names = [n for n in LABELS if any(n in r["contenders"] for r in records)]
         facts = any("loss" in entry for r in records for entry in r["contenders"].values())
-        rows = [["processor", "adapter", *(LABELS[n] for n in names)]]
+        peers = ("base", "peft", "lora")
+        rows = [["processor", "adapter", *(f"ours / {LABELS[n]}" for n in peers), *(f"{LABELS[n]}, ms" for n in names)]]
         rows += [
-            [run.processor, r["case"]["setting"], *(_milliseconds(r, n) for n in names)]
+            [
+                run.processor,
+                r["case"]["setting"],
+                *(_mean(_ratios([r], n)) for n in peers),
+                *(_milliseconds(r, n) for n in names),
+            ]
             for run, of_run in cases.items()
             for r in of_run
         ]
-        beside = "; ".join(
-            f"{run.processor} {', '.join(_mean(_ratios(of_run, n)) for n in ('base', 'peft', 'lora'))}"
-            for run, of_run in cases.items()
-        )
-        spread = max((c["q3"] - c["q1"]) / c["median"] for r in records for c in r["contenders"].values())
+        spread = _spread([records])
         sentence = (
-            f"{subject}, {records[0]['case']['tokens']} tokens, forward + backward. Ours takes, of the frozen model's time, "
-            f"PEFT's GraLoRA's and PEFT's LoRA's: {beside}. Medians in ms{' (loss; gradient norm)' if facts else ''}, "
-            f"interquartile ranges up to {spread:.0%}:"
+            f"{subject} in float32, {records[0]['case']['tokens']} tokens, forward + backward: how much of the others' "
+            f"time ours takes (medians of the rounds' ratios), and medians in ms{' (loss; gradient norm)' if facts else ''}, "
+            f"whose interquartile ranges are up to {spread:.0%}:"
         )
         return self._page(sentence, rows, list(cases))
 
@@ -174,18 +176,18 @@ class Tables:
         for run in runs:
             for r in run.records("mixed"):
                 case, ratios = r["case"], r["ratios"]
+                one_each = case["adapters"] == case["rows"]  # together and in turns are the same batch then
+                if one_each and case["order"] != "together":
+                    continue
+                order = "one each" if one_each else case["order"]
                 rows.append(
-                    [
-                        run.processor,
-                        str(case["adapters"]),
-                        case["order"],
-                        *(f"{ratios[n]:.2f}" for n in ("base", "lora")),
-                    ]
+                    [run.processor, str(case["adapters"]), order, *(f"{ratios[n]:.2f}" for n in ("base", "lora"))]
                 )
         case = runs[0].records("mixed")[0]["case"]
         text = (
             f"Time of a batch of {case['rows']} rows of {case['T'] // case['rows']} tokens through four layers of width "
-            f"{case['N']}, as a part of the others' time (medians of the rounds' ratios):"
+            f"{case['N']}, as a part of the others' time (medians of the rounds' ratios; the times' interquartile ranges are "
+            f"up to {_spread(run.records('mixed') for run in runs):.0%}):"
         )
         return self._page(text, rows, runs)
 
@@ -292,6 +294,12 @@ def _range(values: list[float]) -> str:
 
 def _mean(values: list[float]) -> str:
     return f"{statistics.geometric_mean(values):.2f}" if values else NOT_MEASURED
+
+
+def _spread(records: Iterable[Sequence[Record]]) -> float:
+    """The greatest interquartile range of a contender's times, as a part of its median."""
+    contenders = (c for of_run in records for r in of_run for c in r["contenders"].values())
+    return max((c["q3"] - c["q1"]) / c["median"] for c in contenders)
 
 
 def _milliseconds(record: Record, name: str) -> str:

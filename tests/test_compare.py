@@ -16,14 +16,13 @@ from compare_helpers import SMALL, command, make_work, records
 
 from gralora_ext.cli import compare as cli
 from gralora_ext.compare import findings, runner, texts
-from gralora_ext.compare.comparison import Comparison, check_device
+from gralora_ext.compare.comparison import Comparison
 from gralora_ext.compare.job import RunJob
 from gralora_ext.compare.methods import METHODS
 from gralora_ext.compare.plan import CHOOSE, MEASURE
 from gralora_ext.compare.progress import Progress
 from gralora_ext.compare.summary import was_busy
 from gralora_ext.compare.texts import gather
-from gralora_ext.program.errors import JobError
 
 METHODS_HERE = ("full", "lora", "gralora-k2")
 
@@ -209,16 +208,6 @@ def test_a_model_that_was_written_anew_has_other_runs(work):
     assert after.settings.model_files != before
     run = after.chooser.run(METHODS["lora"], MEASURE, 1e-3, 0)
     assert run.digest != replace(run, settings=replace(run.settings, model_files=before)).digest
-
-
-def test_methods_of_several_devices_are_not_compared(monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("gralora_ext.build_info", lambda: {"cuda_archs": []})
-    with pytest.raises(JobError, match="gralora-k2 would train on the CPU and LoRA on the GPU"):
-        check_device([METHODS["lora"], METHODS["gralora-k2"]])
-    check_device([METHODS["full"], METHODS["lora"]])
-    monkeypatch.setattr("gralora_ext.build_info", lambda: {"cuda_archs": ["8.0"]})
-    check_device([METHODS["lora"], METHODS["gralora-k2"]])
 
 
 def test_a_run_whose_threads_had_to_wait_for_a_core_is_busy(compared):

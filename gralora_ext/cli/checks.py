@@ -97,13 +97,7 @@ def _kind_of_device(options: argparse.Namespace) -> str:
         raise JobError("--device cuda: torch sees no CUDA device here")
     if options.device != "auto":
         return options.device
-    if not torch.cuda.is_available():
-        return "cpu"
-    if options.backend != "fused":
-        return "cuda"
-    from gralora_ext import build_info
-
-    return "cuda" if build_info()["cuda_archs"] else "cpu"
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def check_shared(options: argparse.Namespace, engine: str) -> None:

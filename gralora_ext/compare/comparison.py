@@ -6,12 +6,11 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ..cli.source import find_model
-from ..program.errors import JobError, Stopped
+from ..program.errors import Stopped
 from ..program.files import staged, write_json
 from . import findings, page, pictures, summary
 from .methods import BASE, Method, beyond, chosen
@@ -26,7 +25,6 @@ PAGE, SUMMARY, PICTURE = "compare.html", "summary.json", "compare"
 def compare(options: Any) -> int:
     """Makes the runs that are missing, and the page of all; returns the exit code."""
     comparison = Comparison(options)
-    check_device(comparison.methods)
     what = {name: value for name, value in vars(options).items() if name not in ("output", "debug")}
     try:
         with running(Path(options.output), what, comparison.texts, comparison.units(), "compare") as runner:
@@ -44,20 +42,6 @@ def stopped(stop: Stopped) -> int:
         f"stopped by {stop.name}; finished runs are kept, and the same command goes on with the others", file=sys.stderr
     )
     return stop.exit_code
-
-
-def check_device(methods: Iterable[Method]) -> None:
-    """That `finetune` takes the same device for all methods: GraLoRA's kernels may be built for the CPU alone."""
-    import torch
-
-    from .. import build_info
-
-    fused = next((m.name for m in methods if m.kind == "adapter" and m.at_rank(8)["backend"] == "fused"), None)
-    if fused and torch.cuda.is_available() and not build_info()["cuda_archs"]:
-        raise JobError(
-            f"there is a GPU, and gralora_ext is built without its kernels, so that {fused} would train on the CPU and "
-            "LoRA on the GPU: build it with CUDA, or hide the GPU with CUDA_VISIBLE_DEVICES= for all"
-        )
 
 
 def settings_of(options: Any, texts: Texts) -> Settings:

@@ -118,18 +118,6 @@ def nearer_to_full(cosines: Mapping[int, Spread], without: Mapping[int, Spread],
     return finding(claim, "nearer (a figure, no number)", ours, verdict, f"{why}.")
 
 
-def of_steps(of_a: Mapping[int, Spread], of_b: Mapping[int, Spread], sizes: Mapping[int, Spread]) -> str:
-    """What a step on A alone and one on B alone give: the paper says nothing of it."""
-
-    def words(by_k: Mapping[int, Spread]) -> str:
-        return ", ".join(f"{s.text(3)} for k = {k}" for k, s in by_k.items())
-
-    return (
-        f"A step on A alone has a cosine of {words(of_a)}; one on B alone of {words(of_b)}. The former moves ΔW by "
-        f"{words(sizes)} of what the latter does."
-    )
-
-
 def beside(rows: Sequence[Mapping[str, Any]], key: str, what: str, reference: str = "lora") -> str:
     """One sentence: which rows of a comparison's table have a mean below or above ``reference``'s, which none."""
     found = {row["label"]: Spread(tuple(row["metrics"][key]["values"])) for row in rows if key in row["metrics"]}

@@ -55,6 +55,9 @@ function showHead() {
       "their speeds are too low, and not comparable.");
   }
   if (places.length > 1) notes.push("Processor or threads differ between runs: speeds and memory are not comparable.");
+  if (data.made.machine.gpu && !(versions.cuda_archs || []).length) {
+    notes.push("gralora_ext was built without CUDA kernels: GraLoRA's layers ran as plain torch operations.");
+  }
   if (s.dtype !== "fp32" && data.rows.some(row => row.method === "full")) {
     notes.push(`Full fine-tuning had its weights in ${s.dtype}, which rounds away steps that adapters in fp32 make.`);
   }

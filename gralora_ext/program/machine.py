@@ -53,7 +53,7 @@ def versions() -> dict[str, Any]:
     from gralora_ext.cli.report import versions as of_packages
 
     info = build_info()
-    return {**of_packages(), **{key: info[key] for key in ("compiler", "build", "cpu_capability")}}
+    return {**of_packages(), **{key: info[key] for key in ("compiler", "build", "cpu_capability", "cuda_archs")}}
 
 
 def commit(root: Path) -> dict[str, Any]:
