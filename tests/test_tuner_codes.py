@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gralora_ext import ops
-from gralora_ext.tuner import chunked
+from gralora_ext.tuner import chunked, exact
 from gralora_ext.tuner.exact import AFTER, BEFORE, DONE, FIRST_NOT_FINITE, LISTED, Kept, Operands, capacity
 
 LAYOUTS = ("contiguous", "offset", "row_slice", "column_stride", "transposed")
@@ -197,32 +199,48 @@ def test_the_first_adapter_that_breaks_the_weight_is_told() -> None:
     assert fine.facts[FIRST_NOT_FINITE] == 2
 
 
-@pytest.mark.parametrize("what", ["merge", "take_off"])
-def test_an_interruption_between_chunks_is_settled(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+class Broken(Exception):
+    """What breaks work on rows off here."""
+
+
+@pytest.mark.parametrize("again", range(1, 9))
+@pytest.mark.parametrize("what", ["merge", "take_off", "roll_back"])
+@pytest.mark.parametrize("at", [*range(1, 12), 16, 21])
+def test_work_between_chunks_that_breaks_and_whose_undoing_breaks_is_undone_at_last(
+    what: str, at: int, again: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The work breaks at its step ``at``, the undoing at its step ``again``; the undoing is called until it ends."""
     weight, o = torch.randn(50, 24, generator=torch.Generator().manual_seed(0)), adapter(24, 50, 2, 2, 1, 0, 0.01)
     monkeypatch.setattr(chunked, "ELEMENTS", 24 * 7)
-    right = chunked._add_to_rows
-    for at in range(1, 14):
-        kept, now = Kept(weight, [o], False), weight.clone()
-        if what == "take_off":
-            chunked.merge(kept, now, now)
-        expected, count = now.clone(), 0
+    monkeypatch.setattr(exact, "_has_kernel", lambda weight: False)
+    right, left = chunked._add_to_rows, 0
 
-        def breaks(*arguments: Any, at: int = at) -> None:
-            nonlocal count
-            count += 1
-            if count == at:
-                raise KeyboardInterrupt
-            right(*arguments)
+    def breaks(*arguments: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise Broken
+        right(*arguments)
 
-        monkeypatch.setattr(chunked, "_add_to_rows", breaks)
-        try:
-            chunked.merge(kept, now, now) if what == "merge" else chunked.take_off(kept, now)
-        except KeyboardInterrupt:
-            monkeypatch.setattr(chunked, "_add_to_rows", right)
-            chunked.settle(kept, now)
-            assert same_bits(now, expected)
-        monkeypatch.setattr(chunked, "_add_to_rows", right)
+    monkeypatch.setattr(chunked, "_add_to_rows", breaks)
+    kept, now = Kept(weight, [o], False), weight.clone()
+    if what != "merge":
+        kept.merge(now, now)
+    expected = now.clone() if what == "take_off" else weight
+    work, undo = {
+        "merge": (partial(kept.merge, now), kept.roll_back),
+        "take_off": (kept.take_off, kept.put_on),
+        "roll_back": (kept.roll_back, kept.roll_back),
+    }[what]
+    for left, call in (  # noqa: B007  `breaks` counts it down
+        (at, work),
+        (again, undo),
+        (0, undo),
+        (0, undo),
+    ):
+        with suppress(Broken):
+            call(now)
+    assert kept.pending is None and same_bits(now, expected)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The codes of ``exact.py`` in plain torch, for devices other than the CPU, whose own are in ``csrc/cpu/coded_merge.cpp``.
 
-It goes over rows of the weight, so that nothing of the weight's size is made but the codes. Each step keeps the old rows in
-``pending`` while it writes, so that an interruption leaves nothing unknown.
+It goes over rows of the weight, so that nothing of the weight's size is made but the codes. While one of the two works, ``merge``
+or ``take_off``, is on its way, ``pending`` has its name, the rows that are being written, and what stood in them: the rows above are
+done, those from there on are not. So an interruption, or an error, leaves nothing unknown.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def merge(kept: Kept, weight: Tensor, to: Tensor) -> None:
         codes[rows] = _encoded(old, _way_back(kept, new, rows))
         listed = (codes[rows].flatten() == _LISTED).nonzero().flatten()
         if len(kept.places) + len(listed) > capacity(weight):
-            return settle(kept, to)
+            return remove(kept, to)
         places = (listed + rows.start * weight.shape[1]).to(torch.int32)
         kept.values = torch.cat([kept.values, old.reshape(-1)[listed]])
         kept.places = torch.cat([kept.places, places])
@@ -65,16 +66,31 @@ def take_off(kept: Kept, weight: Tensor) -> int:
     return _wrapped(before)
 
 
-def settle(kept: Kept, weight: Tensor) -> None:
-    """Undoes the merge, or the taking off, that did not come to its end."""
+def remove(kept: Kept, weight: Tensor) -> None:
+    """Makes ``weight`` that of before the merge, wherever a merge or a taking off was left."""
+    if kept.pending is not None:
+        _bring(kept, weight, False)
+
+
+def put_on(kept: Kept, weight: Tensor) -> None:
+    """Makes ``weight`` that of after the merge, wherever a taking off was left, its end too."""
     if kept.pending is None:
-        return
-    begun, pending, old = kept.pending
-    weight[pending] = old
-    for rows in _steps(weight):
-        if rows.start < pending.start:
-            now = weight[rows].clone()
-            weight[rows] = _decoded(kept, now, rows) if begun is merge else _merged(kept, now, rows)[0]
+        end = weight.shape[0]
+        kept.pending = (take_off, slice(end, end), weight[end:].clone())
+    _bring(kept, weight, True)
+
+
+def _bring(kept: Kept, weight: Tensor, merged: bool) -> None:
+    """Goes on with the work that is pending, or goes back; either may be broken off and called again."""
+    work, pending, before = kept.pending
+    weight[pending] = before
+    forward = (work is merge) == merged
+    steps = [rows for rows in _steps(weight) if (rows.start >= pending.start) == forward]
+    for rows in steps if forward else reversed(steps):
+        old = weight[rows].clone()
+        new = _merged(kept, old, rows)[0] if merged else _decoded(kept, old, rows)
+        kept.pending = (work, rows, old if forward else new)
+        weight[rows] = new
     kept.pending = None
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import kernels, ops
 from .._loader import load
+from .uninterrupted import Uninterrupted
 
 if TYPE_CHECKING:
     from .layer import GraloraLinear
@@ -70,7 +71,8 @@ class Kept:
     """A merge of one or more adapters into one weight, and what takes it off: codes and exceptions, or a copy.
 
     It knows by checksums of before and after where the weight stands, and so can put back the weight of before wherever a merge
-    or its removal was interrupted (:meth:`roll_back`, :meth:`put_on`). All methods write into the memory of the weight.
+    or its removal was interrupted (:meth:`roll_back`, :meth:`put_on`). All methods write into the memory of the weight. Those two
+    may be called again where they raised, and do nothing where there is nothing to undo.
     """
 
     def __init__(self, weight: Tensor, operands: Sequence[Operands], fan_in_fan_out: bool) -> None:
@@ -82,6 +84,7 @@ class Kept:
         self.values = torch.empty(0, dtype=weight.dtype)
         self.copy: Tensor | None = None
         self.pending: Any = None  # chunked.py: what is being written
+        self.removed = False  # whether a removal has begun that put_on would undo
 
     @torch.no_grad()
     def merge(self, weight: Tensor, to: Tensor) -> None:
@@ -127,7 +130,7 @@ class Kept:
     @torch.no_grad()
     def take_off(self, weight: Tensor) -> str | None:
         """Makes ``weight``, in which :meth:`obstacle` sees none, that of before; returns why it is so but for rounding, if it is."""
-        weight = weight.detach()
+        weight, self.removed = weight.detach(), True
         if self.copy is not None:
             weight.copy_(self.copy)
             return None
@@ -140,17 +143,29 @@ class Kept:
 
     def put_on(self, weight: Tensor) -> None:
         """Undoes :meth:`take_off`, if it was called or begun: the same sums once more."""
+        if not self.removed:
+            return
         weight = weight.detach()
-        if self.pending is not None:
-            _chunked().settle(self, weight)
-        elif _description(weight) == self.made_of and self._checksums(weight)[0] == int(self.facts[BEFORE]):
-            for operands in self.operands:
-                add(weight, operands, self.fan_in_fan_out)
+        if self.pending is not None or self._is_that_of_before(weight):
+            if not _has_kernel(weight):
+                _chunked().put_on(self, weight)
+            else:
+                for operands in self.operands:
+                    add(weight, operands, self.fan_in_fan_out)
+        self.removed = False
+
+    def _is_that_of_before(self, weight: Tensor) -> bool:
+        """Whether ``weight`` is that of before the merge. W' may have its sum, but has the checksum of after too."""
+        before, after = (int(self.facts[fact]) for fact in (BEFORE, AFTER))
+        if _description(weight) != self.made_of:
+            return False
+        found = self._checksums(weight)
+        return found[0] == before and found[1] != after
 
     def roll_back(self, weight: Tensor) -> None:
         """Undoes :meth:`merge`, if it was called or begun."""
         if self.pending is not None:
-            _chunked().settle(self, weight.detach())
+            _chunked().remove(self, weight.detach())
         elif self.copy is not None or (self.facts[DONE] and self.obstacle(weight) is None):
             self.take_off(weight)
 
@@ -204,8 +219,9 @@ def merge(layer: GraloraLinear, names: Sequence[str], safe: bool) -> None:
             layer.kept_merge = records[-1] if operands and (before or layer.exact_unmerge) else None
         layer.merged_adapters += done
     except BaseException:
-        put_back(weight, records, old if before else None)
-        layer.kept_merge, layer.merged_adapters[:] = old, merged
+        with Uninterrupted():
+            put_back(weight, records, old if before else None)
+            layer.kept_merge, layer.merged_adapters[:] = old, merged
         raise
     if broken is not None:
         raise ValueError(not_finite(names[len(done)]))
@@ -216,7 +232,9 @@ def _merge(
 ) -> int | None:
     """Merges into the weight; with ``safe``, returns the first adapter that breaks it, and changes nothing then."""
     kept = Kept(weight, operands, layer.fan_in_fan_out)
-    to = torch.empty_like(weight.detach()) if safe else weight
+    to = weight
+    if safe:  # empty_like would close the gaps of a weight that is part of another tensor
+        to = torch.empty_strided(weight.shape, weight.stride(), dtype=weight.dtype, device=weight.device)
     records.append(kept)
     if layer.journal is not None:
         layer.journal.append(kept)
@@ -258,8 +276,9 @@ def unmerge(layer: GraloraLinear) -> str | None:
         layer.kept_merge = None
         layer.merged_adapters.clear()
     except BaseException:
-        put_back(weight, records, coded)
-        layer.kept_merge, layer.merged_adapters[:] = kept, merged
+        with Uninterrupted():
+            put_back(weight, records, coded)
+            layer.kept_merge, layer.merged_adapters[:] = kept, merged
         raise
     return reason
 

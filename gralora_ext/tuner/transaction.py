@@ -7,10 +7,8 @@ by an error or by Ctrl-C, this is done, layer by layer, the last first.
 
 from __future__ import annotations
 
-import signal
-import threading
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
@@ -18,6 +16,7 @@ from torch import nn
 
 from . import exact, quantized
 from .layer import GraloraLinear, inexact
+from .uninterrupted import Uninterrupted
 
 Result = TypeVar("Result")
 
@@ -35,10 +34,11 @@ def check_names(adapter_names: Any, known: Iterable[str]) -> None:
             raise ValueError(f"adapter_names: the model has no adapter {name!r}; it has {', '.join(map(repr, names))}")
 
 
-def all_or_nothing(model: nn.Module, work: Callable[[], Result]) -> Result:
+def all_or_nothing(model: nn.Module, work: Callable[[], Result], last_first: bool = False) -> Result:
     """``work()``, after which the adapter layers of ``model`` are merged or not; where it raises, all is as before.
 
-    That is each weight, bit for bit, what is merged into it, and what the modules of ``model`` are.
+    That is each weight, bit for bit, what is merged into it, and what the modules of ``model`` are. ``last_first`` says in which
+    order the work goes over the layers: they are put back in the opposite one, since some may share a weight.
     """
     before = [_before(module) for module in model.modules() if isinstance(module, BaseTunerLayer)]
     tree = [(module, dict(module._modules)) for module in model.modules()]
@@ -53,7 +53,7 @@ def all_or_nothing(model: nn.Module, work: Callable[[], Result]) -> Result:
             layer.end()
         return result
     except BaseException:
-        with _Uninterrupted():
+        with Uninterrupted():
             for module, children in tree:
                 module._modules.clear()
                 module._modules.update(children)
@@ -61,11 +61,40 @@ def all_or_nothing(model: nn.Module, work: Callable[[], Result]) -> Result:
                 vars(model)["peft_config"] = peft_config
             if getattr(config, "tie_word_embeddings", None) is not tied:
                 config.tie_word_embeddings = tied  # type: ignore[union-attr]
-            for layer in reversed(before):
+            _put_back(before if last_first else before[::-1])
+        raise
+
+
+def _put_back(layers: Sequence[_Before]) -> None:
+    """Restores the layers in this order. One that cannot be restored, for want of memory, is tried again after the others.
+
+    Raises:
+        RuntimeError: some layers could not be restored.
+    """
+    left, errors = list(layers), list[Exception]()
+    while left:
+        failed, stuck = list[_Before](), set[int]()
+        for layer in left:
+            weight = id(getattr(layer.layer.get_base_layer(), "weight", layer))
+            try:
+                if weight in stuck:  # what was done to it after this layer is not undone yet
+                    failed.append(layer)
+                    continue
                 with onload_layer(layer.layer):
                     layer.restore()
+            except Exception as error:  # noqa: BLE001  whatever it is, the others are put back too
+                errors.append(error)
+                failed.append(layer)
+                stuck.add(weight)
+            else:
                 layer.end()
-        raise
+        if len(failed) == len(left):
+            for layer in failed:
+                layer.end()
+            raise RuntimeError(
+                f"{len(failed)} of the layers could not be put back after an error, so that the model is merged in part: load it again"
+            ) from errors[0]
+        left = failed
 
 
 def unmerge(model: nn.Module) -> None:
@@ -82,7 +111,7 @@ def unmerge(model: nn.Module) -> None:
                 else:
                     module.unmerge()
 
-    all_or_nothing(model, work)
+    all_or_nothing(model, work, last_first=True)
     if reasons:
         others = f" (as were {len(reasons) - 1} others)" if len(reasons) > 1 else ""
         warnings.warn(inexact(reasons[0] + others), stacklevel=3)
@@ -116,6 +145,7 @@ class _Ours(_Before):
 
     def restore(self) -> None:
         exact.put_back(self.layer.get_base_layer().weight, self.journal, self.kept)
+        self.journal.clear()  # its codes are memory that the next layer may need
         self.layer.kept_merge = self.kept
         super().restore()
 
@@ -156,20 +186,3 @@ def _before(layer: Any) -> _Before:
     if not isinstance(layer, GraloraLinear):
         return _Other(layer) if hasattr(layer.get_base_layer(), "weight") else _Before(layer)
     return _Quantized(layer) if layer.quantization_backend is not None else _Ours(layer)
-
-
-class _Uninterrupted:
-    """A block in which Ctrl-C waits for the end."""
-
-    def __enter__(self) -> None:
-        self.came: list[Any] = []
-        main = threading.current_thread() is threading.main_thread()
-        self.handler = signal.getsignal(signal.SIGINT) if main else None
-        if self.handler is not None:  # None: another thread's business, or set by other than Python
-            signal.signal(signal.SIGINT, lambda *arguments: self.came.append(arguments))
-
-    def __exit__(self, *error: object) -> None:
-        if self.handler is not None:
-            signal.signal(signal.SIGINT, self.handler)
-        if self.came and callable(self.handler):
-            self.handler(*self.came[-1])
