@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import cpu_offload
 from feature_tuners import Tuner, delta, feature, layer, near
 from peft import AutoPeftModelForCausalLM
 from torch import Tensor
@@ -74,3 +75,12 @@ def _(tuner: Tuner) -> None:
 def _(tuner: Tuner) -> None:
     status = tuner.model().get_layer_status()
     assert [s.name for s in status] == ["model.first", "model.second"] and status[0].requires_grad == {"default": True}
+
+
+@feature("weights that accelerate offloads, in inference")
+def _(tuner: Tuner) -> None:
+    model = tuner.model(llama, target_modules=["q_proj"]).eval()
+    with torch.no_grad():
+        y = model(input_ids=tokens(2, 6)).logits
+        cpu_offload(model, torch.device("cpu"))
+        near(model(input_ids=tokens(2, 6)).logits, y)

@@ -231,6 +231,8 @@ class GraloraLinear(Linear):
         """
         A, B = self._blocks(adapter)
         if x.device != A.device:
+            A, B = (_from_elsewhere(self._modules[name], adapter, t) for name, t in (("gralora_A", A), ("gralora_B", B)))
+        if x.device != A.device:
             _refuse_device("the input", x, adapter, A)
         A_general = B_general = None
         if self.hybrid_r[adapter] > 0:
@@ -284,6 +286,19 @@ class GraloraLinear(Linear):
 def inexact(what: str) -> str:
     """The warning where ``what`` keeps codes from leading back."""
     return f"{what}, so they were subtracted: it is that of before the merge but for rounding"
+
+
+def _from_elsewhere(container: nn.Module, adapter: str, tensor: Tensor) -> Tensor:
+    """The tensor in place of one on meta that accelerate keeps in other memory or on disk, for as long as it is used.
+
+    Accelerate puts weights in place when their module is called, which a container of parameters never is. There is
+    no gradient: where one is wanted, ``tensor`` stays on meta.
+    """
+    hook: Any = getattr(container, "_hf_hook", None)
+    wanted = tensor.requires_grad and torch.is_grad_enabled()
+    if not tensor.is_meta or wanted or not getattr(hook, "offload", False):
+        return tensor
+    return hook.weights_map[adapter].to(hook.execution_device)
 
 
 def _refuse_device(name: str, tensor: Tensor, adapter: str, A: Tensor) -> NoReturn:

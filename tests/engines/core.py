@@ -205,16 +205,6 @@ def difference(run: Run, expected: Run) -> float:
     return float("inf") if any(math.isnan(d) for d in worst) else max(worst)
 
 
-def refused(tuner: str, error: Exception, word: str) -> Outcome:
-    """What a row gives where our layer says in a sentence with ``word`` in it that it can't do this.
-
-    Other errors, and those of other tuners, are raised.
-    """
-    if tuner != "ours" or word not in str(error):
-        raise error
-    return Outcome(0.0, note=f"refused: {error}")
-
-
 def checkpoint_activations(model: PeftModel, use_reentrant: bool = False) -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
