@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -227,3 +228,31 @@ def test_resume_without_a_checkpoint_starts_from_the_first_step(work, unbroken):
     assert [e["step"] for e in values["losses"]] == [1, 2]
     assert json.loads((work / "fresh" / "adapter" / "adapter_config.json").read_text())["peft_type"] == "LORA"
     assert values["trainable_parameters"] == metrics(unbroken[0])["trainable_parameters"]
+
+
+@pytest.mark.parametrize("lost", ["pipe", "terminal"])
+def test_a_signal_whose_sender_has_taken_the_output_away_leaves_a_checkpoint(work, lost):
+    """Ctrl-C ends `| tee` too, and a terminal that is closed sends SIGHUP: nothing can be written from then on."""
+    if lost == "pipe":
+        reader, writer = os.pipe()
+        signum = signal.SIGINT
+    else:
+        reader, writer = os.openpty()
+        signum = signal.SIGHUP
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gralora_ext", *map(str, arguments(f"lost-{lost}"))],
+        cwd=work, env=environment(), stdin=subprocess.DEVNULL, stdout=writer, stderr=writer,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509  a background job ignores it
+    )  # fmt: skip
+    os.close(writer)
+    read = b""
+    while b"step 1/" not in read:
+        read += os.read(reader, 1 << 16)
+    process.send_signal(signal.SIGSTOP)  # so that the signal finds the reader gone, and no write before it does
+    os.close(reader)
+    process.send_signal(signum)
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(100) == 128 + signum
+    assert [*(work / f"lost-{lost}" / "checkpoints").glob("checkpoint-*/manifest.json")]
+    done = run(*arguments(f"lost-{lost}", "--resume"), cwd=work)
+    assert "resuming from" in done.stdout

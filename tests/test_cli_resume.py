@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cli_helpers import call, make_data, make_model, same_end, sentence
+from cli_helpers import CHAT, call, make_chat_data, make_chat_model, make_data, make_model, metrics, same_end, sentence
 from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.usefixtures("no_plot")
@@ -208,3 +208,28 @@ def test_adapter_of_other_tensors_is_an_error(job):
     assert result.returncode == 2
     assert "checkpoint-8 is not a checkpoint of this adapter: " in sentence(result)
     assert "is missing" in sentence(result)
+
+
+def test_a_job_that_is_made_longer_has_the_rates_of_one_that_was_as_long(work: Path, tmp_path: Path) -> None:
+    """From its first new step on: the rate that its checkpoint holds is that of the old length's end."""
+    job = (*JOB, "--lr-schedule", "linear", "--warmup-steps", 1, "--save-every", 1, "--output")
+    assert call(*job, tmp_path / "long", "--steps", 4, cwd=work).returncode == 0
+    assert call(*job, tmp_path / "out", "--steps", 3, cwd=work).returncode == 0
+    assert call(*job, tmp_path / "out", "--steps", 4, "--resume", cwd=work).returncode == 0
+    long, out = ([e["learning_rate"] for e in metrics(tmp_path / name)["losses"]] for name in ("long", "out"))
+    assert out[3] == long[3] > 0 and out[2] != long[2]
+    checkpoints = tmp_path / "out" / "checkpoints"
+    before, after = (load_file(checkpoints / f"checkpoint-{n}" / "adapter_model.safetensors") for n in (3, 4))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_rows_that_become_other_tokens_are_not_gone_on_with(tmp_path: Path) -> None:
+    make_chat_model(tmp_path / "model")
+    make_chat_data(tmp_path / "data.jsonl")
+    job = (*JOB, "--output", "out", "--resume", "--steps")
+    assert call(*job, 2, cwd=tmp_path).returncode == 0
+    make_chat_model(tmp_path / "model", CHAT.replace("{%", "Today is Monday. {%", 1))
+    changed = call(*job, 4, cwd=tmp_path)
+    assert changed.returncode == 2 and "was made with other tokens of the same rows" in sentence(changed)
+    make_chat_model(tmp_path / "model")
+    assert call(*job, 4, cwd=tmp_path).returncode == 0

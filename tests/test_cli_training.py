@@ -217,3 +217,46 @@ def test_eight_bit_optimizer_without_its_package_is_one_sentence(work, monkeypat
     monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(Exception, match="--optim lion_8bit needs bitsandbytes: `pip install bitsandbytes`"):
         checks.check_needed(parse(["--optim", "lion_8bit"]))
+
+
+def test_a_model_that_takes_no_number_of_tokens_has_the_mean_over_all_tokens_too(work, plain, monkeypatch):
+    """Gemma 3n is one: Trainer would take the mean of its batches' means."""
+    from transformers import LlamaForCausalLM
+
+    monkeypatch.setattr(LlamaForCausalLM, "accepts_loss_kwargs", False, raising=False)
+    losses = {}
+    for rows, batches in ((4, 1), (1, 4)):
+        output = f"mean-{rows}"
+        done = call(*JOB, "--batch-size", rows, "--grad-accum", batches, "--output", output, cwd=work)
+        assert done.returncode == 0, done.stderr
+        losses[rows] = [e["loss"] for e in metrics(work / output)["losses"]]
+    assert losses[1] == pytest.approx(losses[4], rel=1e-5)
+
+
+def test_one_process_trains_on_one_device(monkeypatch):
+    from transformers import TrainingArguments
+
+    from gralora_ext.cli.trainer import arguments
+
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
+    assert arguments(parse(["--output", "out"]), 1, use_cpu=True)._n_gpu == 1
+
+
+def test_no_memory_for_the_merged_model_tells_of_the_checkpoint_and_how_to_do_without(work, monkeypatch):
+    monkeypatch.setattr("gralora_ext.cli.results.write_merged", raising(MemoryError))
+    done = call(*JOB, "--merge", "--output", "no-memory", cwd=work)
+    assert done.returncode == 2
+    said = sentence(done)
+    assert (
+        "out of memory, when results were written" in said and "is saved; go on with `" in said and "--no-merge" in said
+    )
+    monkeypatch.undo()
+    assert call(*JOB, "--output", "no-memory", "--resume", "--no-merge", cwd=work).returncode == 0
+    assert (work / "no-memory" / "adapter").is_dir()
+
+
+def raising(error):
+    def raises(*arguments):
+        raise error
+
+    return raises

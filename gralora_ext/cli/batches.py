@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,12 +22,16 @@ from .source import Source
 
 @dataclass
 class Batches:
-    """``items`` are what an epoch goes through: examples, or groups of them; ``collate`` makes a batch of some."""
+    """``items`` are what an epoch goes through: examples, or groups of them; ``collate`` makes a batch of some.
+
+    ``digest`` is the SHA-256 of all tokens and labels.
+    """
 
     items: list[Any]
     collate: Callable[[list[Any]], dict[str, torch.Tensor]]
     rows: int
     held_out: list[Example]
+    digest: str
 
 
 def make_batches(
@@ -47,10 +53,20 @@ def make_batches(
     for text in remarks + remarks_held_out:
         say(text)
     check_vocabulary(model, source, [*examples, *held_out])
+    digest = _digest([*examples, *held_out])
     if not o.packing:
-        return Batches(examples, encoder.collate, len(examples), held_out)
+        return Batches(examples, encoder.collate, len(examples), held_out, digest)
     check(model if bits_of(o) else model.to(device), examples, o.attn_implementation, bits_of(o))
     groups = packs(examples, o.max_length)
     full = sum(len(e["input_ids"]) for e in examples) / (len(groups) * o.max_length)
     say(f"packing: {len(examples):,} rows in {len(groups):,} packs of {o.max_length} tokens, {full:.0%} full")
-    return Batches(groups, Packed().collate, len(examples), held_out)
+    return Batches(groups, Packed().collate, len(examples), held_out, digest)
+
+
+def _digest(examples: list[Example]) -> str:
+    found = hashlib.sha256()
+    for example in examples:
+        for name in ("input_ids", "labels"):
+            numbers = array("q", example[name])
+            found.update(len(numbers).to_bytes(8, "little") + numbers.tobytes())
+    return found.hexdigest()

@@ -7,12 +7,15 @@ import argparse
 import sys
 from contextlib import ExitStack
 
-from ..program.errors import Stopped
+from ..program.errors import JobError, Stopped
 from ..program.files import locked
+from ..program.resources import memory_failure
+from ..program.signals import reader_may_be_gone
 from .group import Group, end_by
 from .job import Job
 from .publish import publish
 
+_LESS = "; with --no-merge it writes no merged model, which takes as much memory as the base once more"
 DIVERGED = 3  # the exit code of a job that ended, with its results, because its numbers were finite no more
 
 
@@ -38,11 +41,17 @@ def run(options: argparse.Namespace, group: Group) -> int:
                 job.collect()
             if not group.is_first:
                 return 0
-            publish(job)
+            try:
+                publish(job)
+            except Exception as error:
+                if reason := memory_failure(error):
+                    raise JobError(f"{reason}, when results were written: {job.how_to_go_on()}{_LESS}") from error
+                raise
     except Stopped as stop:
         if not group.is_first:
             return 0 if group.agreed else end_by(stop.signum)
-        print(f"stopped by {stop.name}: {job.how_to_go_on()}", file=sys.stderr)
+        with reader_may_be_gone(sys.stderr):
+            print(f"stopped by {stop.name}: {job.how_to_go_on()}", file=sys.stderr, flush=True)
         return stop.exit_code
     except Exception as error:
         if not group.has_lost(error):

@@ -111,6 +111,9 @@ class Job:
         flash = (o.attn_implementation or "").startswith("flash")
         tried_on = "cpu" if self.group.shares_model and not flash else self.device
         self.batches = make_batches(self.rows, self.encoder, self.model, self.source, o, tried_on, say)
+        self.state["tokens_digest"] = self.batches.digest
+        if self.checkpoint is not None:
+            resume.check_tokens(self.checkpoint, self.batches.digest)
         self.rows_per_step = o.batch_size * o.grad_accum * self.group.size
         per_epoch = math.ceil(len(self.batches.items) / self.rows_per_step)
         if not o.steps and o.epochs * per_epoch > LARGEST:

@@ -11,7 +11,7 @@ from importlib import import_module
 
 from ..program.errors import JobError, Stopped, Told, clipped, did_you_mean, first_sentence
 from ..program.resources import disk_failure, memory_failure
-from ..program.signals import stopper
+from ..program.signals import reader_may_be_gone, stopper
 from .checks import check_packages
 from .group import Group, end_by, end_now, is_joined
 from .launcher import end_with_launcher, place_here, who
@@ -58,7 +58,8 @@ def _code_of(arguments: list[str]) -> int:
         if stopper.quiet:
             end_by(stop.signum)
         what = "anything was trained" if arguments[0] == "finetune" else "anything was written"
-        print(f"stopped by {stop.name} before {what}; run the same command again", file=sys.stderr)
+        with reader_may_be_gone(sys.stderr):
+            print(f"stopped by {stop.name} before {what}; run the same command again", file=sys.stderr, flush=True)
         return stop.exit_code
     except KeyboardInterrupt:
         return 130

@@ -40,6 +40,16 @@ def find(checkpoints: Checkpoints, state: dict[str, Any], data: str, how: str) -
     return checkpoint, step_of(checkpoint), History(then["history"])
 
 
+def check_tokens(checkpoint: Path, digest: str) -> None:
+    """That the same rows have become the same tokens; checkpoints of before this was noted are taken as they are."""
+    then = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    if then.get("tokens_digest", digest) != digest:
+        raise JobError(
+            f"--resume: {checkpoint} was made with other tokens of the same rows: the model's tokenizer or chat template "
+            "has changed since, or the template puts today's date into a text; begin anew, without --resume"
+        )
+
+
 class Processes(NamedTuple):
     """How many there are, how they share the model, and how many rows they take in a step together."""
 

@@ -27,7 +27,7 @@ from .shares import ShareLoader, Shares, has_labels
 def arguments(options: Any, steps: int, use_cpu: bool) -> TrainingArguments:
     """Trainer's arguments: its own printing, saving and evaluating are off, since the job does them."""
     warmup = options.warmup_steps if options.warmup_ratio is None else math.ceil(options.warmup_ratio * steps)
-    return TrainingArguments(
+    made = TrainingArguments(
         output_dir=options.output,
         max_steps=steps,
         per_device_train_batch_size=options.batch_size,
@@ -61,6 +61,9 @@ def arguments(options: Any, steps: int, use_cpu: bool) -> TrainingArguments:
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,
     )
+    if made.n_gpu > 1:
+        made._n_gpu = 1  # one process trains on one device; with more Trainer would share each batch out to all
+    return made
 
 
 class NothingLeft(Exception):
@@ -91,7 +94,14 @@ class FinetuneTrainer(Trainer):
         group: Group,
     ):
         self.group = group
-        super().__init__(model=model, args=arguments, train_dataset=train, data_collator=collate)
+        super().__init__(
+            model=model,
+            args=arguments,
+            train_dataset=train,
+            data_collator=collate,
+            # A model that cannot be told the number of tokens in a step would take the mean of its batches' means.
+            compute_loss_func=None if getattr(unwrapped(model), "accepts_loss_kwargs", True) else mean_loss,
+        )
         self.remove_callback(PrinterCallback)
         self.add_callback(_Schedule(self))
         self.eval_every = eval_every
@@ -236,6 +246,16 @@ class FinetuneTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        self._load_engines_optimizer(checkpoint)
+        scheduler = self.lr_scheduler
+        if checkpoint is not None and hasattr(scheduler, "lr_lambdas"):
+            # The rates that were loaded are those of a job of the old length: of a longer one they are others.
+            rates = zip(self.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+            for group, rate, part in rates:
+                group["lr"] = rate * part(scheduler.last_epoch)
+            scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def _load_engines_optimizer(self, checkpoint: str | None) -> None:
         if not self.is_fsdp_enabled or checkpoint is None:
             return super()._load_optimizer_and_scheduler(checkpoint)
         optimizer, scheduler = (
@@ -251,6 +271,18 @@ def save_adapter(model: Any, folder: Any, group: Group) -> None:
     state = None if group.size == 1 else adapter_state(model)
     if group.is_first:
         model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
+
+
+def unwrapped(model: Any) -> Any:
+    """The model in a PeftModel."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def mean_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    """The cross entropy of the next tokens, summed and divided by the number of answer tokens in the whole step."""
+    logits, wanted = outputs.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
+    total = cross_entropy(logits, wanted.to(logits.device), ignore_index=IGNORED, reduction="sum")
+    return total / ((wanted != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 def _finite(value: float | None) -> float | None:

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+from .signals import reader_may_be_gone
+
 LINE_SECONDS = 2.0  # without a terminal: the least time between two lines of progress
 COLUMNS = 80  # what a line of progress fits into
 _BAR = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining}{postfix}"
@@ -31,8 +33,9 @@ class Console:
         return f"[{self.seconds:6.1f} s] "
 
     def say(self, text: str) -> None:
-        tqdm.write(f"{self.stamp()}{text}", file=sys.stdout)
-        sys.stdout.flush()
+        with reader_may_be_gone(sys.stdout):
+            tqdm.write(f"{self.stamp()}{text}", file=sys.stdout)
+            sys.stdout.flush()
 
     @contextmanager
     def bar(self, what: str, total: int, done: int = 0, *, first: bool = False) -> Iterator[Bar]:
@@ -42,7 +45,8 @@ class Console:
             yield bar
         finally:
             if bar.shown:
-                bar.shown.close()
+                with reader_may_be_gone(sys.stderr):
+                    bar.shown.close()
 
 
 class Bar:
@@ -74,7 +78,8 @@ class Bar:
         if self.shown is not None:
             room = (self.shown.ncols or COLUMNS) - len(f"{self.what} {self.total}/{self.total}") - _BESIDE_NOTES
             self.shown.set_postfix_str(_fitting(notes, room), refresh=False)
-            self.shown.update(done - self.shown.n)
+            with reader_may_be_gone(sys.stderr):
+                self.shown.update(done - self.shown.n)
             return
         now = time.perf_counter()
         if now - self.last_line < LINE_SECONDS and not (notes and done == self.total):

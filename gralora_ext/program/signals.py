@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO
 
 from .errors import Stopped
 
@@ -74,8 +75,24 @@ class Stopper:
 
     def _tell(self, text: bytes) -> None:
         if not self.quiet:
-            os.write(2, text)
+            with suppress(OSError):  # the terminal may be what has gone
+                os.write(2, text)
 
 
 # A process has one set of signal handlers, hence one object.
 stopper = Stopper()
+
+
+@contextmanager
+def reader_may_be_gone(stream: TextIO) -> Iterator[None]:
+    """A block that writes to ``stream``, which writes no more where its reader has gone and a signal has come.
+
+    Ctrl-C ends the reader of a pipe too, and a terminal that is closed sends SIGHUP: the job must
+    still save what it has.
+    """
+    try:
+        yield
+    except OSError as error:
+        if stopper.signum is None or error.errno not in (errno.EPIPE, errno.EIO):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
