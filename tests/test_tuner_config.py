@@ -18,7 +18,7 @@ from peft.tuners.gralora.layer import GraloraLayer
 from tuner_helpers import Mlp, gpt2, llama, needs_new_peft, rows, tokens
 
 from gralora_ext import GraloraConfig, reference
-from gralora_ext.tuner import disable, enable
+from gralora_ext.tuner import accelerate, disable, enable
 from gralora_ext.tuner.patterns import choose_k
 
 pytestmark = needs_new_peft
@@ -285,6 +285,59 @@ def test_every_field_of_loras_that_gralora_lacks_is_refused_by_name() -> None:
         if not name.startswith("_") and name in LoraConfig.__dataclass_fields__:
             with pytest.raises(ValueError, match=f"^{name} is a field of LoraConfig"):
                 GraloraConfig(**{name: "something"})
+
+
+MISREAD = ["rank_pattern", "alpha_pattern", "k_pattern", "use_rslora", "trainable_token_indices", "init_weights"]
+
+
+@pytest.mark.parametrize("field", MISREAD)
+@pytest.mark.parametrize("how", ["built", "added", "loaded"])
+def test_pefts_own_tuner_refuses_what_it_would_misread(field: str, how: str, tmp_path: Path) -> None:
+    """Though ``enable()`` was called when the configuration was made, or since the model was."""
+    config = GraloraConfig(**{**FIELDS, field: USED[field]})
+    with pytest.raises(ValueError, match=f"{field}: this model was built by PEFT's own tuner, which would ignore"):
+        if how == "built":
+            disable()
+            get_peft_model(Mlp().double(), config)
+        disable()
+        model = get_peft_model(Mlp().double(), peft.GraloraConfig(**FIELDS))
+        with enable():
+            if how == "added":
+                model.add_adapter("b", config)
+            config.save_pretrained(tmp_path)
+            model.load_adapter(str(tmp_path), "b")
+
+
+def test_a_model_of_pefts_tuner_takes_the_fields_once_it_is_accelerated() -> None:
+    disable()
+    model = get_peft_model(Mlp().double(), peft.GraloraConfig(**FIELDS))
+    with enable():
+        accelerate(model)
+        model.add_adapter("b", GraloraConfig(**{**FIELDS, "use_rslora": True}))
+        assert all(layer.scaling["b"] == 24 / 12**0.5 for layer in layers(model).values())
+
+
+def test_our_tuner_gives_the_fields_to_layers_of_pefts_too() -> None:
+    """Of layers that accelerate() skips: their adapters get what the configuration says."""
+    disable()
+    model = get_peft_model(Mlp().double(), peft.GraloraConfig(**FIELDS))
+    model.base_model.model.first.gralora_dropout["default"] = torch.nn.AlphaDropout(0.1)
+    with enable():
+        assert accelerate(model).converted == 1
+        model.add_adapter("b", GraloraConfig(**{**FIELDS, "use_rslora": True, "init_weights": "gaussian"}))
+    for layer in layers(model).values():
+        assert layer.scaling["b"] == 24 / 12**0.5 and not layer.gralora_B["b"].any()
+        assert 0.5 < float(layer.gralora_A["b"].std() * 12) < 1.5
+    assert model.base_model.model.first.scaling["default"] == 2.0
+
+
+def test_a_subclass_has_the_fields_of_its_class() -> None:
+    class Mine(GraloraConfig):
+        pass
+
+    assert Mine(r=8, use_rslora=True).use_rslora
+    with pytest.raises(ValueError, match="use_dora is a field of LoraConfig"):
+        Mine(use_dora=True)
 
 
 def test_pefts_own_class_cannot_name_a_beginning_that_there_is_not() -> None:

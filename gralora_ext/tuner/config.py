@@ -113,6 +113,10 @@ class GraloraConfig(PeftsConfig):
         """The fields in use with which PEFT's own tuner, which would drop them, would compute other numbers."""
         return [name for name in CHANGES_NUMBERS if name in self.fields_in_use()]
 
+    def misread(self) -> list[str]:
+        """The fields in use with which PEFT's own tuner, given this object, would train or compute something else."""
+        return [name for name in (*CHANGES_NUMBERS, "init_weights") if name in self.fields_in_use()]
+
     def to_dict(self) -> dict[str, Any]:
         """As PEFT's, without our fields that are at their defaults."""
         used = self.fields_in_use()
@@ -200,7 +204,7 @@ def _refuse_fields_of_others(cls: type, given: dict[str, Any]) -> None:
             "gralora_alpha is a field of the paper's repository (SqueezeBits/GraLoRA), whose r counts the hybrid ranks too: convert "
             "such a checkpoint with `gralora-ext import-official ADAPTER OUT`; in a new configuration it is 'alpha'"
         )
-    ours = {f.name for f in fields(cls)} if "__dataclass_fields__" in vars(cls) else set()
+    ours = {f.name for f in fields(cls)}
     lora = {f.name for f in fields(peft.LoraConfig)}
     for name, value in given.items():
         if name in lora and name not in ours and value:

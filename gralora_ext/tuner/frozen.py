@@ -12,6 +12,7 @@ quantized, offloaded, hooked, trained and subclassed ones, and those whose tenso
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,7 +37,12 @@ _HOOKS_EVERYWHERE = (  # torch fills them and never puts others in their place
     module._global_backward_pre_hooks,
 )
 _MATMUL = getattr(torch.backends.mkldnn, "matmul", None)  # its settings, from torch 2.9 on
-_FORWARDS = {nn.Linear: nn.Linear.forward, Conv1D: Conv1D.forward}  # a patched class is called
+# A patched class is called, whether it was patched after this import or before.
+_FORWARDS = {
+    kind: kind.forward
+    for kind in (nn.Linear, Conv1D)
+    if getattr(kind.forward, "__code__", None) and kind.forward.__code__.co_filename == inspect.getsourcefile(kind)
+}
 
 
 def how_to_multiply(layer: GraloraLinear, x: Tensor) -> tuple[str, bool] | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 def finish(layer: GraloraLayer, adapter: str, config: object) -> None:
     """What the configuration asks for beyond what PEFT has done with the adapter: its scaling and how it begins."""
-    layer.use_rslora = {**layer.use_rslora, adapter: getattr(config, "use_rslora", False)}
+    layer.use_rslora = {**getattr(layer, "use_rslora", {}), adapter: getattr(config, "use_rslora", False)}
     if layer.use_rslora[adapter]:
         layer.scaling[adapter] = scaling(layer, adapter)
     how = getattr(config, "init_weights", True)

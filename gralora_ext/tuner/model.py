@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from peft.tuners import gralora as stock
-from peft.tuners.gralora.layer import Linear
+from peft.tuners.gralora.layer import GraloraLayer, Linear
 from peft.tuners.lora import LoraModel
 from torch import nn
 
@@ -48,6 +48,8 @@ class GraloraModel(stock.GraloraModel):
         # PEFT's code makes the layer, from a configuration that says what this layer gets.
         own = patterns.of_layer(config, kwargs["current_key"], target)
         super()._create_and_replace(own, adapter_name, target, *args, **kwargs)
+        if isinstance(target, GraloraLayer) and not isinstance(target, GraloraLinear):
+            init.finish(target, adapter_name, own)  # PEFT's own layer has dropped what it does not know
         config.fan_in_fan_out = own.fan_in_fan_out  # which PEFT sets by the class of the layer
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """All that :func:`gralora_ext.enable` replaces in PEFT: entries of dictionaries that PEFT reads when it is called.
 
-And what it sets of our own for the layers that are built from then on.
+And what it sets of our own for the layers that are built from then on. One thing stays in PEFT, whether enabled or not: its own tuner
+refuses a configuration of ours that it would misread.
 """
 
 from __future__ import annotations
@@ -86,3 +87,19 @@ def is_enabled() -> bool:
 
 def _in_use() -> InUse:
     return tuple(entry.where.get(entry.key, _ABSENT) for entry in _ENTRIES)
+
+
+_check_new = stock.GraloraModel._check_new_adapter_config
+
+
+def _refuse_what_is_misread(self: Any, config: Any) -> None:
+    """PEFT's check of each new adapter, which asks before for fields of ours that its own tuner drops in silence."""
+    if isinstance(config, GraloraConfig) and not isinstance(self, GraloraModel) and (names := config.misread()):
+        raise ValueError(
+            f"{', '.join(names)}: this model was built by PEFT's own tuner, which would ignore that and compute other numbers: "
+            "call gralora_ext.enable() before the model is built, or gralora_ext.accelerate(model)"
+        )
+    _check_new(self, config)
+
+
+stock.GraloraModel._check_new_adapter_config = _refuse_what_is_misread
