@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -64,9 +65,11 @@ class Names:
 def names_of(base: BaseModel, adapters: list[Adapter]) -> Names:
     """The names of ``base`` as the ``adapters`` use them; a FileError where transformers fails over the question."""
     needed = [parameter for adapter in adapters for parameter in parameters_of(adapter)]
-    # A matrix that is trained whole may be tied to another one, of which only transformers knows.
-    may_be_tied = any(len(info.shape) == 2 for adapter in adapters for info in adapter.whole.values())
-    if all(name in base.tensors for name in needed) and not may_be_tied and not _may_be_transposed(base, adapters):
+    if (
+        all(name in base.tensors for name in needed)
+        and not any(_may_be_tied(adapter) for adapter in adapters)
+        and not _may_be_transposed(base, adapters)
+    ):
         return Names({name: name for name in needed})
     if _LOADED in sys.modules or not sys.executable:
         return _ask_transformers(base, adapters)
@@ -105,6 +108,12 @@ def parameters_of(adapter: Adapter) -> Iterator[str]:
     """The parameters that an adapter changes."""
     yield from (f"{layer}.weight" for layer in adapter.layers)
     yield from adapter.whole
+
+
+def _may_be_tied(adapter: Adapter) -> bool:
+    """Whether an adapter changes a matrix that may share memory with another one: one trained whole, or outside the blocks."""
+    is_head = any(re.search(r"\.\d+\.", layer) is None for layer in adapter.layers)
+    return is_head or any(len(info.shape) == 2 for info in adapter.whole.values())
 
 
 def _may_be_transposed(base: BaseModel, adapters: list[Adapter]) -> bool:
