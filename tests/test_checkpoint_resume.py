@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -243,6 +245,36 @@ def test_a_base_that_changes_while_it_is_read_is_noticed(own, monkeypatch):
     with pytest.raises(FileError, match="changed while"):
         merge(base, adapter, out)
     assert not (out / "config.json").exists()
+
+
+@pytest.mark.parametrize("last", [3, 4, 7])
+def test_ctrl_c_at_any_moment_ends_the_writing_before_the_file_is_closed(folders, tmp_path, monkeypatch, last):
+    submit, write, close = ThreadPoolExecutor.submit, pipeline._write, pipeline.SafetensorsWriter.close
+    count, events = 0, []
+
+    def stopping(self, *args):
+        nonlocal count
+        count += self._thread_name_prefix.startswith("merge")
+        future = submit(self, *args)
+        if count == last:
+            raise KeyboardInterrupt
+        return future
+
+    def slow(*args):
+        time.sleep(0.2)
+        events.append("written")
+        write(*args)
+
+    def closed(self):
+        close(self)
+        events.append("closed")
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", stopping)
+    monkeypatch.setattr(pipeline, "_write", slow)
+    monkeypatch.setattr(pipeline.SafetensorsWriter, "close", closed)
+    with pytest.raises(KeyboardInterrupt):
+        merge(*folders, tmp_path / "out")
+    assert events[-1] == "closed" and not list((tmp_path / "out").rglob("*.part"))
 
 
 def test_a_full_disk_is_one_sentence_and_the_merge_goes_on_when_there_is_room(folders, tmp_path, monkeypatch):
