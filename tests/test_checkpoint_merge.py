@@ -2,6 +2,7 @@
 """``gralora_ext.checkpoint.merge``: the weights that a model in memory has after a merge, in files."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -235,6 +236,26 @@ def test_quantized_bases_and_pickles_are_refused_with_the_way_out(tmp_path):
         merge(base, adapter, tmp_path / "out")
     (base / "model.safetensors").rename(base / "pytorch_model.bin")
     with pytest.raises(FileError, match="pytorch_model.bin in place of model.safetensors: pickles can run code"):
+        merge(base, adapter, tmp_path / "out")
+
+
+def test_an_adapter_beside_the_base_is_not_part_of_the_result(tmp_path):
+    base = save_base(tmp_path / "base", llama())
+    adapter = save_adapter(tmp_path / "adapter", base, gralora())
+    expected = merged_in_memory(base, adapter)
+    for file in adapter.iterdir():
+        shutil.copy(file, base / file.name)
+    (base / "adapter_model.npy").write_bytes(b"weights")
+    merge(base, adapter, tmp_path / "out")
+    assert_same_weights(loaded(tmp_path / "out"), expected)
+    assert not list((tmp_path / "out").glob("adapter_*"))
+
+
+def test_a_base_without_tensors_is_refused(tmp_path):
+    base = save_base(tmp_path / "base", llama())
+    adapter = save_adapter(tmp_path / "adapter", base, gralora())
+    save_file({}, base / "model.safetensors")
+    with pytest.raises(FileError, match="base has no tensor in its files of weights"):
         merge(base, adapter, tmp_path / "out")
 
 
