@@ -4,6 +4,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -275,6 +276,47 @@ def test_ctrl_c_at_any_moment_ends_the_writing_before_the_file_is_closed(folders
     with pytest.raises(KeyboardInterrupt):
         merge(*folders, tmp_path / "out")
     assert events[-1] == "closed" and not list((tmp_path / "out").rglob("*.part"))
+
+
+def test_each_step_of_the_placing_is_on_the_disk_before_the_next(folders, tmp_path, monkeypatch):
+    """In the order in which a disk may forget them: what is renamed or deleted lasts once its folder is flushed."""
+    out, events = tmp_path / "new" / "out", []
+    merge(*folders, out)
+    shutil.rmtree(out)
+
+    def told(module, name):
+        real = getattr(module, name)
+
+        def call(*arguments, **how):
+            paths = [Path(each) for each in arguments if not isinstance(each, int)]
+            if all(path.is_absolute() for path in paths):  # rmtree has names below an open folder
+                events.append((name, *(path.relative_to(tmp_path / "new").as_posix() for path in paths)))
+            return real(*arguments, **how)
+
+        monkeypatch.setattr(module, name, call)
+
+    told(staging, "flush")
+    told(os, "replace")
+    told(os, "unlink")
+    told(os, "mkdir")
+    merge(*folders, out)
+    assert events.index(("flush", ".")) == events.index(("mkdir", "out")) + 1
+    events.clear()
+    merge(*folders, out, scale=0.5, overwrite=True)
+    stage = f"out/{staging.STAGE}"
+    states = [
+        n for n, event in enumerate(events) if event == ("replace", f"{stage}/.state.json.new", f"{stage}/.state.json")
+    ]
+    assert all(events[n + 1] == ("flush", stage) for n in states)
+    placing = events[states[-1] + 2 :]
+    assert placing[:2] == [("unlink", "out/config.json"), ("flush", "out")]
+    manifest = placing.index(("replace", f"{stage}/merge.json", "out/merge.json"))
+    config = placing.index(("replace", f"{stage}/config.json", "out/config.json"))
+    assert placing[manifest + 1 : config + 2] == [
+        ("flush", "out"),
+        ("replace", f"{stage}/config.json", "out/config.json"),
+        ("flush", "out"),
+    ]
 
 
 def test_a_full_disk_is_one_sentence_and_the_merge_goes_on_when_there_is_room(folders, tmp_path, monkeypatch):

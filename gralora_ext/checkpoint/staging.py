@@ -81,6 +81,7 @@ class Staging:
         with stopper.held():
             if CONFIG in staged:  # until it is there again, nothing takes the folder for a model's
                 (self.out / CONFIG).unlink(missing_ok=True)
+                flush(self.out)
             for name in staged:
                 if name != CONFIG:
                     os.replace(self.folder / name, self.out / name)
@@ -113,7 +114,9 @@ def opened(
         JobError: it cannot be written, or another process writes into it.
     """
     with disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
+        if not out.exists():
+            out.mkdir(parents=True, exist_ok=True)
+            flush(out.parent)
     with _locked(out):
         staging = Staging(out, request, inputs)
         done, pending = read_sealed(out / MANIFEST), read_sealed(staging.folder / STATE)
@@ -246,11 +249,12 @@ def entry_of(path: Path) -> dict[str, Any]:
 
 
 def write_sealed(path: Path, content: dict[str, Any]) -> None:
-    """Writes ``content`` with a digest of itself, beside its place, flushed and renamed."""
+    """Writes ``content`` with a digest of itself, beside its place, flushed and renamed; on the disk when this returns."""
     beside = path.with_name(f"{path.name}.new")
     beside.write_text(json.dumps({**content, "seal": _seal(content)}, indent=2) + "\n", encoding="utf-8")
     flush(beside)
     os.replace(beside, path)
+    flush(path.parent)
 
 
 def read_sealed(path: Path) -> dict[str, Any] | None:
