@@ -202,11 +202,72 @@ def test_an_output_that_was_changed_is_noticed(folders, tmp_path):
     out = tmp_path / "out"
     merge(*folders, out)
     before = contents(out)
-    flip(next(out.glob("*.safetensors")))
+    shard = next(out.glob("*.safetensors"))
+    flip(shard)
+    flipped = shard.read_bytes()
     with pytest.raises(FileError, match="not as it was written"):
         merge(*folders, out)
-    merge(*folders, out, overwrite=True)
-    assert contents(out) == before
+    report = merge(*folders, out, overwrite=True)
+    (kept,) = report.moved_aside
+    assert kept == shard.with_name(f"{shard.name}.kept")
+    assert contents(out) == {**before, kept.name: flipped}
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "model-00002-of-00003.safetensors", "merge.json"])
+@pytest.mark.parametrize("state", ["new", "another merge", "the same merge, broken off"])
+def test_a_file_that_comes_while_a_merge_is_written_is_kept(folders, tmp_path, monkeypatch, name, state):
+    out = tmp_path / "out"
+    merge(*folders, tmp_path / "alone")
+    if state == "another merge":
+        merge(*folders, out, scale=0.5)
+    elif state != "new":
+        break_off(monkeypatch, *folders, out)
+    write = pipeline.Pipeline.write
+
+    def meanwhile(*args):
+        (out / name).write_text("mine")
+        return write(*args)
+
+    monkeypatch.setattr(pipeline.Pipeline, "write", meanwhile)
+    report = merge(*folders, out, overwrite=True)
+    assert report.moved_aside == [out / f"{name}.kept"]
+    assert contents(out) == {**contents(tmp_path / "alone"), f"{name}.kept": b"mine"}
+
+
+@pytest.mark.parametrize("after", range(6))
+@pytest.mark.parametrize("again", [0.5, 0.25])
+def test_a_merge_over_one_that_was_being_placed_over_another_keeps_nothing_of_either(
+    folders, tmp_path, monkeypatch, after, again
+):
+    out = tmp_path / "out"
+    merge(*folders, out, max_shard_size="30KB")
+    replace, count = os.replace, 0
+
+    def broken(path, to):
+        nonlocal count
+        count += Path(to).parent == out
+        if count > after:
+            raise SystemExit
+        replace(path, to)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", broken)
+        with pytest.raises(SystemExit):
+            merge(*folders, out, scale=0.5, overwrite=True)
+    assert not (out / "config.json").exists()
+    assert merge(*folders, out, scale=again, overwrite=True).moved_aside == []
+    merge(*folders, tmp_path / "anew", scale=again)
+    assert contents(out) == contents(tmp_path / "anew")
+
+
+def test_a_changed_file_stays_where_the_result_has_none_of_its_name(folders, tmp_path):
+    out = tmp_path / "out"
+    merge(*folders, out)
+    index = out / "model.safetensors.index.json"
+    index.write_text("mine")
+    report = merge(*folders, out, max_shard_size="1GB", overwrite=True)
+    assert report.moved_aside == [] and index.read_text() == "mine"
+    assert not list(out.glob("model-*"))
 
 
 def test_foreign_files_are_never_touched(folders, tmp_path):

@@ -3,7 +3,8 @@
 
 ``OUT/.gralora_ext-merge/`` has the files that are finished and ``.state.json``, which lists them; a killed merge goes on from there. When all
 are there they are renamed into ``OUT``, ``config.json`` last, without which no program takes the folder for a model's. The manifest
-``merge.json`` then lists inputs and outputs with their SHA-256: what it does not list is not ours, and is never touched.
+``merge.json`` then lists inputs and outputs with their SHA-256: what it does not list, or was changed since, is not ours. It is never
+touched but where the result has a file of its name, and then gets another name.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..program.errors import FileError, JobError
-from ..program.files import disk_errors, flush
+from ..program.files import disk_errors, flush, put_aside
 from ..program.signals import stopper
 from .base import CONFIG
 from .json_text import read_bytes
@@ -60,7 +61,9 @@ class Staging:
         self.request = request
         self.inputs = inputs
         self.outputs: dict[str, dict[str, Any]] = {}
-        self.theirs: list[str] = []  # what earlier merges wrote: in the end replaced, or taken away
+        # What earlier merges wrote (name → bytes, stamp, sha256): in the end replaced, or taken away.
+        self.theirs: dict[str, dict[str, Any]] = {}
+        self.moved_aside: list[Path] = []
         self.placing = False
         self.is_done = False
 
@@ -80,25 +83,38 @@ class Staging:
         staged = [name for name in self.outputs if (self.folder / name).exists()]
         with stopper.held():
             if CONFIG in staged:  # until it is there again, nothing takes the folder for a model's
-                (self.out / CONFIG).unlink(missing_ok=True)
+                self._clear(CONFIG)
                 flush(self.out)
             for name in staged:
                 if name != CONFIG:
+                    self._clear(name)
                     os.replace(self.folder / name, self.out / name)
             for name in self.theirs:
                 if name not in self.outputs:
-                    (self.out / name).unlink(missing_ok=True)
+                    self._clear(name)
             content = {"versions": versions, "request": self.request}
             write_sealed(
                 self.folder / MANIFEST,
                 {**content, "inputs": self.inputs, "outputs": dict(sorted(self.outputs.items()))},
             )
+            if read_sealed(self.out / MANIFEST) is None:
+                self._clear(MANIFEST)
             os.replace(self.folder / MANIFEST, self.out / MANIFEST)
             flush(self.out)
             if CONFIG in staged:
                 os.replace(self.folder / CONFIG, self.out / CONFIG)
                 flush(self.out)
             shutil.rmtree(self.folder)
+
+    def _clear(self, name: str) -> None:
+        """Takes away what has this name in the folder: a merge's file, if nobody has touched it since, else it is moved aside."""
+        path = self.out / name
+        if not os.path.lexists(path):
+            return
+        if name in self.theirs and self.theirs[name]["stamp"] == list(stamp_of(path.lstat())):
+            path.unlink()
+        else:
+            self.moved_aside.append(put_aside(path))
 
 
 @contextmanager
@@ -127,7 +143,12 @@ def opened(
                 ours |= {*pending["theirs"], *(pending["outputs"] if placing else ())}
                 _take_up(staging, pending, overwrite)
             _refuse_foreign(out, [*names, MANIFEST], ours, begun=bool(pending or done))
-            _find_theirs(staging, done)
+            if done:
+                _find_theirs(staging, done["outputs"], since=(out / MANIFEST).stat().st_ctime_ns)
+            if pending:
+                _find_theirs(staging, pending["theirs"])
+            if pending and placing and not staging.outputs:  # those of another merge, which no manifest lists
+                _find_theirs(staging, pending["outputs"])
         with disk_errors(out):
             if not staging.is_done:
                 staging.folder.mkdir(exist_ok=True)
@@ -160,10 +181,7 @@ def _take_up(staging: Staging, pending: dict[str, Any], overwrite: bool) -> None
     reason = _difference(staging, pending)
     if reason and not overwrite:
         raise FileError(f"{staging.out} holds the beginning of another merge: {reason}; {OVERWRITE}")
-    staging.theirs = pending["theirs"]
     if reason:
-        # What it has put in place already is not listed in a manifest, and would be nobody's.
-        staging.theirs += [name for name in pending["outputs"] if pending["placing"]]
         return
     staging.placing = pending["placing"]
     since = (staging.folder / STATE).stat().st_ctime_ns
@@ -175,12 +193,12 @@ def _take_up(staging: Staging, pending: dict[str, Any], overwrite: bool) -> None
         entry["sha256"] = pending["inputs"][path]["sha256"]
 
 
-def _find_theirs(staging: Staging, done: dict[str, Any] | None) -> None:
-    """What earlier merges have written, and nobody has changed since."""
-    entries = done["outputs"] if done else {}
-    since = (staging.out / MANIFEST).stat().st_ctime_ns if done else 0
-    found = [name for name, entry in entries.items() if is_as_written(staging.out / name, entry, since)]
-    staging.theirs = sorted({*staging.theirs, *found})
+def _find_theirs(staging: Staging, entries: dict[str, dict[str, Any]], since: int = 0) -> None:
+    """What an earlier merge has written, and nobody has changed since."""
+    for name, entry in entries.items():
+        path = staging.out / name
+        if name not in staging.theirs and is_as_written(path, entry, since):
+            staging.theirs[name] = {**entry, "stamp": list(stamp_of(path.lstat()))}
 
 
 def _difference(staging: Staging, earlier: dict[str, Any]) -> str:
