@@ -286,6 +286,46 @@ def test_foreign_files_are_never_touched(folders, tmp_path):
     assert (ours / "model.safetensors").read_text() == "mine"
 
 
+def test_a_result_in_several_files_takes_the_place_of_one_in_one(folders, tmp_path):
+    out = tmp_path / "out"
+    merge(*folders, out, max_shard_size="1GB")
+    assert merge(*folders, out, overwrite=True).moved_aside == []
+    merge(*folders, tmp_path / "anew")
+    assert contents(out) == contents(tmp_path / "anew")
+
+
+def test_a_single_file_beside_a_result_in_several_is_refused(folders, tmp_path, monkeypatch):
+    """It would be loaded in their place."""
+    out = tmp_path / "out"
+    merge(*folders, out, max_shard_size="1GB")
+    single = out / "model.safetensors"
+    flip(single)
+    before = contents(out)
+    with pytest.raises(FileError, match=r"model.safetensors would be loaded in place of the result"):
+        merge(*folders, out, overwrite=True)
+    assert contents(out) == before
+    single.rename(tmp_path / single.name)
+    merge(*folders, out, overwrite=True)
+    shutil.copy(tmp_path / single.name, single)
+    before = contents(out)
+    for overwrite in (False, True):
+        with pytest.raises(FileError, match="would be loaded in place"):
+            merge(*folders, out, overwrite=overwrite)
+    assert contents(out) == before
+
+    def meanwhile(*args):
+        shutil.copy(tmp_path / single.name, single)
+        return write(*args)
+
+    write = pipeline.Pipeline.write
+    monkeypatch.setattr(pipeline.Pipeline, "write", meanwhile)
+    single.unlink()
+    with pytest.raises(FileError, match="would be loaded in place"):
+        merge(*folders, out, scale=0.5, overwrite=True)
+    single.unlink()
+    assert merge(*folders, out, scale=0.5, overwrite=True).kept_files == 3
+
+
 def test_nothing_is_read_from_where_it_writes(folders, tmp_path):
     base, adapter = folders
     for out in (base, adapter):

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 from ..program.errors import FileError, JobError
 from ..program.files import disk_errors, flush, put_aside
 from ..program.signals import stopper
-from .base import CONFIG
+from .base import CONFIG, INDEX, SINGLE
 from .json_text import read_bytes
 from .safetensors_file import stamp_of
 
@@ -78,6 +78,7 @@ class Staging:
 
     def place(self, versions: dict[str, str]) -> None:
         """Renames all that is finished into the folder, takes away what it replaces, and ends the stage."""
+        self.refuse_single(self.outputs)
         self.placing = True
         self.save()
         staged = [name for name in self.outputs if (self.folder / name).exists()]
@@ -105,6 +106,14 @@ class Staging:
                 os.replace(self.folder / CONFIG, self.out / CONFIG)
                 flush(self.out)
             shutil.rmtree(self.folder)
+
+    def refuse_single(self, names: Container[str]) -> None:
+        """Nothing else in the folder may be loaded in place of the result, whose files have these names."""
+        if INDEX in names and SINGLE not in self.theirs and os.path.lexists(self.out / SINGLE):
+            raise FileError(
+                f"{self.out / SINGLE} would be loaded in place of the result, which is in several files: move it, or name another "
+                "folder"
+            )
 
     def _clear(self, name: str) -> None:
         """Takes away what has this name in the folder: a merge's file, if nobody has touched it since, else it is moved aside."""
@@ -149,6 +158,7 @@ def opened(
                 _find_theirs(staging, pending["theirs"])
             if pending and placing and not staging.outputs:  # those of another merge, which no manifest lists
                 _find_theirs(staging, pending["outputs"])
+            staging.refuse_single(names)
         with disk_errors(out):
             if not staging.is_done:
                 staging.folder.mkdir(exist_ok=True)
@@ -171,6 +181,7 @@ def _is_done(staging: Staging, done: dict[str, Any], overwrite: bool) -> bool:
         raise FileError(f"{staging.out} holds another merge: {reason}; {OVERWRITE}")
     if reason:
         return False
+    staging.refuse_single(done["outputs"])
     staging.outputs, staging.is_done = done["outputs"], True
     shutil.rmtree(staging.folder, ignore_errors=True)
     return True
