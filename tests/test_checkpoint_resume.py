@@ -2,6 +2,7 @@
 """A merge that was broken off goes on, and what is not its own stays as it is."""
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -324,6 +325,40 @@ def test_a_single_file_beside_a_result_in_several_is_refused(folders, tmp_path, 
         merge(*folders, out, scale=0.5, overwrite=True)
     single.unlink()
     assert merge(*folders, out, scale=0.5, overwrite=True).kept_files == 3
+
+
+ENTRY = {"bytes": 4, "sha256": hashlib.sha256(b"mine").hexdigest(), "stamp": []}
+CRAFTED = {
+    "theirs elsewhere": {"theirs": {"../mine": ENTRY}},
+    "theirs, as a list": {"theirs": ["../mine"]},
+    "theirs below": {"theirs": {"a/../../mine": ENTRY}},
+    "the folder above": {"theirs": {"..": ENTRY}},
+    "outputs elsewhere": {"outputs": {"../mine": ENTRY}},
+    "no file's name": {"outputs": {"a\0b": ENTRY}},
+    "an entry without a digest": {"outputs": {"tokenizer.json": {"bytes": 4}}},
+    "an input without a stamp": {"inputs": {"/a": {"bytes": 4, "sha256": ""}}},
+    "a request that is none": {"request": []},
+    "no placing": {"placing": None},
+    "no theirs": {"theirs": None},
+    "no inputs": {"inputs": None},
+    "no request": {"request": None},
+}
+
+
+@pytest.mark.parametrize("name", CRAFTED)
+@pytest.mark.parametrize("placing", [False, True])
+def test_a_state_that_no_merge_wrote_is_none(folders, tmp_path, monkeypatch, name, placing):
+    out = tmp_path / "out"
+    (tmp_path / "mine").write_bytes(b"mine")
+    break_off(monkeypatch, *folders, out)
+    state = out / staging.STAGE / staging.STATE
+    content = {**json.loads(state.read_text()), "placing": placing, **CRAFTED[name]}
+    del content["seal"]
+    staging.write_sealed(state, {key: value for key, value in content.items() if value is not None})
+    assert merge(*folders, out).kept_files == 0
+    assert (tmp_path / "mine").read_bytes() == b"mine"
+    merge(*folders, tmp_path / "anew")
+    assert contents(out) == contents(tmp_path / "anew")
 
 
 def test_nothing_is_read_from_where_it_writes(folders, tmp_path):

@@ -144,7 +144,7 @@ def opened(
             flush(out.parent)
     with _locked(out):
         staging = Staging(out, request, inputs)
-        done, pending = read_sealed(out / MANIFEST), read_sealed(staging.folder / STATE)
+        done, pending = read_sealed(out / MANIFEST), read_sealed(staging.folder / STATE, "theirs", "placing")
         placing = bool(pending and pending["placing"])
         if not (done and not placing and _is_done(staging, done, overwrite)):
             ours = {MANIFEST, *(done["outputs"] if done else ())}
@@ -286,15 +286,25 @@ def write_sealed(path: Path, content: dict[str, Any]) -> None:
     flush(path.parent)
 
 
-def read_sealed(path: Path) -> dict[str, Any] | None:
-    """What :func:`write_sealed` wrote; None where there is nothing, or it is not as it was written."""
+def read_sealed(path: Path, *more: str) -> dict[str, Any] | None:
+    """What :func:`write_sealed` wrote; None where there is nothing, or it is not as it was written.
+
+    It has request, inputs, outputs, and ``more``. The seal is no secret: names and entries are checked all the same.
+    """
     if not path.is_file():
         return None
     try:
         content = json.loads(read_bytes(path, _MOST_MANIFEST_BYTES))
         seal = content.pop("seal")
-        names = content["outputs"]
-        is_whole = seal == _seal(content) and all(name == Path(name).name and name[0] != "." for name in names)
+        written = [*content["outputs"].items(), *content.get("theirs", {}).items()]
+        is_whole = (
+            seal == _seal(content)
+            and content.keys() >= {"request", "inputs", *more}
+            and isinstance(content["request"], dict)
+            and all(name == Path(name).name and name[0] != "." and "\0" not in name for name, _ in written)
+            and all(entry.keys() >= {"bytes", "sha256"} for _, entry in written)
+            and all(entry.keys() >= {"bytes", "sha256", "stamp"} for entry in content["inputs"].values())
+        )
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         return None
     return content if is_whole else None
