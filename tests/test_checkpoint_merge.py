@@ -2,6 +2,7 @@
 """``gralora_ext.checkpoint.merge``: the weights that a model in memory has after a merge, in files."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -181,16 +182,27 @@ def test_scale_multiplies_what_is_added(tmp_path):
         torch.testing.assert_close(got, before, rtol=1e-6, atol=1e-6)
 
 
-def test_an_adapter_on_a_tied_head_changes_the_head_alone(tmp_path):
+@pytest.mark.parametrize("stored", ["embed_tokens", "lm_head", "both"])
+@pytest.mark.parametrize("with_base", [False, True])
+def test_an_adapter_on_a_tied_head_changes_the_head_alone(tmp_path, stored, with_base):
     base = save_base(tmp_path / "base", llama(tie_word_embeddings=True))
+    path = base / "model.safetensors"
+    tensors = load_file(path)
+    embedding = tensors.pop("model.embed_tokens.weight")
+    both = {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding.clone()}
+    tensors |= {name: tensor for name, tensor in both.items() if stored == "both" or stored in name}
+    save_file(tensors, path, metadata={"format": "pt"})
     adapter = save_adapter(tmp_path / "adapter", base, gralora(target_modules=["lm_head", "q_proj"]))
+    if not with_base:  # as PEFT writes it with save_embedding_layers=False
+        path = adapter / "adapter_model.safetensors"
+        save_file({name: tensor for name, tensor in load_file(path).items() if "base_layer" not in name}, path)
     merge(base, adapter, tmp_path / "out")
     tokens = torch.arange(12)[None]
     with gralora_ext.enable():
         expected = PeftModel.from_pretrained(loaded(base), adapter)(tokens).logits
     got = loaded(tmp_path / "out")
     torch.testing.assert_close(got(tokens).logits, expected, rtol=1e-4, atol=1e-4)
-    assert torch.equal(got.model.embed_tokens.weight, loaded(base).model.embed_tokens.weight)
+    assert torch.equal(got.model.embed_tokens.weight, embedding)
     assert got.config.tie_word_embeddings is False
 
 
@@ -224,6 +236,26 @@ def test_quantized_bases_and_pickles_are_refused_with_the_way_out(tmp_path):
         merge(base, adapter, tmp_path / "out")
     (base / "model.safetensors").rename(base / "pytorch_model.bin")
     with pytest.raises(FileError, match="pytorch_model.bin in place of model.safetensors: pickles can run code"):
+        merge(base, adapter, tmp_path / "out")
+
+
+def test_an_adapter_beside_the_base_is_not_part_of_the_result(tmp_path):
+    base = save_base(tmp_path / "base", llama())
+    adapter = save_adapter(tmp_path / "adapter", base, gralora())
+    expected = merged_in_memory(base, adapter)
+    for file in adapter.iterdir():
+        shutil.copy(file, base / file.name)
+    (base / "adapter_model.npy").write_bytes(b"weights")
+    merge(base, adapter, tmp_path / "out")
+    assert_same_weights(loaded(tmp_path / "out"), expected)
+    assert not list((tmp_path / "out").glob("adapter_*"))
+
+
+def test_a_base_without_tensors_is_refused(tmp_path):
+    base = save_base(tmp_path / "base", llama())
+    adapter = save_adapter(tmp_path / "adapter", base, gralora())
+    save_file({}, base / "model.safetensors")
+    with pytest.raises(FileError, match="base has no tensor in its files of weights"):
         merge(base, adapter, tmp_path / "out")
 
 

@@ -3,6 +3,7 @@
 
 import json
 import subprocess
+import warnings
 
 import pytest
 import torch
@@ -22,7 +23,11 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    BertConfig,
     CLIPVisionConfig,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+    GPT2Config,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -92,6 +97,57 @@ def test_names_that_transformers_converts(tmp_path):
         expected = tuned.merge_and_unload()
     assert merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out").merged == 4
     assert_same_weights(loads(tmp_path / "out"), expected)
+
+
+@pytest.fixture
+def two_in_one(tmp_path):
+    """A folder whose model has layers with square weights of both kinds: BERT's as they are, GPT-2's transposed."""
+    torch.manual_seed(0)
+    bert = BertConfig(
+        vocab_size=96, hidden_size=HIDDEN, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
+    )
+    gpt = GPT2Config(vocab_size=96, n_embd=HIDDEN, n_layer=1, n_head=4, n_positions=64, add_cross_attention=True)
+    EncoderDecoderModel(EncoderDecoderConfig(encoder=bert.to_dict(), decoder=gpt.to_dict())).save_pretrained(
+        tmp_path / "base"
+    )
+    return tmp_path
+
+
+def adapted(folder, targets):
+    """The two in one with a new adapter in ``folder / "adapter"``, merged in memory."""
+    torch.manual_seed(1)
+    with gralora_ext.enable(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
+        model = get_peft_model(EncoderDecoderModel.from_pretrained(folder / "base"), gralora(target_modules=targets))
+        model.save_pretrained(folder / "adapter")
+        return model.merge_and_unload()
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        ["query", "value", "c_attn"],
+        ["query", "value", "c_attn", "c_proj"],
+        r".*(query|attn\.c_proj)",
+        r".*(query|attn\.c_attn|intermediate\.dense)",
+    ],
+)
+def test_a_square_weight_is_transposed_where_its_own_layer_has_it_so(two_in_one, targets):
+    expected = adapted(two_in_one, targets)
+    path = two_in_one / "adapter" / "adapter_config.json"
+    for said in (True, False):  # PEFT writes what it found at the last layer
+        path.write_text(json.dumps({**json.loads(path.read_text()), "fan_in_fan_out": said}))
+        merge(two_in_one / "base", two_in_one / "adapter", two_in_one / f"out-{said}")
+        assert_same_weights(EncoderDecoderModel.from_pretrained(two_in_one / f"out-{said}"), expected)
+
+
+def test_a_square_weight_of_a_model_that_transformers_does_not_know_is_not_guessed(two_in_one):
+    adapted(two_in_one, ["query", "c_attn"])
+    path = two_in_one / "base" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "of their own"}))
+    with pytest.raises(FileError, match=r"layer encoder\..*query is square, and whether it is stored transposed"):
+        merge(two_in_one / "base", two_in_one / "adapter", two_in_one / "out")
+    assert not (two_in_one / "out").exists()
 
 
 def test_layers_that_the_base_does_not_have_are_named_with_what_is_like_them(tmp_path):

@@ -2,10 +2,14 @@
 """A merge that was broken off goes on, and what is not its own stays as it is."""
 
 import errno
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -199,11 +203,72 @@ def test_an_output_that_was_changed_is_noticed(folders, tmp_path):
     out = tmp_path / "out"
     merge(*folders, out)
     before = contents(out)
-    flip(next(out.glob("*.safetensors")))
+    shard = next(out.glob("*.safetensors"))
+    flip(shard)
+    flipped = shard.read_bytes()
     with pytest.raises(FileError, match="not as it was written"):
         merge(*folders, out)
-    merge(*folders, out, overwrite=True)
-    assert contents(out) == before
+    report = merge(*folders, out, overwrite=True)
+    (kept,) = report.moved_aside
+    assert kept == shard.with_name(f"{shard.name}.kept")
+    assert contents(out) == {**before, kept.name: flipped}
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "model-00002-of-00003.safetensors", "merge.json"])
+@pytest.mark.parametrize("state", ["new", "another merge", "the same merge, broken off"])
+def test_a_file_that_comes_while_a_merge_is_written_is_kept(folders, tmp_path, monkeypatch, name, state):
+    out = tmp_path / "out"
+    merge(*folders, tmp_path / "alone")
+    if state == "another merge":
+        merge(*folders, out, scale=0.5)
+    elif state != "new":
+        break_off(monkeypatch, *folders, out)
+    write = pipeline.Pipeline.write
+
+    def meanwhile(*args):
+        (out / name).write_text("mine")
+        return write(*args)
+
+    monkeypatch.setattr(pipeline.Pipeline, "write", meanwhile)
+    report = merge(*folders, out, overwrite=True)
+    assert report.moved_aside == [out / f"{name}.kept"]
+    assert contents(out) == {**contents(tmp_path / "alone"), f"{name}.kept": b"mine"}
+
+
+@pytest.mark.parametrize("after", range(6))
+@pytest.mark.parametrize("again", [0.5, 0.25])
+def test_a_merge_over_one_that_was_being_placed_over_another_keeps_nothing_of_either(
+    folders, tmp_path, monkeypatch, after, again
+):
+    out = tmp_path / "out"
+    merge(*folders, out, max_shard_size="30KB")
+    replace, count = os.replace, 0
+
+    def broken(path, to):
+        nonlocal count
+        count += Path(to).parent == out
+        if count > after:
+            raise SystemExit
+        replace(path, to)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", broken)
+        with pytest.raises(SystemExit):
+            merge(*folders, out, scale=0.5, overwrite=True)
+    assert not (out / "config.json").exists()
+    assert merge(*folders, out, scale=again, overwrite=True).moved_aside == []
+    merge(*folders, tmp_path / "anew", scale=again)
+    assert contents(out) == contents(tmp_path / "anew")
+
+
+def test_a_changed_file_stays_where_the_result_has_none_of_its_name(folders, tmp_path):
+    out = tmp_path / "out"
+    merge(*folders, out)
+    index = out / "model.safetensors.index.json"
+    index.write_text("mine")
+    report = merge(*folders, out, max_shard_size="1GB", overwrite=True)
+    assert report.moved_aside == [] and index.read_text() == "mine"
+    assert not list(out.glob("model-*"))
 
 
 def test_foreign_files_are_never_touched(folders, tmp_path):
@@ -220,6 +285,80 @@ def test_foreign_files_are_never_touched(folders, tmp_path):
     with pytest.raises(FileError, match="model.safetensors is in the way"):
         merge(*folders, ours, max_shard_size="1GB", overwrite=True)
     assert (ours / "model.safetensors").read_text() == "mine"
+
+
+def test_a_result_in_several_files_takes_the_place_of_one_in_one(folders, tmp_path):
+    out = tmp_path / "out"
+    merge(*folders, out, max_shard_size="1GB")
+    assert merge(*folders, out, overwrite=True).moved_aside == []
+    merge(*folders, tmp_path / "anew")
+    assert contents(out) == contents(tmp_path / "anew")
+
+
+def test_a_single_file_beside_a_result_in_several_is_refused(folders, tmp_path, monkeypatch):
+    """It would be loaded in their place."""
+    out = tmp_path / "out"
+    merge(*folders, out, max_shard_size="1GB")
+    single = out / "model.safetensors"
+    flip(single)
+    before = contents(out)
+    with pytest.raises(FileError, match=r"model.safetensors would be loaded in place of the result"):
+        merge(*folders, out, overwrite=True)
+    assert contents(out) == before
+    single.rename(tmp_path / single.name)
+    merge(*folders, out, overwrite=True)
+    shutil.copy(tmp_path / single.name, single)
+    before = contents(out)
+    for overwrite in (False, True):
+        with pytest.raises(FileError, match="would be loaded in place"):
+            merge(*folders, out, overwrite=overwrite)
+    assert contents(out) == before
+
+    def meanwhile(*args):
+        shutil.copy(tmp_path / single.name, single)
+        return write(*args)
+
+    write = pipeline.Pipeline.write
+    monkeypatch.setattr(pipeline.Pipeline, "write", meanwhile)
+    single.unlink()
+    with pytest.raises(FileError, match="would be loaded in place"):
+        merge(*folders, out, scale=0.5, overwrite=True)
+    single.unlink()
+    assert merge(*folders, out, scale=0.5, overwrite=True).kept_files == 3
+
+
+ENTRY = {"bytes": 4, "sha256": hashlib.sha256(b"mine").hexdigest(), "stamp": []}
+CRAFTED = {
+    "theirs elsewhere": {"theirs": {"../mine": ENTRY}},
+    "theirs, as a list": {"theirs": ["../mine"]},
+    "theirs below": {"theirs": {"a/../../mine": ENTRY}},
+    "the folder above": {"theirs": {"..": ENTRY}},
+    "outputs elsewhere": {"outputs": {"../mine": ENTRY}},
+    "no file's name": {"outputs": {"a\0b": ENTRY}},
+    "an entry without a digest": {"outputs": {"tokenizer.json": {"bytes": 4}}},
+    "an input without a stamp": {"inputs": {"/a": {"bytes": 4, "sha256": ""}}},
+    "a request that is none": {"request": []},
+    "no placing": {"placing": None},
+    "no theirs": {"theirs": None},
+    "no inputs": {"inputs": None},
+    "no request": {"request": None},
+}
+
+
+@pytest.mark.parametrize("name", CRAFTED)
+@pytest.mark.parametrize("placing", [False, True])
+def test_a_state_that_no_merge_wrote_is_none(folders, tmp_path, monkeypatch, name, placing):
+    out = tmp_path / "out"
+    (tmp_path / "mine").write_bytes(b"mine")
+    break_off(monkeypatch, *folders, out)
+    state = out / staging.STAGE / staging.STATE
+    content = {**json.loads(state.read_text()), "placing": placing, **CRAFTED[name]}
+    del content["seal"]
+    staging.write_sealed(state, {key: value for key, value in content.items() if value is not None})
+    assert merge(*folders, out).kept_files == 0
+    assert (tmp_path / "mine").read_bytes() == b"mine"
+    merge(*folders, tmp_path / "anew")
+    assert contents(out) == contents(tmp_path / "anew")
 
 
 def test_nothing_is_read_from_where_it_writes(folders, tmp_path):
@@ -243,6 +382,77 @@ def test_a_base_that_changes_while_it_is_read_is_noticed(own, monkeypatch):
     with pytest.raises(FileError, match="changed while"):
         merge(base, adapter, out)
     assert not (out / "config.json").exists()
+
+
+@pytest.mark.parametrize("last", [3, 4, 7])
+def test_ctrl_c_at_any_moment_ends_the_writing_before_the_file_is_closed(folders, tmp_path, monkeypatch, last):
+    submit, write, close = ThreadPoolExecutor.submit, pipeline._write, pipeline.SafetensorsWriter.close
+    count, events = 0, []
+
+    def stopping(self, *args):
+        nonlocal count
+        count += self._thread_name_prefix.startswith("merge")
+        future = submit(self, *args)
+        if count == last:
+            raise KeyboardInterrupt
+        return future
+
+    def slow(*args):
+        time.sleep(0.2)
+        events.append("written")
+        write(*args)
+
+    def closed(self):
+        close(self)
+        events.append("closed")
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", stopping)
+    monkeypatch.setattr(pipeline, "_write", slow)
+    monkeypatch.setattr(pipeline.SafetensorsWriter, "close", closed)
+    with pytest.raises(KeyboardInterrupt):
+        merge(*folders, tmp_path / "out")
+    assert events[-1] == "closed" and not list((tmp_path / "out").rglob("*.part"))
+
+
+def test_each_step_of_the_placing_is_on_the_disk_before_the_next(folders, tmp_path, monkeypatch):
+    """In the order in which a disk may forget them: what is renamed or deleted lasts once its folder is flushed."""
+    out, events = tmp_path / "new" / "out", []
+    merge(*folders, out)
+    shutil.rmtree(out)
+
+    def told(module, name):
+        real = getattr(module, name)
+
+        def call(*arguments, **how):
+            paths = [Path(each) for each in arguments if not isinstance(each, int)]
+            if all(path.is_absolute() for path in paths):  # rmtree has names below an open folder
+                events.append((name, *(path.relative_to(tmp_path / "new").as_posix() for path in paths)))
+            return real(*arguments, **how)
+
+        monkeypatch.setattr(module, name, call)
+
+    told(staging, "flush")
+    told(os, "replace")
+    told(os, "unlink")
+    told(os, "mkdir")
+    merge(*folders, out)
+    assert events.index(("flush", ".")) == events.index(("mkdir", "out")) + 1
+    events.clear()
+    merge(*folders, out, scale=0.5, overwrite=True)
+    stage = f"out/{staging.STAGE}"
+    states = [
+        n for n, event in enumerate(events) if event == ("replace", f"{stage}/.state.json.new", f"{stage}/.state.json")
+    ]
+    assert all(events[n + 1] == ("flush", stage) for n in states)
+    placing = events[states[-1] + 2 :]
+    assert placing[:2] == [("unlink", "out/config.json"), ("flush", "out")]
+    manifest = placing.index(("replace", f"{stage}/merge.json", "out/merge.json"))
+    config = placing.index(("replace", f"{stage}/config.json", "out/config.json"))
+    assert placing[manifest + 1 : config + 2] == [
+        ("flush", "out"),
+        ("replace", f"{stage}/config.json", "out/config.json"),
+        ("flush", "out"),
+    ]
 
 
 def test_a_full_disk_is_one_sentence_and_the_merge_goes_on_when_there_is_room(folders, tmp_path, monkeypatch):

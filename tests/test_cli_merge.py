@@ -18,6 +18,7 @@ from error_messages import ROOT
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from gralora_ext.checkpoint import merge
 from gralora_ext.cli.merge import parse
 from gralora_ext.program.errors import JobError
 
@@ -44,6 +45,14 @@ def test_the_command_of_the_page_writes_the_merged_model(folder):
     assert_same_weights(merged, merged_in_memory(folder / "base", folder / "adapter"))
     again = call(*arguments, cwd=folder)
     assert again.returncode == 0 and "merged has this merge already: nothing to do" in again.stdout
+
+
+def test_it_tells_which_files_it_has_kept(folder):
+    merge(folder / "base", folder / "adapter", folder / "changed")
+    (folder / "changed" / "tokenizer.json").write_text("mine")
+    done = call("merge", "base", "adapter", "changed", "--overwrite", cwd=folder)
+    assert done.returncode == 0 and not done.stderr
+    assert "kept, since no merge wrote it, or it was changed since: changed/tokenizer.json.kept\n" in done.stdout
 
 
 def test_options_of_the_page_are_taken(folder):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from ..program.errors import FileError
+from . import adapter_config
 from .header import TensorInfo
 from .json_text import Malformed, each_member, read_bytes, read_object, read_texts, skip
 from .safetensors_file import HOW_TO_CONVERT, PICKLES, SafetensorsFile
@@ -54,13 +55,19 @@ class BaseModel:
         self.tensors: dict[str, Source] = {}
         for name in names:
             self._add_file(name)
+        if not self.tensors:
+            raise FileError(f"{folder} has no tensor in its files of weights: expected those of a model")
         self._check_index()
 
     def small_files(self) -> Iterator[Path]:
-        """The files beside the weights that go with the model: tokenizer, generation config, licence, code; not ``config.json``."""
+        """The files beside the weights that go with the model: tokenizer, generation config, licence, code; not ``config.json``.
+
+        Nor an adapter's configuration that lies there too: transformers would look for the adapter beside the result.
+        """
         for path in sorted(self.folder.iterdir()):
-            is_weight = path.name.endswith(_WEIGHTS) or path.suffix in PICKLES
-            if path.is_file() and not (is_weight or path.name.startswith(".") or path.name in (CONFIG, INDEX)):
+            is_weight = path.name.endswith(_WEIGHTS) or path.suffix in PICKLES or path.stem == "adapter_model"
+            is_config = path.name in (CONFIG, INDEX, adapter_config.CONFIG)
+            if path.is_file() and not (is_weight or is_config or path.name.startswith(".")):
                 if path.stat().st_size > MOST_SMALL_BYTES:
                     continue  # weights under a name of their own, or data
                 yield path

@@ -45,6 +45,7 @@ class MergeReport:
     kept_files: int = 0  # of weights, that an earlier try had finished
     seconds: float = 0.0
     was_done: bool = False  # all was there already
+    moved_aside: list[Path] = field(default_factory=list)  # files that no merge wrote, or that were changed since
 
     @property
     def gb_per_second(self) -> float:
@@ -79,7 +80,8 @@ def merge(
         dtype: bf16, fp16 or fp32 for all floating-point weights; None leaves each as it is. Sums are rounded to it once.
         max_shard_size: the most bytes of a file of weights, or a text such as ``"5GB"``; None leaves the files as they are.
         scale: multiplies what is added; -1 takes an adapter off again.
-        overwrite: replaces the files of an earlier merge in ``out``; other files are never touched.
+        overwrite: replaces the files of an earlier merge in ``out``. One that was changed since is moved aside, to a name with
+            ``.kept`` at its end; other files are never touched.
         dry_run: only checks, and reports what would be done.
         progress: called with the bytes of weights that are written, and all of them.
 
@@ -163,6 +165,7 @@ def _write(
     for adapter in adapters:
         adapter.file.check_unchanged()
     staging.place({"gralora_ext": gralora_ext.__version__, "torch": torch.__version__})
+    report.moved_aside = staging.moved_aside
 
 
 class _InputHashes:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -40,6 +41,7 @@ class Names:
     tied: dict[str, str] = field(default_factory=dict)  # parameters by those that they share memory with
     converted: list[str] = field(default_factory=list)  # what transformers computes from tensors of other names
     new: dict[str, list[int]] = field(default_factory=dict)  # shapes of what the model has and the files lack
+    transposed: dict[str, bool] = field(default_factory=dict)  # by layer, where transformers was asked: a Conv1D
     model_class: str = ""  # where transformers was asked
     num_labels: int = 0
 
@@ -63,9 +65,11 @@ class Names:
 def names_of(base: BaseModel, adapters: list[Adapter]) -> Names:
     """The names of ``base`` as the ``adapters`` use them; a FileError where transformers fails over the question."""
     needed = [parameter for adapter in adapters for parameter in parameters_of(adapter)]
-    # A matrix that is trained whole may be tied to another one, of which only transformers knows.
-    may_be_tied = any(len(info.shape) == 2 for adapter in adapters for info in adapter.whole.values())
-    if all(name in base.tensors for name in needed) and not may_be_tied:
+    if (
+        all(name in base.tensors for name in needed)
+        and not any(_may_be_tied(adapter) for adapter in adapters)
+        and not _may_be_transposed(base, adapters)
+    ):
         return Names({name: name for name in needed})
     if _LOADED in sys.modules or not sys.executable:
         return _ask_transformers(base, adapters)
@@ -104,6 +108,30 @@ def parameters_of(adapter: Adapter) -> Iterator[str]:
     """The parameters that an adapter changes."""
     yield from (f"{layer}.weight" for layer in adapter.layers)
     yield from adapter.whole
+
+
+def _may_be_tied(adapter: Adapter) -> bool:
+    """Whether an adapter changes a matrix that may share memory with another one: one trained whole, or outside the blocks."""
+    is_head = any(re.search(r"\.\d+\.", layer) is None for layer in adapter.layers)
+    return is_head or any(len(info.shape) == 2 for info in adapter.whole.values())
+
+
+def _may_be_transposed(base: BaseModel, adapters: list[Adapter]) -> bool:
+    """Whether an adapter has a layer whose weight is square, and the model has weights that are stored as Conv1D does."""
+    square = [
+        adapter for adapter in adapters for layer in adapter.layers.values() if layer.in_features == layer.out_features
+    ]
+    return bool(square) and (any(adapter.fan_in_fan_out for adapter in square) or _has_conv1d(base))
+
+
+def _has_conv1d(base: BaseModel) -> bool:
+    """A bias is as long as its layer's outputs, which are the columns of a Conv1D's weight and the rows of any other's."""
+    for name, source in base.tensors.items():
+        bias = base.tensors.get(f"{name.removesuffix('weight')}bias")
+        shape = source.info.shape
+        if bias is not None and len(shape) == 2 and bias.info.shape == shape[1:] != shape[:1]:
+            return True
+    return False
 
 
 def _ask_transformers(base: BaseModel, adapters: list[Adapter]) -> Names:
@@ -184,6 +212,7 @@ def _classes(transformers: Any, base: BaseModel, adapters: list[Adapter]) -> Ite
 def _renamed(base: BaseModel, model: Any, needed: set[str], whole: set[str]) -> Names:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+    from transformers.pytorch_utils import Conv1D
 
     state = model.state_dict()
     transforms = get_model_conversion_mapping(model)
@@ -207,7 +236,11 @@ def _renamed(base: BaseModel, model: Any, needed: set[str], whole: set[str]) -> 
     converted -= tensors.keys()
     new = {name for name in whole if name in state} - {*tensors, *tied, *converted}
     shapes = {name: list(state[name].shape) for name in sorted(new)}
-    return Names(tensors, tied, sorted(converted), shapes, type(model).__name__, getattr(model.config, "num_labels", 0))
+    transposed = {
+        name: isinstance(module, Conv1D) for name, module in model.named_modules() if f"{name}.weight" in needed
+    }
+    labels = getattr(model.config, "num_labels", 0)
+    return Names(tensors, tied, sorted(converted), shapes, transposed, type(model).__name__, labels)
 
 
 def _nearest(parameter: str, base: BaseModel) -> str:

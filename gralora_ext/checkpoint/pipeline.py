@@ -94,7 +94,7 @@ class Pipeline:
         writer = SafetensorsWriter(path, [(job.name, job.dtype, job.shape) for job in shard.jobs], shard.metadata)
         with ExitStack() as stack:
             stack.callback(writer.close)
-            stack.callback(self._settle)
+            stack.push(self._settle)
             own.feed(0, writer.header)
             for name, info in writer.tensors.items():
                 weights: list[dict[str, Tensor]] = []  # those of the weight before are freed first
@@ -112,9 +112,13 @@ class Pipeline:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._stop()
+        torch.set_num_threads(self._threads_before)
+
+    def _stop(self) -> None:
+        """No thread does anything any more when this returns; what none has begun is dropped."""
         for thread in (self._reader, self._merger, self._writer, self._hasher):
             thread.shutdown(cancel_futures=True)
-        torch.set_num_threads(self._threads_before)
 
     def _send(
         self, piece: Piece, weights: list[dict[str, Tensor]], writer: SafetensorsWriter, begin: int, own: RunningHash
@@ -140,15 +144,10 @@ class Pipeline:
             self._free.append(buffer)
             self.progress(size)
 
-    def _settle(self) -> None:
-        """After a failure, no thread works on the file any more; otherwise there is nothing left to wait for."""
-        waited = [future for *_, futures in self._flights for future in futures]
-        for future in waited:
-            future.cancel()
-        for future in waited:
-            if not future.cancelled():
-                future.exception()
-        self._flights.clear()
+    def _settle(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Closes the files that were read. After a failure, which may have come anywhere, the threads are stopped first."""
+        if kind is not None:
+            self._stop()
         for file in self._files.values():
             file.close()
         self._files.clear()

@@ -236,7 +236,9 @@ def _add(base: BaseModel, adapter: Adapter, names: Names, jobs: dict[str, Job], 
     for name, job in found.items():
         layer, stored = adapter.layers[name], transposed[name]
         if stored is None:
-            stored = _by_others(name, transposed, adapter.fan_in_fan_out)
+            stored = names.transposed.get(name)
+        if stored is None:
+            stored = _by_others(name, transposed, adapter)
         job.additions += (Addition(layer, layer.scaling * scale, stored),)
 
 
@@ -251,13 +253,23 @@ def _is_transposed(layer: Layer, job: Job, adapter: Adapter, base: BaseModel) ->
     return None if M == N else job.shape == (N, M)
 
 
-def _by_others(name: str, transposed: dict[str, bool | None], said: bool) -> bool:
-    """How a square weight is stored: as the others of its layer's name, or as the configuration says, or as any other."""
+def _by_others(name: str, transposed: dict[str, bool | None], adapter: Adapter) -> bool:
+    """How a square weight is stored in a model that transformers does not know: as the others of its layer's name.
+
+    Without such others all must say the same. That some are transposed tells nothing of this one, since a model may be made of two.
+    """
     last = name.rpartition(".")[2]
-    alike = {is_so for other, is_so in transposed.items() if other.rpartition(".")[2] == last and is_so is not None}
+    others = {other: is_so for other, is_so in transposed.items() if is_so is not None}
+    alike = {is_so for other, is_so in others.items() if other.rpartition(".")[2] == last}
     if len(alike) == 1:
         return alike.pop()
-    return said or any(transposed.values())
+    said = adapter.fan_in_fan_out
+    if others and (said or any(others.values())):
+        raise FileError(
+            f"{adapter.file.path}: the weight of layer {name} is square, and whether it is stored transposed, as others of this "
+            "model are, cannot be told from the files: load the model with PEFT and merge it there"
+        )
+    return said
 
 
 def _shards(base: BaseModel, jobs: dict[str, Job], owners: dict[str, str], max_shard_size: int | None) -> list[Shard]:

@@ -3,7 +3,8 @@
 
 ``OUT/.gralora_ext-merge/`` has the files that are finished and ``.state.json``, which lists them; a killed merge goes on from there. When all
 are there they are renamed into ``OUT``, ``config.json`` last, without which no program takes the folder for a model's. The manifest
-``merge.json`` then lists inputs and outputs with their SHA-256: what it does not list is not ours, and is never touched.
+``merge.json`` then lists inputs and outputs with their SHA-256: what it does not list, or was changed since, is not ours. It is never
+touched but where the result has a file of its name, and then gets another name.
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..program.errors import FileError, JobError
-from ..program.files import disk_errors, flush
+from ..program.files import disk_errors, flush, put_aside
 from ..program.signals import stopper
-from .base import CONFIG
+from .base import CONFIG, INDEX, SINGLE
 from .json_text import read_bytes
 from .safetensors_file import stamp_of
 
@@ -60,7 +61,9 @@ class Staging:
         self.request = request
         self.inputs = inputs
         self.outputs: dict[str, dict[str, Any]] = {}
-        self.theirs: list[str] = []  # what earlier merges wrote: in the end replaced, or taken away
+        # What earlier merges wrote (name → bytes, stamp, sha256): in the end replaced, or taken away.
+        self.theirs: dict[str, dict[str, Any]] = {}
+        self.moved_aside: list[Path] = []
         self.placing = False
         self.is_done = False
 
@@ -75,29 +78,52 @@ class Staging:
 
     def place(self, versions: dict[str, str]) -> None:
         """Renames all that is finished into the folder, takes away what it replaces, and ends the stage."""
+        self.refuse_single(self.outputs)
         self.placing = True
         self.save()
         staged = [name for name in self.outputs if (self.folder / name).exists()]
         with stopper.held():
             if CONFIG in staged:  # until it is there again, nothing takes the folder for a model's
-                (self.out / CONFIG).unlink(missing_ok=True)
+                self._clear(CONFIG)
+                flush(self.out)
             for name in staged:
                 if name != CONFIG:
+                    self._clear(name)
                     os.replace(self.folder / name, self.out / name)
             for name in self.theirs:
                 if name not in self.outputs:
-                    (self.out / name).unlink(missing_ok=True)
+                    self._clear(name)
             content = {"versions": versions, "request": self.request}
             write_sealed(
                 self.folder / MANIFEST,
                 {**content, "inputs": self.inputs, "outputs": dict(sorted(self.outputs.items()))},
             )
+            if read_sealed(self.out / MANIFEST) is None:
+                self._clear(MANIFEST)
             os.replace(self.folder / MANIFEST, self.out / MANIFEST)
             flush(self.out)
             if CONFIG in staged:
                 os.replace(self.folder / CONFIG, self.out / CONFIG)
                 flush(self.out)
             shutil.rmtree(self.folder)
+
+    def refuse_single(self, names: Container[str]) -> None:
+        """Nothing else in the folder may be loaded in place of the result, whose files have these names."""
+        if INDEX in names and SINGLE not in self.theirs and os.path.lexists(self.out / SINGLE):
+            raise FileError(
+                f"{self.out / SINGLE} would be loaded in place of the result, which is in several files: move it, or name another "
+                "folder"
+            )
+
+    def _clear(self, name: str) -> None:
+        """Takes away what has this name in the folder: a merge's file, if nobody has touched it since, else it is moved aside."""
+        path = self.out / name
+        if not os.path.lexists(path):
+            return
+        if name in self.theirs and self.theirs[name]["stamp"] == list(stamp_of(path.lstat())):
+            path.unlink()
+        else:
+            self.moved_aside.append(put_aside(path))
 
 
 @contextmanager
@@ -113,10 +139,12 @@ def opened(
         JobError: it cannot be written, or another process writes into it.
     """
     with disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
+        if not out.exists():
+            out.mkdir(parents=True, exist_ok=True)
+            flush(out.parent)
     with _locked(out):
         staging = Staging(out, request, inputs)
-        done, pending = read_sealed(out / MANIFEST), read_sealed(staging.folder / STATE)
+        done, pending = read_sealed(out / MANIFEST), read_sealed(staging.folder / STATE, "theirs", "placing")
         placing = bool(pending and pending["placing"])
         if not (done and not placing and _is_done(staging, done, overwrite)):
             ours = {MANIFEST, *(done["outputs"] if done else ())}
@@ -124,7 +152,13 @@ def opened(
                 ours |= {*pending["theirs"], *(pending["outputs"] if placing else ())}
                 _take_up(staging, pending, overwrite)
             _refuse_foreign(out, [*names, MANIFEST], ours, begun=bool(pending or done))
-            _find_theirs(staging, done)
+            if done:
+                _find_theirs(staging, done["outputs"], since=(out / MANIFEST).stat().st_ctime_ns)
+            if pending:
+                _find_theirs(staging, pending["theirs"])
+            if pending and placing and not staging.outputs:  # those of another merge, which no manifest lists
+                _find_theirs(staging, pending["outputs"])
+            staging.refuse_single(names)
         with disk_errors(out):
             if not staging.is_done:
                 staging.folder.mkdir(exist_ok=True)
@@ -147,6 +181,7 @@ def _is_done(staging: Staging, done: dict[str, Any], overwrite: bool) -> bool:
         raise FileError(f"{staging.out} holds another merge: {reason}; {OVERWRITE}")
     if reason:
         return False
+    staging.refuse_single(done["outputs"])
     staging.outputs, staging.is_done = done["outputs"], True
     shutil.rmtree(staging.folder, ignore_errors=True)
     return True
@@ -157,10 +192,7 @@ def _take_up(staging: Staging, pending: dict[str, Any], overwrite: bool) -> None
     reason = _difference(staging, pending)
     if reason and not overwrite:
         raise FileError(f"{staging.out} holds the beginning of another merge: {reason}; {OVERWRITE}")
-    staging.theirs = pending["theirs"]
     if reason:
-        # What it has put in place already is not listed in a manifest, and would be nobody's.
-        staging.theirs += [name for name in pending["outputs"] if pending["placing"]]
         return
     staging.placing = pending["placing"]
     since = (staging.folder / STATE).stat().st_ctime_ns
@@ -172,12 +204,12 @@ def _take_up(staging: Staging, pending: dict[str, Any], overwrite: bool) -> None
         entry["sha256"] = pending["inputs"][path]["sha256"]
 
 
-def _find_theirs(staging: Staging, done: dict[str, Any] | None) -> None:
-    """What earlier merges have written, and nobody has changed since."""
-    entries = done["outputs"] if done else {}
-    since = (staging.out / MANIFEST).stat().st_ctime_ns if done else 0
-    found = [name for name, entry in entries.items() if is_as_written(staging.out / name, entry, since)]
-    staging.theirs = sorted({*staging.theirs, *found})
+def _find_theirs(staging: Staging, entries: dict[str, dict[str, Any]], since: int = 0) -> None:
+    """What an earlier merge has written, and nobody has changed since."""
+    for name, entry in entries.items():
+        path = staging.out / name
+        if name not in staging.theirs and is_as_written(path, entry, since):
+            staging.theirs[name] = {**entry, "stamp": list(stamp_of(path.lstat()))}
 
 
 def _difference(staging: Staging, earlier: dict[str, Any]) -> str:
@@ -246,22 +278,33 @@ def entry_of(path: Path) -> dict[str, Any]:
 
 
 def write_sealed(path: Path, content: dict[str, Any]) -> None:
-    """Writes ``content`` with a digest of itself, beside its place, flushed and renamed."""
+    """Writes ``content`` with a digest of itself, beside its place, flushed and renamed; on the disk when this returns."""
     beside = path.with_name(f"{path.name}.new")
     beside.write_text(json.dumps({**content, "seal": _seal(content)}, indent=2) + "\n", encoding="utf-8")
     flush(beside)
     os.replace(beside, path)
+    flush(path.parent)
 
 
-def read_sealed(path: Path) -> dict[str, Any] | None:
-    """What :func:`write_sealed` wrote; None where there is nothing, or it is not as it was written."""
+def read_sealed(path: Path, *more: str) -> dict[str, Any] | None:
+    """What :func:`write_sealed` wrote; None where there is nothing, or it is not as it was written.
+
+    It has request, inputs, outputs, and ``more``. The seal is no secret: names and entries are checked all the same.
+    """
     if not path.is_file():
         return None
     try:
         content = json.loads(read_bytes(path, _MOST_MANIFEST_BYTES))
         seal = content.pop("seal")
-        names = content["outputs"]
-        is_whole = seal == _seal(content) and all(name == Path(name).name and name[0] != "." for name in names)
+        written = [*content["outputs"].items(), *content.get("theirs", {}).items()]
+        is_whole = (
+            seal == _seal(content)
+            and content.keys() >= {"request", "inputs", *more}
+            and isinstance(content["request"], dict)
+            and all(name == Path(name).name and name[0] != "." and "\0" not in name for name, _ in written)
+            and all(entry.keys() >= {"bytes", "sha256"} for _, entry in written)
+            and all(entry.keys() >= {"bytes", "sha256", "stamp"} for entry in content["inputs"].values())
+        )
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         return None
     return content if is_whole else None

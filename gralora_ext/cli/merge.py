@@ -142,6 +142,8 @@ def _tell(console: Console, report: MergeReport) -> None:
     if report.was_done:
         console.say(f"{report.out} has this merge already: nothing to do")
         return
+    for path in report.moved_aside:
+        console.say(f"kept, since no merge wrote it, or it was changed since: {path}")
     kept = f", and {report.kept_files} were finished before" if report.kept_files else ""
     written = len(report.files) - report.kept_files
     console.say(

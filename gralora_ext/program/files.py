@@ -127,6 +127,11 @@ def _space_left(folder: Path) -> str:
     return f" ({free_bytes(folder) / 2**20:,.0f} MiB are free on its disk)"
 
 
+def put_aside(path: Path) -> Path:
+    """Gives what is at ``path`` another name beside it, which is returned."""
+    return path.rename(_free_name(path))
+
+
 def _replace(new: Path, final: Path, stage: Path, owner: Owner | None) -> None:
     if owner is not None and os.path.lexists(final):
         _keep_foreign(new, final, owner)
@@ -142,12 +147,12 @@ def _keep_foreign(new: Path, final: Path, owner: Owner) -> None:
     """
     if final.is_symlink() or not (final.is_dir() and new.is_dir()):
         if not _same_bytes(new, final) and (final.is_symlink() or not owner.owns(final)):
-            _put_aside(final, owner)
+            owner.kept(put_aside(final))
         return
     files = [p for p in sorted(final.rglob("*")) if p.is_symlink() or not p.is_dir()]
     foreign = [p for p in files if p.is_symlink() or not owner.owns(p)]
     if len(foreign) == len(files) and any(os.path.lexists(new / p.relative_to(final)) for p in foreign):
-        _put_aside(final, owner)  # a folder of another job, of which no file is to be mixed with the new ones
+        owner.kept(put_aside(final))  # a folder of another job, of which no file is to be mixed with the new ones
         return
     for path in foreign:
         name = path.relative_to(final)
@@ -155,12 +160,6 @@ def _keep_foreign(new: Path, final: Path, owner: Owner) -> None:
         copy.parent.mkdir(parents=True, exist_ok=True)
         _link(path, copy)
         owner.kept(final / copy.relative_to(new))
-
-
-def _put_aside(final: Path, owner: Owner) -> None:
-    beside = _free_name(final)
-    final.rename(beside)
-    owner.kept(beside)
 
 
 def _link(path: Path, copy: Path) -> None:
