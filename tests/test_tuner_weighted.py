@@ -16,7 +16,7 @@ from adapter_helpers import NAMES, SMALL, WEIGHTS, WithHead, assert_loads_the_sa
 from helpers import same_bits
 from peft.utils import merge_utils
 from torch import Tensor
-from tuner_helpers import DEVICE, Conv1DMlp, Mlp, needs_new_peft
+from tuner_helpers import DEVICE, Conv1DMlp, Mlp, needs_new_peft, rows
 
 from gralora_ext.tuner import disable, enable
 
@@ -213,3 +213,12 @@ def test_a_name_that_exists_changes_nothing_as_with_lora() -> None:
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     model.add_weighted_adapter(["one"], [2.0], "two")
     assert all(same_bits(p.detach(), before[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_dropout_of_the_new_adapter_is_on_only_where_the_model_trains(training: bool) -> None:
+    model = two({"gralora_dropout": 0.5}).train(training)
+    model.add_weighted_adapter(["one", "two"], WEIGHTS, "sum", combination_type="cat")
+    model.set_adapter("sum")
+    assert {layer.gralora_dropout["sum"].training for layer in layers(model).values()} == {training}
+    assert same_bits(model(rows(5)), model(rows(5))) is not training
