@@ -23,6 +23,7 @@ def enabled() -> Iterator[None]:
 
 
 CAT = {"combination_type": "cat"}
+SET_LATER = {"trainable_token_indices", "bias"}  # which the model of these tests has no place for
 
 
 @pytest.mark.parametrize(
@@ -43,13 +44,14 @@ CAT = {"combination_type": "cat"}
         ({"target_modules": "first"}, CAT, "adapters: the target_modules of some are a text"),
         ({"modules_to_save": ["head"]}, CAT, "adapters: more than one of them has trained a copy of the same module"),
         ({"trainable_token_indices": {"head": [1]}}, CAT, "adapters: 'two' has trained tokens"),
+        ({"bias": "all"}, CAT, "adapters: 'two' has trained biases .*bias='all'.*, which are not combined"),
     ],
 )
 def test_errors_name_the_argument_and_change_nothing(fields: Any, arguments: Any, message: str) -> None:
     a = {"modules_to_save": ["head"]} if "modules_to_save" in fields else {}
-    model = two(a, {key: value for key, value in fields.items() if key != "trainable_token_indices"}, base=WithHead)
-    if "trainable_token_indices" in fields:
-        model.peft_config["two"].trainable_token_indices = fields["trainable_token_indices"]
+    model = two(a, {key: value for key, value in fields.items() if key not in SET_LATER}, base=WithHead)
+    for key in SET_LATER & set(fields):
+        setattr(model.peft_config["two"], key, fields[key])
     before = [n for n, _ in model.named_parameters()]
     with pytest.raises(ValueError, match=message):
         model.add_weighted_adapter(

@@ -138,7 +138,7 @@ class GraloraModel(stock.GraloraModel):
         Raises:
             ValueError: an argument is none of these; the adapters differ in a layer's gralora_k (but for SVD types), or
                 in r or hybrid_r (for the types that merge A with A); two adapters have trained a copy of one module
-                (modules_to_save), or one has trained tokens. The model is then as it was.
+                (modules_to_save), or one has trained tokens or biases. The model is then as it was.
             RuntimeError: PEFT is older than 0.21.
         """
         weighted.add(

@@ -97,6 +97,11 @@ def _checked(
             raise ValueError(
                 f"adapters: {adapter!r} has trained tokens (trainable_token_indices), which are not combined"
             )
+        if tuner.peft_config[adapter].bias != "none":
+            raise ValueError(
+                f"adapters: {adapter!r} has trained biases (bias={tuner.peft_config[adapter].bias!r}), which are not "
+                "combined"
+            )
     shared = [w for w in _saved_modules(tuner) if sum(adapter in w.modules_to_save for adapter in set(adapters)) > 1]
     if shared:
         raise ValueError(
