@@ -108,6 +108,18 @@ def test_auto_is_replaced_by_what_was_chosen_and_a_reload_gives_the_same(tmp_pat
     assert same_bits(again(tokens(2, 6)).logits, model(tokens(2, 6)).logits)
 
 
+@pytest.mark.parametrize("k_pattern", [{}, {"down_proj": 2}])
+def test_auto_stores_a_k_that_divides_r_though_most_layers_have_another_r(k_pattern: Any, tmp_path: Path) -> None:
+    attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    patterns = {"rank_pattern": {"|".join(attention): 64}, "k_pattern": k_pattern}
+    model = built(llama, r=2, gralora_k="auto", target_modules=[*attention, "down_proj"], **patterns)
+    chosen = {name: layer.gralora_k["default"] for name, layer in layers(model).items()}
+    assert sorted(chosen.values()) == [k_pattern.get("down_proj", 1)] * 2 + [4] * 8
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(llama().double(), tmp_path)
+    assert {name: layer.gralora_k["default"] for name, layer in layers(again).items()} == chosen
+
+
 def test_auto_that_chooses_the_same_everywhere_is_a_file_that_stock_peft_reads(tmp_path: Path) -> None:
     built(r=12, gralora_k="auto").save_pretrained(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["gralora_k"] == 1

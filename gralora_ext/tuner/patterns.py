@@ -72,13 +72,20 @@ def store_chosen_k(config: Any, adapter: str, model: nn.Module) -> None:
         config.gralora_k = CHOICES[0]
         return
     own = {name for name in chosen if _matching(config.k_pattern, name, None) is not None}
-    config.gralora_k, exceptions = common_and_others(chosen, but=own)
+    config.gralora_k, exceptions = common_and_others(chosen, but=own, divides=config.r)
     config.k_pattern = {**config.k_pattern, **exceptions}
 
 
-def common_and_others(values: dict[str, Any], but: Collection[str] = ()) -> tuple[Any, dict[str, Any]]:
-    """The commonest of the values of layers, and a pattern for the layers with another, except those in ``but``."""
-    ((common, _),) = Counter(values.values()).most_common(1)
+def common_and_others(
+    values: dict[str, Any], but: Collection[str] = (), divides: int | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """The commonest of the values of layers, and a pattern for the layers with another, except those in ``but``.
+
+    With ``divides`` it is the commonest of those that divide that number, or 1: no configuration is read whose k does not
+    divide its r, whatever the patterns say.
+    """
+    possible = Counter(v for v in values.values() if divides is None or divides % v == 0) or Counter([1])
+    ((common, _),) = possible.most_common(1)
     return common, {f"^{re.escape(name)}": v for name, v in values.items() if v != common and name not in but}
 
 

@@ -191,8 +191,8 @@ def _configuration(configs: dict[str, Any], adapters: list[str], tensors: dict[s
     first = {f.name: getattr(configs[adapters[0]], f.name) for f in fields(PeftsConfig) if f.init}
     some = next(iter(tensors.values()))
     h = 0 if some.A_general is None else some.A_general.shape[0]
-    k, k_pattern = patterns.common_and_others({name: t.A.shape[0] for name, t in tensors.items()})
     r, rank_pattern = patterns.common_and_others({name: t.A.shape[2] for name, t in tensors.items()})
+    k, k_pattern = patterns.common_and_others({name: t.A.shape[0] for name, t in tensors.items()}, divides=r)
     changed = {
         "r": r,
         "hybrid_r": h,
