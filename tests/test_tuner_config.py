@@ -311,6 +311,20 @@ def test_a_layer_whose_r_its_k_does_not_divide_is_named() -> None:
         built(rank_pattern={"second": 9})
 
 
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern", "k_pattern"])
+def test_patterns_whose_order_matters_are_refused_since_a_file_does_not_keep_it(field: str, tmp_path: Path) -> None:
+    message = f"^{field}: 'first' and '.\\*irst' both match first, with different values, and the file of the adapter"
+    with pytest.raises(ValueError, match=message):
+        built(**{field: {"first": 4, ".*irst": 2}})
+    for pattern in ({"first": 4, ".*irst": 4}, {".*irst": 4, "first": 2}, {"second": 4, "[a-r].*": 2}):
+        model = built(**{field: pattern})
+        model.save_pretrained(tmp_path)
+        again = PeftModel.from_pretrained(Mlp().double(), tmp_path)
+        for name, layer in layers(model).items():
+            loaded = layers(again)[name]
+            assert (layer.r, layer.alpha, layer.gralora_k) == (loaded.r, loaded.alpha, loaded.gralora_k)
+
+
 def test_fields_that_stock_peft_would_ignore_need_enable(tmp_path: Path) -> None:
     GraloraConfig(**FIELDS, use_rslora=True).save_pretrained(tmp_path)
     disable()

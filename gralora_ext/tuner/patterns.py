@@ -25,11 +25,12 @@ def of_layer(config: Any, name: str, layer: nn.Module) -> Any:
     """``config`` with the r, alpha and gralora_k of the layer of that name; ``config`` itself where they are its own.
 
     Raises:
-        ValueError: r is not divisible by k, or no k can be chosen.
+        ValueError: r is not divisible by k, no k can be chosen, or what a pattern says depends on the order of its keys.
     """
     check_init_weights(config)
     if not isinstance(config, GraloraConfig):
         return config  # PEFT's own
+    _check_order(config, name)
     r, alpha = rank_of(config, name), alpha_of(config, name)
     k = _matching(config.k_pattern, name, config.gralora_k)
     if k == "auto":
@@ -87,6 +88,18 @@ def common_and_others(
     possible = Counter(v for v in values.values() if divides is None or divides % v == 0) or Counter([1])
     ((common, _),) = possible.most_common(1)
     return common, {f"^{re.escape(name)}": v for name, v in values.items() if v != common and name not in but}
+
+
+def _check_order(config: GraloraConfig, name: str) -> None:
+    """The first key that matches is what counts, and PEFT sorts the keys when it writes them."""
+    for field in ("rank_pattern", "alpha_pattern", "k_pattern"):
+        pattern = getattr(config, field)
+        now, loaded = get_pattern_key(pattern, name), get_pattern_key(sorted(pattern), name)
+        if pattern.get(now) != pattern.get(loaded):
+            raise ValueError(
+                f"{field}: {now!r} and {loaded!r} both match {name}, with different values, and the file of the adapter "
+                "does not keep the order of keys: make them exclude each other"
+            )
 
 
 def _matching(pattern: dict[str, Any], name: str, default: Any) -> Any:
