@@ -8,10 +8,12 @@ from typing import Any
 
 import peft
 import pytest
-from adapter_helpers import WEIGHTS, WithHead, layers, two
+import torch
+from adapter_helpers import WEIGHTS, WithHead, delta, layers, summed, two
+from torch import nn
 from tuner_helpers import needs_new_peft
 
-from gralora_ext.tuner import enable
+from gralora_ext.tuner import enable, weighted
 
 pytestmark = needs_new_peft
 
@@ -75,6 +77,36 @@ def test_an_injection_that_fails_leaves_the_model_as_it_was(monkeypatch: pytest.
         model.add_weighted_adapter(["one", "two"], WEIGHTS, "sum", **CAT)
     assert [n for n, _ in model.named_parameters()] == before and list(model.peft_config) == ["one", "two"]
     assert model.active_adapters == ["one"]
+
+
+@pytest.mark.parametrize("where", ["a layer", "a trained copy"])
+def test_a_sum_that_is_broken_off_while_it_is_filled_can_be_asked_for_again(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = two({"modules_to_save": ["head"]}, base=WithHead)
+    before = [n for n, _ in model.named_parameters()]
+    put, filled = weighted._put, []
+
+    def stop(layer: Any, *args: Any) -> None:
+        if filled:
+            raise KeyboardInterrupt
+        filled.append(layer)
+        put(layer, *args)
+
+    def stop_copying(self: nn.Module, *args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if where == "a layer":
+            patch.setattr(weighted, "_put", stop)
+        else:
+            patch.setattr(nn.Linear, "load_state_dict", stop_copying)
+        with pytest.raises(KeyboardInterrupt):
+            model.add_weighted_adapter(["one", "two"], WEIGHTS, "sum", **CAT)
+    assert [n for n, _ in model.named_parameters()] == before and list(model.peft_config) == ["one", "two"]
+    model.add_weighted_adapter(["one", "two"], WEIGHTS, "sum", **CAT)
+    for layer in layers(model).values():
+        torch.testing.assert_close(delta(layer, "sum"), summed(layer), rtol=1e-12, atol=1e-14)
 
 
 def test_an_older_peft_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

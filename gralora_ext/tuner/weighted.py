@@ -50,15 +50,15 @@ def add(tuner: Any, name: str, adapters: list[str], weights: list[float], kind: 
     tuner.peft_config[name] = _configuration(tuner.peft_config, adapters, tensors)
     try:
         tuner.inject_adapter(tuner.model, name)
+        for each, layer in layers.items():
+            _put(layer, name, tensors[each])
+        for wrapper in _saved_modules(tuner):
+            for owner in set(adapters) & set(wrapper.modules_to_save):
+                copied = wrapper.modules_to_save[name].requires_grad_(False)
+                copied.load_state_dict(wrapper.modules_to_save[owner].state_dict())
     except BaseException:
         tuner.delete_adapter(name)
         raise
-    for each, layer in layers.items():
-        _put(layer, name, tensors[each])
-    for wrapper in _saved_modules(tuner):
-        for owner in set(adapters) & set(wrapper.modules_to_save):
-            copied = wrapper.modules_to_save[name].requires_grad_(False)
-            copied.load_state_dict(wrapper.modules_to_save[owner].state_dict())
 
 
 def _put(layer: Any, name: str, tensors: Weights) -> None:
