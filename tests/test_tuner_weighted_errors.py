@@ -109,6 +109,16 @@ def test_a_sum_that_is_broken_off_while_it_is_filled_can_be_asked_for_again(
         torch.testing.assert_close(delta(layer, "sum"), summed(layer), rtol=1e-12, atol=1e-14)
 
 
+def test_a_module_that_one_adapter_trains_whole_and_another_adapts_is_named() -> None:
+    model = two(
+        {"modules_to_save": ["head"], "gralora_k": 3}, {"target_modules": "all-linear", "gralora_k": 3}, WithHead
+    )
+    before = [n for n, _ in model.named_parameters()]
+    with pytest.raises(ValueError, match="^adapters: one of them adapts head.original_module, and another has trained"):
+        model.add_weighted_adapter(["one", "two"], WEIGHTS, "sum", **CAT)
+    assert [n for n, _ in model.named_parameters()] == before and list(model.peft_config) == ["one", "two"]
+
+
 def test_an_older_peft_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     model = two()
     monkeypatch.setattr(peft, "__version__", "0.20.0")

@@ -51,6 +51,11 @@ def add(tuner: Any, name: str, adapters: list[str], weights: list[float], kind: 
     try:
         tuner.inject_adapter(tuner.model, name)
         for each, layer in layers.items():
+            if name not in layer.gralora_A:
+                raise ValueError(
+                    f"adapters: one of them adapts {each}, and another has trained a copy of it whole (modules_to_save): "
+                    "these are not combined"
+                )
             _put(layer, name, tensors[each])
         for wrapper in _saved_modules(tuner):
             for owner in set(adapters) & set(wrapper.modules_to_save):
