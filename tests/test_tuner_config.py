@@ -312,6 +312,20 @@ def test_a_layer_whose_r_its_k_does_not_divide_is_named() -> None:
 
 
 @pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern", "k_pattern"])
+@pytest.mark.parametrize("k", [2, "auto"])
+def test_keys_that_match_no_layer_are_warned_of(field: str, k: Any) -> None:
+    message = rf"The following {field} keys did not match any targeted module and were ignored: \['frist', 'third'\]"
+    with pytest.warns(RuntimeWarning, match=message):
+        built(gralora_k=k, **{field: {"third": 4, "first": 4, "frist": 4}})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = built(gralora_k=k, **{field: {"first|second": 4}})
+        model.add_adapter("other", GraloraConfig(**{**FIELDS, "target_modules": ["first"]}))
+    with pytest.warns(RuntimeWarning, match=f"{field} keys .*'second'"):
+        model.add_adapter("third", GraloraConfig(**{**FIELDS, "target_modules": ["first"], field: {"second": 4}}))
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern", "k_pattern"])
 def test_patterns_whose_order_matters_are_refused_since_a_file_does_not_keep_it(field: str, tmp_path: Path) -> None:
     message = f"^{field}: 'first' and '.\\*irst' both match first, with different values, and the file of the adapter"
     with pytest.raises(ValueError, match=message):

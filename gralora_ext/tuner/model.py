@@ -52,6 +52,7 @@ class GraloraModel(stock.GraloraModel):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        patterns.warn_of_unmatched(self.peft_config[adapter_name], adapter_name, model)
         patterns.store_chosen_k(self.peft_config[adapter_name], adapter_name, model)
         quantized.prepare(model)
 

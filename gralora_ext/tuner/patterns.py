@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections import Counter
 from collections.abc import Collection
 from typing import Any
@@ -64,17 +65,34 @@ def store_chosen_k(config: Any, adapter: str, model: nn.Module) -> None:
     """Puts the k that ``"auto"`` has chosen for the layers of ``model`` in its place: the commonest, and the others by name."""
     if not isinstance(config, GraloraConfig) or config.gralora_k != "auto":
         return
-    chosen = {
-        name: layer.gralora_k[adapter]
-        for name, layer in model.named_modules()
-        if isinstance(layer, GraloraLayer) and adapter in layer.gralora_k
-    }
+    chosen = _ks(adapter, model)
     if not chosen:
         config.gralora_k = CHOICES[0]
         return
     own = {name for name in chosen if _matching(config.k_pattern, name, None) is not None}
     config.gralora_k, exceptions = common_and_others(chosen, but=own, divides=config.r)
     config.k_pattern = {**config.k_pattern, **exceptions}
+
+
+def warn_of_unmatched(config: Any, adapter: str, model: nn.Module) -> None:
+    """Warns of keys of ``k_pattern`` that match no layer of the adapter, as PEFT does of the other patterns' keys."""
+    names, keys = _ks(adapter, model), getattr(config, "k_pattern", {})
+    unmatched = sorted(key for key in keys if not any(get_pattern_key([key], name) == key for name in names))
+    if unmatched:
+        warnings.warn(
+            f"The following k_pattern keys did not match any targeted module and were ignored: {unmatched}.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _ks(adapter: str, model: nn.Module) -> dict[str, int]:
+    """The k of each layer of the adapter, by the layer's name."""
+    return {
+        name: layer.gralora_k[adapter]
+        for name, layer in model.named_modules()
+        if isinstance(layer, GraloraLayer) and adapter in layer.gralora_k
+    }
 
 
 def common_and_others(
