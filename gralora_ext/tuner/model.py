@@ -12,7 +12,6 @@ from peft.tuners.gralora.layer import Linear
 from peft.tuners.lora import LoraModel
 from torch import nn
 
-from .. import repacking
 from . import init, mixed_batch, patterns, quantized, transaction, weighted
 from .combine import Svd
 from .layer import GraloraLinear
@@ -98,7 +97,7 @@ class GraloraModel(stock.GraloraModel):
             model = transaction.all_or_nothing(self.model, unload)
         else:
             model = unload()
-        repacking.allow(model)
+        quantized.release(model)
         return model
 
     def add_weighted_adapter(

@@ -110,7 +110,10 @@ def restore(model: nn.Module) -> Report:
     would do something else in silence: with an adapter whose configuration has fields that change the numbers and that PEFT
     lacks (``config.CHANGES_NUMBERS``), and over a quantized base. Args, raises: as :func:`accelerate`.
     """
-    return _convert(model, GraloraLinear, Linear, GraloraModel, stock.GraloraModel)
+    report = _convert(model, GraloraLinear, Linear, GraloraModel, stock.GraloraModel)
+    if not any(isinstance(module, GraloraLinear) for module in model.modules()):
+        quantized.release(model)
+    return report
 
 
 def _convert(
