@@ -108,6 +108,18 @@ def test_auto_is_replaced_by_what_was_chosen_and_a_reload_gives_the_same(tmp_pat
     assert same_bits(again(tokens(2, 6)).logits, model(tokens(2, 6)).logits)
 
 
+@pytest.mark.parametrize("k_pattern", [{}, {"down_proj": 2}])
+def test_auto_stores_a_k_that_divides_r_though_most_layers_have_another_r(k_pattern: Any, tmp_path: Path) -> None:
+    attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    patterns = {"rank_pattern": {"|".join(attention): 64}, "k_pattern": k_pattern}
+    model = built(llama, r=2, gralora_k="auto", target_modules=[*attention, "down_proj"], **patterns)
+    chosen = {name: layer.gralora_k["default"] for name, layer in layers(model).items()}
+    assert sorted(chosen.values()) == [k_pattern.get("down_proj", 1)] * 2 + [4] * 8
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(llama().double(), tmp_path)
+    assert {name: layer.gralora_k["default"] for name, layer in layers(again).items()} == chosen
+
+
 def test_auto_that_chooses_the_same_everywhere_is_a_file_that_stock_peft_reads(tmp_path: Path) -> None:
     built(r=12, gralora_k="auto").save_pretrained(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["gralora_k"] == 1
@@ -350,6 +362,34 @@ def test_a_layer_whose_r_its_k_does_not_divide_is_named() -> None:
         ValueError, match="second: r must be divisible by gralora_k, but r is 9 and gralora_k is 2 there"
     ):
         built(rank_pattern={"second": 9})
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern", "k_pattern"])
+@pytest.mark.parametrize("k", [2, "auto"])
+def test_keys_that_match_no_layer_are_warned_of(field: str, k: Any) -> None:
+    message = rf"The following {field} keys did not match any targeted module and were ignored: \['frist', 'third'\]"
+    with pytest.warns(RuntimeWarning, match=message):
+        built(gralora_k=k, **{field: {"third": 4, "first": 4, "frist": 4}})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = built(gralora_k=k, **{field: {"first|second": 4}})
+        model.add_adapter("other", GraloraConfig(**{**FIELDS, "target_modules": ["first"]}))
+    with pytest.warns(RuntimeWarning, match=f"{field} keys .*'second'"):
+        model.add_adapter("third", GraloraConfig(**{**FIELDS, "target_modules": ["first"], field: {"second": 4}}))
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern", "k_pattern"])
+def test_patterns_whose_order_matters_are_refused_since_a_file_does_not_keep_it(field: str, tmp_path: Path) -> None:
+    message = f"^{field}: 'first' and '.\\*irst' both match first, with different values, and the file of the adapter"
+    with pytest.raises(ValueError, match=message):
+        built(**{field: {"first": 4, ".*irst": 2}})
+    for pattern in ({"first": 4, ".*irst": 4}, {".*irst": 4, "first": 2}, {"second": 4, "[a-r].*": 2}):
+        model = built(**{field: pattern})
+        model.save_pretrained(tmp_path)
+        again = PeftModel.from_pretrained(Mlp().double(), tmp_path)
+        for name, layer in layers(model).items():
+            loaded = layers(again)[name]
+            assert (layer.r, layer.alpha, layer.gralora_k) == (loaded.r, loaded.alpha, loaded.gralora_k)
 
 
 def test_fields_that_stock_peft_would_ignore_need_enable(tmp_path: Path) -> None:

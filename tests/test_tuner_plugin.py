@@ -324,3 +324,19 @@ def test_restore_leaves_by_name_what_pefts_tuner_would_misread(fields: dict[str,
         model.add_adapter("plain", config(**values))
         model.delete_adapter("default")
         assert restore(model).converted == 2 and not fused_layers(model)
+
+
+@needs_new_peft
+def test_restore_judges_each_model_of_several_by_its_own_adapters() -> None:
+    with enable():
+        marked, plain = (get_peft_model(Mlp().double(), GraloraConfig(r=12, target_modules=["first"])) for _ in "ab")
+        rooted = GraloraConfig(r=12, target_modules=["first"], use_rslora=True)
+        marked.add_adapter("rooted", rooted)
+        plain.add_adapter("rooted", config(target_modules=["first", "second"]))
+    for several in (nn.ModuleList([marked, plain]), nn.ModuleList([plain, marked])):
+        accelerate(several)
+        report = restore(several)
+        assert (report.converted, len(report.skipped)) == (2, 1)
+        assert "adapter 'rooted' has use_rslora, which" in report.skipped[0][1]
+        assert type(marked.base_model) is GraloraModel and fused_layers(marked)
+        assert type(plain.base_model) is StockModel and not fused_layers(plain)

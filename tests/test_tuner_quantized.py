@@ -202,6 +202,27 @@ def test_merge_and_unload_leaves_the_quantized_model(kind: str) -> None:
     torch.testing.assert_close(logits(base), logits(quantized(kind)), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("end", ["unload", "merge_and_unload"])
+def test_no_hook_stays_on_a_model_that_is_unloaded(end: str) -> None:
+    model = adapted("torchao int8 dynamic")
+    assert hooked(model)
+    assert not hooked(getattr(model, end)())
+
+
+def test_no_hook_stays_on_a_model_that_is_wholly_restored() -> None:
+    model = adapted("torchao int8 dynamic")
+    before = hooked(model)
+    assert len(restore(model).skipped) == 2 * len(TARGETS) and hooked(model) == before
+    for layer in layers_of(model).values():  # as where nobody says how the weight was made
+        layer.quantization_backend = None
+    assert restore(model).skipped == [] and not hooked(model)
+
+
+def hooked(model: nn.Module) -> list[str]:
+    hook = quantized_bases.straight_through
+    return [name for name, module in model.named_modules() if hook in module._forward_hooks.values()]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_broken_adapter_is_not_merged_safely(kind: str) -> None:
     model = adapted(kind)

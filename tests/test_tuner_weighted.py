@@ -14,9 +14,10 @@ import pytest
 import torch
 from adapter_helpers import NAMES, SMALL, WEIGHTS, WithHead, assert_loads_the_same, config, delta, layers, summed, two
 from helpers import same_bits
+from peft import PeftModel
 from peft.utils import merge_utils
 from torch import Tensor
-from tuner_helpers import DEVICE, Conv1DMlp, Mlp, needs_new_peft
+from tuner_helpers import DEVICE, Conv1DMlp, Mlp, llama, needs_new_peft, rows, tokens
 
 from gralora_ext.tuner import disable, enable
 
@@ -66,6 +67,21 @@ def test_cat_follows_a_scaling_that_was_set_and_root_scaling() -> None:
     for layer in layers(model).values():
         assert layer.scaling["one"] == 24 / math.sqrt(12) and layer.scaling["two"] == 2.5 / 9
         torch.testing.assert_close(delta(layer, "sum"), summed(layer), rtol=1e-12, atol=1e-14)
+
+
+def test_a_k_is_stored_that_divides_the_r_that_is(tmp_path: Path) -> None:
+    fields = {"r": 2, "gralora_k": 1, "target_modules": ["q_proj", "k_proj"]}
+    ranks, ks = {"0.self_attn.k_proj": 4, "1.self_attn.k_proj": 8}, {"k_proj": 4, "1.self_attn.q_proj": 2}
+    one = {**fields, "rank_pattern": ranks, "k_pattern": ks}
+    model = two(one, {**fields, "hybrid_r": 0}, base=llama)
+    model.add_weighted_adapter(["one"], [1.0], "sum")
+    stored = model.peft_config["sum"]
+    assert (stored.r, stored.gralora_k) == (2, 1)
+    model.set_adapter("sum")
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    torch.manual_seed(0)
+    again = PeftModel.from_pretrained(llama().double().to(DEVICE), tmp_path / "sum")
+    assert same_bits(again(tokens(2, 6)).logits, model(tokens(2, 6)).logits)
 
 
 def test_adapters_of_different_layers_stay_readable_by_stock_peft(tmp_path: Path) -> None:
@@ -213,3 +229,12 @@ def test_a_name_that_exists_changes_nothing_as_with_lora() -> None:
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     model.add_weighted_adapter(["one"], [2.0], "two")
     assert all(same_bits(p.detach(), before[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_dropout_of_the_new_adapter_is_on_only_where_the_model_trains(training: bool) -> None:
+    model = two({"gralora_dropout": 0.5}).train(training)
+    model.add_weighted_adapter(["one", "two"], WEIGHTS, "sum", combination_type="cat")
+    model.set_adapter("sum")
+    assert {layer.gralora_dropout["sum"].training for layer in layers(model).values()} == {training}
+    assert same_bits(model(rows(5)), model(rows(5))) is not training

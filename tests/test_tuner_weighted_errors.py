@@ -8,10 +8,12 @@ from typing import Any
 
 import peft
 import pytest
-from adapter_helpers import WEIGHTS, WithHead, layers, two
+import torch
+from adapter_helpers import WEIGHTS, WithHead, delta, layers, summed, two
+from torch import nn
 from tuner_helpers import needs_new_peft
 
-from gralora_ext.tuner import enable
+from gralora_ext.tuner import enable, weighted
 
 pytestmark = needs_new_peft
 
@@ -23,6 +25,7 @@ def enabled() -> Iterator[None]:
 
 
 CAT = {"combination_type": "cat"}
+SET_LATER = {"trainable_token_indices", "bias"}  # which the model of these tests has no place for
 
 
 @pytest.mark.parametrize(
@@ -43,13 +46,14 @@ CAT = {"combination_type": "cat"}
         ({"target_modules": "first"}, CAT, "adapters: the target_modules of some are a text"),
         ({"modules_to_save": ["head"]}, CAT, "adapters: more than one of them has trained a copy of the same module"),
         ({"trainable_token_indices": {"head": [1]}}, CAT, "adapters: 'two' has trained tokens"),
+        ({"bias": "all"}, CAT, "adapters: 'two' has trained biases .*bias='all'.*, which are not combined"),
     ],
 )
 def test_errors_name_the_argument_and_change_nothing(fields: Any, arguments: Any, message: str) -> None:
     a = {"modules_to_save": ["head"]} if "modules_to_save" in fields else {}
-    model = two(a, {key: value for key, value in fields.items() if key != "trainable_token_indices"}, base=WithHead)
-    if "trainable_token_indices" in fields:
-        model.peft_config["two"].trainable_token_indices = fields["trainable_token_indices"]
+    model = two(a, {key: value for key, value in fields.items() if key not in SET_LATER}, base=WithHead)
+    for key in SET_LATER & set(fields):
+        setattr(model.peft_config["two"], key, fields[key])
     before = [n for n, _ in model.named_parameters()]
     with pytest.raises(ValueError, match=message):
         model.add_weighted_adapter(
@@ -73,6 +77,46 @@ def test_an_injection_that_fails_leaves_the_model_as_it_was(monkeypatch: pytest.
         model.add_weighted_adapter(["one", "two"], WEIGHTS, "sum", **CAT)
     assert [n for n, _ in model.named_parameters()] == before and list(model.peft_config) == ["one", "two"]
     assert model.active_adapters == ["one"]
+
+
+@pytest.mark.parametrize("where", ["a layer", "a trained copy"])
+def test_a_sum_that_is_broken_off_while_it_is_filled_can_be_asked_for_again(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = two({"modules_to_save": ["head"]}, base=WithHead)
+    before = [n for n, _ in model.named_parameters()]
+    put, filled = weighted._put, []
+
+    def stop(layer: Any, *args: Any) -> None:
+        if filled:
+            raise KeyboardInterrupt
+        filled.append(layer)
+        put(layer, *args)
+
+    def stop_copying(self: nn.Module, *args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if where == "a layer":
+            patch.setattr(weighted, "_put", stop)
+        else:
+            patch.setattr(nn.Linear, "load_state_dict", stop_copying)
+        with pytest.raises(KeyboardInterrupt):
+            model.add_weighted_adapter(["one", "two"], WEIGHTS, "sum", **CAT)
+    assert [n for n, _ in model.named_parameters()] == before and list(model.peft_config) == ["one", "two"]
+    model.add_weighted_adapter(["one", "two"], WEIGHTS, "sum", **CAT)
+    for layer in layers(model).values():
+        torch.testing.assert_close(delta(layer, "sum"), summed(layer), rtol=1e-12, atol=1e-14)
+
+
+def test_a_module_that_one_adapter_trains_whole_and_another_adapts_is_named() -> None:
+    model = two(
+        {"modules_to_save": ["head"], "gralora_k": 3}, {"target_modules": "all-linear", "gralora_k": 3}, WithHead
+    )
+    before = [n for n, _ in model.named_parameters()]
+    with pytest.raises(ValueError, match="^adapters: one of them adapts head.original_module, and another has trained"):
+        model.add_weighted_adapter(["one", "two"], WEIGHTS, "sum", **CAT)
+    assert [n for n, _ in model.named_parameters()] == before and list(model.peft_config) == ["one", "two"]
 
 
 def test_an_older_peft_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,6 @@ from peft.tuners.gralora.layer import GraloraLayer, Linear
 from peft.tuners.lora import LoraModel
 from torch import nn
 
-from .. import repacking
 from . import init, mixed_batch, patterns, quantized, transaction, weighted
 from .combine import Svd
 from .layer import GraloraLinear
@@ -54,6 +53,7 @@ class GraloraModel(stock.GraloraModel):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        patterns.warn_of_unmatched(self.peft_config[adapter_name], adapter_name, model)
         patterns.store_chosen_k(self.peft_config[adapter_name], adapter_name, model)
         quantized.prepare(model)
 
@@ -99,7 +99,7 @@ class GraloraModel(stock.GraloraModel):
             model = transaction.all_or_nothing(self.model, unload)
         else:
             model = unload()
-        repacking.allow(model)
+        quantized.release(model)
         return model
 
     def add_weighted_adapter(
@@ -140,7 +140,7 @@ class GraloraModel(stock.GraloraModel):
         Raises:
             ValueError: an argument is none of these; the adapters differ in a layer's gralora_k (but for SVD types), or
                 in r or hybrid_r (for the types that merge A with A); two adapters have trained a copy of one module
-                (modules_to_save), or one has trained tokens. The model is then as it was.
+                (modules_to_save), or one has trained tokens or biases. The model is then as it was.
             RuntimeError: PEFT is older than 0.21.
         """
         weighted.add(

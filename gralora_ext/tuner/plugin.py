@@ -110,7 +110,10 @@ def restore(model: nn.Module) -> Report:
     would do something else in silence: with an adapter whose configuration has fields that change the numbers and that PEFT
     lacks (``config.CHANGES_NUMBERS``), and over a quantized base. Args, raises: as :func:`accelerate`.
     """
-    return _convert(model, GraloraLinear, Linear, GraloraModel, stock.GraloraModel)
+    report = _convert(model, GraloraLinear, Linear, GraloraModel, stock.GraloraModel)
+    if not any(isinstance(module, GraloraLinear) for module in model.modules()):
+        quantized.release(model)
+    return report
 
 
 def _convert(
@@ -121,10 +124,11 @@ def _convert(
     beyond_peft = _fields_beyond_peft(model) if target is Linear else {}
     converted, skipped = 0, list[tuple[str, str]]()
     for name, module in model.named_modules():
-        if type(module) is source_tuner and not beyond_peft:
+        fields = beyond_peft.get(module, {})
+        if type(module) is source_tuner and not any(fields.values()):
             module.__class__ = target_tuner
         elif isinstance(module, stock.GraloraLayer) and type(module) is not target:
-            reason = _obstacle(module, source) or _needs_ours(module, target, beyond_peft)
+            reason = _obstacle(module, source) or _needs_ours(module, target, fields)
             if reason:
                 skipped.append((name, reason))
             else:
@@ -160,19 +164,23 @@ def _needs_ours(module: Linear, target: type[Linear], beyond_peft: dict[str, str
     if getattr(module, "quantization_backend", None) is not None:
         return f"its base layer {type(module.get_base_layer()).__qualname__} is quantized, and PEFT's layer cannot merge into it"
     for adapter in module.gralora_A:
-        if adapter in beyond_peft:
+        if beyond_peft.get(adapter):
             return f"adapter {adapter!r} has {beyond_peft[adapter]}, which PEFT's GraLoRA does not know"
     return None
 
 
-def _fields_beyond_peft(model: nn.Module) -> dict[str, str]:
-    """By adapter, the fields of its configuration that change what PEFT's tuner would make of it."""
-    found = {}
-    for module in model.modules():
-        configs = getattr(module, "peft_config", None)
-        for adapter, config in configs.items() if isinstance(configs, dict) else ():
-            if isinstance(config, GraloraConfig) and config.marks():
-                found[adapter] = ", ".join(config.marks())
+def _fields_beyond_peft(model: nn.Module) -> dict[nn.Module, dict[str, str]]:
+    """By module and adapter, the fields of its configuration that change what PEFT's tuner would make of it, or "".
+
+    Models in one container may have other adapters of the same name: the innermost configuration around a module is its own.
+    """
+    found: dict[nn.Module, dict[str, str]] = {}
+    for holder in model.modules():
+        configs = getattr(holder, "peft_config", None)
+        if isinstance(configs, dict):
+            own = {n: ", ".join(c.marks()) if isinstance(c, GraloraConfig) else "" for n, c in configs.items()}
+            for module in holder.modules():
+                found[module] = {**found.get(module, {}), **own}
     return found
 
 

@@ -58,6 +58,14 @@ def prepare(model: nn.Module) -> None:
             module.quantization_backend = _backend(module.get_base_layer(), kwargs)
 
 
+def release(model: nn.Module) -> None:
+    """The quantized layers of ``model``, which has no layers of ours any more, as they were: :func:`prepare` undone."""
+    repacking.allow(model)
+    for module in model.modules():
+        for key in [key for key, hook in module._forward_hooks.items() if hook is straight_through]:
+            del module._forward_hooks[key]
+
+
 def _backend(base: nn.Module, kwargs: dict[str, Any]) -> Any:
     """PEFT's backend for ``base``; None where it is not quantized, or nothing is known that could quantize it again."""
     if type(base) in (nn.Linear, Conv1D) and type(base._parameters.get("weight")) is nn.Parameter:

@@ -50,15 +50,20 @@ def add(tuner: Any, name: str, adapters: list[str], weights: list[float], kind: 
     tuner.peft_config[name] = _configuration(tuner.peft_config, adapters, tensors)
     try:
         tuner.inject_adapter(tuner.model, name)
+        for each, layer in layers.items():
+            if name not in layer.gralora_A:
+                raise ValueError(
+                    f"adapters: one of them adapts {each}, and another has trained a copy of it whole (modules_to_save): "
+                    "these are not combined"
+                )
+            _put(layer, name, tensors[each])
+        for wrapper in _saved_modules(tuner):
+            for owner in set(adapters) & set(wrapper.modules_to_save):
+                copied = wrapper.modules_to_save[name].requires_grad_(False)
+                copied.load_state_dict(wrapper.modules_to_save[owner].state_dict())
     except BaseException:
         tuner.delete_adapter(name)
         raise
-    for each, layer in layers.items():
-        _put(layer, name, tensors[each])
-    for wrapper in _saved_modules(tuner):
-        for owner in set(adapters) & set(wrapper.modules_to_save):
-            copied = wrapper.modules_to_save[name].requires_grad_(False)
-            copied.load_state_dict(wrapper.modules_to_save[owner].state_dict())
 
 
 def _put(layer: Any, name: str, tensors: Weights) -> None:
@@ -68,6 +73,8 @@ def _put(layer: Any, name: str, tensors: Weights) -> None:
     for parameter, tensor in zip(parameters, (t for t in tensors if t is not None), strict=True):
         parameter.data = tensor.contiguous()
         parameter.requires_grad_(False)
+    # PEFT makes it new, and what is new trains, whatever the model does.
+    layer.gralora_dropout[name].train(layer.training)
 
 
 # ---------------------------------------------------------------- checks
@@ -94,6 +101,11 @@ def _checked(
         if getattr(tuner.peft_config[adapter], "trainable_token_indices", None):
             raise ValueError(
                 f"adapters: {adapter!r} has trained tokens (trainable_token_indices), which are not combined"
+            )
+        if tuner.peft_config[adapter].bias != "none":
+            raise ValueError(
+                f"adapters: {adapter!r} has trained biases (bias={tuner.peft_config[adapter].bias!r}), which are not "
+                "combined"
             )
     shared = [w for w in _saved_modules(tuner) if sum(adapter in w.modules_to_save for adapter in set(adapters)) > 1]
     if shared:
@@ -184,8 +196,8 @@ def _configuration(configs: dict[str, Any], adapters: list[str], tensors: dict[s
     first = {f.name: getattr(configs[adapters[0]], f.name) for f in fields(PeftsConfig) if f.init}
     some = next(iter(tensors.values()))
     h = 0 if some.A_general is None else some.A_general.shape[0]
-    k, k_pattern = patterns.common_and_others({name: t.A.shape[0] for name, t in tensors.items()})
     r, rank_pattern = patterns.common_and_others({name: t.A.shape[2] for name, t in tensors.items()})
+    k, k_pattern = patterns.common_and_others({name: t.A.shape[0] for name, t in tensors.items()}, divides=r)
     changed = {
         "r": r,
         "hybrid_r": h,
