@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gralora_ext.cli.option_table import NOT_HERE, OPTIONS
-from gralora_ext.cli.options import parse, settings
+from gralora_ext.cli.options import decisive, parse, settings
 from gralora_ext.cli.parser import HOW, OTHER_NAMES, JobParser
 from gralora_ext.program.errors import JobError
 
@@ -173,6 +173,35 @@ def test_settings_are_a_configuration_file(tmp_path, monkeypatch):
     assert values["model"] == str(tmp_path / "model") and values["output"] == str(tmp_path / "out")
     file = config(tmp_path, "finetune.json", json.dumps(values))
     assert settings(parse(["--config", file])) == values
+
+
+@pytest.mark.parametrize("printed", [False, True], ids=["finetune.json", "--print-config"])
+def test_settings_with_rows_to_hold_out_are_a_configuration_file(printed, tmp_path, capsys, monkeypatch):
+    from gralora_ext.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    words = ["--data", "a.jsonl", "--eval-data", "b.jsonl", "--output", "out"]
+    values = settings(parse(words))
+    text = json.dumps(values)
+    if printed:
+        assert main(["finetune", *words, "--print-config"]) == 0
+        text = capsys.readouterr().out
+    again = parse(["--config", config(tmp_path, "finetune.json", text)])
+    assert settings(again) == values and decisive(settings(again)) == decisive(values)
+
+
+@pytest.mark.parametrize("data", [[], ["--data", "a.jsonl"]], ids=["embedded", "own"])
+def test_older_settings_with_rows_to_hold_out_are_read_and_the_same_as_todays(data, tmp_path):
+    """They say where rows are drawn from, too, which means nothing beside --eval-data."""
+    values = settings(parse([*data, "--eval-data", "b.jsonl"]))
+    older = {**values, "held_out_from": "random" if data else "end"}
+    file = config(tmp_path, "finetune.json", json.dumps(older))
+    assert settings(parse(["--config", file])) == values
+    assert decisive(values) == {name: value for name, value in older.items() if name in decisive(values)}
+    drawn = config(tmp_path, "drawn.json", json.dumps(settings(parse(data))))
+    assert settings(parse(["--config", drawn, "--eval-data", "b.jsonl"])) == values
+    with pytest.raises(JobError, match="--eval-data and --held-out-from exclude each other"):
+        parse(["--config", file, "--held-out-from", "end"])
 
 
 @pytest.mark.parametrize(

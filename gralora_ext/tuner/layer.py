@@ -231,7 +231,9 @@ class GraloraLinear(Linear):
         """
         A, B = self._blocks(adapter)
         if x.device != A.device:
-            A, B = (_from_elsewhere(self._modules[name], adapter, t) for name, t in (("gralora_A", A), ("gralora_B", B)))
+            A, B = (
+                _from_elsewhere(self._modules[name], adapter, t) for name, t in (("gralora_A", A), ("gralora_B", B))
+            )
         if x.device != A.device:
             _refuse_device("the input", x, adapter, A)
         A_general = B_general = None
