@@ -204,6 +204,19 @@ def test_older_settings_with_rows_to_hold_out_are_read_and_the_same_as_todays(da
         parse(["--config", file, "--held-out-from", "end"])
 
 
+def warmup(*words):
+    from gralora_ext.cli.trainer import arguments
+
+    return arguments(parse(["--output", "out", *words]), steps=20, use_cpu=True).warmup_steps
+
+
+def test_a_part_of_no_steps_leaves_the_steps_of_the_warm_up_as_they_are():
+    assert warmup("--warmup-steps", "5", "--warmup-ratio", "0") == 5
+    assert warmup("--warmup-steps", "5") == 5
+    assert warmup("--warmup-ratio", "0.1") == warmup("--warmup-steps", "0", "--warmup-ratio", "0.1") == 2
+    assert warmup("--warmup-ratio", "0") == warmup() == 0
+
+
 @pytest.mark.parametrize(
     ("text", "line", "says"),
     [

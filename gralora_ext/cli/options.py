@@ -122,7 +122,7 @@ def _check_together(options: argparse.Namespace) -> None:
 
 
 def _is_given(options: argparse.Namespace, key: str) -> bool:
-    """Whether an option asks for anything."""
+    """Whether an option asks for anything. A 0, which is equal to False, does not."""
     return getattr(options, key) not in (OPTIONS[key].default, None, False)
 
 
