@@ -217,6 +217,17 @@ def test_a_part_of_no_steps_leaves_the_steps_of_the_warm_up_as_they_are():
     assert warmup("--warmup-ratio", "0") == warmup() == 0
 
 
+def test_a_tilde_is_the_home_folder_wherever_the_shell_leaves_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config(tmp_path, "c.yaml", "output: ~/runs/x\naccelerate_config: ~/a.yaml\n")
+    for found in (
+        parse(["--config=~/c.yaml"]),
+        parse(["--output=~/runs/x", "--accelerate-config=~/a.yaml"]),
+    ):
+        assert (found.output, found.accelerate_config) == (f"{tmp_path}/runs/x", f"{tmp_path}/a.yaml")
+        assert settings(found)["output"] == f"{tmp_path}/runs/x"
+
+
 @pytest.mark.parametrize(
     ("text", "line", "says"),
     [

@@ -29,6 +29,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     chosen: dict[str, Any] = {}
     if "config" in typed:
         _check_path("config", typed["config"])
+        typed["config"] = os.path.expanduser(typed["config"])
         chosen = config_file.values(parser, Path(typed["config"]))
     # The other length of the job, given in the file, yields to the one on the command line.
     for one, other in (("steps", "epochs"), ("epochs", "steps")):
@@ -46,6 +47,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         value = getattr(options, name)
         for path in [value] if isinstance(value, str) else value or []:
             _check_path(name, path)
+    # The shell leaves a ~ behind an equals sign as it is, and a file's is not the shell's at all.
+    # What reads models and rows expands it there.
+    for name in ("output", "accelerate_config"):
+        if getattr(options, name) is not None:
+            setattr(options, name, os.path.expanduser(getattr(options, name)))
     return options
 
 
