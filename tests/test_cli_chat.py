@@ -97,6 +97,12 @@ def test_all_of_a_conversation_but_its_first_token_is_learned_on_demand(tokenize
     assert example["labels"] == [IGNORED, *example["input_ids"][1:]]
 
 
+def test_the_last_word_has_its_end_though_the_template_ends_others_too(tokenizer):
+    tokenizer.chat_template = CHAT.replace("<eos>\n{% endfor", "{% if not loop.last %}<eos>\n{% endif %}{% endfor")
+    (example,), _ = Encoder(tokenizer, 100, answers_only=False).examples([TURNS], "training")
+    assert tokenizer.decode(example["input_ids"]).endswith("and cat<eos>\n<assistant>cat dog<eos>")
+
+
 def test_a_conversation_of_one_answer_is_a_prompt_with_its_answer(tokenizer):
     encoder = Encoder(tokenizer, 100)
     asked = [{"role": "user", "content": "how many"}, {"role": "assistant", "content": "three"}]

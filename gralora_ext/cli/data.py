@@ -193,7 +193,7 @@ class Encoder:
 
     def _ended(self, tokens: list[int]) -> list[int]:
         eos = self.tokenizer.eos_token_id
-        return tokens if eos is None or eos in tokens else [*tokens, eos]
+        return tokens if eos is None or tokens[-1:] == [eos] else [*tokens, eos]
 
     def _answer(self, prompt: str, answer: str) -> str:
         """The answer with what the template puts around it; by itself where the template does not keep what was asked."""
