@@ -160,6 +160,25 @@ def test_a_conversation_that_the_template_refuses_is_quoted(tokenizer):
             Encoder(tokenizer, 100).examples([row], "training")
 
 
+CALLS = CHAT.replace(
+    "{{ m['content'] }}", "{{ m['tool_calls'][0]['arguments'] | tojson if m['tool_calls'] else m['content'] }}"
+)
+# Of models whose templates take OpenAI's text as it is, such as DeepSeek-V3.
+CALLS_AS_TEXT = CALLS.replace("['arguments'] | tojson if", "['arguments'] + '' if")
+
+
+@pytest.mark.parametrize("template", [CALLS, CALLS_AS_TEXT], ids=["makes JSON", "takes a text"])
+def test_arguments_of_a_call_are_written_once_as_json_whatever_the_template_takes(tokenizer, template):
+    tokenizer.chat_template = template
+    row = [TURNS[0], {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"city": "Rome"}}]}]
+    for answers_only, what in (
+        (True, ['{"city": "Rome"}<eos>']),
+        (False, ['user>dog 3<eos>\n<assistant>{"city": "Rome"}<eos>']),
+    ):
+        (example,), _ = Encoder(tokenizer, 100, answers_only).examples([row], "training")
+        assert learned(tokenizer, example) == what
+
+
 def test_sample_is_the_last_question_with_what_came_before(tokenizer):
     sample = Encoder(tokenizer, 100).sample(TURNS)
     assert tokenizer.decode(sample.tokens).endswith("<user>and cat<eos>\n<assistant>")

@@ -83,6 +83,43 @@ def test_conversations_of_a_columnar_file_lose_what_is_empty(tmp_path):
     assert read_rows([write(tmp_path / "d.parquet", rows)]).rows == talks
 
 
+def called(arguments, **more):
+    """A conversation with one call of a tool."""
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}, **more}
+    return [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]}]
+
+
+def test_calls_in_a_columnar_file_have_only_the_arguments_that_they_were_given(tmp_path):
+    """Such a file gives all calls the arguments of each: those that a call had not are None."""
+    pytest.importorskip("pyarrow")
+    talks = [
+        called({"city": "Rome", "at": {"day": 1}}),
+        called({"count": 0, "at": {"hour": 2}, "all": [{"a": 1}, {"b": 2}]}),
+    ]
+    assert read_rows([write(tmp_path / "d.parquet", [{"messages": talk} for talk in talks])]).rows == talks
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ('{"city": "Rome", "day": null}', {"city": "Rome", "day": None}),
+        ("{}", {}),
+        ("Rome", "Rome"),
+        ('"Rome"', '"Rome"'),
+        ("[" * 100_000, "[" * 100_000),
+    ],
+    ids=["object", "empty object", "no JSON", "a JSON string", "nested too deeply"],
+)
+def test_arguments_that_are_the_text_of_an_object_are_that_object(tmp_path, written, read):
+    """OpenAI writes them so, and templates turn them into JSON themselves."""
+    flat = [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": written}]}]
+    file = write(tmp_path / "d.jsonl", [{"messages": called(written, id="1")}, {"messages": flat}])
+    assert read_rows([file]).rows == [
+        called(read, id="1"),
+        [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": read}]}],
+    ]
+
+
 ASKED = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
 SAID = [{"role": "assistant", "content": "a"}]
 FORMATS = {

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +30,19 @@ class Template:
         self.has_marks = bool(_MARKS.search(template["default"] if isinstance(template, dict) else template or ""))
 
     def text(self, messages: Messages, **how: Any) -> Any:
-        """What the template makes of ``messages``: text, or what ``how`` asks ``apply_chat_template`` for."""
+        """What the template makes of ``messages``: text, or what ``how`` asks ``apply_chat_template`` for.
+
+        The arguments of calls are objects for most templates. Those of some models, such as DeepSeek-V3, fail with them
+        and take their text.
+        """
+        how = {"tokenize": False, **how}
         try:
-            return self.tokenizer.apply_chat_template(messages, **{"tokenize": False, **how})
+            return self.tokenizer.apply_chat_template(messages, **how)
         except Exception as error:  # a template is a program: it raises what it likes
+            in_text = _with_arguments_in_text(messages)
+            if in_text != messages:
+                with suppress(Exception):  # what was wrong the first time is told
+                    return self.tokenizer.apply_chat_template(in_text, **how)
             raise TemplateFails(first_sentence(error)) from error
 
     def open(self, messages: Messages) -> str:
@@ -64,6 +75,20 @@ class Template:
         """The conversation's tokens, and which of them the template's own ``{% generation %}`` marks say are learned."""
         made = self.text(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         return list(made["input_ids"]), [bool(mark) for mark in made["assistant_masks"]]
+
+
+def _with_arguments_in_text(value: Any) -> Any:
+    """``value`` with the JSON text of each object that is called ``arguments`` in its place."""
+    if isinstance(value, list):
+        return [_with_arguments_in_text(part) for part in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        name: json.dumps(part, ensure_ascii=False, default=str)
+        if name == "arguments" and isinstance(part, dict)
+        else _with_arguments_in_text(part)
+        for name, part in value.items()
+    }
 
 
 def read_template(file: str) -> str:

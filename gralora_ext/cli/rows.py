@@ -205,7 +205,31 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(kept.get("content", ""), str):
         raise JobError(f"{where}: its content must be a text, got {type(kept['content']).__name__}")
     _check_characters(kept.get("content", ""), where)
+    if "tool_calls" in kept:
+        kept["tool_calls"] = _calls(kept["tool_calls"])
     return kept
+
+
+def _calls(given: Any) -> Any:
+    """Calls of tools as chat templates take them: with the arguments that each was given, as an object and not as its text."""
+    calls = _without_none(given)
+    for call in calls if isinstance(calls, list) else []:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if isinstance(function, dict) and isinstance(text := function.get("arguments"), str):
+            try:
+                arguments = json.loads(text)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(arguments, dict):
+                function["arguments"] = arguments
+    return calls
+
+
+def _without_none(value: Any) -> Any:
+    """``value`` without the fields that are None, at any depth: a file of columns gives each object those of all."""
+    if isinstance(value, dict):
+        return {name: _without_none(part) for name, part in value.items() if part is not None}
+    return [_without_none(part) for part in value] if isinstance(value, list) else value
 
 
 def _string(row: dict[str, Any], name: str, option: str, where: str) -> str:
