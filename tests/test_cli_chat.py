@@ -179,6 +179,30 @@ def test_arguments_of_a_call_are_written_once_as_json_whatever_the_template_take
         assert learned(tokenizer, example) == what
 
 
+TOOLS = [{"type": "function", "function": {"name": "walk"}}]
+SHOWN = "{% for tool in tools %}[{{ tool['function']['name'] }}]{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [SHOWN + CHAT, SHOWN + MARKED], ids=["prefixes", "marks"])
+@pytest.mark.parametrize("asked", [0, 1])
+@pytest.mark.parametrize("answers_only", [True, False])
+def test_tools_of_a_row_are_shown_to_the_model(tokenizer, template, asked, answers_only):
+    tokenizer.chat_template = template
+    encoder = Encoder(tokenizer, 100, answers_only)
+    (example,), remarks = encoder.examples([Completion(TURNS[:2], asked, TOOLS)], "training")
+    text = tokenizer.decode(example["input_ids"])
+    assert text.replace("\n", "") == "[walk]<user>dog 3<eos><assistant>dog dog dog<eos>"
+    assert remarks == []
+    sample = encoder.sample(Completion(TURNS[:2], asked, TOOLS))
+    assert text.startswith(tokenizer.decode(sample.tokens)) and sample.reference == "dog dog dog"
+
+
+def test_tools_that_the_template_does_not_show_are_counted(tokenizer):
+    rows = [Completion(TURNS, 0, TOOLS), Completion(TURNS, 1), TURNS]
+    _, remarks = Encoder(tokenizer, 100).examples(rows, "training")
+    assert remarks == ["1 of the 3 training rows have tools, which the chat template does not show to the model"]
+
+
 def test_sample_is_the_last_question_with_what_came_before(tokenizer):
     sample = Encoder(tokenizer, 100).sample(TURNS)
     assert tokenizer.decode(sample.tokens).endswith("<user>and cat<eos>\n<assistant>")

@@ -16,7 +16,7 @@ from gralora_ext.cli import row_files
 from gralora_ext.cli.gather import gather
 from gralora_ext.cli.options import parse
 from gralora_ext.cli.rows import Completion, Fields, Rows, read_rows
-from gralora_ext.compare.texts import _named
+from gralora_ext.compare.texts import Texts, _named
 from gralora_ext.program.errors import JobError
 
 ROWS = [{"question": f'"q" {i},\nof two lines, é', "answer": f"a{i}"} for i in range(5)]
@@ -118,6 +118,46 @@ def test_arguments_that_are_the_text_of_an_object_are_that_object(tmp_path, writ
         called(read, id="1"),
         [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": read}]}],
     ]
+
+
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+
+
+@pytest.mark.parametrize("given", [[TOOL], json.dumps([TOOL])], ids=["list", "text"])
+def test_a_conversation_has_the_tools_of_its_row(tmp_path, given):
+    """As a list, or as TRL takes them too, the JSON text of one."""
+    talk = called({"city": "Rome"})
+    rows = [
+        {"messages": talk, "tools": given},
+        {"messages": talk, "tools": []},
+        {"messages": talk, "tools": None},
+        {"messages": talk, "tools": ""},
+        {"messages": talk},
+    ]
+    file = write(tmp_path / "d.jsonl", rows)
+    assert read_rows([file]).rows == [Completion(talk, 0, [TOOL]), talk, talk, talk, talk]
+    file = write(tmp_path / "p.jsonl", [{"prompt": talk[:1], "completion": talk[1:], "tools": given}] * 2)
+    assert read_rows([file]).rows == [Completion(talk, 1, [TOOL])] * 2
+    for row in (Completion(talk, 0, [TOOL]), Completion(talk, 1, [TOOL])):
+        assert read_rows([write(tmp_path / "c.jsonl", [_named(row)] * 2)]).rows == [row, row]
+
+
+@pytest.mark.parametrize("given", [7, {"f": 1}, ["f"], "f, g", '{"f": 1}'])
+def test_tools_that_are_no_list_of_objects_are_refused(tmp_path, given):
+    file = write(tmp_path / "d.jsonl", [{"messages": called({}), "tools": given}] * 2)
+    with pytest.raises(
+        JobError, match=r"d.jsonl:1: the field 'tools' must be a list of objects, or its JSON text, got "
+    ):
+        read_rows([file])
+
+
+def test_digests_of_rows_without_tools_stay_those_of_older_jobs_and_tools_count():
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    assert Rows("x", [talk]).digest.startswith("b9a4f8657441fbd8")
+    assert Rows("x", [Completion(talk, 1)]).digest.startswith("48dcfe4e9ecdaa66")
+    rows = [talk, Completion(talk, 0), Completion(talk, 0, [TOOL]), Completion(talk, 0, [{**TOOL, "strict": True}])]
+    assert len({Rows("x", [row]).digest for row in rows}) == 4
+    assert len({Texts("x", "y", [], [], [row], []).digest("measure") for row in rows}) == 4
 
 
 ASKED = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
