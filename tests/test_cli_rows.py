@@ -342,9 +342,33 @@ def test_rows_to_hold_out_may_be_files_of_their_own(tmp_path):
     other = write(tmp_path / "e.jsonl", ROWS[1:])
     found = gather(parse(["--data", train, "--eval-data", other]))
     assert (found.train, found.held_out) == (PAIRS[:1], PAIRS[1:])
-    assert found.digest != gather(parse(["--data", train, "--eval-data", train])).digest
+    third = write(tmp_path / "f.jsonl", ROWS[2:])
+    assert found.digest != gather(parse(["--data", train, "--eval-data", third])).digest
     with pytest.raises(JobError, match="--eval-data: there is no file nowhere.csv"):
         gather(parse(["--data", train, "--eval-data", "nowhere.csv"]))
+
+
+def test_rows_to_hold_out_may_be_another_split_of_the_same_data(tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "set").mkdir()
+    write(tmp_path / "set" / "train.jsonl", ROWS[:3])
+    write(tmp_path / "set" / "test.jsonl", ROWS[3:])
+    both = ["--data", str(tmp_path / "set"), "--eval-data", str(tmp_path / "set")]
+    found = gather(parse([*both, "--eval-split", "test"]))
+    assert (found.train, found.held_out) == (PAIRS[:3], PAIRS[3:])
+    found = gather(parse([*both, "--split", "test", "--eval-split", "train"]))
+    assert (found.train, found.held_out) == (PAIRS[3:], PAIRS[:3])
+    with pytest.raises(
+        JobError, match="set has the same rows as the training data: .*, or another split by --eval-split"
+    ):
+        gather(parse(both))
+
+
+def test_rows_to_hold_out_that_are_those_to_train_on_are_refused(tmp_path):
+    train, copy = (write(tmp_path / name, ROWS) for name in ("d.jsonl", "e.csv"))
+    for other in (train, copy):
+        with pytest.raises(JobError, match="--eval-data: .* has the same rows as the training data: name other rows"):
+            gather(parse(["--data", train, "--eval-data", other]))
 
 
 def test_job_on_plain_texts_learns_all_of_them(tmp_path):

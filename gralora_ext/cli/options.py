@@ -123,6 +123,8 @@ def _check_together(options: argparse.Namespace) -> None:
     check_targets("exclude-modules", options.exclude_modules or [])
     if options.layers_pattern and not options.layers_to_transform:
         raise JobError("--layers-pattern needs --layers-to-transform")
+    if options.eval_split and not options.eval_data:
+        raise JobError("--eval-split needs --eval-data")
     if options.report_to and "none" in options.report_to and len(options.report_to) > 1:
         raise JobError("--report-to: none goes with no other name")
 
