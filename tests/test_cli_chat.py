@@ -97,6 +97,12 @@ def test_all_of_a_conversation_but_its_first_token_is_learned_on_demand(tokenize
     assert example["labels"] == [IGNORED, *example["input_ids"][1:]]
 
 
+def test_the_last_word_has_its_end_though_the_template_ends_others_too(tokenizer):
+    tokenizer.chat_template = CHAT.replace("<eos>\n{% endfor", "{% if not loop.last %}<eos>\n{% endif %}{% endfor")
+    (example,), _ = Encoder(tokenizer, 100, answers_only=False).examples([TURNS], "training")
+    assert tokenizer.decode(example["input_ids"]).endswith("and cat<eos>\n<assistant>cat dog<eos>")
+
+
 def test_a_conversation_of_one_answer_is_a_prompt_with_its_answer(tokenizer):
     encoder = Encoder(tokenizer, 100)
     asked = [{"role": "user", "content": "how many"}, {"role": "assistant", "content": "three"}]
@@ -152,6 +158,49 @@ def test_a_conversation_that_the_template_refuses_is_quoted(tokenizer):
     for row in (TURNS, Completion(TURNS, 1)):
         with pytest.raises(JobError, match=says):
             Encoder(tokenizer, 100).examples([row], "training")
+
+
+CALLS = CHAT.replace(
+    "{{ m['content'] }}", "{{ m['tool_calls'][0]['arguments'] | tojson if m['tool_calls'] else m['content'] }}"
+)
+# Of models whose templates take OpenAI's text as it is, such as DeepSeek-V3.
+CALLS_AS_TEXT = CALLS.replace("['arguments'] | tojson if", "['arguments'] + '' if")
+
+
+@pytest.mark.parametrize("template", [CALLS, CALLS_AS_TEXT], ids=["makes JSON", "takes a text"])
+def test_arguments_of_a_call_are_written_once_as_json_whatever_the_template_takes(tokenizer, template):
+    tokenizer.chat_template = template
+    row = [TURNS[0], {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"city": "Rome"}}]}]
+    for answers_only, what in (
+        (True, ['{"city": "Rome"}<eos>']),
+        (False, ['user>dog 3<eos>\n<assistant>{"city": "Rome"}<eos>']),
+    ):
+        (example,), _ = Encoder(tokenizer, 100, answers_only).examples([row], "training")
+        assert learned(tokenizer, example) == what
+
+
+TOOLS = [{"type": "function", "function": {"name": "walk"}}]
+SHOWN = "{% for tool in tools %}[{{ tool['function']['name'] }}]{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [SHOWN + CHAT, SHOWN + MARKED], ids=["prefixes", "marks"])
+@pytest.mark.parametrize("asked", [0, 1])
+@pytest.mark.parametrize("answers_only", [True, False])
+def test_tools_of_a_row_are_shown_to_the_model(tokenizer, template, asked, answers_only):
+    tokenizer.chat_template = template
+    encoder = Encoder(tokenizer, 100, answers_only)
+    (example,), remarks = encoder.examples([Completion(TURNS[:2], asked, TOOLS)], "training")
+    text = tokenizer.decode(example["input_ids"])
+    assert text.replace("\n", "") == "[walk]<user>dog 3<eos><assistant>dog dog dog<eos>"
+    assert remarks == []
+    sample = encoder.sample(Completion(TURNS[:2], asked, TOOLS))
+    assert text.startswith(tokenizer.decode(sample.tokens)) and sample.reference == "dog dog dog"
+
+
+def test_tools_that_the_template_does_not_show_are_counted(tokenizer):
+    rows = [Completion(TURNS, 0, TOOLS), Completion(TURNS, 1), TURNS]
+    _, remarks = Encoder(tokenizer, 100).examples(rows, "training")
+    assert remarks == ["1 of the 3 training rows have tools, which the chat template does not show to the model"]
 
 
 def test_sample_is_the_last_question_with_what_came_before(tokenizer):

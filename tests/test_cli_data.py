@@ -115,6 +115,28 @@ def test_chat_template_is_used_and_the_end_is_learned_once(tokenizer, monkeypatc
     assert example["input_ids"][: len(encoder.prompt("How many?"))] == encoder.prompt("How many?")
 
 
+def beginning_with_its_end(tokenizer):
+    """A tokenizer whose texts begin with the end token, as OPT's do."""
+    from copy import deepcopy
+
+    from tokenizers.processors import TemplateProcessing
+
+    own = deepcopy(tokenizer)
+    own.backend_tokenizer.post_processor = TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", 1)])
+    return own
+
+
+@pytest.mark.parametrize("begins", [False, True], ids=["plain", "begins with the end token"])
+@pytest.mark.parametrize("text", ["some words", "one<eos>two", "ended<eos>"])
+def test_a_text_and_an_answer_end_with_one_end_token_whatever_comes_before(tokenizer, begins, text):
+    used = beginning_with_its_end(tokenizer) if begins else tokenizer
+    start, whole = "<eos>" if begins else "", text.removesuffix("<eos>") + "<eos>"
+    examples, _ = Encoder(used, 64).examples([text, ("asked", text)], "training")
+    assert used.decode(examples[0]["input_ids"]) == start + whole
+    assert used.decode(examples[1]["input_ids"]) == f"{start}asked\n{whole}"
+    assert labelled(used, examples[1]) == whole
+
+
 def test_long_rows_are_cut_and_those_without_room_left_out(tokenizer):
     pairs = [("ab", "c"), ("ab", "c" * 9), ("a" * 9, "c")]
     examples, remark = Encoder(tokenizer, 6).examples(pairs, "training")

@@ -36,7 +36,7 @@ def work(tmp_path_factory):
     make_data(folder / "train.jsonl", 20)
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     shutil.copy(folder / "train.jsonl", folder / "part1.jsonl")
-    shutil.copy(folder / "train.jsonl", folder / "held-out.jsonl")
+    make_data(folder / "held-out.jsonl", 10)
     (folder / "train.csv").write_text("ask,reply\n" + "".join(f"{r['question']},{r['answer']}\n" for r in rows))
     if find_spec("pyarrow"):
         import pyarrow.parquet

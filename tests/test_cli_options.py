@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gralora_ext.cli.option_table import NOT_HERE, OPTIONS
-from gralora_ext.cli.options import parse, settings
+from gralora_ext.cli.options import decisive, parse, settings
 from gralora_ext.cli.parser import HOW, OTHER_NAMES, JobParser
 from gralora_ext.program.errors import JobError
 
@@ -65,6 +65,7 @@ TYPED = {
     "--backend lora --use_dora --init_lora_weights pissa": {"use_dora": True, "init_weights": "pissa"},
     "--init_lora_weights false": {"init_weights": False},
     "--assistant_only_loss --dataset_text_field t": {"answers_only": True, "text_field": "t"},
+    "--dataset_name d --eval-dataset d --dataset_test_split test": {"eval_data": ["d"], "eval_split": "test"},
     "--no-completion-only-loss": {"answers_only": False},
     "--rank_pattern q_proj=8 .*v_proj=4": {"rank_pattern": {"q_proj": 8, ".*v_proj": 4}},
     '--alpha_pattern {"q_proj":2.5}': {"alpha_pattern": {"q_proj": 2.5}},
@@ -175,6 +176,59 @@ def test_settings_are_a_configuration_file(tmp_path, monkeypatch):
     assert settings(parse(["--config", file])) == values
 
 
+@pytest.mark.parametrize("printed", [False, True], ids=["finetune.json", "--print-config"])
+def test_settings_with_rows_to_hold_out_are_a_configuration_file(printed, tmp_path, capsys, monkeypatch):
+    from gralora_ext.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    words = ["--data", "a.jsonl", "--eval-data", "b.jsonl", "--output", "out"]
+    values = settings(parse(words))
+    text = json.dumps(values)
+    if printed:
+        assert main(["finetune", *words, "--print-config"]) == 0
+        text = capsys.readouterr().out
+    again = parse(["--config", config(tmp_path, "finetune.json", text)])
+    assert settings(again) == values and decisive(settings(again)) == decisive(values)
+
+
+@pytest.mark.parametrize("data", [[], ["--data", "a.jsonl"]], ids=["embedded", "own"])
+def test_older_settings_with_rows_to_hold_out_are_read_and_the_same_as_todays(data, tmp_path):
+    """They say where rows are drawn from, too, which means nothing beside --eval-data."""
+    values = settings(parse([*data, "--eval-data", "b.jsonl"]))
+    older = {**values, "held_out_from": "random" if data else "end"}
+    file = config(tmp_path, "finetune.json", json.dumps(older))
+    assert settings(parse(["--config", file])) == values
+    assert decisive(values) == {name: value for name, value in older.items() if name in decisive(values)}
+    drawn = config(tmp_path, "drawn.json", json.dumps(settings(parse(data))))
+    assert settings(parse(["--config", drawn, "--eval-data", "b.jsonl"])) == values
+    with pytest.raises(JobError, match="--eval-data and --held-out-from exclude each other"):
+        parse(["--config", file, "--held-out-from", "end"])
+
+
+def warmup(*words):
+    from gralora_ext.cli.trainer import arguments
+
+    return arguments(parse(["--output", "out", *words]), steps=20, use_cpu=True).warmup_steps
+
+
+def test_a_part_of_no_steps_leaves_the_steps_of_the_warm_up_as_they_are():
+    assert warmup("--warmup-steps", "5", "--warmup-ratio", "0") == 5
+    assert warmup("--warmup-steps", "5") == 5
+    assert warmup("--warmup-ratio", "0.1") == warmup("--warmup-steps", "0", "--warmup-ratio", "0.1") == 2
+    assert warmup("--warmup-ratio", "0") == warmup() == 0
+
+
+def test_a_tilde_is_the_home_folder_wherever_the_shell_leaves_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config(tmp_path, "c.yaml", "output: ~/runs/x\naccelerate_config: ~/a.yaml\n")
+    for found in (
+        parse(["--config=~/c.yaml"]),
+        parse(["--output=~/runs/x", "--accelerate-config=~/a.yaml"]),
+    ):
+        assert (found.output, found.accelerate_config) == (f"{tmp_path}/runs/x", f"{tmp_path}/a.yaml")
+        assert settings(found)["output"] == f"{tmp_path}/runs/x"
+
+
 @pytest.mark.parametrize(
     ("text", "line", "says"),
     [
@@ -265,6 +319,7 @@ def test_file_that_is_no_configuration_is_refused(tmp_path, name, text, says):
         (["--no-packing", "true"], "argument --packing: --no-packing takes no value"),
         (["--bf16", "--fp16"], "--bf16 and --fp16 exclude each other"),
         (["--warmup-steps", "3", "--warmup-ratio", "0.1"], "--warmup-steps and --warmup-ratio exclude each other"),
+        (["--eval-split", "test"], "--eval-split needs --eval-data"),
         (["--k-pattern", "q_proj=4", "--backend", "lora"], "--k-pattern needs --backend fused, and it is lora"),
         (["--use-dora"], "--use-dora needs --backend lora, and it is fused"),
         (["--rank-pattern", "q_proj=4", "--backend", "peft"], "--rank-pattern needs --backend fused or lora"),

@@ -233,3 +233,15 @@ def test_rows_that_become_other_tokens_are_not_gone_on_with(tmp_path: Path) -> N
     assert changed.returncode == 2 and "was made with other tokens of the same rows" in sentence(changed)
     make_chat_model(tmp_path / "model")
     assert call(*job, 4, cwd=tmp_path).returncode == 0
+
+
+def test_a_job_with_rows_to_hold_out_goes_on_by_the_command_that_it_prints(tmp_path: Path) -> None:
+    make_model(tmp_path / "model")
+    make_data(tmp_path / "data.jsonl")
+    make_data(tmp_path / "other.jsonl", 8)
+    job = [*JOB, "--eval-data", "other.jsonl", "--output", "out"]
+    assert call(*job, "--steps", 1, cwd=tmp_path).returncode == 0
+    again = ("finetune", "--config", "out/finetune.json", "--resume", "--steps", 2)
+    done = call(*again, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "1 of 2 steps done" in done.stdout

@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ..program.errors import JobError, first_sentence
 from .rows import Messages
 
+Tools = Sequence[dict[str, Any]]
 _MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
@@ -25,20 +29,31 @@ class Template:
         self.place = getattr(tokenizer, "name_or_path", "")
         template = getattr(tokenizer, "chat_template", None)
         self.exists = bool(template)
+        texts = list(template.values()) if isinstance(template, dict) else [template or ""]
+        self.shows_tools = any(re.search(r"\btools\b", text) for text in texts)
         self.has_marks = bool(_MARKS.search(template["default"] if isinstance(template, dict) else template or ""))
 
-    def text(self, messages: Messages, **how: Any) -> Any:
-        """What the template makes of ``messages``: text, or what ``how`` asks ``apply_chat_template`` for."""
+    def text(self, messages: Messages, tools: Tools = (), **how: Any) -> Any:
+        """What the template makes of ``messages``: text, or what ``how`` asks ``apply_chat_template`` for.
+
+        The arguments of calls are objects for most templates. Those of some models, such as DeepSeek-V3, fail with them
+        and take their text.
+        """
+        how = {"tokenize": False, **({"tools": tools} if tools else {}), **how}
         try:
-            return self.tokenizer.apply_chat_template(messages, **{"tokenize": False, **how})
+            return self.tokenizer.apply_chat_template(messages, **how)
         except Exception as error:  # a template is a program: it raises what it likes
+            in_text = _with_arguments_in_text(messages)
+            if in_text != messages:
+                with suppress(Exception):  # what was wrong the first time is told
+                    return self.tokenizer.apply_chat_template(in_text, **how)
             raise TemplateFails(first_sentence(error)) from error
 
-    def open(self, messages: Messages) -> str:
+    def open(self, messages: Messages, tools: Tools = ()) -> str:
         """The text after which the assistant speaks."""
-        return self.text(messages, add_generation_prompt=True)
+        return self.text(messages, tools, add_generation_prompt=True)
 
-    def parts(self, messages: Messages, asked: int = 0) -> tuple[list[tuple[str, bool]], int]:
+    def parts(self, messages: Messages, asked: int = 0, tools: Tools = ()) -> tuple[list[tuple[str, bool]], int]:
         """Pieces of the conversation's text in their order, each with whether the assistant said it.
 
         What it said within the first ``asked`` messages does not count. The pieces end with the assistant's last word.
@@ -47,11 +62,11 @@ class Template:
         when the conversation goes on: they are not among what the assistant said.
         """
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= asked]
-        whole = self.text(messages[: turns[-1] + 1])
+        whole = self.text(messages[: turns[-1] + 1], tools)
         pieces, at, lost = [], 0, 0
         for i in turns:
-            start = self.open(messages[:i]) if i else None  # what opens the first message is not known
-            end = whole if i == turns[-1] else self.text(messages[: i + 1])
+            start = self.open(messages[:i], tools) if i else None  # what opens the first message is not known
+            end = whole if i == turns[-1] else self.text(messages[: i + 1], tools)
             if start is None or not (whole.startswith(end) and end.startswith(start) and at <= len(start)):
                 lost += 1
                 continue
@@ -60,10 +75,24 @@ class Template:
             at = len(start) + len(said)
         return pieces, lost
 
-    def marked(self, messages: Messages) -> tuple[list[int], list[bool]]:
+    def marked(self, messages: Messages, tools: Tools = ()) -> tuple[list[int], list[bool]]:
         """The conversation's tokens, and which of them the template's own ``{% generation %}`` marks say are learned."""
-        made = self.text(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        made = self.text(messages, tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         return list(made["input_ids"]), [bool(mark) for mark in made["assistant_masks"]]
+
+
+def _with_arguments_in_text(value: Any) -> Any:
+    """``value`` with the JSON text of each object that is called ``arguments`` in its place."""
+    if isinstance(value, list):
+        return [_with_arguments_in_text(part) for part in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        name: json.dumps(part, ensure_ascii=False, default=str)
+        if name == "arguments" and isinstance(part, dict)
+        else _with_arguments_in_text(part)
+        for name, part in value.items()
+    }
 
 
 def read_template(file: str) -> str:

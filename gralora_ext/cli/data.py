@@ -57,15 +57,15 @@ class Encoder:
                 f"the rows are conversations, and the tokenizer in {self.place} has no chat template: name a model that "
                 "has one, such as an Instruct model, or a file with --chat-template"
             )
-        messages, asked = _conversation(row)
+        talk = _conversation(row)
         if not self.answers_only:
-            text = self.template.text(messages).rstrip()
+            text = self.template.text(talk.messages, talk.tools).rstrip()
             return [(self._ended(self._tokens(text, add_special_tokens=False)), True)], 0
-        if self.template.has_marks and not asked:
-            tokens, learned = self.template.marked(messages)
+        if self.template.has_marks and not talk.asked:
+            tokens, learned = self.template.marked(talk.messages, talk.tools)
             end = max((i + 1 for i, mark in enumerate(learned) if mark), default=0)
             return [([token], mark) for token, mark in zip(tokens[:end], learned, strict=False)], 0
-        texts, lost = self.template.parts(messages, asked)
+        texts, lost = self.template.parts(talk.messages, talk.asked, talk.tools)
         pieces = self._cut(texts)
         if pieces:
             pieces[-1] = self._ended(pieces[-1][0]), True
@@ -99,7 +99,13 @@ class Encoder:
             raise JobError(
                 f"--max-length {self.max_length} leaves no room for an answer in any of the {len(rows)} {what} rows"
             )
-        return examples, self._remarks(len(rows), what, cut, len(rows) - len(examples) - unmarked, unmarked, lost)
+        remarks = self._remarks(len(rows), what, cut, len(rows) - len(examples) - unmarked, unmarked, lost)
+        tooled = sum(isinstance(row, Completion) and bool(row.tools) for row in rows)
+        if tooled and not self.template.shows_tools:
+            remarks.append(
+                f"{tooled:,} of the {len(rows):,} {what} rows have tools, which the chat template does not show to the model"
+            )
+        return examples, remarks
 
     def _remarks(self, count: int, what: str, cut: int, left_out: int, unmarked: int, lost: int) -> list[str]:
         remarks = []
@@ -127,9 +133,10 @@ class Encoder:
             words = row.split(" ")
             half = " ".join(words[: (len(words) + 1) // 2]) or row
             return Sample(self._open(half), half, row[len(half) :].strip())
-        messages, _ = _conversation(row)
+        talk = _conversation(row)
+        messages = talk.messages
         last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-        asked = self.template.open(messages[:last]) if last else ""
+        asked = self.template.open(messages[:last], talk.tools) if last else ""
         shown = "\n".join(f"{message['role']}: {message.get('content', '')}" for message in messages[:last])
         return Sample(self._tokens(asked, add_special_tokens=False), shown, messages[last].get("content", ""))
 
@@ -153,7 +160,7 @@ class Encoder:
         except TemplateFails as error:
             cure = "mend it, or remove it, and rows are taken as plain text"
             if not isinstance(row, (str, tuple)):
-                messages, _ = _conversation(row)
+                messages = _conversation(row).messages
                 roles = clipped(", ".join(message["role"] for message in messages))
                 said = clipped(repr(messages[0].get("content", "")))
                 cure = f"mend it, or the conversation of {roles} that begins with {said}"
@@ -193,7 +200,7 @@ class Encoder:
 
     def _ended(self, tokens: list[int]) -> list[int]:
         eos = self.tokenizer.eos_token_id
-        return tokens if eos is None or eos in tokens else [*tokens, eos]
+        return tokens if eos is None or tokens[-1:] == [eos] else [*tokens, eos]
 
     def _answer(self, prompt: str, answer: str) -> str:
         """The answer with what the template puts around it; by itself where the template does not keep what was asked."""
@@ -204,6 +211,5 @@ class Encoder:
         return answer if lost else pieces[-1][0]
 
 
-def _conversation(row: Messages | Completion) -> tuple[Messages, int]:
-    """The messages, and how many of them come before what is learned."""
-    return (row.messages, row.asked) if isinstance(row, Completion) else (row, 0)
+def _conversation(row: Messages | Completion) -> Completion:
+    return row if isinstance(row, Completion) else Completion(row, 0)

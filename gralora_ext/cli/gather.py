@@ -7,6 +7,7 @@ import argparse
 import hashlib
 from dataclasses import dataclass
 
+from ..program.errors import JobError
 from .chat import read_template
 from .rows import Fields, Row, read_rows
 
@@ -32,7 +33,13 @@ def gather(options: argparse.Namespace) -> Gathered:
     rows = read_rows(o.data, fields, o.data_config, o.data_split, least=1 if by_itself else 2)
     said, digest = [rows.remark], rows.digest
     if by_itself:
-        others = read_rows(o.eval_data, fields, o.data_config, o.data_split, option="--eval-data", least=1)
+        split = o.eval_split or o.data_split
+        others = read_rows(o.eval_data, fields, o.data_config, split, option="--eval-data", least=1)
+        if others.digest == rows.digest:
+            raise JobError(
+                f"--eval-data: {others.name} has the same rows as the training data: name other rows, or another split "
+                "by --eval-split, or leave out --eval-data"
+            )
         train, held_out, which = rows.rows, others.rows, f"{len(others.rows):,} of {others.name} held out"
         said, digest = [*said, others.remark], _of(digest, others.digest)
     else:

@@ -177,6 +177,8 @@ TABLE: dict[str, tuple[Option, ...]] = {
     "evaluation": (
         Option("eval-data", several(_PATH), None, "files or a name as in --data, all of whose rows are held out",
                "eval-dataset eval-file validation-file val-file"),
+        Option("eval-split", TEXT, None, "the split of --eval-data where that is a `datasets` name (default: as "
+               "--data-split)", "dataset-test-split dataset-eval-split"),
         Option("held-out", _N, None, "how many rows are kept from training (default: a fifth, at most 200)",
                "num-held-out"),
         Option("held-out-from", choice("random", "end"), None, "which: drawn by --seed, or the last (default: random; "

@@ -29,11 +29,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     chosen: dict[str, Any] = {}
     if "config" in typed:
         _check_path("config", typed["config"])
+        typed["config"] = os.path.expanduser(typed["config"])
         chosen = config_file.values(parser, Path(typed["config"]))
     # The other length of the job, given in the file, yields to the one on the command line.
     for one, other in (("steps", "epochs"), ("epochs", "steps")):
         if one in typed and other not in typed:
             chosen.pop(other, None)
+    # Files of older jobs have both, though nothing is drawn where the rows to hold out are given.
+    if "eval_data" in chosen or "eval_data" in typed:
+        chosen.pop("held_out_from", None)
     how = {"config": None, "resume": False, "print_config": False, "debug": False}
     defaults = {key: option.default for key, option in OPTIONS.items()}
     options = argparse.Namespace(**{**defaults, **how, **chosen, **typed})
@@ -43,6 +47,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         value = getattr(options, name)
         for path in [value] if isinstance(value, str) else value or []:
             _check_path(name, path)
+    # The shell leaves a ~ behind an equals sign as it is, and a file's is not the shell's at all.
+    # What reads models and rows expands it there.
+    for name in ("output", "accelerate_config"):
+        if getattr(options, name) is not None:
+            setattr(options, name, os.path.expanduser(getattr(options, name)))
     return options
 
 
@@ -59,7 +68,12 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
 
 def decisive(values: Mapping[str, Any]) -> dict[str, Any]:
     """Those settings that decide the numbers of a job, and must be the same when it is resumed."""
-    return {name: value for name, value in values.items() if name not in OPTIONS or not OPTIONS[name].free}
+    found = {name: value for name, value in values.items() if name not in OPTIONS or not OPTIONS[name].free}
+    if found.get("eval_data") is not None:
+        # It decides nothing then. It is always what it would be without --eval-data, as in the
+        # checkpoints of older jobs, so that those can be resumed.
+        found["held_out_from"] = _held_out_from(found.get("data"))
+    return found
 
 
 def bits_of(options: argparse.Namespace) -> int | None:
@@ -109,12 +123,14 @@ def _check_together(options: argparse.Namespace) -> None:
     check_targets("exclude-modules", options.exclude_modules or [])
     if options.layers_pattern and not options.layers_to_transform:
         raise JobError("--layers-pattern needs --layers-to-transform")
+    if options.eval_split and not options.eval_data:
+        raise JobError("--eval-split needs --eval-data")
     if options.report_to and "none" in options.report_to and len(options.report_to) > 1:
         raise JobError("--report-to: none goes with no other name")
 
 
 def _is_given(options: argparse.Namespace, key: str) -> bool:
-    """Whether an option asks for anything."""
+    """Whether an option asks for anything. A 0, which is equal to False, does not."""
     return getattr(options, key) not in (OPTIONS[key].default, None, False)
 
 
@@ -128,14 +144,18 @@ def _resolve(options: argparse.Namespace) -> None:
         options.steps = 30
     if options.alpha is None:
         options.alpha = 2 * (options.r + options.hybrid_r)
-    if options.held_out_from is None:
-        options.held_out_from = "end" if options.data is None else "random"
+    if options.held_out_from is None and options.eval_data is None:
+        options.held_out_from = _held_out_from(options.data)
     if options.report_to == ["none"]:
         options.report_to = None
     if options.output is None:
         names = [Path(options.model or "smollm2").name, Path((options.data or ["gsm8k"])[0]).name]
         names = [re.sub(r"\.(gguf|jsonl?|csv|tsv|parquet)$", "", name) for name in names]
         options.output = str(Path("runs") / re.sub(r"[^\w.-]+", "-", "-".join(names)))
+
+
+def _held_out_from(data: list[str] | None) -> str:
+    return "end" if data is None else "random"
 
 
 # The longest that is written below --output.

@@ -7,6 +7,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,10 +22,14 @@ Messages = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Completion:
-    """A conversation of which the first ``asked`` messages are the prompt: of answers only later ones are learned."""
+    """A conversation of which the first ``asked`` messages are the prompt: of answers only later ones are learned.
+
+    ``tools`` are the definitions of the tools that the assistant may call in it.
+    """
 
     messages: Messages
     asked: int
+    tools: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
 
 # A prompt and its answer, a conversation, a conversation to be completed, or a text.
@@ -34,6 +39,7 @@ Row = tuple[str, str] | Messages | Completion | str
 _MESSAGES = ("messages", "conversations")
 _PROMPTS, _ANSWERS = ("prompt", "instruction"), ("completion", "response", "output", "answer")
 _TEXT = "text"
+_TOOLS = "tools"  # beside a conversation
 # Of a message's fields those that chat templates know.
 _OF_MESSAGE = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
 # ShareGPT's words for the fields of a message, and for who speaks.
@@ -63,7 +69,7 @@ class Rows:
     digest: str = field(init=False)
 
     def __post_init__(self) -> None:
-        self.digest = hashlib.sha256(json.dumps(self.rows, default=str).encode()).hexdigest()
+        self.digest = hashlib.sha256(json.dumps(self.rows, default=text_for_digest).encode()).hexdigest()
 
     @property
     def what(self) -> str:
@@ -93,6 +99,11 @@ class Rows:
         for i, row in enumerate(self.rows):
             parts[i in chosen].append(row)
         return parts
+
+
+def text_for_digest(value: Any) -> str:
+    """What stands in a digest of rows for what JSON has no form for. Rows without tools keep the digest they have had."""
+    return f"{value}{value.tools}" if isinstance(value, Completion) and value.tools else str(value)
 
 
 def read_rows(
@@ -136,14 +147,14 @@ def read_rows(
 def _taker(first: dict[str, Any], fields: Fields, where: str) -> Callable[[Any, str], Row]:
     """How rows are read, as the options say, or else as the first row's fields tell."""
     if fields.messages is not None:
-        return lambda row, where: _messages(row, fields.messages or "", "--messages-field", where)
+        return lambda row, where: _conversation(row, fields.messages or "", where)
     if fields.text is not None:
         return lambda row, where: _text(row, fields.text or "", "--text-field", where)
     prompt, answer = fields.prompt, fields.answer
     if (prompt, answer) == (Fields.prompt, Fields.answer) and not (prompt in first and answer in first):
         for name in _MESSAGES:
             if name in first:
-                return lambda row, where: _messages(row, name, "--messages-field", where)
+                return lambda row, where: _conversation(row, name, where)
         asked, replied = (next((n for n in names if n in first), None) for names in (_PROMPTS, _ANSWERS))
         if asked and replied:
             prompt, answer = asked, replied
@@ -162,10 +173,15 @@ def _pair(row: dict[str, Any], prompt: str, answer: str, more: str | None, where
     return (f"{question}\n\n{_string(row, more or '', '--prompt-field', where)}" if beside else question), reply
 
 
+def _conversation(row: dict[str, Any], name: str, where: str) -> Row:
+    messages, tools = _messages(row, name, "--messages-field", where), _tools(row, where)
+    return Completion(messages, 0, tools) if messages and tools else messages
+
+
 def _completion(row: dict[str, Any], prompt: str, answer: str, where: str) -> Row:
     asked = _list_of_messages(row, prompt, "--prompt-field", where)
     said = _messages(row, answer, "--answer-field", where)
-    return Completion([*asked, *said], len(asked)) if said else []
+    return Completion([*asked, *said], len(asked), _tools(row, where)) if said else []
 
 
 def _text(row: dict[str, Any], name: str, option: str, where: str) -> str:
@@ -178,6 +194,21 @@ def _messages(row: dict[str, Any], name: str, option: str, where: str) -> Messag
     """The messages, or none where the assistant says nothing in them."""
     messages = _list_of_messages(row, name, option, where)
     return messages if any(message["role"] == "assistant" for message in messages) else []
+
+
+def _tools(row: dict[str, Any], where: str) -> list[dict[str, Any]]:
+    """The definitions of tools in the row: a list, or its JSON text, as TRL takes them."""
+    given = row.get(_TOOLS)
+    tools = _without_none(given)
+    if isinstance(given, str):
+        with suppress(ValueError, RecursionError):
+            tools = json.loads(given) if given.strip() else None
+    if tools is None:
+        return []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        got = "another text" if isinstance(given, str) else type(given).__name__
+        raise JobError(f"{where}: the field '{_TOOLS}' must be a list of objects, or its JSON text, got {got}")
+    return tools
 
 
 def _list_of_messages(row: dict[str, Any], name: str, option: str, where: str) -> Messages:
@@ -205,7 +236,31 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(kept.get("content", ""), str):
         raise JobError(f"{where}: its content must be a text, got {type(kept['content']).__name__}")
     _check_characters(kept.get("content", ""), where)
+    if "tool_calls" in kept:
+        kept["tool_calls"] = _calls(kept["tool_calls"])
     return kept
+
+
+def _calls(given: Any) -> Any:
+    """Calls of tools as chat templates take them: with the arguments that each was given, as an object, not its text."""
+    calls = _without_none(given)
+    for call in calls if isinstance(calls, list) else []:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if isinstance(function, dict) and isinstance(text := function.get("arguments"), str):
+            try:
+                arguments = json.loads(text)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(arguments, dict):
+                function["arguments"] = arguments
+    return calls
+
+
+def _without_none(value: Any) -> Any:
+    """``value`` without the fields that are None, at any depth: a file of columns gives each object those of all."""
+    if isinstance(value, dict):
+        return {name: _without_none(part) for name, part in value.items() if part is not None}
+    return [_without_none(part) for part in value] if isinstance(value, list) else value
 
 
 def _string(row: dict[str, Any], name: str, option: str, where: str) -> str:

@@ -26,7 +26,7 @@ from .shares import ShareLoader, Shares, has_labels
 
 def arguments(options: Any, steps: int, use_cpu: bool) -> TrainingArguments:
     """Trainer's arguments: its own printing, saving and evaluating are off, since the job does them."""
-    warmup = options.warmup_steps if options.warmup_ratio is None else math.ceil(options.warmup_ratio * steps)
+    warmup = math.ceil(options.warmup_ratio * steps) if options.warmup_ratio else options.warmup_steps
     made = TrainingArguments(
         output_dir=options.output,
         max_steps=steps,

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..cli.rows import Completion, Fields, Row, Rows, read_rows
+from ..cli.rows import Completion, Fields, Row, Rows, read_rows, text_for_digest
 from ..program.errors import JobError
 from ..program.files import staged
 from ..program.wheels import general_text_file
@@ -39,7 +39,7 @@ class Texts:
     def digest(self, part: str) -> str:
         """Of all that a run of ``part`` reads."""
         values = [self.train, self.held_out(part), self.general if part == MEASURE else []]
-        return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(values, default=text_for_digest).encode()).hexdigest()[:16]
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -66,7 +66,10 @@ def _named(row: Row) -> dict[str, Any]:
     if isinstance(row, str):
         return {"text": row}
     if isinstance(row, Completion):
-        return {"prompt": row.messages[: row.asked], "completion": row.messages[row.asked :]}
+        tools = {"tools": row.tools} if row.tools else {}
+        if not row.asked:
+            return {"messages": row.messages, **tools}
+        return {"prompt": row.messages[: row.asked], "completion": row.messages[row.asked :], **tools}
     return {"question": row[0], "answer": row[1]} if isinstance(row, tuple) else {"messages": row}
 
 
