@@ -9,6 +9,7 @@ import signal
 import statistics
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from cli_helpers import call, run, sentence, start
@@ -92,6 +93,10 @@ def test_no_test_row_is_trained_on_or_chosen_with(work, tmp_path):
     assert sorted(pair for part in parts for pair in part) == sorted(pairs), "each row is in one part"
     assert texts.test != pairs[-6:] and texts.test != pairs[:6], "a file that is sorted would end with rows of one kind"
     assert gather(options).test == texts.test, "the same ones each time"
+
+
+def test_a_tilde_is_the_home_folder():
+    assert cli.options(["--output", "~/compared"]).output == str(Path.home() / "compared")
 
 
 def test_fewer_reviews_than_asked_for_are_all_of_them(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -72,6 +73,7 @@ def parse(of: Parser, argv: Sequence[str], defaults: dict[str, Any], quick: dict
             setattr(options, name, value)
     if not options.output.strip():
         raise JobError("--output: expected a path, got an empty text")
+    options.output = os.path.expanduser(options.output)
     return options
 
 
