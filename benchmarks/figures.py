@@ -92,16 +92,10 @@ class Tables:
         facts = any("loss" in entry for r in records for entry in r["contenders"].values())
         peers = ("base", "peft", "lora")
         rows = [["processor", "adapter", *(f"ours / {LABELS[n]}" for n in peers), *(f"{LABELS[n]}, ms" for n in names)]]
-        rows += [
-            [
-                run.processor,
-                r["case"]["setting"],
-                *(_mean(_ratios([r], n)) for n in peers),
-                *(_milliseconds(r, n) for n in names),
-            ]
-            for run, of_run in cases.items()
-            for r in of_run
-        ]
+        for run, of_run in cases.items():
+            for r in of_run:
+                ratios = (_mean(_ratios([r], n)) for n in peers)
+                rows.append([run.processor, r["case"]["setting"], *ratios, *(_milliseconds(r, n) for n in names)])
         spread = _spread([records])
         sentence = (
             f"{subject} in float32, {records[0]['case']['tokens']} tokens, forward + backward: how much of the others' "
