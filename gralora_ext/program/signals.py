@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import signal
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any, TextIO
 
 from .errors import Stopped
 
+_SIGNAL_SECONDS = 0.1
 ONE_SIGNAL_SECONDS = 2.0  # of several processes: within these a second signal is the first one once more
 
 
@@ -68,6 +70,9 @@ class Stopper:
             self._tell(b"\nstopped at once; what was finished is whole\n")
             os._exit(128 + signum)
         self.learn(signum)
+        for stream in (1, 2):
+            if _is_gone(stream):
+                _silence(stream)  # for libraries that write there too
         if self._depth:
             self._tell(b"\nstopping after the step in hand; a second signal stops at once\n")
         else:
@@ -93,6 +98,23 @@ def reader_may_be_gone(stream: TextIO) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if stopper.signum is None or error.errno not in (errno.EPIPE, errno.EIO):
+        if error.errno not in (errno.EPIPE, errno.EIO):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        time.sleep(_SIGNAL_SECONDS)  # the signal may come just after what it is sent for
+        if stopper.signum is None:
+            raise
+        _silence(stream.fileno())
+
+
+def _is_gone(descriptor: int) -> bool:
+    """Whether the terminal, or the reader of the pipe, that ``descriptor`` writes to has gone."""
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def _silence(descriptor: int) -> None:
+    """Has what is written to ``descriptor`` from now on lost."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
