@@ -30,8 +30,9 @@ def table() -> str:
             stated = re.search(r"\(default: (.*)\)", option.help)
             default = stated[1] if stated else "" if option.default is None else f"`{option.default}`"
             what = re.sub(r" ?\(default: .*\)", "", option.help)
-            if (option.kind.metavar or "").startswith("{"):
-                what += f" ({option.kind.metavar.strip('{}').replace(',', ', ')})"
+            choices = re.findall(r"\w+", option.kind.metavar) if (option.kind.metavar or "").startswith("{") else []
+            if not set(choices) <= set(re.findall(r"\w+", what)):
+                what += f" ({', '.join(choices)})"
             if option.only != BACKENDS:
                 what += f"; `--backend {'` or `'.join(option.only)}`"
             others = ", ".join(f"`{name}`" for name in option.also.split())

@@ -62,7 +62,7 @@ def main() -> None:
         work = make_work(Path(folder))
         command(work, "compare", "--output", "out", *TINY)
         shutil.rmtree(results, ignore_errors=True)
-        shutil.copytree(work / "out", results, ignore=shutil.ignore_patterns(".lock", "logs", "texts"))
+        shutil.copytree(work / "out", results, ignore=shutil.ignore_patterns(".lock", "logs", "texts", "compare.*"))
 
 
 if __name__ == "__main__":

@@ -108,3 +108,22 @@ def device() -> torch.device:
 def no_plot(monkeypatch: pytest.MonkeyPatch) -> None:
     """Jobs of the command line draw no loss.png, which takes half of the time of a short one."""
     monkeypatch.setattr("gralora_ext.cli.report.draw", lambda metrics, path: path.write_bytes(b"plot"))
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """A base in several files, and an adapter of it, which no test changes."""
+    from checkpoint_helpers import gralora, llama, save_adapter, save_base
+
+    folder = tmp_path_factory.mktemp("merge")
+    base = save_base(folder / "base", llama(), torch.bfloat16, max_shard_size="20KB")
+    return base, save_adapter(folder / "adapter", base, gralora())
+
+
+@pytest.fixture
+def own_sharded(tmp_path):
+    """The same, to be changed, and a folder for the result."""
+    from checkpoint_helpers import gralora, llama, save_adapter, save_base
+
+    base = save_base(tmp_path / "base", llama(), torch.bfloat16, max_shard_size="20KB")
+    return base, save_adapter(tmp_path / "adapter", base, gralora()), tmp_path / "out"

@@ -249,11 +249,14 @@ def test_what_a_failed_run_said_is_told(work, monkeypatch):
     [
         (["--methods", "loar"], "--methods: there is no loar (did you mean lora?); there are full, lora"),
         (["--validation-rows", "60"], "--validation-rows 60: rows.jsonl has 54 training rows, and some must remain"),
-        (["--rank", "12"], "--rank 12: gralora-k8 divides it by k = 8, which leaves a rest"),
-        (["--rank", "4", "--methods", "lora", "gralora-k8"], "--rank 4: gralora-k8 divides it by k = 8"),
+        (["--rank", "12"], "--rank 12: k = 8 does not divide the rank 12 of gralora-k8"),
+        (
+            ["--rank", "4", "--methods", "lora", "gralora-k8"],
+            "--rank 4: k = 8 does not divide the rank 4 of gralora-k8",
+        ),
         (
             ["--rank", "6", "--methods", "gralora-hybrid"],
-            "--rank 6: gralora-hybrid divides it, 3 of it plain, by k = 2",
+            "--rank 6: k = 2 does not divide the rank 3 of gralora-hybrid",
         ),
         (["--general-text", "nowhere.txt"], "--general-text: nowhere.txt cannot be read"),
         (["--output", "model"], "--output: model holds other files"),

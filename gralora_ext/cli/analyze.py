@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from ..compare.methods import METHODS
 from ..program.errors import JobError, clipped, did_you_mean
 from ..program.signals import stopper
 from .checks import check_packages
@@ -69,8 +70,8 @@ def options(argv: list[str]) -> argparse.Namespace:
     if unknown := next((k for k in ks if k not in (1, 2, 4, 8)), None):
         raise JobError(f"--ks: expected 2, 4 or 8, got {unknown}")
     for rank in getattr(found, "ranks", None) or [found.rank]:
-        if wrong := next((k for k in ks if rank % k), None):
-            raise JobError(f"analyze {what}: k = {wrong} does not divide the rank {rank}")
+        for k in ks:
+            METHODS[f"gralora-k{k}"].check_rank(rank, f"analyze {what}")
     return found
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 
 from ..compare.methods import DEFAULT, METHODS, QUICK, chosen
-from ..program.errors import JobError
 from ..program.signals import stopper
 from .checks import check_packages
 from .run_options import add_output, add_training, described, parse, parser
@@ -58,13 +57,7 @@ def options(argv: list[str]) -> argparse.Namespace:
     add_training(of)
     found = parse(of, argv, DEFAULTS, QUICKLY)
     for method in chosen(found.methods):
-        if method.kind != "adapter":
-            continue
-        adapter = method.at_rank(found.rank)
-        r, k = adapter["r"], 1 if adapter["k"] == "auto" else adapter["k"]
-        if r % k:
-            plain = f", {adapter['hybrid_r']} of it plain," if adapter["hybrid_r"] else ""
-            raise JobError(f"--rank {found.rank}: {method.name} divides it{plain} by k = {k}, which leaves a rest")
+        method.check_rank(found.rank, f"--rank {found.rank}")
     return found
 
 

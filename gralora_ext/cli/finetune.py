@@ -44,9 +44,10 @@ def run(options: argparse.Namespace, group: Group) -> int:
             try:
                 publish(job)
             except Exception as error:
-                if reason := memory_failure(error):
-                    raise JobError(f"{reason}, when results were written: {job.how_to_go_on()}{_LESS}") from error
-                raise
+                if not (reason := memory_failure(error)):
+                    raise
+                less = _LESS if options.merge else ""
+                raise JobError(f"{reason}, when results were written: {job.how_to_go_on()}{less}") from error
     except Stopped as stop:
         if not group.is_first:
             return 0 if group.agreed else end_by(stop.signum)

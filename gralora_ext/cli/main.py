@@ -11,7 +11,7 @@ from importlib import import_module
 
 from ..program.errors import JobError, Stopped, Told, clipped, did_you_mean, first_sentence
 from ..program.resources import disk_failure, memory_failure
-from ..program.signals import reader_may_be_gone, stopper
+from ..program.signals import reader_may_be_gone, silence, stopper
 from .checks import check_packages
 from .group import Group, end_by, end_now, is_joined
 from .launcher import end_with_launcher, place_here, who
@@ -64,7 +64,7 @@ def _code_of(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: nothing more to flush
+        silence(sys.stdout.fileno())  # the reader has gone: nothing more to flush
         return 141
     except Exception as error:  # noqa: BLE001  a user gets one sentence, and the traceback for the asking
         return _explain(arguments, error)
@@ -136,7 +136,7 @@ def _explain(arguments: list[str], error: Exception) -> int:
     try:
         sys.stdout.flush()
     except OSError:  # it is what cannot be written, and Python would try once more at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence(sys.stdout.fileno())
     return _fail(arguments, f"{getattr(error, 'filename', None) or 'standard output or a file'}: {reason}", 2)
 
 

@@ -78,16 +78,16 @@ class Rows:
         return "texts" if isinstance(first, str) else "rows" if isinstance(first, tuple) else "conversations"
 
     @property
-    def some(self) -> int:
+    def usual_held_out(self) -> int:
         """How many rows are held out where it is not said: a fifth, at most 200."""
         return max(1, min(200, len(self.rows) // 5))
 
     def split(self, held_out: int, seed: int | None = None) -> tuple[list[Row], list[Row]]:
-        """Rows to learn from, and ``held_out`` ones (0: :attr:`some`) that are kept from training.
+        """Rows to learn from, and ``held_out`` ones (0: :attr:`usual_held_out`) that are kept from training.
 
         The latter are drawn by ``seed``, or without one the last. Both are in the file's order.
         """
-        held_out = held_out or self.some
+        held_out = held_out or self.usual_held_out
         if held_out >= len(self.rows):
             raise JobError(
                 f"{self.name} has {len(self.rows)} rows, and {held_out} of them are held out: none is left to train on"

@@ -99,8 +99,8 @@ class FinetuneTrainer(Trainer):
             args=arguments,
             train_dataset=train,
             data_collator=collate,
-            # A model that cannot be told the number of tokens in a step would take the mean of its batches' means.
-            compute_loss_func=None if getattr(unwrapped(model), "accepts_loss_kwargs", True) else mean_loss,
+            # A model that is not told the number of tokens in a step takes the mean of each batch.
+            compute_loss_func=None if getattr(model, "accepts_loss_kwargs", True) else mean_loss,
         )
         self.remove_callback(PrinterCallback)
         self.add_callback(_Schedule(self))
@@ -249,7 +249,7 @@ class FinetuneTrainer(Trainer):
         self._load_engines_optimizer(checkpoint)
         scheduler = self.lr_scheduler
         if checkpoint is not None and hasattr(scheduler, "lr_lambdas"):
-            # The rates that were loaded are those of a job of the old length: of a longer one they are others.
+            # Those that were loaded are of a job of the old length.
             rates = zip(self.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
             for group, rate, part in rates:
                 group["lr"] = rate * part(scheduler.last_epoch)
@@ -271,11 +271,6 @@ def save_adapter(model: Any, folder: Any, group: Group) -> None:
     state = None if group.size == 1 else adapter_state(model)
     if group.is_first:
         model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
-
-
-def unwrapped(model: Any) -> Any:
-    """The model in a PeftModel."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def mean_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:

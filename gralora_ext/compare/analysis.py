@@ -189,7 +189,7 @@ class Grid(Analysis):
             cases[rank, _k(name)] = Case(losses, edges[rank, name])
         ranks = sorted({rank for rank, _ in cases})
         lora = {rank: cases[rank, 1] for rank in ranks}
-        # Of GraLoRA the k that the paper's ratio names: the best one by these losses would be chosen on the test rows.
+        # Of GraLoRA the k of the paper's ratio: the best one would be chosen on the test rows.
         ks = sorted({k for _, k in cases if k > 1})
         gralora = {rank: cases[rank, predicted_ks(rank, ks)[0]] for rank in ranks}
         for name, by_rank in (("LoRA", lora), ("GraLoRA", gralora)):
@@ -205,7 +205,6 @@ class Grid(Analysis):
                 "r": r,
                 "k": k,
                 **(case.losses.as_dict() if case.losses else {"mean": None, "deviation": None, "values": []}),
-                "at_edge": case.at_edge,
                 "predicted": k in predicted_ks(r, [1, *ks]),
             }
             for (r, k), case in cases.items()

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from ..program.errors import Stopped
 from ..program.files import staged, write_json
 from . import findings, page, pictures, summary
 from .methods import BASE, Method, beyond, chosen
-from .plan import CHOOSE, CHOOSING_SEED, MEASURE, Run, Settings
+from .plan import CHOOSE, CHOOSING_SEED, MEASURE, Run, Settings, digest_of
 from .runner import Record, Runner, running
 from .summary import Choice
 from .texts import Texts, gather
@@ -67,7 +65,7 @@ def _files(place: Path) -> str | None:
         return None
     files = [place] if place.is_file() else sorted(path for path in place.rglob("*") if path.is_file())
     facts = [(str(path.relative_to(place)), (s := path.stat()).st_size, s.st_mtime_ns) for path in files]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    return digest_of(facts)
 
 
 class Chooser:

@@ -112,7 +112,7 @@ def nearer_to_full(cosines: Mapping[int, Spread], without: Mapping[int, Spread],
     farther = [k for k, c in others.items() if apart(c, lora) and c.mean < lora.mean]
     verdict = NOT_REPRODUCED if farther else REPRODUCED if len(nearer) == len(others) else OUT_OF_REACH
     sides = {"nearer": nearer, "farther": farther, "not told apart from LoRA's": set(others) - {*nearer, *farther}}
-    told = ", ".join(f"{side} for {ks_in_words(ks)}" for side, ks in sides.items() if ks)
+    told = ", ".join(f"{side} for {_ks(ks)}" for side, ks in sides.items() if ks)
     change = max(abs(cosines[k].mean - without[k].mean) for k in cosines)
     why = f"at {model_size(parameters)} it is {told}; without the channel each cosine is the same within {change:.3f}"
     return finding(claim, "nearer (a figure, no number)", ours, verdict, f"{why}.")
@@ -146,7 +146,7 @@ def _range(values: Sequence[int]) -> str:
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-def ks_in_words(ks: Any) -> str:
+def _ks(ks: Any) -> str:
     return ", ".join(f"k = {k}" for k in sorted(ks))
 
 

@@ -19,11 +19,6 @@ class Case:
     losses: Spread | None
     at_edge: bool = False
 
-    @property
-    def mean(self) -> float:
-        assert self.losses is not None
-        return self.losses.mean
-
 
 def predicted_ks(r: int, ks: Iterable[int]) -> list[int]:
     """Those of ``ks`` that bring r/k² nearest to 8, in ratio; both at a tie."""

@@ -36,6 +36,15 @@ class Method:
         options = {name: value for name, value in self.options.items() if name != "hybrid"}
         return {"backend": "fused", "k": 1, **options, "r": rank - hybrid, "hybrid_r": hybrid}
 
+    def check_rank(self, rank: int, where: str) -> None:
+        """JobError, which begins with ``where``, for a ``rank`` that the method's k does not divide."""
+        if self.kind != "adapter":
+            return
+        adapter = self.at_rank(rank)
+        r, k = adapter["r"], 1 if adapter["k"] == "auto" else adapter["k"]
+        if r % k:
+            raise JobError(f"{where}: k = {k} does not divide the rank {r} of {self.name}")
+
 
 BASE = Method("base", "no training", "base", ())
 _ALL = (

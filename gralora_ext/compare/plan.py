@@ -13,6 +13,12 @@ STEP_UNITS = 3  # a training row: its forward pass, and a backward of twice the 
 
 PROGRESS = "@progress"  # a line of a run's output that says how many units are done
 
+
+def digest_of(values: Any) -> str:
+    """Short, for a file's name: of what decides the numbers in it."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+
 CHOOSE, MEASURE = "choose", "measure"  # a run's part: on the validation rows, or on the test rows
 CHOOSING_SEED = 1_000_003  # of the runs on validation rows: none of those that are measured
 
@@ -73,7 +79,7 @@ class Run:
         values = {**self.decisive, "model": self.settings.model}
         if self.settings.model_files is not None:
             values["model_files"] = self.settings.model_files
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+        return digest_of(values)
 
     @property
     def name(self) -> str:

@@ -101,7 +101,7 @@ def _cut(rows: Rows, options: Any, seed: int | None) -> tuple[list[Row], list[Ro
         train, test = rows.split(0)
         test = test[: options.test_rows]
     else:
-        train, test = rows.split(min(options.test_rows, rows.some), seed)
+        train, test = rows.split(min(options.test_rows, rows.usual_held_out), seed)
     if len(train) <= options.validation_rows:
         raise JobError(
             f"--validation-rows {options.validation_rows}: {rows.name} has {len(train)} training rows, and some must remain"

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from typing import Any
 
@@ -13,14 +11,14 @@ import torch
 from ..ops import gralora
 from ..reference import delta_weight
 from .extras import rank_of
+from .plan import digest_of
 
 WIDTH, TOKENS, STEPS, RATE = 1152, 512, 20, 1e-3  # N = M; k·r = 1,024 fits in
 
 
 def digest(k: int, r: int, seed: int) -> str:
     """Of all that decides what :func:`trained` finds."""
-    values = [k, r, seed, WIDTH, TOKENS, STEPS, RATE]
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:8]
+    return digest_of([k, r, seed, WIDTH, TOKENS, STEPS, RATE])
 
 
 def trained(k: int, r: int, seed: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from .errors import Stopped
 
-_SIGNAL_SECONDS = 0.1
+_SIGNAL_SECONDS = 0.1  # within these a signal comes after what it is sent for was seen
 ONE_SIGNAL_SECONDS = 2.0  # of several processes: within these a second signal is the first one once more
 
 
@@ -72,7 +72,7 @@ class Stopper:
         self.learn(signum)
         for stream in (1, 2):
             if _is_gone(stream):
-                _silence(stream)  # for libraries that write there too
+                silence(stream)  # for libraries that write there too
         if self._depth:
             self._tell(b"\nstopping after the step in hand; a second signal stops at once\n")
         else:
@@ -100,10 +100,10 @@ def reader_may_be_gone(stream: TextIO) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.EIO):
             raise
-        time.sleep(_SIGNAL_SECONDS)  # the signal may come just after what it is sent for
+        time.sleep(_SIGNAL_SECONDS)
         if stopper.signum is None:
             raise
-        _silence(stream.fileno())
+        silence(stream.fileno())
 
 
 def _is_gone(descriptor: int) -> bool:
@@ -113,7 +113,7 @@ def _is_gone(descriptor: int) -> bool:
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
-def _silence(descriptor: int) -> None:
+def silence(descriptor: int) -> None:
     """Has what is written to ``descriptor`` from now on lost."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, descriptor)

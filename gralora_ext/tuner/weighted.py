@@ -73,7 +73,7 @@ def _put(layer: Any, name: str, tensors: Weights) -> None:
     for parameter, tensor in zip(parameters, (t for t in tensors if t is not None), strict=True):
         parameter.data = tensor.contiguous()
         parameter.requires_grad_(False)
-    # PEFT makes it new, and what is new trains, whatever the model does.
+    # PEFT makes a new dropout in training mode, even where the model is evaluated.
     layer.gralora_dropout[name].train(layer.training)
 
 
