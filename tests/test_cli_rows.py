@@ -270,6 +270,19 @@ def test_rows_to_hold_out_that_are_those_to_train_on_are_refused(tmp_path):
             gather(parse(["--data", train, "--eval-data", other]))
 
 
+def test_held_out_rows_that_are_trained_on_too_are_counted(tmp_path):
+    train = write(tmp_path / "d.jsonl", ROWS)
+    other = write(tmp_path / "e.jsonl", [*ROWS[:2], {"question": "new?", "answer": "yes"}])
+    assert (
+        "2 of the 3 held-out rows are among those to train on"
+        in gather(parse(["--data", train, "--eval-data", other])).said[-1]
+    )
+    doubled = write(tmp_path / "f.jsonl", [{"text": f"row {i % 10}"} for i in range(20)])
+    found = gather(parse(["--data", doubled, "--held-out", "4", "--held-out-from", "end"]))
+    assert found.said[-1].startswith("4 of the 4 held-out rows")
+    assert not any("among those" in line for line in gather(parse(["--data", train])).said)
+
+
 def test_job_on_plain_texts_learns_all_of_them(tmp_path):
     make_model(tmp_path / "model")
     write(tmp_path / "d.csv", [{"text": f"{i} cats and {i} dogs"} for i in range(20)])

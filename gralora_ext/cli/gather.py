@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 from dataclasses import dataclass
 
 from ..program.errors import JobError
 from .chat import read_template
-from .rows import Fields, Row, read_rows
+from .rows import Fields, Row, read_rows, text_for_digest
 
 
 @dataclass
@@ -51,7 +52,21 @@ def gather(options: argparse.Namespace) -> Gathered:
     line = f"data: {rows.name}: {len(train):,} {rows.what} to train on, {which} (each evaluation reads {len(kept)})"
     if template is not None:
         digest = _of(digest, template)
+    if learned := _among(kept, train):
+        said.append(
+            f"{learned} of the {len(kept)} held-out rows are among those to train on: new rows may have a greater loss"
+        )
     return Gathered(rows.name, train, kept, [line, *filter(None, said)], digest, template)
+
+
+def _among(held_out: list[Row], train: list[Row]) -> int:
+    """How many held-out rows are equal to one that is trained on."""
+    learned = set(map(_text, held_out)).intersection(map(_text, train))
+    return sum(_text(row) in learned for row in held_out)
+
+
+def _text(row: Row) -> str:
+    return json.dumps(row, default=text_for_digest)
 
 
 def _of(*texts: str) -> str:
