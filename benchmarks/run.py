@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from gralora_ext import build_info
+from gralora_ext._loader import newer_source
 from gralora_ext.cli.checks import quiet_libraries
 from gralora_ext.program import machine
 from gralora_ext.program.console import Console
@@ -47,6 +48,7 @@ def run(options: argparse.Namespace) -> int:
         JobError: nothing can be measured here, or the folder cannot be written.
     """
     device = _device(options.device)
+    _refuse_stale_extension()
     quiet_libraries()
     threads = options.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -81,6 +83,13 @@ def run(options: argparse.Namespace) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
     return _finish(content, console, folder)
+
+
+def _refuse_stale_extension() -> None:
+    """The results would be told of the checkout's commit, and be another one's."""
+    info = build_info()
+    if info["build"] == "prebuilt" and (source := newer_source(Path(info["path"]))) is not None:
+        raise JobError(f"{source} is newer than the extension in use, {info['path']}: build it first")
 
 
 def _header(options: argparse.Namespace, device: torch.device, threads: int, kept: bool) -> dict[str, Any]:

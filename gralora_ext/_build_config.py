@@ -67,6 +67,7 @@ X86_CAPABILITY_FLAGS = {
 }
 
 INSTALL_COMMAND = "pip install --no-build-isolation ."
+EDITABLE_COMMAND = "pip install --no-build-isolation --editable ."
 
 
 def _sibling(name: str) -> ModuleType:

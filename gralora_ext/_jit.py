@@ -6,6 +6,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ import torch
 from torch.utils import cpp_extension
 
 from . import _build_config as config
+
+LOCK = "gralora_ext.lock"
 
 
 def build_directory() -> Path:
@@ -28,7 +31,7 @@ def build_directory() -> Path:
 @contextmanager
 def _only_one_process(folder: Path) -> Iterator[None]:
     """Holds the folder's lock. The system frees it when a process dies, which torch's own lock file does not survive."""
-    with open(folder / "gralora_ext.lock", "w") as file:
+    with open(folder / LOCK, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         (folder / "lock").unlink(missing_ok=True)
         yield
@@ -39,7 +42,14 @@ def compile_and_load() -> ModuleType:
     config.check_tools()
     build = config.cuda_build(torch.__version__, torch.version.cuda)
     folder = build_directory()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / LOCK).touch()
+    except OSError as error:
+        raise RuntimeError(
+            f"GRALORA_EXT_JIT=1 compiles in {folder}, which cannot be written ({error.strerror}): set TORCH_EXTENSIONS_DIR to "
+            "a folder that can."
+        ) from None
     with _only_one_process(folder):
         kernels = config.compile_kernels(folder / "kernels", build)
         library = folder / "_C.so"
@@ -50,7 +60,8 @@ def compile_and_load() -> ModuleType:
                 "_C",
                 [str(config.ROOT / source) for source in config.COMMON_SOURCES],
                 extra_cflags=config.common_flags(torch.__version__, cuda=build),
-                extra_ldflags=[*(str(path) for path in kernels), *(build.link_flags if build else [])],
+                # torch joins them with spaces into a line for the shell.
+                extra_ldflags=[shlex.quote(str(flag)) for flag in (*kernels, *(build.link_flags if build else []))],
                 extra_include_paths=[str(config.ROOT / config.INCLUDE_DIR)],
                 build_directory=str(folder),
             )

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.machinery
+import importlib.util
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 
@@ -17,6 +18,7 @@ from . import _build_config as config
 
 PACKAGE = Path(__file__).resolve().parent
 _MARK = re.compile(rb"gralora_ext built for torch ([^\0]+)\0")
+_SOURCES = (".cpp", ".h", ".cu", ".cuh")
 _SUFFIXES = tuple(importlib.machinery.EXTENSION_SUFFIXES)
 
 _loaded: ModuleType | None = None
@@ -52,14 +54,11 @@ def kind() -> str:
 
 
 def _prebuilt() -> ModuleType:
-    path = _find(PACKAGE)
-    if path is None and (config.ROOT / config.INCLUDE_DIR).is_dir():
-        # In a checkout Python finds the sources before the installed package: take the extension of
-        # the latter.
-        path = next(filter(None, (_find(Path(entry) / PACKAGE.name) for entry in sys.path)), None)
-        if path is not None:
-            sys.modules[__package__].__path__.append(str(path.parent))
-    if path is None:
+    folders = [PACKAGE]
+    if _in_checkout():  # Python finds the sources before the installed package, which may have the extension
+        folders += [Path(entry) / PACKAGE.name for entry in sys.path]
+    found = [path for path in map(_find, dict.fromkeys(folders)) if path is not None]
+    if not found:
         others = sorted(p.name for p in PACKAGE.glob("_C.*.so"))
         seen = f" (it was built for another Python: {', '.join(others)})" if others else ""
         raise RuntimeError(
@@ -67,16 +66,40 @@ def _prebuilt() -> ModuleType:
             f"{sys.version_info.major}.{sys.version_info.minor}{seen}: "
             f"run `{config.INSTALL_COMMAND}` in its source tree."
         )
-    mark = _MARK.search(path.read_bytes())
-    built_for = mark.group(1).decode() if mark else "an unknown version"
-    if _minor(built_for) != _minor(torch.__version__):
-        raise RuntimeError(_other_torch(built_for))
+    built_for = {path: _torch_of(path) for path in found}
+    path = next((p for p in found if _minor(built_for[p]) == _minor(torch.__version__)), None)
+    if path is None:
+        raise RuntimeError(_other_torch(found[0], built_for[found[0]]))
+    if (source := newer_source(path)) is not None:
+        warnings.warn(
+            f"{source} is newer than the native extension of gralora_ext, {path}, which may compute otherwise: "
+            f"run `{_command(path)}` in {config.ROOT}.",
+            stacklevel=2,
+        )
+    spec = importlib.util.spec_from_file_location(f"{__package__}._C", path)
+    assert spec is not None and spec.loader is not None  # it has a suffix of Python's extensions
     try:
-        return importlib.import_module("._C", __package__)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
     except ImportError as error:
         if "undefined symbol" not in str(error):
             raise
-        raise RuntimeError(f"{_other_torch(built_for)} ({error})") from error
+        raise RuntimeError(f"{_other_torch(path, built_for[path])} ({error})") from error
+    sys.modules[spec.name] = module
+    return module
+
+
+def newer_source(extension: Path) -> Path | None:
+    """A source of the checkout's kernels that was changed after ``extension`` was built; None outside a checkout."""
+    if not _in_checkout():
+        return None
+    built = extension.stat().st_mtime
+    sources = (path for path in (config.ROOT / config.INCLUDE_DIR).rglob("*") if path.suffix in _SOURCES)
+    return next((path for path in sorted(sources) if path.stat().st_mtime > built), None)
+
+
+def _in_checkout() -> bool:
+    return (config.ROOT / config.INCLUDE_DIR).is_dir()
 
 
 def _find(folder: Path) -> Path | None:
@@ -84,20 +107,31 @@ def _find(folder: Path) -> Path | None:
     return next((p for p in sorted(folder.glob("_C.*")) if p.name.removeprefix("_C") in _SUFFIXES), None)
 
 
+def _torch_of(extension: Path) -> str:
+    mark = _MARK.search(extension.read_bytes())
+    return mark.group(1).decode() if mark else "an unknown version"
+
+
+def _command(extension: Path) -> str:
+    """What builds ``extension`` anew where it lies: in a checkout that is an editable installation."""
+    editable = _in_checkout() and extension.parent == PACKAGE
+    return config.EDITABLE_COMMAND if editable else config.INSTALL_COMMAND
+
+
 def _minor(version: str) -> list[str]:
     """Patch releases of torch keep the binary interface; minor ones do not."""
     return version.split("+")[0].split(".")[:2]
 
 
-def _other_torch(built_for: str) -> str:
+def _other_torch(extension: Path, built_for: str) -> str:
     return (
         f"the native extension of gralora_ext was built for torch {built_for}, but torch {torch.__version__} is running: "
-        f"run `{config.INSTALL_COMMAND}` again in its source tree."
+        f"run `{_command(extension)}` again in its source tree."
     )
 
 
 def _jit() -> ModuleType:
-    if not (config.ROOT / config.INCLUDE_DIR).is_dir():
+    if not _in_checkout():
         raise RuntimeError(
             f"GRALORA_EXT_JIT=1 compiles from the source tree, and there is none beside {PACKAGE}: "
             "run Python in a checkout of gralora_ext, or `unset GRALORA_EXT_JIT`."

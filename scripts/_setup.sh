@@ -15,23 +15,33 @@ fail() {
     exit 2
 }
 
-# Sets `environment`, the absolute folder, and `python`, its interpreter.
+# Sets `environment`, the absolute folder, and `python`, its interpreter. A .venv that is there is
+# taken as it is and never emptied, since it may hold what somebody needs.
 choose_environment() {
     environment=${VIRTUAL_ENV:-$repo/.venv}
-    if [ -z "${VIRTUAL_ENV:-}" ] && ! "$environment/bin/python" -m pip --version >/dev/null 2>&1; then
+    if [ -z "${VIRTUAL_ENV:-}" ] && [ ! -e "$environment" ]; then
         local base
         base=$(command -v python3 || command -v python) || fail "Python 3.10 or newer is needed, and none is on PATH."
+        new_enough "$base"
         say "making a virtual environment in $environment"
-        "$base" -m venv --clear "$environment" ||
+        "$base" -m venv "$environment" || {
+            rm -rf "$environment"
             fail "$base cannot make virtual environments: install its venv module (Debian, Ubuntu: apt-get install python3-venv)."
+        }
     fi
-    [ -x "$environment/bin/python" ] || fail "VIRTUAL_ENV is $environment, and there is no Python in it: deactivate it."
+    local way_out="remove that folder, and it is made anew"
+    [ -z "${VIRTUAL_ENV:-}" ] || way_out="deactivate it"
+    "$environment/bin/python" -c '' 2>/dev/null || fail "no Python runs in $environment: $way_out."
     environment=$(cd "$environment" && pwd)
     python=$environment/bin/python
-    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-        fail "Python 3.10 or newer is needed; $python is $("$python" -V 2>&1)."
+    new_enough "$python"
     "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip --upgrade >/dev/null 2>&1 ||
         fail "there is no pip in $environment: run '$python -m ensurepip', or use an environment that has pip."
+}
+
+new_enough() {
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        fail "Python 3.10 or newer is needed; $1 is $("$1" -V 2>&1)."
 }
 
 # What decides whether there is anything to install: the sources of the build, what it is made with
@@ -42,7 +52,8 @@ fingerprint() {
         cd "$repo"
         cat pyproject.toml setup.py gralora_ext/_build_c*.py
         find csrc -type f | sort | xargs cat
-        ls gralora_ext/_C.* /dev/nvidia* 2>/dev/null || true
+        cat gralora_ext/_C.*.so 2>/dev/null || true # a build with other flags may have written it
+        ls /dev/nvidia* 2>/dev/null || true
         "$python" - "$repo/gralora_ext" <<'ASK'
 import os, sys, sysconfig
 sys.path.insert(0, sys.argv[1])

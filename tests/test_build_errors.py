@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -51,15 +52,49 @@ def test_an_extension_for_another_python(package: Path) -> None:
 def test_an_extension_for_another_torch(package: Path) -> None:
     import torch
 
+    content, version = other_torch()
+    (package / "_C.abi3.so").write_bytes(content)
+    message = problem(package)
+    assert f"was built for torch {version}, but torch {torch.__version__} is running" in message
+    assert "`pip install --no-build-isolation .`" in message
+
+
+def other_torch() -> tuple[bytes, str]:
+    """The native library, as if it had been built for another torch, and that version."""
     mark = b"gralora_ext built for torch "
     built = library().read_bytes()
     at = built.index(mark) + len(mark)
     version = built[at : built.index(b"\0", at)]
     other = b"1.0" + b"1" * (len(version) - 3)
-    (package / "_C.abi3.so").write_bytes(built[:at] + other + built[at + len(other) :])
-    message = problem(package)
-    assert f"was built for torch {other.decode()}, but torch {torch.__version__} is running" in message
-    assert "`pip install --no-build-isolation .`" in message
+    return built[:at] + other + built[at + len(other) :], other.decode()
+
+
+def test_a_checkout_takes_the_installed_extension_where_its_own_is_for_another_torch(tree: Path, tmp_path: Path) -> None:
+    own, installed = tree / "gralora_ext" / "_C.abi3.so", tmp_path / "site" / "gralora_ext"
+    own.write_bytes(other_torch()[0])
+    assert "run `pip install --no-build-isolation --editable .` again" in problem(tree / "gralora_ext")
+    installed.mkdir(parents=True)
+    shutil.copy(library(), installed / "_C.abi3.so")
+    env = helpers.environment(PYTHONPATH=f"{tree}:{tmp_path / 'site'}")
+    show = "import gralora_ext; print(gralora_ext.build_info()['path'])"
+    assert helpers.run(sys.executable, "-c", show, env=env, cwd=tmp_path).stdout.strip() == str(installed / own.name)
+
+
+def test_an_extension_that_is_older_than_a_source_is_told_of(tree: Path, tmp_path: Path) -> None:
+    own, source = tree / "gralora_ext" / "_C.abi3.so", tree / "csrc" / "cpu" / "plan.cpp"
+    shutil.copyfile(library(), own)
+    env = helpers.environment(PYTHONPATH=str(tree))
+    assert helpers.run(sys.executable, "-c", LOAD, env=env, cwd=tmp_path).stdout == ""
+    os.utime(source, (own.stat().st_mtime + 1,) * 2)
+    said = helpers.run(sys.executable, "-c", LOAD, env=env, cwd=tmp_path).stdout
+    assert f"UserWarning: {source} is newer than the native extension of gralora_ext, {own}" in said
+    assert f"run `pip install --no-build-isolation --editable .` in {tree}." in said
+
+
+def test_jit_in_a_folder_that_cannot_be_written(tree: Path) -> None:
+    message = problem(tree / "gralora_ext", GRALORA_EXT_JIT="1", TORCH_EXTENSIONS_DIR="/proc/nowhere")
+    assert message.startswith("GRALORA_EXT_JIT=1 compiles in /proc/nowhere/gralora_ext-")
+    assert message.endswith("set TORCH_EXTENSIONS_DIR to a folder that can.")
 
 
 def test_an_extension_that_misses_a_symbol_of_torch(package: Path) -> None:

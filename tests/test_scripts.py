@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -36,6 +37,43 @@ def environment(tmp_path: Path) -> Path:
 def test_what_is_installed_is_not_installed_again(environment):
     bash('choose_environment; fingerprint finetune >"$environment/.gralora_ext-finetune"', environment)
     assert bash("set_up finetune", environment) == f"== all is installed in {environment}\n"
+
+
+def test_an_environment_that_is_there_keeps_what_it_holds(tmp_path):
+    """uv makes environments without pip."""
+    scripts = tmp_path / "checkout" / "scripts"
+    scripts.mkdir(parents=True)
+    shutil.copy(SETUP, scripts)
+    mine = scripts.parent / ".venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", mine], check=True)
+    package = Path(sysconfig.get_path("purelib", vars={"base": str(mine)})) / "mine.py"
+    package.write_text("")
+    program = f'source "{scripts / SETUP.name}"; choose_environment; "$python" -m pip --version'
+    without = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
+    done = subprocess.run(["bash", "-c", program], env=without, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("pip "), done
+    assert package.exists()
+    (mine / "bin" / "python").unlink()
+    done = subprocess.run(["bash", "-c", program], env=without, capture_output=True, text=True)
+    assert done.returncode == 2 and f"no Python runs in {mine}: remove that folder" in done.stderr, done
+    assert package.exists()
+
+
+def test_another_build_in_the_source_tree_installs_again(environment, tmp_path):
+    scripts = tmp_path / "checkout" / "scripts"
+    shutil.copytree(ROOT / "gralora_ext", scripts.parent / "gralora_ext", ignore=shutil.ignore_patterns("_C.*.so"))
+    (scripts.parent / "csrc").mkdir()
+    scripts.mkdir()
+    shutil.copy(SETUP, scripts)
+    for name in ("pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / name, scripts.parent)
+    (scripts.parent / "csrc" / "a.cpp").write_text("int a;")
+    program = f'source "{scripts / SETUP.name}"; choose_environment; fingerprint finetune'
+    seen = []
+    for content in (b"one", b"another", b"one"):
+        (scripts.parent / "gralora_ext" / "_C.cpython-311-x86_64-linux-gnu.so").write_bytes(content)
+        seen.append(bash(program, environment))
+    assert seen[0] == seen[2] != seen[1]
 
 
 def test_any_change_installs_again(environment):
