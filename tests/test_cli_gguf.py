@@ -5,22 +5,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cli_helpers import make_data, run
 from torch.utils.cpp_extension import get_default_build_root
 
-from gralora_ext.cli.gguf import cache_folder, folder_of_gguf
+from gralora_ext.cli.gguf import cache_folder, folder_of_gguf, rope_types
 from gralora_ext.program.errors import JobError
 
 gguf = pytest.importorskip("gguf")
 
 
-def make_gguf(file: Path) -> Path:
-    """A Llama of one layer, in 32-wide Q8_0 blocks, with a byte-level tokenizer."""
-    import numpy as np
+def make_gguf(file: Path, without: tuple[str, ...] = (), change: Any = None) -> Path:
+    """A Llama of one layer, in 32-wide Q8_0 blocks, with a byte-level tokenizer; ``change(writer)`` may add to it."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     tokens = ["<unk>", "<s>", "</s>", *sorted(ByteLevel.alphabet()), "at", "cat"]
@@ -45,6 +47,8 @@ def make_gguf(file: Path) -> Path:
     generator = np.random.default_rng(0)
 
     def add(name: str, *shape: int) -> None:
+        if name in without:
+            return
         values = generator.standard_normal(shape).astype(np.float32) * 0.1
         if len(shape) == 1:
             writer.add_tensor(name, values + 1)
@@ -67,6 +71,8 @@ def make_gguf(file: Path) -> Path:
         "ffn_down": (width, inner),
     }.items():
         add(f"blk.0.{name}.weight", *shape)
+    if change is not None:
+        change(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -124,6 +130,58 @@ def test_file_that_is_no_gguf_is_one_sentence_and_leaves_no_cache(tmp_path):
     with pytest.raises(JobError, match=r"m\.gguf cannot be read as a GGUF model: "):
         folder_of_gguf(tmp_path / "m.gguf", print)
     assert [p.name for p in cache_folder().iterdir()] == [".lock"]
+
+
+def test_file_that_lacks_a_weight_is_refused_and_leaves_no_cache(tmp_path):
+    path = make_gguf(tmp_path / "m.gguf", without=("blk.0.attn_q.weight", "blk.0.ffn_up.weight"))
+    with pytest.raises(
+        JobError, match=r"m\.gguf lacks 2 of its model's weights, such as model\.layers\.0\.mlp\.up_proj\.weight"
+    ):
+        folder_of_gguf(path, print)
+    assert [p.name for p in cache_folder().iterdir()] == [".lock"]
+
+
+def test_a_head_that_is_tied_to_the_embedding_is_not_missed(tmp_path):
+    folder = folder_of_gguf(make_gguf(tmp_path / "m.gguf", without=("output.weight",)), print)
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is True
+
+
+def test_a_part_of_a_split_model_is_refused_by_its_name(tmp_path):
+    path = make_gguf(tmp_path / "m-00001-of-00002.gguf")
+    with pytest.raises(JobError, match="is one of 2 parts of a model: join them with `llama-gguf-split --merge`"):
+        folder_of_gguf(path, print)
+    assert folder_of_gguf(path.rename(tmp_path / "m-00001-of-00001.gguf"), print).is_dir()
+
+
+SCALED = {
+    "rope_freqs.weight": lambda writer: writer.add_tensor("rope_freqs.weight", np.linspace(1, 8, 8, dtype=np.float32)),
+    "llama.rope.scaling.type 'yarn'": lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.YARN),
+}
+NOT_SCALED = {
+    "factors of one": lambda writer: writer.add_tensor("rope_freqs.weight", np.ones(8, dtype=np.float32)),
+    "type none": lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.NONE),
+}
+
+
+@pytest.mark.parametrize("what", SCALED)
+def test_scaled_rotary_embeddings_which_transformers_would_drop_are_refused(tmp_path, what):
+    path = make_gguf(tmp_path / "m.gguf", change=SCALED[what])
+    with pytest.raises(JobError, match=re.escape(f"m.gguf scales its rotary embeddings ({what})")):
+        folder_of_gguf(path, print)
+    assert [p.name for p in cache_folder().iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("what", NOT_SCALED)
+def test_rotary_embeddings_that_are_not_scaled_are_read(tmp_path, what):
+    assert folder_of_gguf(make_gguf(tmp_path / "m.gguf", change=NOT_SCALED[what]), print).is_dir()
+
+
+def test_scaling_that_transformers_reads_is_none_that_is_dropped():
+    from transformers import Gemma3TextConfig, GptOssConfig, LlamaConfig
+
+    assert rope_types(LlamaConfig()) == {"default"}
+    assert rope_types(GptOssConfig()) != {"default"}
+    assert rope_types(Gemma3TextConfig()) == {"default"}
 
 
 def test_job_on_a_gguf_file_names_a_base_that_loads(tmp_path):
