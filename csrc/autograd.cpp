@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Autograd of the forward ops. Saved: x itself where dA is wanted, U where dB is, the mask of
-// dropout, the parameters, the seed; nothing else.
+// Autograd of the forward ops. Saved: x itself, the parameters, U, the mask of dropout and the seed.
 // Backward is an op of its own without a derivative, so differentiating twice raises torch's usual
 // error.
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/functions/utils.h>
 
 #include <memory>
@@ -22,11 +22,19 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// Of forward mode, which has no derivative here: record() says so.
-bool has_tangent(const at::Tensor& tensor) { return tensor._fw_grad(0).defined(); }
-bool has_tangent(const OptionalTensor& tensor) { return tensor.has_value() && has_tangent(*tensor); }
-bool differentiated(const at::Tensor& tensor) { return tensor.requires_grad() || has_tangent(tensor); }
+bool differentiated(const at::Tensor& tensor) { return tensor.requires_grad(); }
 bool differentiated(const OptionalTensor& tensor) { return tensor.has_value() && differentiated(*tensor); }
+bool has_tangent(const at::Tensor& tensor) { return tensor.defined() && tensor._fw_grad(0).defined(); }
+bool has_tangent(const OptionalTensor& tensor) { return tensor.has_value() && has_tangent(*tensor); }
+
+// Forward mode has no derivative here, and works without grad mode too: dropping a tangent would be
+// silent.
+template <class... Inputs>
+void check_no_tangents(const Inputs&... inputs) {
+  if (torch::autograd::ForwardADLevel::try_get_by_idx(0) == nullptr) return;
+  TORCH_CHECK_NOT_IMPLEMENTED(!(has_tangent(inputs) || ...),
+                              "gralora_ext: forward AD (jvp) is not implemented, only backward");
+}
 
 // An optional tensor as autograd saves it, and back
 at::Tensor kept(const OptionalTensor& tensor) { return tensor.value_or(at::Tensor()); }
@@ -80,8 +88,6 @@ void check_keepable(const OptionalTensor& tensor, const char* name) {
 template <class T, class Run, class... Inputs>
 ForwardResult record(Run&& run, const Inputs&... inputs) {
   if (const auto& functorch = at::functorch::functorchTLSAccessor()) functorch->checkSupportsCppAutogradFunction();
-  TORCH_CHECK_NOT_IMPLEMENTED(!(has_tangent(inputs) || ...),
-                              "gralora_ext: forward AD (jvp) is not implemented, only backward");
   const auto node = new_node<T>();
   node->set_ctx_grad_fn(node);
   node->set_next_edges(torch::autograd::collect_next_edges(inputs...));
@@ -123,6 +129,22 @@ struct Path : torch::autograd::Function<Path> {
   }
 };
 
+void check_no_leaf(const at::Tensor& base) {
+  const char* why = "leaf that requires grad, so y cannot be written into it";
+  TORCH_CHECK(!(base.is_leaf() && base.requires_grad()), "gralora_ext: base is a ", why);
+  TORCH_CHECK(!(base.is_view() && base._base().is_leaf() && base._base().requires_grad()),
+              "gralora_ext: base is a view of a ", why);
+}
+
+// y as a tensor of its own on base's memory: were it base itself, a base that is a view would bring
+// CopySlices into the graph, which copies the whole gradient. It counts its versions with base, so
+// that what has saved it learns of any later writing into base.
+at::Tensor alias_of(const at::Tensor& base) {
+  at::Tensor y = base.detach();
+  y.unsafeGetTensorImpl()->set_version_counter(base.unsafeGetTensorImpl()->version_counter());
+  return y;
+}
+
 template <bool into_base>
 ForwardResult forward_recorded_or_not(const at::Tensor& x, const at::Tensor& base, const at::Tensor& A,
                                       const at::Tensor& B, const OptionalTensor& A_general,
@@ -132,6 +154,7 @@ ForwardResult forward_recorded_or_not(const at::Tensor& x, const at::Tensor& bas
     return (into_base ? forward_into_op() : forward_op())
         .call(x, base, A, B, A_general, B_general, seed, scaling, dropout_p);
   };
+  check_no_tangents(x, base, A, B, A_general, B_general);
   const bool recorded =
       at::GradMode::is_enabled() && (differentiated(x) || differentiated(base) || differentiated(A) ||
                                      differentiated(B) || differentiated(A_general) || differentiated(B_general));
@@ -143,16 +166,13 @@ ForwardResult forward_recorded_or_not(const at::Tensor& x, const at::Tensor& bas
   check_keepable(x, "x"), check_keepable(A, "A"), check_keepable(B, "B"), check_keepable(seed, "seed");
   check_keepable(A_general, "A_general"), check_keepable(B_general, "B_general");
   if (into_base) check_keepable(base, "base");
-  TORCH_CHECK(!(into_base && base.is_leaf() && base.requires_grad()),
-              "gralora_ext: base is a leaf that requires grad, so y cannot be written into it");
+  if (into_base) check_no_leaf(base);
   const auto run_and_save = [&](AutogradContext& ctx) -> ForwardResult {
     auto [y, u, mask] = run();
     ctx.save_for_backward({x, A, B, kept(A_general), kept(B_general), u, kept(seed), mask});
     ctx.saved_data["scaling"] = scaling;
     ctx.saved_data["dropout_p"] = dropout_p;
-    // A tensor of its own on base's memory: were it base itself, a base that is a view would bring
-    // CopySlices into the graph, which copies the whole gradient.
-    return {into_base ? y.detach() : y, u, mask};
+    return {into_base ? alias_of(y) : y, u, mask};
   };
   return record<Path>(run_and_save, x, base, A, B, A_general, B_general);
 }
@@ -186,6 +206,7 @@ ForwardResult linear_autograd(const at::Tensor& x, const at::Tensor& weight, con
                               const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,
                               const OptionalTensor& B_general, const OptionalTensor& seed, double scaling,
                               double dropout_p, bool own_gemm) {
+  check_no_tangents(x, weight, bias, A, B, A_general, B_general);
   const bool frozen = !(differentiated(weight) || differentiated(bias));
   TORCH_CHECK(!at::GradMode::is_enabled() || frozen,
               "gralora_ext: weight and bias must not require grad: they have no derivative here");

@@ -63,13 +63,15 @@ void fill(Coded& coded, const at::Tensor& weight, const at::Tensor& to, const c1
       weight.sizes() == to.sizes() && weight.strides() == to.strides() && weight.scalar_type() == to.scalar_type(),
       "gralora_ext: to must be like weight, but has shape ", to.sizes(), " and strides ", to.strides(), " where ",
       weight.sizes(), " and ", weight.strides(), " were expected");
+  const bool in_place = to.const_data_ptr() == weight.const_data_ptr();
+  if (!in_place) check_apart(to, "to", weight, "weight");
   CodedParams& p = coded.p;
   p.N = coded.adapters[0].shape.N, p.M = coded.adapters[0].shape.M;
   p.adapters = coded.adapters.data(), p.count = int64_t(coded.adapters.size());
   p.weight = param_of(fan_in_fan_out ? weight.t() : weight), p.to = param_of(fan_in_fan_out ? to.t() : to);
   p.codes = codes.mutable_data_ptr<int8_t>(), p.places = places.mutable_data_ptr<int32_t>();
   p.values = values.mutable_data_ptr(), p.capacity = places.numel();
-  p.finds_broken = to.const_data_ptr() != weight.const_data_ptr();
+  p.finds_broken = !in_place;
   p.result = &coded.result;
 }
 

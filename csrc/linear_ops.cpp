@@ -5,6 +5,7 @@
 // check -> allocate -> fill Params -> launch.
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <vector>
 
@@ -49,6 +50,7 @@ at::Tensor multiply_base(Shape shape, const at::Tensor& in, const at::Tensor& we
     shape.k = 1, shape.r = 0, shape.h = 0;
     return multiply(shape, in, weight, bias, {}, 1.0, transposed);
   }
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);  // y has x's dtype
   if (transposed) return at::mm(in.reshape({shape.T, shape.M}), weight).view(sizes_with(in, shape.N));
   return at::linear(in, weight, bias);
 }

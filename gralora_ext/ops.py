@@ -108,11 +108,12 @@ def gralora_(
         base: ``[..., M]``, changed; any strides, without overlap in itself or with what is read.
 
     Returns:
-        y ``[..., M]``, a tensor on ``base``'s memory; use it in place of ``base``.
+        y ``[..., M]``, a tensor on ``base``'s memory. Use it in place of ``base``, and of any tensor of which ``base`` is a view:
+        their values are y's, and their graph is the old one.
 
     Raises:
         ValueError, TypeError: as :func:`gralora`; ``base`` overlaps itself, or shares memory with x or the adapter.
-        RuntimeError: ``base`` is a leaf that requires grad; in backward, another operation has saved ``base``.
+        RuntimeError: ``base`` is a leaf that requires grad, or a view of one; in backward, another operation has saved ``base``.
     """
     p = dropout_p if training else 0.0
     if kernels.can_take(x):
@@ -169,7 +170,8 @@ def linear(
         return _linear(x, weight, bias, A, B, A_general, B_general, _seed(x, p), scaling, p, own_gemm)[0]
     seed = _seed(x, p)
     check_linear(x, weight, bias, A, B, A_general, B_general, seed, scaling, p, own_gemm)
-    base = functional.linear(x, weight, bias)
+    with kernels.without_autocast(x.device):
+        base = functional.linear(x, weight, bias)
     return add_path(x, base, A, B, A_general, B_general, seed, scaling, p)
 
 

@@ -180,6 +180,24 @@ def test_autocast_leaves_the_dtypes_alone(device: torch.device) -> None:
     assert same_bits(y, ops.gralora(**inputs.tensors, scaling=0.5))
 
 
+@pytest.mark.parametrize("mode", ["kernels", "plain torch"])
+def test_autocast_leaves_the_dtypes_of_a_layer_alone(mode: str, device: torch.device) -> None:
+    tensors = SMALL.inputs(device).tensors
+    weight = torch.randn(tensors["base"].shape[-1], tensors["x"].shape[-1], device=device)
+    tensors["x"].requires_grad_()
+    del tensors["base"]
+
+    def layer(x: Tensor) -> Tensor:
+        return ops.linear(**{**tensors, "x": x}, weight=weight, bias=None, scaling=0.5, own_gemm=False)
+
+    found = []
+    for autocast in (True, False):
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            y = layer(tensors["x"]) if mode == "kernels" else torch.func.jvp(layer, (tensors["x"],), (tensors["x"],))[0]
+        found.append((y, *(torch.autograd.grad(y.sum(), tensors["x"]) if mode == "kernels" else ())))
+    assert all(same_bits(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("name", ["fp32-2d", "fp32-1d-hybrid", "bf16-3d-hybrid"])
 def test_compiled_autograd_gives_the_same_gradients(name: str, device: torch.device) -> None:
     """It packs what the node has saved and calls the same backward, so a node that it cannot pack fails here."""

@@ -61,14 +61,34 @@ def test_backward_of_what_has_saved_base_raises(device: torch.device) -> None:
         y.sum().backward()
 
 
+def test_backward_of_what_has_saved_y_raises_where_base_is_changed_later(device: torch.device) -> None:
+    inputs = CASE.inputs(device)
+    inputs.tensors["A"].requires_grad_()
+    y = ops.gralora_(**inputs.tensors, scaling=0.5)
+    loss = y.square().sum()  # saves y
+    inputs.tensors["base"].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_lazy_clone_keeps_its_own_numbers(device: torch.device) -> None:
+    tensors = CASE.inputs(device).tensors
+    original, before = tensors["base"], tensors["base"].clone()
+    tensors["base"] = torch._lazy_clone(original)
+    expected = ops.gralora(**{**tensors, "base": before}, scaling=0.5)
+    assert same_bits(ops.gralora_(**tensors, scaling=0.5), expected)
+    assert same_bits(original, before)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda t: {"base": t["base"].requires_grad_()}, "base is a leaf that requires grad"),
+        (lambda t: {"base": t["base"].requires_grad_()[:]}, "base is a view of a leaf that requires grad"),
         (lambda t: {"base": t["base"][:1].expand(t["base"].shape)}, "base must not overlap itself"),
         (lambda t: {"base": t["x"][..., : t["base"].shape[-1]]}, "base must not share x's memory"),
     ],
-    ids=["leaf", "overlap", "alias"],
+    ids=["leaf", "view of a leaf", "overlap", "alias"],
 )
 def test_refuses_what_it_cannot_write_into(change, message: str, device: torch.device) -> None:
     inputs = CASE.inputs(device)

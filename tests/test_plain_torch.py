@@ -69,11 +69,29 @@ def test_jvp_is_the_linear_part(inputs: tuple[dict[str, Tensor], Tensor]) -> Non
     torch.testing.assert_close(dual.tangent, tangent)
 
 
-def test_an_op_called_by_itself_in_forward_mode_is_refused(inputs: tuple[dict[str, Tensor], Tensor]) -> None:
+@pytest.mark.parametrize("grad_mode", [True, False])
+@pytest.mark.parametrize("name", ["x", "base", "A", "weight"])
+def test_an_op_called_by_itself_in_forward_mode_is_refused(
+    name: str, grad_mode: bool, inputs: tuple[dict[str, Tensor], Tensor]
+) -> None:
+    """As a compiled or exported program calls it."""
     tensors, _ = inputs
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
-        x = forward_ad.make_dual(tensors["x"], torch.ones_like(tensors["x"]))
-        torch.ops.gralora_ext.gralora(x, tensors["base"], tensors["A"], tensors["B"], None, None, None, 0.5, 0.0)
+    tensors["weight"] = torch.randn(tensors["base"].shape[-1], tensors["x"].shape[-1])
+    with torch.set_grad_enabled(grad_mode), forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        tensors[name] = forward_ad.make_dual(tensors[name], torch.ones_like(tensors[name]))
+        x, A, B = tensors["x"], tensors["A"], tensors["B"]
+        if name == "weight":
+            torch.ops.gralora_ext.linear(x, tensors["weight"], None, A, B, None, None, None, 0.5, 0.0, True)
+        else:
+            torch.ops.gralora_ext.gralora(x, tensors["base"], A, B, None, None, None, 0.5, 0.0)
+
+
+def test_an_exported_layer_drops_no_tangent_in_silence() -> None:
+    _, fused = pair()
+    x = rows(3)
+    program = torch.export.export(fused, (x,)).module()
+    with torch.no_grad(), pytest.raises(NotImplementedError, match="jvp"):
+        jvp(program, (x,), (torch.ones_like(x),))
 
 
 @pytest.mark.parametrize("hybrid_r", [0, 2])

@@ -276,3 +276,12 @@ def test_the_op_refuses_what_does_not_fit(change: dict[str, Any], error: type[Ex
         native.merge_coded(*{**arguments, **change}.values())
     with pytest.raises(ValueError, match="weight must be a matrix"):
         native.checksums(torch.zeros(3), False)
+
+
+def test_a_result_that_overlaps_the_weight_without_being_it_is_refused() -> None:
+    memory = torch.randn(16 * 8 + 5)
+    weight, to = memory[: 16 * 8].view(16, 8), memory[5:].view(16, 8)
+    kept, before = Kept(weight, [adapter(8, 16, 2, 1, 0, 0)], False), memory.clone()
+    with pytest.raises(ValueError, match="to must not share weight's memory"):
+        kept.merge(weight, to)
+    assert same_bits(memory, before)

@@ -220,3 +220,12 @@ def test_the_number_of_threads_may_change_between(threads: tuple[int, int]) -> N
     finally:
         torch.set_num_threads(before_threads)
     assert_as_before(model, before)
+
+
+def test_a_default_device_is_not_where_a_merge_keeps_its_notes() -> None:
+    model = wide()
+    before = weights(model)
+    with torch.device("meta"):
+        model.merge_adapter()
+        model.unmerge_adapter()
+    assert_as_before(model, before)

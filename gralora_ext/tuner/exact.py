@@ -78,10 +78,10 @@ class Kept:
     def __init__(self, weight: Tensor, operands: Sequence[Operands], fan_in_fan_out: bool) -> None:
         self.operands, self.fan_in_fan_out = tuple(operands), fan_in_fan_out
         self.made_of = _description(weight)
-        self.facts = torch.zeros(FACTS, dtype=torch.int64)
+        self.facts = torch.zeros(FACTS, dtype=torch.int64, device="cpu")
         self.codes: Tensor | None = None
-        self.places = torch.empty(0, dtype=torch.int32)
-        self.values = torch.empty(0, dtype=weight.dtype)
+        self.places = torch.empty(0, dtype=torch.int32, device="cpu")
+        self.values = torch.empty(0, dtype=weight.dtype, device="cpu")
         self.copy: Tensor | None = None
         self.pending: Any = None  # chunked.py: what is being written
         self.removed = False  # whether a removal has begun that put_on would undo
@@ -102,7 +102,8 @@ class Kept:
             return _chunked().merge(self, weight, to)
         room = capacity(weight)
         self.codes = _ops.empty_codes(weight)
-        self.places, self.values = torch.empty(room, dtype=torch.int32), torch.empty(room, dtype=weight.dtype)
+        self.places = torch.empty(room, dtype=torch.int32, device="cpu")
+        self.values = torch.empty(room, dtype=weight.dtype, device="cpu")
         _ops.merge_coded(weight, to, *self._arguments(), self.codes, self.places, self.values, self.facts)
         self.places, self.values = (t.clone() for t in self._listed())
 
