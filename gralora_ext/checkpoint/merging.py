@@ -79,7 +79,7 @@ def merge(
         out: a new or empty folder, or that of an earlier merge.
         dtype: bf16, fp16 or fp32 for all floating-point weights; None leaves each as it is. Sums are rounded to it once.
         max_shard_size: the most bytes of a file of weights, or a text such as ``"5GB"``; None leaves the files as they are.
-        scale: multiplies what is added; -1 takes an adapter off again.
+        scale: multiplies what is added; -1 takes an adapter off again. It must be 1 for one that holds tensors whole.
         overwrite: replaces the files of an earlier merge in ``out``. One that was changed since is moved aside, to a name with
             ``.kept`` at its end; other files are never touched.
         dry_run: only checks, and reports what would be done.

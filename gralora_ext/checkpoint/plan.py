@@ -115,8 +115,10 @@ def make_plan(
     """Finds each adapter's tensors in the base.
 
     Raises:
-        FileError: a name, a shape or a dtype of an adapter does not fit the base; both are named.
+        FileError: a name, a shape or a dtype of an adapter does not fit the base; both are named. Or ``scale`` is not 1, and an
+            adapter holds tensors whole.
     """
+    _check_scale(adapters, scale)
     names = names_of(base, adapters)
     jobs = {
         name: Job(name, source.info.dtype, source.info.shape, source, source.info.dtype)
@@ -144,6 +146,16 @@ def make_plan(
     shards = _shards(base, jobs, owners, max_shard_size)
     metadata["total_size"] = sum(shard.nbytes for shard in shards)
     return Plan(shards, [shard.name for shard in shards] != [SINGLE], metadata, changes, dtype)
+
+
+def _check_scale(adapters: list[Adapter], scale: float) -> None:
+    """What an adapter holds whole takes the place of the base's tensor, and cannot be scaled without it."""
+    for adapter in adapters:
+        if adapter.whole and scale != 1:
+            raise FileError(
+                f"scale: expected 1 for {adapter.folder}, since it holds {next(iter(adapter.whole))} whole, which takes the place "
+                f"of the base's, got {scale}"
+            )
 
 
 def _add_heads(adapters: list[Adapter], names: Names, jobs: dict[str, Job], owners: dict[str, str]) -> None:

@@ -78,7 +78,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--max-shard-size", metavar="SIZE", help="most bytes of a file, such as 5GB (default: files as in BASE)"
     )
-    parser.add_argument("--scale", type=_scale, default=1.0, help="multiplies what is added (default: 1.0)")
+    parser.add_argument(
+        "--scale",
+        type=_scale,
+        default=1.0,
+        help="multiplies what is added; not for adapters that hold tensors whole (default: 1.0)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the files of an earlier merge in OUT")
     parser.add_argument("--dry-run", action="store_true", help="check, tell tensors and disk, and write nothing")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
