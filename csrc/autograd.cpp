@@ -130,10 +130,9 @@ struct Path : torch::autograd::Function<Path> {
 };
 
 void check_no_leaf(const at::Tensor& base) {
-  const char* why = "leaf that requires grad, so y cannot be written into it";
-  TORCH_CHECK(!(base.is_leaf() && base.requires_grad()), "gralora_ext: base is a ", why);
-  TORCH_CHECK(!(base.is_view() && base._base().is_leaf() && base._base().requires_grad()),
-              "gralora_ext: base is a view of a ", why);
+  const at::TensorBase& owner = base.is_view() ? base._base() : base;
+  TORCH_CHECK(!(owner.is_leaf() && owner.requires_grad()),
+              "gralora_ext: base is a leaf that requires grad, or a view of one, so y cannot be written into it");
 }
 
 // y as a tensor of its own on base's memory: were it base itself, a base that is a view would bring

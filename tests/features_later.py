@@ -48,6 +48,15 @@ class Convolved(nn.Module):
         return self.first(x)
 
 
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.MultiheadAttention(24, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x, x, x)[0]
+
+
 def merged_is_the_same(tuner: Tuner, base: type[nn.Module], x: Tensor, **fields: object) -> None:
     """The adapter changes the output, and does so too when it is merged."""
     model = tuner.model(base, **{"target_modules": ["first"], **fields})
@@ -70,6 +79,11 @@ def _(tuner: Tuner) -> None:
 @feature("convolutions", later=True)
 def _(tuner: Tuner) -> None:
     merged_is_the_same(tuner, Convolved, rows(2, 8, 6, width=6))
+
+
+@feature("`nn.MultiheadAttention` as one layer", later=True)
+def _(tuner: Tuner) -> None:
+    merged_is_the_same(tuner, Attending, rows(2, 5))
 
 
 @feature("DoRA (`use_dora`)", later=True)

@@ -15,10 +15,10 @@ import torch
 from helpers import same_bits
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.gralora.layer import GraloraLayer
-from tuner_helpers import Mlp, gpt2, llama, needs_new_peft, rows, tokens
+from tuner_helpers import Mlp, adapted, gpt2, llama, needs_new_peft, rows, tokens
 
 from gralora_ext import GraloraConfig, reference
-from gralora_ext.tuner import accelerate, disable, enable
+from gralora_ext.tuner import accelerate, disable, enable, init
 from gralora_ext.tuner.patterns import choose_k
 
 pytestmark = needs_new_peft
@@ -135,6 +135,18 @@ def test_gaussian_begins_with_a_normal_A_and_zeros() -> None:
         for tensor, deviation in ((one.gralora_A["default"], 1 / 16), (one.gralora_A_general["default"].weight, 1 / 8)):
             assert abs(tensor.std().item() * 1 / deviation - 1) < 0.2
         assert not one.gralora_B["default"].any() and not one.gralora_B_general["default"].weight.any()
+
+
+def test_an_adapter_in_float8_begins_too() -> None:
+    """PEFT puts it in the dtype of such a base, in which torch draws no numbers."""
+    layer = adapted("fused", Mlp, torch.float32).base_model.model.first
+    for name, parameter in layer.named_parameters():
+        if "gralora" in name:
+            parameter.data = parameter.data.to(torch.float8_e4m3fn)
+    layer.gralora_B["default"].data.zero_()
+    init.finish(layer, "default", GraloraConfig(init_weights="gaussian"))
+    A = layer.gralora_A["default"].float()
+    assert A.isfinite().all() and abs(A.std().item() * layer.r["default"] - 1) < 0.2
 
 
 @pytest.mark.parametrize("k", [1, 2])

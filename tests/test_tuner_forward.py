@@ -137,14 +137,15 @@ def test_forward_is_the_base_layer_and_one_op_without_casts_or_copies() -> None:
     assert seen == ["aten::t", "aten::addmm", "gralora_ext::gralora"]
 
 
-def test_forward_adds_into_the_base_layers_output_unless_a_hook_may_have_kept_it() -> None:
+def test_forward_adds_into_the_base_layers_output_unless_a_hook_may_have_kept_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     layer, x = adapted("fused", hybrid_r=3).base_model.model.first, rows(4)
     outputs: list[torch.Tensor] = []
-    expected = layer(x)
-    real = layer.base_layer.forward
-    layer.base_layer.forward = lambda x: outputs.append(real(x)) or outputs[-1]
-    assert layer(x).data_ptr() == outputs[0].data_ptr()
-    del layer.base_layer.forward
+    expected, multiply = layer(x), nn.functional.linear
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.functional, "linear", lambda *args: outputs.append(multiply(*args)) or outputs[-1])
+        assert layer(x).data_ptr() == outputs[0].data_ptr()
     handle = layer.base_layer.register_forward_hook(lambda module, args, output: outputs.append(output))
     y = layer(x)
     handle.remove()
@@ -228,3 +229,65 @@ def test_wrong_inputs_and_unloaded_adapters_give_an_error() -> None:
     with pytest.raises(ValueError, match="input is on cpu, but adapter 'default' is on meta"):
         model(torch.zeros(3, 24))
     assert model.to_empty(device="meta")(torch.zeros(3, 24, device="meta")).shape == (3, 12)
+
+
+class Relu(nn.Linear):
+    """A base layer with a forward of its own, which keeps its output for backward."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight, self.bias).relu()
+
+
+class Remembers(nn.Linear):
+    """One that gives back what it gave before."""
+
+    output: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.output is None:
+            self.output = super().forward(x)
+        return self.output
+
+
+@pytest.mark.parametrize("kind", [Relu, Remembers])
+def test_the_output_of_a_layer_with_a_forward_of_its_own_stays(kind: type[nn.Linear]) -> None:
+    class Model(Single):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = kind(24, 36)
+
+    model, x = adapted("fused", Model, target_modules=["first"]), rows(5)
+    y = model(x)
+    y.sum().backward()
+    with model.disable_adapter():
+        base = model(x).detach().clone()
+    assert not same_bits(y.detach(), base)
+    assert same_bits(model(x), y), "the second time as the first"
+
+
+def test_the_output_of_a_patched_forward_stays() -> None:
+    model, x, kept = adapted("fused", Single, target_modules=["first"]), rows(5), []
+    base = model.base_model.model.first.base_layer
+    base.forward = lambda x: kept.append(nn.Linear.forward(base, x)) or kept[-1]
+    y = model(x)
+    assert same_bits(kept[0], nn.Linear.forward(base, x)) and not same_bits(kept[0], y)
+
+
+@pytest.mark.parametrize("how", ["disabled", "merged"])
+def test_without_an_adapter_the_output_is_that_of_the_base_layer(how: str) -> None:
+    class Wide(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).float()
+
+    class Model(Single):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = Wide(24, 36)
+
+    model, x = adapted("fused", Model, torch.bfloat16, target_modules=["first"]), rows(5, dtype=torch.bfloat16)
+    if how == "merged":
+        model.merge_adapter()
+        assert model(x).dtype == torch.float32
+    else:
+        with model.disable_adapter():
+            assert model(x).dtype == torch.float32

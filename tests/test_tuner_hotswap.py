@@ -294,3 +294,30 @@ def test_an_older_peft_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         swap(model, folder)
     with pytest.raises(RuntimeError, match=r"^prepare_model_for_compiled_hotswap: GraLoRA needs peft 0.21.0 or newer"):
         hotswap.prepare_model_for_compiled_hotswap(model, target_rank=12)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"modules_to_save": ["second"], "target_modules": ["first"]}, "base_model.model.second was trained too"),
+        ({"bias": "gralora_only"}, "expected bias 'none', got 'gralora_only' of the loaded adapter"),
+    ],
+    ids=["modules_to_save", "bias"],
+)
+def test_what_was_trained_beside_the_layers_is_not_left_behind(
+    fields: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    model, (folder, _) = built(**fields), saved(tmp_path, target_modules=["first"])
+    expected = model(rows(3))
+    with pytest.raises(ValueError, match=message):
+        swap(model, folder)
+    assert same_bits(model(rows(3)), expected)
+
+
+def test_an_offloaded_adapter_is_not_swapped_in_vain(tmp_path: Path) -> None:
+    from accelerate import cpu_offload
+
+    model, (folder, _) = built(), saved(tmp_path)
+    cpu_offload(model, DEVICE)
+    with pytest.raises(ValueError, match="first: the weights of adapter 'default' are on meta"):
+        swap(model, folder)

@@ -12,6 +12,7 @@ from helpers import MERGE_MISROUNDED, NAMES, same_bits
 from peft import convert_to_lora
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import prune
 from torch.testing._internal.two_tensor import TwoTensor
 from transformers.pytorch_utils import Conv1D
 from tuner_helpers import (
@@ -221,3 +222,25 @@ def test_pefts_conversion_to_lora_keeps_the_delta_weight() -> None:
     A, B = (state[f"base_model.model.first.lora_{name}.weight"] for name in "AB")
     delta = model.base_model.model.first.get_delta_weight("default")
     torch.testing.assert_close(lora.lora_alpha / lora.r * (B @ A), delta, rtol=0, atol=1e-5)  # PEFT's SVD is in float32
+
+
+@pytest.mark.parametrize(
+    "computed",
+    [
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.orthogonal,
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+        lambda module: prune.l1_unstructured(module, "weight", 0.5),
+    ],
+    ids=["parametrized weight_norm", "parametrized orthogonal", "weight_norm", "spectral_norm", "pruned"],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_a_weight_that_is_computed_at_every_call_is_not_merged_into(computed: Any) -> None:
+    """What is written into it would be gone at the next call."""
+    model = adapted("fused", Single, target_modules=["first"]).eval()
+    computed(model.base_model.model.first.base_layer)
+    expected = model(rows(3))
+    with pytest.raises(TypeError, match="that of first is computed at every call"):
+        model.merge_adapter()
+    assert_same_output(model(rows(3)), expected)

@@ -160,3 +160,19 @@ def test_a_layer_takes_names_by_itself() -> None:
     y = layer(x, adapter_names=["default", "__base__", "default"])
     torch.testing.assert_close(y[[0, 2]], layer(x[[0, 2]]))
     assert torch.equal(y[1], layer.base_layer(x)[1])
+
+
+def test_a_row_whose_adapter_has_no_copy_of_a_module_gets_the_models_own() -> None:
+    """Of modules_to_save, which one adapter has and the other one has not."""
+    model = adapted("fused", target_modules=["first"], modules_to_save=["second"]).eval()
+    with enable():
+        model.add_adapter("other", config(target_modules=["first"]))
+    with torch.no_grad():
+        model.base_model.model.second.modules_to_save["default"].weight.mul_(2)
+    x, expected = rows(2), []
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        expected.append(model(x))
+    model.set_adapter("default")
+    y = model(x, adapter_names=["default", "other"])
+    torch.testing.assert_close(y, torch.stack([expected[0][0], expected[1][1]]))

@@ -23,6 +23,15 @@ def offload(model: Any, where: str, folder: Path) -> None:
     assert all(p.is_meta for p in model.parameters())
 
 
+@needs_new_peft
+def test_offloaded_adapters_are_not_added_up_in_vain() -> None:
+    model = adapted("fused", llama, target_modules=["q_proj"]).eval()
+    cpu_offload(model, torch.device("cpu"))
+    with pytest.raises(ValueError, match="q_proj: the weights of adapter 'default' are on meta: load them first"):
+        model.add_weighted_adapter(["default"], [2.0], "sum", "cat")
+    assert list(model.peft_config) == ["default"]
+
+
 @pytest.mark.parametrize("where", ["memory", "disk"])
 @pytest.mark.parametrize("hybrid_r", [0, 2])
 def test_offloaded_adapters_give_the_bits_of_those_in_memory(where: str, hybrid_r: int, tmp_path: Path) -> None:

@@ -122,14 +122,20 @@ def _multiplies_in_full_precision() -> bool:
     return _MATMUL.fp32_precision in ("none", "ieee")
 
 
+def has_librarys_forward(linear: nn.Module) -> bool:
+    """Whether ``linear`` is a Linear or Conv1D proper, with the forward that torch or transformers gave it."""
+    kind = type(linear)
+    return kind in _FORWARDS and kind.forward is _FORWARDS[kind] and "forward" not in linear.__dict__
+
+
 def only_multiplies(linear: nn.Module) -> bool:
     """Whether calling ``linear``, a plain Linear or Conv1D, does nothing but multiply by the tensors that it holds.
 
     Not so where an engine or a user has wrapped, hooked or patched it, or where its tensors are a library's own.
     """
-    kind, own = type(linear), linear.__dict__
-    if kind not in _FORWARDS or kind.forward is not _FORWARDS[kind] or "forward" in own:
+    if not has_librarys_forward(linear):
         return False
+    own = linear.__dict__
     hooked = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
     forward, forward_pre, backward, backward_pre = _HOOKS_EVERYWHERE
     if hooked or forward or forward_pre or backward or backward_pre:

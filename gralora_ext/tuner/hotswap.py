@@ -19,6 +19,7 @@ from peft import PeftType
 from peft.tuners.gralora import GraloraLayer
 from peft.tuners.lora import LoraLayer
 from peft.utils import hotswap as pefts
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from . import blocks, init, patterns
@@ -93,7 +94,8 @@ def hotswap_adapter_from_state_dict(
 
     Raises:
         RuntimeError: the new adapter has weights that the model has no place for; or PEFT is older than 0.21.
-        ValueError: the adapter is merged, or a shape does not fit. The model is then as it was.
+        ValueError: the adapter is merged, a shape does not fit, or something beside the layers was trained with an adapter
+            (modules_to_save, tokens, biases). The model is then as it was.
     """
     if config.peft_type != PeftType.GRALORA:
         _pefts_swap(model, state_dict, adapter_name, config, parameter_prefix)
@@ -190,6 +192,7 @@ def _planned(model: nn.Module, state_dict: dict[str, Tensor], adapter: str, conf
             names.setdefault(module, []).append(name.replace("_orig_mod.", ""))  # a compiled module's
     if any(adapter in layer.merged_adapters for layer in names):
         raise ValueError(f"adapter_name: {adapter!r} is merged into the base weights: call unmerge_adapter() first")
+    _check_layers_hold_all(model, adapter, config)
     left, swaps = dict(state_dict), []
     for layer, own in names.items():
         found = {each: [left.pop(f"{name}.{each}", None) for name in own] for each in _parameters(layer, adapter)}
@@ -203,6 +206,24 @@ def _planned(model: nn.Module, state_dict: dict[str, Tensor], adapter: str, conf
     return swaps
 
 
+def _check_layers_hold_all(model: nn.Module, adapter: str, config: Any) -> None:
+    """Whether all that was trained of the old adapter lies in its layers: what lies elsewhere would stay after a swap.
+
+    Raises:
+        ValueError: it does not.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper) and adapter in module._get_available_adapters():
+            raise ValueError(
+                f"hotswap_adapter: {name} was trained too (modules_to_save or trainable_token_indices) with adapter {adapter!r}, "
+                "and is not swapped: load the new adapter beside it"
+            )
+    old = getattr(model, "peft_config", {}).get(adapter)
+    for which, each in (("loaded", old), ("new", config)):
+        if getattr(each, "bias", "none") != "none":
+            raise ValueError(f"hotswap_adapter: expected bias 'none', got {each.bias!r} of the {which} adapter")
+
+
 def _checked(layer: Any, tensors: dict[str, Tensor], adapter: str, config: Any) -> float:
     """The quotient of the new scaling and the layer's own, by which B is to be multiplied.
 
@@ -212,6 +233,10 @@ def _checked(layer: Any, tensors: dict[str, Tensor], adapter: str, config: Any) 
     if not tensors:
         return 1.0
     name, k = layer.module_name, layer.gralora_k[adapter]
+    if layer.gralora_A[adapter].is_meta:
+        raise ValueError(
+            f"{name}: the weights of adapter {adapter!r} are on meta, so that none can be put in their place"
+        )
     r, h = patterns.rank_of(config, name), config.hybrid_r
     A = tensors.get(f"gralora_A.{adapter}")
     if A is not None and A.shape[0] != k:

@@ -34,9 +34,14 @@ def scaling_for(alpha: float, ranks: int, use_rslora: bool) -> float:
 
 
 def _gaussian(layer: GraloraLayer, adapter: str) -> None:
-    nn.init.normal_(layer.gralora_A[adapter], std=1 / layer.r[adapter])
+    _draw(layer.gralora_A[adapter], std=1 / layer.r[adapter])
     if layer.hybrid_r[adapter] > 0:
-        nn.init.normal_(layer.gralora_A_general[adapter].weight, std=1 / layer.hybrid_r[adapter])
+        _draw(layer.gralora_A_general[adapter].weight, std=1 / layer.hybrid_r[adapter])
+
+
+def _draw(tensor: Tensor, std: float) -> None:
+    """In float32, since torch draws none in float8, in which PEFT puts an adapter beside such a base."""
+    tensor.copy_(torch.empty_like(tensor, dtype=torch.float32).normal_(std=std))
 
 
 def _orthogonal(layer: GraloraLayer, adapter: str) -> None:

@@ -14,14 +14,14 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module
-from transformers.pytorch_utils import Conv1D
+from torch.nn.utils import parametrize
 
 from .. import kernels, ops, reference
 from .._loader import load
 from ..reference import draw_seed
 from . import exact, frozen, init, mixed_batch, quantized
 
-_LINEAR_LAYERS = (nn.Linear, Conv1D)
+_ORIGINALS = {"weight_g", "weight_orig"}  # from which torch.nn.utils' older functions compute a weight
 _native = load()
 
 
@@ -36,7 +36,7 @@ class GraloraLinear(Linear):
     :func:`~gralora_ext.tuner.accelerate`. It differs from PEFT's layer in this: x may have any rank ≥ 1 (PEFT: 2 or 3);
     the adapter computes in float32 without a cast copy of x; the block part and the hybrid part share one dropout mask
     (PEFT draws two); a merge rounds once; ``get_delta_weight`` is not differentiable. Like PEFT's it adds into the base
-    layer's output in place; where a forward hook may have kept that output, it does not.
+    layer's output in place; where a forward hook or a forward of the base layer's own may have kept that output, it does not.
     """
 
     # Read by peft.helpers.disable_input_dtype_casting, which fails on PEFT's own layer; this one
@@ -86,7 +86,7 @@ class GraloraLinear(Linear):
             self.scaling[adapter] = init.scaling(self, adapter) if scale is None else self.scaling[adapter] / scale
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        """The layer's output in x's dtype.
+        """The layer's output in x's dtype; that of the base layer, as it is, where no adapter is added.
 
         Args:
             x: ``[..., N]``.
@@ -99,7 +99,7 @@ class GraloraLinear(Linear):
             TypeError: :func:`gralora_ext.ops.gralora` refuses a dtype.
         """
         if adapter_names is not None:
-            return mixed_batch.forward(self, x, adapter_names, *args, **kwargs).to(x.dtype)
+            return mixed_batch.forward(self, x, adapter_names, *args, **kwargs)
         # What PEFT's properties and nn.Module's own lookup return: calls, which cost microseconds
         # here (frozen.how_to_multiply).
         modules, base_layer = self._modules, self._modules["base_layer"]
@@ -113,19 +113,20 @@ class GraloraLinear(Linear):
                 weight, bias = frozen.weight_of(base_layer), base_layer._parameters.get("bias")
                 return _native.linear(x, weight, bias, *self._path(name, x), own_gemm)
         result = base_layer(x, *args, **kwargs)
-        if adds:
-            # In place, as PEFT's layer does it, into the output of a linear layer; but a hook may
-            # have kept that.
-            in_place = (
-                isinstance(base_layer, _LINEAR_LAYERS)
-                and not (base_layer._forward_hooks or module._global_forward_hooks)
-                and (x.is_cpu or kernels.has_kernels(x.device))
-                and _native.may_write_into(result, x)
-            )
-            active, adapters = self._active_adapter, modules["gralora_A"]
-            for name in (active,) if type(active) is str else active:
-                if name in adapters._parameters or name in adapters:  # FSDP puts tensors in the parameters' places
-                    result = self.add_path(name, x, result, in_place)
+        if not adds:
+            return result
+        # In place, as PEFT's layer does it, into the output of a linear layer; but a hook, or a
+        # forward of somebody's own, may have kept that.
+        in_place = (
+            (frozen.has_librarys_forward(base_layer) or self.quantization_backend is not None)
+            and not (base_layer._forward_hooks or module._global_forward_hooks)
+            and (x.is_cpu or kernels.has_kernels(x.device))
+            and _native.may_write_into(result, x)
+        )
+        active, adapters = self._active_adapter, modules["gralora_A"]
+        for name in (active,) if type(active) is str else active:
+            if name in adapters._parameters or name in adapters:  # FSDP puts tensors in the parameters' places
+                result = self.add_path(name, x, result, in_place)
         return result if result.dtype == x.dtype else result.to(x.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -269,11 +270,17 @@ class GraloraLinear(Linear):
             ValueError: the base weight and the adapter, if one is named, are not on one device.
             TypeError: the base weight cannot be merged into.
         """
-        weight = quantized.packed(self.get_base_layer())
+        base = self.get_base_layer()
+        weight = quantized.packed(base)
         if adapter is not None and weight.device != (A := self.gralora_A[adapter]).device:
             _refuse_device("the base weight", weight, adapter, A)
         if self.quantization_backend is not None:
             return quantized.check(self)
+        if parametrize.is_parametrized(base, "weight") or not _ORIGINALS.isdisjoint(base._parameters):
+            raise TypeError(
+                f"merging needs a weight of its own, and that of {self.module_name} is computed at every call (by a "
+                "parametrization, weight_norm, spectral_norm or pruning): remove that first"
+            )
         # A quantized weight may report a float dtype, as torchao's do; such classes, and DTensor,
         # keep their elements elsewhere.
         dense = type(weight.data) in (Tensor, FakeTensor)

@@ -83,7 +83,7 @@ def forward(layer: GraloraLinear, x: Tensor, adapter_names: Sequence[str], *args
         for name, first, last in order.groups
     ]
     y = torch.cat(parts) if len(parts) > 1 else parts[0] if parts else result
-    return y if order.back is None else y[order.back]
+    return (y if order.back is None else y[order.back]).to(x.dtype)
 
 
 @contextmanager
@@ -113,6 +113,9 @@ def hooks(model: nn.Module, adapter_names: Sequence[str] | None, num_beams: int 
         for module in model.modules():
             if isinstance(module, (GraloraLayer, AuxiliaryTrainingWrapper)):
                 names = list(adapter_names) if module in in_encoder else repeated
+                if isinstance(module, AuxiliaryTrainingWrapper):  # which knows its own adapters alone
+                    own = module._get_available_adapters()
+                    names = [name if name in own else BASE for name in names]
                 handle = module.register_forward_pre_hook(partial(_give_names, names=names), with_kwargs=True)
                 stack.callback(handle.remove)
         yield

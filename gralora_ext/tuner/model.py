@@ -12,7 +12,7 @@ from peft.tuners.gralora.layer import GraloraLayer, Linear
 from peft.tuners.lora import LoraModel
 from torch import nn
 
-from . import init, mixed_batch, patterns, quantized, transaction, weighted
+from . import init, injection, mixed_batch, patterns, quantized, transaction, weighted
 from .combine import Svd
 from .layer import GraloraLinear
 
@@ -52,10 +52,11 @@ class GraloraModel(stock.GraloraModel):
         config.fan_in_fan_out = own.fan_in_fan_out  # which PEFT sets by the class of the layer
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        patterns.warn_of_unmatched(self.peft_config[adapter_name], adapter_name, model)
-        patterns.store_chosen_k(self.peft_config[adapter_name], adapter_name, model)
-        quantized.prepare(model)
+        with injection.all_or_nothing(self):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            patterns.warn_of_unmatched(self.peft_config[adapter_name], adapter_name, model)
+            patterns.store_chosen_k(self.peft_config[adapter_name], adapter_name, model)
+            quantized.prepare(model)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if not hasattr(new_module, "base_layer"):

@@ -87,10 +87,10 @@ class Report:
 def accelerate(model: nn.Module) -> Report:
     """Turns the GraLoRA layers that PEFT built in ``model`` into fused ones, in place.
 
-    Parameters, optimizer state, hooks, merged and active adapters and state_dict keys stay; adapters added later are
-    fused too. Layers that are fused already count neither as converted nor as skipped, so a second call reports 0. The
-    base layers may be quantized. Skipped,
-    with the reason: subclasses of PEFT's layer, and layers whose forward or dropout is not PEFT's.
+    Parameters, optimizer state, hooks, merged and active adapters and state_dict keys stay. Adapters that a PeftModel is given
+    later are fused too; those that ``inject_adapter_in_model`` adds later are not, without :func:`enable`. Layers that are fused
+    already count neither as converted nor as skipped, so a second call reports 0. The base layers may be quantized. Skipped, with
+    the reason: subclasses of PEFT's layer, and layers whose forward or dropout is not PEFT's.
 
     Args:
         model: a PeftModel, a model after ``inject_adapter_in_model``, or any module that holds such a model.

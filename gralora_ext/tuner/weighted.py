@@ -180,8 +180,14 @@ def _multiple_of(k: int, *ranks: int) -> int:
 
 
 def weights_of(layer: Any, adapter: str) -> Weights:
-    """The tensors of an adapter of a layer, PEFT's own or ours."""
+    """The tensors of an adapter of a layer, PEFT's own or ours.
+
+    Raises:
+        ValueError: they are on meta, as where accelerate keeps them in other memory.
+    """
     A, B = layer.gralora_A[adapter].detach(), layer.gralora_B[adapter].detach()
+    if A.is_meta:
+        raise ValueError(f"{layer.module_name}: the weights of adapter {adapter!r} are on meta: load them first")
     if layer.hybrid_r[adapter] == 0:
         return Weights(A, B, None, None)
     general = (layer.gralora_A_general[adapter].weight, layer.gralora_B_general[adapter].weight)
