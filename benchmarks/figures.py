@@ -8,6 +8,7 @@ no run measured it.
 
 from __future__ import annotations
 
+import itertools
 import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -18,17 +19,19 @@ from typing import Any
 
 from gralora_ext.program.errors import JobError
 
-from . import compared, results
-from .results import LABELS, markdown, read_json, when
+from . import jobs, results
+from .results import LABELS, markdown, same, when
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-JOB = "finetune-default"
-FOUR_BIT = "finetune-4bit"
-FILE_MERGE = "file-merge"
 PASSES = {"forward": "forward", "forward + backward": "training"}  # of the path, and their benches
-PEERS = ("peft", "peft-compiled", "lora", "torch", "ours-plain")
+PEERS = ("peft", "peft-compiled", "lora", "torch")
 NOT_MEASURED = "not measured"
+
+# Runs from before 2026-11-29 have no ``settings.malloc``. These benches told malloc to keep freed
+# memory then, and no other did. The kernels have changed much since.
+KEPT_BEFORE = ("step", "layers")
+BACK = "freed memory going back to the system (which favours ours)"
 
 Record = dict[str, Any]
 Rows = list[list[str]]
@@ -54,14 +57,18 @@ class Run:
         """Where it was measured, on which commit and day."""
         return f"{self.processor}, {when(self.content)}"
 
-    @property
-    def settings(self) -> str:
+    def settings(self, bench: str) -> str:
         settings, versions = self.content["settings"], self.content["versions"]
-        malloc = f"malloc {settings['malloc']}" if "malloc" in settings else "malloc's settings not recorded"
+        malloc = f"malloc {settings.get('malloc', 'keeps freed memory')}"
         return (
             f"{settings['threads']} threads (more were not measured), torch {versions['torch']}, "
-            f"PEFT {versions['peft']}, {malloc}"
+            f"PEFT {versions['peft']}, {BACK if self.old and bench not in KEPT_BEFORE else malloc}"
         )
+
+    @property
+    def old(self) -> bool:
+        """From before 2026-11-29."""
+        return "malloc" not in self.content["settings"]
 
     def records(self, *benches: str, what: str | None = None) -> list[Record]:
         return [r for r in self.content["records"] if r["bench"] in benches and what in (None, r["case"].get("what"))]
@@ -91,24 +98,27 @@ class Tables:
         names = [n for n in LABELS if any(n in r["contenders"] for r in records)]
         facts = any("loss" in entry for r in records for entry in r["contenders"].values())
         peers = ("base", "peft", "lora")
-        rows = [["processor", "adapter", *(f"ours / {LABELS[n]}" for n in peers), *(f"{LABELS[n]}, ms" for n in names)]]
+        ratios = (f"ours / {LABELS[n]}" for n in peers)
+        rows = [["processor", "adapter", "rounds", *ratios, *(f"{LABELS[n]}, ms" for n in names)]]
         for run, of_run in cases.items():
             for r in of_run:
-                ratios = (_mean(_ratios([r], n)) for n in peers)
-                rows.append([run.processor, r["case"]["setting"], *ratios, *(_milliseconds(r, n) for n in names)])
-        spread = _spread([records])
+                row = [run.processor, r["case"]["setting"], str(r["contenders"]["ours"]["rounds"])]
+                rows.append(row + [_mean(_ratios([r], n)) for n in peers] + [_milliseconds(r, n) for n in names])
+        spread, tokens = _spread([records]), same(f"{bench}: tokens", (r["case"]["tokens"] for r in records))
         sentence = (
-            f"{subject} in float32, {records[0]['case']['tokens']} tokens, forward + backward: how much of the others' "
-            f"time ours takes (medians of the rounds' ratios), and medians in ms{' (loss; gradient norm)' if facts else ''}, "
-            f"whose interquartile ranges are up to {spread:.0%}:"
+            f"{subject} in float32, {tokens} tokens, forward + backward: how much of the others' time ours takes "
+            f"(the rounds' median ratios), and medians in ms{' (loss; gradient norm)' if facts else ''}, "
+            f"interquartile ranges up to {spread:.0%}:"
         )
-        return self._page(sentence, rows, list(cases))
+        return self._page(bench, sentence, rows, list(cases))
 
     def path(self) -> str:
         """The path alone, more than one token: how many times as fast as each peer."""
         runs = self._with("forward", "training")
         rows = self._beside(runs, {what: partial(_path, bench, False) for what, bench in PASSES.items()})
-        return self._page(f"More than one token, how many times as fast our layer is as each: {MEANS}.", rows, runs)
+        return self._page(
+            "forward", f"More than one token, how many times as fast our layer is as each: {MEANS}.", rows, runs
+        )
 
     def one_token(self) -> str:
         """T = 1: the path alone, and what a layer adds to its base layer."""
@@ -116,41 +126,28 @@ class Tables:
         passes = {what: partial(_path, bench, True) for what, bench in PASSES.items()}
         passes["what a layer adds to its base layer"] = lambda run: run.records("inference", what="overhead")
         rows = self._beside(runs, passes)
-        return self._page(f"One token, how many times as fast our layer is as each: {MEANS}.", rows, runs)
+        return self._page("forward", f"One token, how many times as fast our layer is as each: {MEANS}.", rows, runs)
 
     def merge(self) -> str:
         """Merging: speed beside PEFT's, and the memory that it takes beside the weight."""
-        runs = self._with("merge")
-        passes = {
-            "merge": lambda run: run.records("merge", what="merge"),
-            "unmerge": lambda run: run.records("merge", what="unmerge"),
-        }
-        rows = self._beside(runs, passes)
-        rows[0] += [f"extra MiB, {LABELS[n]}" for n in ("ours", "peft", "lora")]
-        for row, run in zip(rows[1:], [run for run in runs for _ in range(2)], strict=True):
-            peaks = [r["contenders"] for r in run.records("merge", what="peak")] if row[1] == "merge" else []
-            row += [_mebibytes([p[n]["median"] for p in peaks if n in p]) for n in ("ours", "peft", "lora")]
-            row[1] += " with codes" if "ours-plain" in run.records("merge", what="merge")[0]["contenders"] else ""
-        text = f"How many times as fast our layer is as each: {MEANS}; and the peak of memory beside the weight."
-        return self._page(text, rows, runs)
-
-    def file_merge(self) -> str:
-        """A merge in files, beside copying the files and beside PEFT."""
-        found = read_json(self.folder / FILE_MERGE / "measured.json")
-        names = {"merge": "`gralora-ext merge`", "cp": "`cp`, which merges nothing", "PEFT": "PEFT: load, merge, save"}
-        rows = [["each followed by `sync`", "turns", "median, s (least to greatest)", "GB/s"]]
-        for name, label in names.items():
-            seconds = found["seconds"][name]
-            median = statistics.median(seconds)
-            span = f"{median:.1f} ({min(seconds):.1f} to {max(seconds):.1f})"
-            rows.append([label, str(len(seconds)), span, f"{found['bytes'] / median / 1e9:.2f}"])
-        sentence = (
-            f"A model of {found['bytes'] / 1e9:.1f} GB in bfloat16 with the shapes of an 8B Llama, r = 32, k = 2, in turns. "
-            f"Our process grew by at most {found['growth'] / 2**20:.0f} MiB:"
+        runs, peers, measured = self._with("merge"), ("peft", "lora"), ("ours", "peft", "lora")
+        rows = [["processor", "pass", "cases", *(f"beside {LABELS[n]}" for n in (*peers, "ours-plain"))]]
+        rows[0] += [f"extra MiB, {LABELS[n]}" for n in measured]
+        for run, codes, what in itertools.product(runs, (True, False), ("merge", "unmerge")):
+            if not (records := _merges(run, what, codes)):
+                continue
+            row = [run.processor, f"{what} {'with' if codes else 'without'} codes", str(len(records))]
+            row += [*(_times(records, n) for n in peers), _times(records, "ours-plain") if codes else ""]
+            peaks = [r["contenders"] for r in run.records("merge", what="peak")] if what == "merge" else []
+            if not codes and _merges(run, what, codes=True):  # the peak of ours is that of a merge with codes
+                peaks = [{n: p[n] for n in peers} for p in peaks]
+            row += [_mebibytes([p[n]["median"] for p in peaks if n in p]) for n in measured]
+            rows.append(row)
+        text = (
+            f"How many times as fast our layer is as each: {MEANS}; and the peak of memory beside the weight. "
+            f"Where a run measured merges with codes and without, the latter's ratios are those of the medians."
         )
-        where = f"{found['machine']['cpu']}, {found['machine']['cores']} cores of a virtual machine"
-        versions = f"torch {found['versions']['torch']}, PEFT {found['versions']['peft']}"
-        return f"{sentence}\n\n{markdown(rows)}\n\nMeasured with {versions}: {where}, {when(found)}."
+        return self._page("merge", text, rows, runs)
 
     def kept(self) -> str:
         """What a layer keeps alive for backward, x included."""
@@ -161,7 +158,7 @@ class Tables:
             for r in run.records("memory", what="kept"):
                 rows.append([_case(r), *(_mebibytes([r["contenders"][n]["median"]]) for n in names)])
         text = "Kept alive for backward by a whole layer beside its weights, x included: a frozen layer alone does not keep it."
-        return self._page(text, rows, runs)
+        return self._page("memory", text, rows, runs)
 
     def mixed(self) -> str:
         """Batches in which each row has its adapter, beside LoRA and the model without one."""
@@ -177,59 +174,24 @@ class Tables:
                 rows.append(
                     [run.processor, str(case["adapters"]), order, *(f"{ratios[n]:.2f}" for n in ("base", "lora"))]
                 )
-        case = runs[0].records("mixed")[0]["case"]
+        cases = [r["case"] for run in runs for r in run.records("mixed")]
+        number, T, N = (same(f"mixed: {key}", (case[key] for case in cases)) for key in ("rows", "T", "N"))
         text = (
-            f"Time of a batch of {case['rows']} rows of {case['T'] // case['rows']} tokens through four layers of width "
-            f"{case['N']}, as a part of the others' time (medians of the rounds' ratios; the times' interquartile ranges are "
-            f"up to {_spread(run.records('mixed') for run in runs):.0%}):"
+            f"Time of a batch of {number} rows of {T // number} tokens through four layers of width "
+            f"{N}, as a part of the others' time (medians of the rounds' ratios; the times' interquartile "
+            f"ranges are up to {_spread(run.records('mixed') for run in runs):.0%}):"
         )
-        return self._page(text, rows, runs)
-
-    def job(self) -> str:
-        """The default fine-tuning job, as it wrote its metrics; where it ran is in the file beside them."""
-        folder = self.folder / JOB
-        job = read_json(folder / "metrics.json")
-        beside = folder / "measured.json"
-        where = {**(read_json(beside) if beside.exists() else {}), **job}
-        shown = {
-            "model": job["model"],
-            "data": job["data"],
-            "steps": str(job["steps"]),
-            "trainable parameters": f"{job['trainable_parameters']:,}",
-            "held-out loss before": f"{job['eval_loss_before']:.3f}",
-            "after": f"{job['eval_loss_after']:.3f}",
-            "tokens/s": f"{job['tokens_per_second']:.0f}",
-            "peak memory": ", ".join(f"{value:,.0f} MiB ({kind})" for kind, value in job["peak_memory_mib"].items()),
-        }
-        place, date, commit = (where.get(key, "not recorded") for key in ("machine", "date", "commit"))
-        versions = f"torch {job['versions']['torch']}, PEFT {job['versions']['peft']}"
-        table = markdown([list(shown), list(shown.values())])
-        return f"{table}\n\nMeasured with {versions}: {place}, commit {commit}, {date}."
-
-    def four_bit(self) -> str:
-        """The default fine-tuning job with the base in 4 bits, over seeds, beside PEFT's LoRA."""
-        jobs = [read_json(file) for file in sorted((self.folder / FOUR_BIT).glob("*.json"))]
-        rows = [["adapter", "seeds", "held-out loss before", "after, mean (least to greatest)", "standard deviation"]]
-        for backend, label in (("fused", "ours"), ("lora", "PEFT's LoRA")):
-            of_backend = [job for job in jobs if job["config"]["backend"] == backend]
-            before, after = ([job[f"eval_loss_{when}"] for job in of_backend] for when in ("before", "after"))
-            span = f"{statistics.mean(after):.3f} ({min(after):.3f} to {max(after):.3f})"
-            spread = f"{statistics.stdev(after):.3f}" if len(after) > 1 else "one seed"
-            rows.append([label, str(len(of_backend)), f"{statistics.mean(before):.3f}", span, spread])
-        settings, versions = jobs[0]["config"], jobs[0]["versions"]
-        sentence = (
-            f"`gralora-ext finetune --load-in-4bit`, SmolLM2-135M in nf4, {jobs[0]['steps']} steps on the CPU, "
-            f"r = {settings['r']}, learning rate {settings['lr']} for both, {jobs[0]['eval_rows']} held-out rows:"
-        )
-        measured = f"Measured with torch {versions['torch']}, PEFT {versions['peft']}, bitsandbytes {versions['bitsandbytes']}."
-        return f"{sentence}\n\n{markdown(rows)}\n\n{measured}"
+        return self._page("mixed", text, rows, runs)
 
     def _with(self, *benches: str, what: str | None = None) -> list[Run]:
-        """The runs that have records of these benches."""
-        runs = [run for run in self.runs if run.records(*benches, what=what)]
-        if not runs:
+        """Of each processor the newest run that has records of all these benches."""
+        newest: dict[str, Run] = {}
+        for run in sorted(self.runs, key=lambda run: run.content["date"]):
+            if all(run.records(bench, what=what) for bench in benches):
+                newest[run.folder.split("+")[0]] = run
+        if not newest:
             raise JobError(f"{self.folder}: no run in it has the bench {' or '.join(benches)}")
-        return runs
+        return [run for run in self.runs if run in newest.values()]
 
     def _beside(self, runs: list[Run], passes: dict[str, Callable[[Run], list[Record]]]) -> Rows:
         """A row for each run and pass: the ratios to each peer."""
@@ -240,16 +202,19 @@ class Tables:
             rows.append([run.processor, name, str(len(records)), *(_times(records, n) for n in peers)])
         return rows
 
-    def _page(self, sentence: str, rows: Rows, runs: list[Run]) -> str:
+    def _page(self, bench: str, sentence: str, rows: Rows, runs: list[Run]) -> str:
         """What the table says, the table, and what it was measured with."""
-        of_settings: dict[str, list[str]] = {}
+        of_settings: dict[tuple[str, bool], list[str]] = {}
         for run in runs:
-            of_settings.setdefault(run.settings, []).append(run.source)
-        measured = [f"Measured with {settings}: {'; '.join(of)}." for settings, of in of_settings.items()]
+            of_settings.setdefault((run.settings(bench), run.old), []).append(run.source)
+        measured = [
+            f"Measured with {settings}: {'; '.join(of)}.{' The kernels have changed since.' if old else ''}"
+            for (settings, old), of in of_settings.items()
+        ]
         return "\n\n".join([sentence, markdown(rows), *measured])
 
 
-MEANS = "geometric mean (least to greatest) of the medians of the rounds' ratios"
+MEANS = "geometric mean (least to greatest) of the rounds' median ratios"
 TABLES: dict[str, Callable[[Tables], str]] = {
     "step": Tables.step,
     "layers": Tables.layers,
@@ -258,15 +223,25 @@ TABLES: dict[str, Callable[[Tables], str]] = {
     "kept": Tables.kept,
     "merge": Tables.merge,
     "mixed": Tables.mixed,
-    "job": Tables.job,
-    "four-bit": Tables.four_bit,
-    "file-merge": Tables.file_merge,
-    **{name: lambda tables, made=made: made(tables.folder) for name, made in compared.tables(RESULTS).items()},
+    **{name: lambda tables, made=made: made(tables.folder) for name, made in jobs.tables(RESULTS).items()},
 }
 
 
 def _path(bench: str, one_token: bool, run: Run) -> list[Record]:
     return [r for r in run.records(bench) if (r["case"]["T"] == 1) == one_token]
+
+
+def _merges(run: Run, what: str, codes: bool) -> list[Record]:
+    """Merges that keep codes; or those that do not: ``ours-plain``, and ours of runs from before there were codes."""
+    records = run.records("merge", what=what)
+    coded = [r for r in records if "ours-plain" in r["contenders"]]
+    return coded if codes else [_of_plain(r) for r in coded] or records
+
+
+def _of_plain(record: Record) -> Record:
+    """``ours-plain`` in the place of ours. The record has no ratios by round of it: they are those of the medians."""
+    medians = {name: entry["median"] for name, entry in record["contenders"].items()}
+    return {**record, "ratios": {name: medians["ours-plain"] / medians[name] for name in medians}}
 
 
 def _ratios(records: Iterable[Record], name: str) -> list[float]:

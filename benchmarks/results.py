@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,19 @@ def read_json(path: Path) -> Any:
         return json.loads(read(path))
     except ValueError as error:
         raise JobError(f"{path} cannot be read: {error}") from error
+
+
+def same(what: str, values: Iterable[Any]) -> Any:
+    """The one that all ``values`` are: a table's words must be true of all its rows.
+
+    Raises:
+        JobError: they differ.
+    """
+    first, *others = values
+    for other in others:
+        if other != first:
+            raise JobError(f"{what}: {first!r} and {other!r} differ, and the table tells of one")
+    return first
 
 
 def when(made: dict[str, Any]) -> str:

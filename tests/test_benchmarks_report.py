@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks import compared
+from benchmarks import jobs
 from benchmarks.__main__ import main
-from benchmarks.report import RESULTS, TABLES
+from benchmarks.report import RESULTS, TABLES, Tables
+from gralora_ext.program.errors import JobError
 
 ROOT = RESULTS.parent.parent
 
@@ -39,6 +42,17 @@ def change(results: Path, bench: str, contender: str, **values: float) -> None:
         file.write_text(json.dumps(content))
 
 
+def edit_json(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def reported(name: str, results: Path) -> str:
+    """The table of this name, from ``results``."""
+    return TABLES[name](Tables(results))
+
+
 def drop(results: Path, contender: str) -> None:
     """No run has measured ``contender``."""
     for file in results.glob("*/results.json"):
@@ -62,14 +76,116 @@ def test_every_table_is_written_and_passes_the_check(tmp_path, capsys):
 
 
 def test_each_table_names_processor_commit_and_date_of_its_run(tmp_path):
-    runs = {file.parent.name: json.loads(file.read_text()) for file in RESULTS.glob("*/results.json")}
     page = document(tmp_path, "merge")
     main(["report", str(page)])
-    for run in runs.values():
-        if any(record["bench"] == "merge" for record in run["records"]):
-            assert f"commit {run['git']['commit'][:7]}, {run['date'][:10]}" in page.read_text()
-    for processor in ("AMD EPYC (Zen 5)", "AMD EPYC (Zen 4)", "Intel Xeon"):
-        assert f"|{processor}|merge|" in page.read_text()
+    for folder, processor in (
+        ("zen-5+codes", "AMD EPYC (Zen 5)"),
+        ("zen-4", "AMD EPYC (Zen 4)"),
+        ("xeon", "Intel Xeon"),
+    ):
+        run = json.loads((RESULTS / folder / "results.json").read_text())
+        assert f"{processor}, commit {run['git']['commit'][:7]}, {run['date'][:10]}" in page.read_text()
+        assert page.read_text().count(f"|{processor}|merge without codes|") == 1
+
+
+def test_of_two_runs_on_a_processor_the_newer_counts(copied):
+    """Where it has the bench: the newer one has the merges alone."""
+    old, new = (json.loads((copied / name / "results.json").read_text()) for name in ("zen-5", "zen-5+codes"))
+    assert {r["bench"] for r in new["records"]} == {"merge"} and any(r["bench"] == "merge" for r in old["records"])
+    assert new["git"]["commit"][:7] in reported("merge", copied) and old["git"]["commit"][:7] in reported(
+        "path", copied
+    )
+    assert old["git"]["commit"][:7] not in reported("merge", copied)
+
+
+def test_merges_without_codes_are_those_of_ours_that_keeps_nothing(copied):
+    file = copied / "zen-5+codes" / "results.json"
+    change(copied, "merge", "ours-plain", median=0.5)
+    change(copied, "merge", "peft", median=2.0)
+    change(copied, "merge", "lora", median=1.0)
+    edit_json(file, lambda c: [r["ratios"].update(peft=0.5, lora=1.0) for r in c["records"] if r["unit"] == "s"])
+    rows = [line for line in reported("merge", copied).splitlines() if line.startswith("|AMD EPYC (Zen 5)")]
+    assert [row.split("|")[2] for row in rows] == [
+        "merge with codes",
+        "unmerge with codes",
+        "merge without codes",
+        "unmerge without codes",
+    ]
+    assert all("|6|2.00 (2.00 to 2.00)|1.00 (1.00 to 1.00)|" in row for row in rows[:2])
+    assert all("|6|4.00 (4.00 to 4.00)|2.00 (2.00 to 2.00)|||" in row for row in rows[2:])
+
+
+def test_a_run_from_before_malloc_was_recorded_says_what_it_did_and_that_the_kernels_have_changed(copied):
+    back, since = "freed memory going back to the system (which favours ours)", "The kernels have changed since."
+    for name in ("path", "one-token", "merge"):
+        assert back in reported(name, copied) and since in reported(name, copied)
+    for name in ("step", "layers"):  # these alone kept it then
+        text = reported(name, copied)
+        assert back not in text and "malloc keeps freed memory" in text and since in text
+    for file in copied.glob("*/results.json"):
+        edit_json(file, lambda c: c["settings"].update(malloc="as told"))
+    for name in ("path", "one-token", "merge", "step", "layers"):
+        text = reported(name, copied)
+        assert back not in text and since not in text and "malloc as told" in text
+
+
+def test_a_steps_rounds_stand_beside_it(copied):
+    edit_json(
+        copied / "xeon" / "results.json",
+        lambda c: [r["contenders"]["ours"].update(rounds=77) for r in c["records"] if r["bench"] == "step"],
+    )
+    assert reported("step", copied).count("|77|") == 2
+
+
+@pytest.mark.parametrize(("bench", "key"), [("step", "tokens"), ("layers", "tokens"), ("mixed", "rows")])
+def test_a_table_whose_words_are_not_true_of_all_its_rows_is_refused(bench, key, copied):
+    (_, *others) = (
+        (file, i)
+        for file in sorted(copied.glob("*/results.json"))
+        for i, r in enumerate(json.loads(file.read_text())["records"])
+        if r["bench"] == bench and r["case"]["what"] == bench
+    )
+    file, last = others[-1]
+    edit_json(file, lambda c: c["records"][last]["case"].update({key: 12345}))
+    with pytest.raises(JobError, match=rf"^{bench}: {key}: .*12345.* differ, and the table tells of one"):
+        reported(bench, copied)
+
+
+def test_where_the_default_job_ran_is_told_of_no_other_metrics(copied):
+    assert "commit 8e10a46" in reported("job", copied)
+    edit_json(copied / "finetune-default" / "metrics.json", lambda job: job.update(eval_loss_after=0.5))
+    with pytest.raises(
+        JobError, match=r"measured\.json tells where another metrics\.json was made: .* metrics_sha256 \w{64}"
+    ):
+        reported("job", copied)
+
+
+@pytest.mark.parametrize(
+    ("change_one", "says"),
+    [
+        (lambda job: job["config"].update(lr=0.5), "lr: 0.001 and 0.5"),
+        (lambda job: job["config"].update(batch_size=8), "batch_size: 4 and 8"),
+        (lambda job: job["versions"].update(torch="9"), "versions: "),
+        (lambda job: job.update(eval_rows=1), "eval_rows: 32 and 1"),
+        (lambda job: job.update(trainable_parameters=1), "trainable_parameters: 4884480 and 1"),
+        (lambda job: job.update(steps=7), "steps: 30 and 7"),
+    ],
+)
+def test_jobs_of_different_settings_are_not_averaged(change_one, says, copied):
+    edit_json(copied / "finetune-4bit" / "lora-2.json", change_one)
+    with pytest.raises(JobError, match=f"finetune-4bit: {says}.* differ, and the table tells of one"):
+        reported("four-bit", copied)
+
+
+def test_a_merge_in_files_says_what_its_fixed_order_did_until_the_order_is_drawn(copied):
+    file = copied / "file-merge" / "measured.json"
+    seconds = {"cp": [4.0, 1.5, 1.0, 1.25, 4.5], "merge": [4.0, 3.0, 4.0, 5.0, 9.0], "PEFT": [20.0, 30.0, 16.0]}
+    edit_json(file, lambda c: c.update(seconds=seconds))
+    text = reported("file-merge", copied)
+    assert "In the 3 turns that follow a run of PEFT `cp` took 1.0 to 1.5 s, in the others 4.0 to 4.5." in text
+    assert "|5|1.5 (1.0 to 4.5)|2.68|2.00|" in text and "|3|20.0 (16.0 to 30.0)|0.20|0.20|" in text
+    edit_json(file, lambda c: c.update(order=[["merge", "cp", "PEFT"]] * 5))
+    assert "`cp` took" not in reported("file-merge", copied)
 
 
 def test_a_changed_result_changes_the_table_and_fails_the_check(copied, tmp_path, capsys):
@@ -98,7 +214,7 @@ def test_a_comparisons_table_names_every_commit_that_made_its_runs_and_what_dive
     summary["rows"][-1]["diverged"] = 1
     del summary["rows"][-1]["metrics"]["loss"]
     (folder / "summary.json").write_text(json.dumps(summary))
-    text = compared.methods(copied)
+    text = jobs.methods(copied)
     assert f"commit {commit}, " in text and text.endswith("commit 0123456 with changes, 2999-01-01.")
     assert "|GraLoRA, k = 2|0.01 (at the edge)|3|diverged|" in text
 

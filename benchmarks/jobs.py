@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of what the console script's jobs left in the committed results: finetune, merge, compare and analyze."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from gralora_ext.cli.manifest import digest
+from gralora_ext.compare.page import cells
+from gralora_ext.compare.summary import Spread
+from gralora_ext.program.errors import JobError
+
+from .results import markdown, read_json, same, when
+
+JOB = "finetune-default"
+FOUR_BIT = "finetune-4bit"
+OF_ONE_JOB = ("backend", "seed", "output", "sample_tokens")  # settings in which FOUR_BIT's jobs may differ
+FILE_MERGE = "file-merge"
+COMPARED = "compare"  # the folder with the committed comparison; analyses lie in analyze-rank and so on
+ANALYSES = ("rank", "outlier", "grid")
+
+
+def tables(folder: Path) -> dict[str, Callable[[Path], str]]:
+    """Of what is committed in ``folder``, the functions that make a table of it, by name."""
+    found: dict[str, Callable[[Path], str]] = {"job": job, "four-bit": four_bit, "file-merge": file_merge}
+    if (folder / COMPARED / "summary.json").exists():
+        found["methods"] = methods
+    for what in ANALYSES:
+        if (folder / f"analyze-{what}" / f"{what}.json").exists():
+            found[what] = partial(findings, what=what)
+    return found
+
+
+def job(folder: Path) -> str:
+    """The default fine-tuning job, as it wrote its metrics; a file beside them, written by hand, says where it ran."""
+    metrics, beside = folder / JOB / "metrics.json", folder / JOB / "measured.json"
+    made, where = read_json(metrics), read_json(beside)
+    if where["metrics_sha256"] != digest(metrics):
+        raise JobError(
+            f"{beside} tells where another {metrics.name} was made: write machine, date and commit anew, and as "
+            f"metrics_sha256 {digest(metrics)}"
+        )
+    shown = {
+        "model": made["model"],
+        "data": made["data"],
+        "steps": str(made["steps"]),
+        "trainable parameters": f"{made['trainable_parameters']:,}",
+        "held-out loss before": f"{made['eval_loss_before']:.3f}",
+        "after": f"{made['eval_loss_after']:.3f}",
+        "tokens/s": f"{made['tokens_per_second']:.0f}",
+        "peak memory": ", ".join(f"{value:,.0f} MiB ({kind})" for kind, value in made["peak_memory_mib"].items()),
+    }
+    versions = f"torch {made['versions']['torch']}, PEFT {made['versions']['peft']}"
+    table = markdown([list(shown), list(shown.values())])
+    return f"{table}\n\nMeasured with {versions}: {where['machine']}, commit {where['commit']}, {where['date']}."
+
+
+def four_bit(folder: Path) -> str:
+    """The default fine-tuning job with the base in 4 bits, over seeds, beside PEFT's LoRA."""
+    jobs = [read_json(file) for file in sorted((folder / FOUR_BIT).glob("*.json"))]
+
+    def all_have(key: str) -> Any:
+        return same(f"{folder / FOUR_BIT}: {key}", (job[key] for job in jobs))
+
+    rows = [["adapter", "seeds", "held-out loss before", "after, mean (least to greatest)", "standard deviation"]]
+    for backend, label in (("fused", "ours"), ("lora", "PEFT's LoRA")):
+        after = [job["eval_loss_after"] for job in jobs if job["config"]["backend"] == backend]
+        span = f"{statistics.mean(after):.3f} ({min(after):.3f} to {max(after):.3f})"
+        spread = f"{statistics.stdev(after):.3f}" if len(after) > 1 else "one seed"
+        rows.append([label, str(len(after)), f"{all_have('eval_loss_before'):.3f}", span, spread])
+    for key in ("model", "data", "train_rows", "trainable_parameters"):
+        all_have(key)
+    settings = {  # an older job does not name what it could not be told yet
+        key: same(f"{folder / FOUR_BIT}: {key}", (job["config"][key] for job in jobs if key in job["config"]))
+        for key in sorted({key for job in jobs for key in job["config"]}.difference(OF_ONE_JOB))
+    }
+    versions = all_have("versions")
+    sentence = (
+        f"`gralora-ext finetune --load-in-4bit`, SmolLM2-135M in nf4, {all_have('steps')} steps on the CPU, "
+        f"r = {settings['r']}, learning rate {settings['lr']} for both, {all_have('eval_rows')} held-out rows:"
+    )
+    measured = (
+        f"Measured with torch {versions['torch']}, PEFT {versions['peft']}, bitsandbytes {versions['bitsandbytes']}."
+    )
+    return f"{sentence}\n\n{markdown(rows)}\n\n{measured}"
+
+
+def file_merge(folder: Path) -> str:
+    """A merge in files, beside copying the files and beside PEFT."""
+    found = read_json(folder / FILE_MERGE / "measured.json")
+    seconds = found["seconds"]
+    names = {"merge": "`gralora-ext merge`", "cp": "`cp`, which merges nothing", "PEFT": "PEFT: load, merge, save"}
+    rows = [
+        ["each followed by `sync`", "turns", "median, s (least to greatest)", "GB/s", "merge / it, median of the turns"]
+    ]
+    for name, label in names.items():
+        median = statistics.median(seconds[name])
+        ratio = statistics.median(a / b for a, b in zip(seconds["merge"], seconds[name], strict=False))
+        span = f"{median:.1f} ({min(seconds[name]):.1f} to {max(seconds[name]):.1f})"
+        speed = f"{found['bytes'] / median / 1e9:.2f}"
+        rows.append([label, str(len(seconds[name])), span, speed, "" if name == "merge" else f"{ratio:.2f}"])
+    sentence = (
+        f"A model of {found['bytes'] / 1e9:.1f} GB in bfloat16 with the shapes of an 8B Llama, r = 32, k = 2, in "
+        f"turns. Our process grew by at most {found['growth'] / 2**20:.0f} MiB:"
+    )
+    where = f"{found['machine']['cpu']}, {found['machine']['cores']} cores of a virtual machine"
+    versions = f"torch {found['versions']['torch']}, PEFT {found['versions']['peft']}"
+    measured = f"Measured with {versions}: {where}, {when(found)}."
+    return "\n\n".join([sentence, markdown(rows), *([] if "order" in found else [_fixed_order(seconds)]), measured])
+
+
+def _fixed_order(seconds: dict[str, list[float]]) -> str:
+    """What the order did to a run from before it was drawn: `cp`, the merge, and PEFT in the first turns alone."""
+    slow = len(seconds["PEFT"])
+    after, others = seconds["cp"][1 : slow + 1], [seconds["cp"][0], *seconds["cp"][slow + 1 :]]
+    return (
+        f"The order was the same in all turns: `cp`, `gralora-ext merge`, and in the first {slow} turns PEFT. In the "
+        f"{len(after)} turns that follow a run of PEFT `cp` took {min(after):.1f} to {max(after):.1f} s, in the others "
+        f"{min(others):.1f} to {max(others):.1f}. So what ran before decides what `cp` takes: its median is an effect of "
+        f"the order, and does not show that a merge takes as long as a copy."
+    )
+
+
+def methods(folder: Path) -> str:
+    """The comparison's table, with what follows from it."""
+    content = read_json(folder / COMPARED / "summary.json")
+    table = [["method", "learning rate", "seeds", *(f"{m['label']} ({m['unit']})" for m in content["metrics"])]]
+    table += [[row["label"], *cells(row)] for row in content["rows"]]
+    s = content["settings"]
+    sizes = (
+        f"`gralora-ext compare{' --quick' if s['quick'] else ''}`: {s['model'].split(' (')[0]} on {s['data']}, "
+        f"{s['steps']} steps of {s['batch_size']} rows of at most {s['max_length']} tokens, rank {s['rank']}, "
+        f"{s['test_rows']} test rows; mean ± standard deviation over seeds."
+    )
+    busy = ["In some runs threads had to wait for a core, so that their speeds are too low, and not comparable."]
+    said = content["sentences"] + (busy if content["busy"] else [])
+    return "\n\n".join([sizes, markdown(table), *said, _measured(folder / COMPARED)])
+
+
+def findings(folder: Path, what: str) -> str:
+    """An analysis: what the paper says, what was measured, and the sentence that follows."""
+    content = read_json(folder / f"analyze-{what}" / f"{what}.json")
+    table = [["the paper", "its number", "ours", "verdict"]]
+    table += [[f["claim"], f["paper"], f["ours"], f["sentence"]] for f in content["findings"]]
+    s = content["settings"]
+    sizes = (
+        f"`gralora-ext analyze {what}{' --quick' if s['quick'] else ''}`: {s['model'].split(' (')[0]}, {s['steps']} steps of "
+        f"{s['batch_size']} rows, {s['seeds']} seeds."
+    )
+    more = _steps(content["steps"]) if "steps" in content else []
+    return "\n\n".join([sizes, markdown(table), *more, _measured(folder / f"analyze-{what}")])
+
+
+def _steps(steps: dict[str, Any]) -> list[str]:
+    """Of the outlier's analysis: what a step on A alone and one on B alone give."""
+    heads = {
+        "cosine_of_a": "cosine of a step on A",
+        "cosine_of_b": "cosine of a step on B",
+        "size_of_a": "how far A's step moves ΔW, as a part of B's",
+    }
+    table = [["k", *heads.values()]]
+    table += [[k, *(Spread(tuple(steps[what][k]["values"])).text(3) for what in heads)] for k in steps["cosine_of_a"]]
+    return ["The same direction, taken apart into a step on A alone and one on B alone:", markdown(table)]
+
+
+def _measured(folder: Path) -> str:
+    """With what and where the runs in ``folder`` were made, which may be of several days and commits."""
+    made = sorted((read_json(file) for file in (folder / "runs").glob("*.json")), key=lambda run: run["date"])
+    return f"Measured with {'; '.join(dict.fromkeys(map(_place, made)))}."
+
+
+def _place(made: dict[str, Any]) -> str:
+    versions = made["versions"]
+    place = f"{made['machine']['cpu']}, {made['threads']} threads"
+    return f"torch {versions['torch']}, PEFT {versions['peft']}: {place}, {when(made)}"
