@@ -2,11 +2,13 @@
 """Builds ``gralora_ext._C``; sources, flags and every decision are in ``gralora_ext/_build_config.py``."""
 
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 
 import setuptools
 from setuptools import Extension, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 
@@ -34,6 +36,16 @@ except ImportError:  # an sdist needs no torch
     from setuptools.command.build_ext import build_ext as BuildExtension
 
     torch = None
+
+
+class BuildPackage(build_py):
+    """setuptools' own, into an empty folder: modules of earlier builds would come into the wheel."""
+
+    def run(self):
+        package = Path(self.build_lib).resolve() / "gralora_ext"
+        if package != ROOT / "gralora_ext":  # never the sources themselves
+            shutil.rmtree(package, ignore_errors=True)
+        super().run()
 
 
 class BuildGralora(BuildExtension):
@@ -74,4 +86,4 @@ def extension():
     return ext
 
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": BuildGralora})
+setup(ext_modules=[extension()], cmdclass={"build_ext": BuildGralora, "build_py": BuildPackage})

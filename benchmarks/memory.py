@@ -86,10 +86,11 @@ def _status(field: str) -> int:
     return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
-# The peak of each contender, in a process of its own: what ran before in another does not blur it.
-# The environment makes malloc return every freed tensor to the system at once, so that resident
-# memory is what is in use. A tiny call of each contender comes first: what libraries load and set
-# up once is not counted.
+# The peak of each contender, in child processes that run nothing else: all contenders in one, one
+# after another, but `ours-op`, which has a child to itself. The environment makes malloc return
+# every freed tensor to the system at once, so that resident memory is what is in use, and the peak
+# is reset before each. A tiny call of each contender comes first: what libraries load and set up
+# once is not counted.
 
 MERGED = ("ours", "peft", "lora")
 SECONDS = 10.0  # for the estimate: starting Python with torch and PEFT, twice

@@ -15,6 +15,9 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "gralora_ext"
 
+# What jobs leave beside committed results, and no sdist holds.
+LEFT_BY_JOBS = [f"benchmarks/results/compare-tiny/{name}" for name in ("logs/run.log", "texts/lora.json", "runs/.lock")]
+
 # Run in a process of its own: prints build_info and the bits of all ops' results as a line of JSON.
 PROBE = """
 import hashlib, json, torch
@@ -94,9 +97,16 @@ def make_sdist(folder: Path) -> Path:
     """The sdist of the repository, made by setuptools' own hook."""
     # From a copy: the hook leaves files beside the sources, and other tests read those.
     copy = folder / "copy"
-    left = (".git", ".*venv", "venv", "build", "dist", "runs", "*.egg-info", "__pycache__", "*.so", ".*_cache")
-    ignore = shutil.ignore_patterns(*left)
+    left = (".git", ".*venv", "venv", "build", "dist", "*.egg-info", "__pycache__", "*.so", ".*_cache")
+    named = shutil.ignore_patterns(*left)
+
+    def ignore(folder: str, names: list[str]) -> set[str]:
+        return named(folder, names) | ({"runs", "outputs"} if Path(folder) == REPOSITORY else set())
+
     shutil.copytree(REPOSITORY, copy, ignore=ignore, symlinks=True)
+    for name in LEFT_BY_JOBS:
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).touch()
     hook = f"from setuptools import build_meta; build_meta.build_sdist({str(folder)!r})"
     run(sys.executable, "-c", hook, env=environment(), cwd=copy)
     (sdist,) = folder.glob("*.tar.gz")

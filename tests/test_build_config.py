@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,30 @@ def test_cmake_gets_the_same_lists() -> None:
     for capability in config.capability_flags():
         assert values(f"GRALORA_KERNEL_FLAGS_{capability}") == config.kernel_flags(capability)
     assert (Path(values("GRALORA_TORCH_PREFIX")[0]) / "Torch" / "TorchConfig.cmake").is_file()
+
+
+def test_a_wheel_holds_no_module_of_an_earlier_build(tmp_path: Path) -> None:
+    """Nor does a build take away what it compiled, and never the sources."""
+    source, build = tmp_path / "source", tmp_path / "source" / "build"
+    (source / "gralora_ext").mkdir(parents=True)
+    config_files = ("gralora_ext/_build_config.py", "gralora_ext/_build_cuda.py")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", *config_files):
+        shutil.copy(ROOT / name, source / name)
+    for name in ("__init__", "gone"):
+        (source / "gralora_ext" / f"{name}.py").write_text('__version__ = "1"\n')
+    (build / "kernels").mkdir(parents=True)
+    (build / "kernels" / "forward.o").touch()
+
+    def modules(folder: str = "build/lib") -> set[str]:
+        command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", folder]
+        subprocess.run(command, cwd=source, check=True, capture_output=True)
+        return {path.name for path in (source / folder / "gralora_ext").iterdir()}
+
+    assert "gone.py" in modules()
+    (source / "gralora_ext" / "gone.py").unlink()
+    assert modules() == {"__init__.py", "_build_config.py", "_build_cuda.py"}
+    assert (build / "kernels" / "forward.o").exists()
+    assert "__init__.py" in modules(".")
 
 
 def test_public_names_are_there() -> None:

@@ -79,8 +79,19 @@ def test_the_sdist_holds_every_source(sdist: Path) -> None:
         "scripts/*",
     ):
         wanted += [str(p.relative_to(helpers.REPOSITORY)) for p in helpers.REPOSITORY.glob(pattern) if p.is_file()]
+    if (helpers.REPOSITORY / ".git").exists():
+        listed = subprocess.run(
+            ["git", "ls-files", "-z"], cwd=helpers.REPOSITORY, capture_output=True, text=True, check=True
+        ).stdout
+        wanted += [name for name in listed.split("\0") if (helpers.REPOSITORY / name).is_file()]
     assert len(wanted) > 40
     assert [name for name in wanted if name not in held] == []
+
+
+def test_the_sdist_holds_nothing_that_jobs_leave(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        held = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    assert held.isdisjoint(helpers.LEFT_BY_JOBS)
 
 
 def test_the_wheel_works_in_another_folder(wheel: dict[str, Any], builds: Path) -> None:
@@ -129,6 +140,11 @@ def test_torch_openmp_runtime_is_the_only_one(build: str, request: pytest.Fixtur
 def test_cpp_unit_tests_pass(cmake_build: Path) -> None:
     output = helpers.run("ctest", "-j2", "--output-on-failure", env=helpers.environment(), cwd=cmake_build).stdout
     assert int(re.search(r"100% tests passed.* out of (\d+)", output).group(1)) >= 4
+
+
+def test_cmake_configures_again_where_the_config_has_changed(cmake_build: Path) -> None:
+    (files,) = re.findall(r"^build build\.ninja.*?:(.*)", (cmake_build / "build.ninja").read_text(), re.MULTILINE)
+    assert {"_build_config.py", "_build_cuda.py"} <= {Path(name).name for name in files.split()}
 
 
 def test_cmake_compiles_kernels_with_the_flags_of_the_config(cmake_build: Path) -> None:
