@@ -175,7 +175,7 @@ def test_layers_with_fewer_ranks_than_asked_for_stay_exact(base: Path, tmp_path:
 @needs_new_peft
 def test_for_vllm_all_layers_have_one_rank_that_it_serves_and_the_scaling_one(base: Path, tmp_path: Path) -> None:
     patterns = {"rank_pattern": {"q_proj": 16}, "alpha_pattern": {"up_proj": 5}, "hybrid_r": 2, "use_rslora": True}
-    save_adapter(tmp_path / "a", base, gralora(**patterns))
+    save_adapter(tmp_path / "a", base, gralora(**patterns, bias="all"))  # a Llama has none, and vLLM refuses the word
     report = export_lora(tmp_path / "a", tmp_path / "lora", serve_for="vllm")  # k·r + h is 34 and 18
     config, tensors = written(tmp_path / "lora")
     assert config["r"] == config["lora_alpha"] == 64 and not config["rank_pattern"] and not config["alpha_pattern"]

@@ -83,7 +83,7 @@ def export_lora(
 
     Args:
         adapter: the folder of a GraLoRA adapter.
-        out: a new or empty folder. It is complete when it appears.
+        out: a new or empty folder. It is complete when it has adapter_config.json.
         rank: layers of a larger exact rank get the nearest LoRA of this one, by the singular values of the factors, in float32.
         serve_for: ``"vllm"``: one rank for all layers, the smallest of 8, 16, 32, 64, 128, 256, 320 and 512 that holds the largest of
             them, with zeros behind; layers beyond 512 are truncated, which the notes tell. The scaling is multiplied into lora_B, in
@@ -94,7 +94,7 @@ def export_lora(
         FileError: a file is not as it must be, the folder is not free, or the adapter has what is not served.
     """
     check_arguments(rank, serve_for)
-    with Adapter(Path(adapter)) as opened:
+    with Adapter(Path(adapter).expanduser()) as opened:
         if opened.kind != "GRALORA":
             raise FileError(
                 f"{opened.folder / CONFIG}: peft_type is {opened.kind}: expected a GRALORA adapter to export"
@@ -109,7 +109,7 @@ def export_lora(
             raise FileError(f"{opened.file.path} holds no layer with a GraLoRA adapter: expected one or more to export")
         plan = _planned(opened, rank, serve_for)
         with new_folder(Path(out)) as folder:
-            _write_config(opened, plan, folder)
+            _write_config(opened, plan, folder, serve_for)
             layers = _write_weights(opened, plan, folder / WEIGHTS)
             opened.file.check_unchanged()
     return LoraExport(layers, _notes(layers, rank, serve_for))
@@ -145,7 +145,7 @@ def _planned(opened: Adapter, rank: int | None, serve_for: str | None) -> list[_
     return plan
 
 
-def _write_config(opened: Adapter, plan: list[_Planned], folder: Path) -> None:
+def _write_config(opened: Adapter, plan: list[_Planned], folder: Path, serve_for: str | None) -> None:
     from peft import LoraConfig
 
     from ..tuner.patterns import common_and_others
@@ -164,7 +164,7 @@ def _write_config(opened: Adapter, plan: list[_Planned], folder: Path) -> None:
             rank_pattern=rank_pattern,
             alpha_pattern=alpha_pattern,
             target_modules=given.get("target_modules") or list(opened.layers),
-            bias=_BIASES[bias],
+            bias="none" if serve_for else _BIASES[bias],  # what is served has no tensors beside those of its layers
             lora_dropout=given.get("gralora_dropout") or 0.0,
             **fields,
         )

@@ -63,12 +63,12 @@ def import_official(adapter: str | os.PathLike[str], out: str | os.PathLike[str]
 
     Args:
         adapter: the folder of the checkpoint, with adapter_config.json and adapter_model.safetensors.
-        out: a new or empty folder. It is complete when it appears.
+        out: a new or empty folder. It is complete when it has adapter_config.json.
 
     Raises:
         FileError: a file is not as that repository writes it, or the folder is not free.
     """
-    folder = Path(adapter)
+    folder = Path(adapter).expanduser()
     given = read_config(folder)
     fields, notes = _translated(folder / CONFIG, given)
     _check_ranks(folder, fields["r"])

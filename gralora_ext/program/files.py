@@ -44,12 +44,12 @@ class Owner:
 
 
 @contextmanager
-def staged(folder: Path, owner: Owner | None = None) -> Iterator[Path]:
+def staged(folder: Path, owner: Owner | None = None, last: str = "") -> Iterator[Path]:
     """Yields an empty folder inside ``folder``; what lies in it at the end moves into ``folder``, replacing its equals.
 
-    What ``owner`` does not own is not replaced: it stays where it is, or, where its name is needed, gets another one.
-    Without an owner all is replaced. On any error the staged work is removed and ``folder`` is as before. Failures of
-    the disk become JobError.
+    The file named ``last`` moves when all others are in their places, on the disk. What ``owner`` does not own is not
+    replaced: it stays where it is, or, where its name is needed, gets another one. Without an owner all is replaced. On any
+    error the staged work is removed and ``folder`` is as before. Failures of the disk become JobError.
     """
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,9 @@ def staged(folder: Path, owner: Owner | None = None) -> Iterator[Path]:
                 yield stage
             _flush_tree(stage)
             with stopper.held():
-                for item in sorted(stage.iterdir()):
+                for item in sorted(stage.iterdir(), key=lambda item: (item.name == last, item.name)):
+                    if item.name == last:
+                        flush(folder)
                     _replace(item, folder / item.name, stage, owner)
                 flush(folder)
         finally:
@@ -76,21 +78,41 @@ def locked(folder: Path, *, wait: bool) -> Iterator[None]:
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(open(folder / LOCK, "w"))
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise JobError(
-                f"{folder} is in use by another gralora-ext job: wait for it, or name another folder"
-            ) from None
-        except OSError:
-            pass  # some network file systems have no locks: the user then sees to it that jobs do not share a folder
-        for stage in [*folder.glob(f"{PARTIAL}*"), *folder.glob(f"{CHECKPOINTS}/{PARTIAL}*")]:
-            for old in stage.glob(f"*{_OLD}"):  # its successor was about to be put into its place
-                place = stage.parent / old.name.removesuffix(_OLD)
-                if not os.path.lexists(place):
-                    old.rename(place)
-            shutil.rmtree(stage, ignore_errors=True)
+        _lock(file.fileno(), folder, wait=wait)
+        clear_stages(folder)
         yield
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """As :func:`locked` without ``wait``, but without a file for the lock, and without clearing anything."""
+    with disk_errors(folder):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with disk_errors(folder):
+            _lock(handle, folder, wait=False)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _lock(file: int, folder: Path, *, wait: bool) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise JobError(f"{folder} is in use by another gralora-ext job: wait for it, or name another folder") from None
+    except OSError:
+        pass  # some network file systems have no locks: the user then sees to it that jobs do not share a folder
+
+
+def clear_stages(folder: Path) -> None:
+    """Removes what a killed process left staged in a folder that is this process's alone."""
+    for stage in [*folder.glob(f"{PARTIAL}*"), *folder.glob(f"{CHECKPOINTS}/{PARTIAL}*")]:
+        for old in stage.glob(f"*{_OLD}"):  # its successor was about to be put into its place
+            place = stage.parent / old.name.removesuffix(_OLD)
+            if not os.path.lexists(place):
+                old.rename(place)
+        shutil.rmtree(stage, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:
