@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from resume_helpers import break_off, contents, flip
 
-from gralora_ext.checkpoint import merge, pipeline, staging
+from gralora_ext.checkpoint import merge, pipeline, sealed, staging
 from gralora_ext.program.errors import FileError
 
 
@@ -171,7 +171,7 @@ def test_a_state_that_no_merge_wrote_is_none(sharded, tmp_path, monkeypatch, nam
     state = out / staging.STAGE / staging.STATE
     content = {**json.loads(state.read_text()), "placing": placing, **CRAFTED[name]}
     del content["seal"]
-    staging.write_sealed(state, {key: value for key, value in content.items() if value is not None})
+    sealed.write_sealed(state, {key: value for key, value in content.items() if value is not None})
     assert merge(*sharded, out).kept_files == 0
     assert (tmp_path / "mine").read_bytes() == b"mine"
     merge(*sharded, tmp_path / "anew")

@@ -16,7 +16,7 @@ from checkpoint_helpers import gralora, llama, save_adapter, save_base
 from resume_helpers import break_off, change_json, contents, flip
 from safetensors.torch import load_file
 
-from gralora_ext.checkpoint import merge, pipeline, staging
+from gralora_ext.checkpoint import merge, pipeline, sealed, staging
 from gralora_ext.program.errors import FileError, JobError
 
 PROGRAM = Path(__file__).with_name("killed_merge.py")
@@ -63,7 +63,8 @@ def test_a_repeated_merge_reads_no_weights(sharded, tmp_path, monkeypatch):
     merge(*sharded, out)
     before = contents(out)
     real = staging.sha256_of
-    monkeypatch.setattr(staging, "sha256_of", lambda path: {"config.json": real(path)}[path.name])
+    for module in (staging, sealed):
+        monkeypatch.setattr(module, "sha256_of", lambda path: {"config.json": real(path)}[path.name])
     monkeypatch.setattr(pipeline, "Pipeline", None)
     assert merge(*sharded, out).was_done
     assert contents(out) == before
@@ -213,6 +214,7 @@ def test_each_step_of_the_placing_is_on_the_disk_before_the_next(sharded, tmp_pa
         monkeypatch.setattr(module, name, call)
 
     told(staging, "flush")
+    told(sealed, "flush")
     told(os, "replace")
     told(os, "unlink")
     told(os, "mkdir")

@@ -110,6 +110,14 @@ class Adapter:
     def files(self) -> list[Path]:
         return [self.folder / CONFIG, self.file.path]
 
+    def check_finite(self) -> None:
+        """Reads all tensors once; a FileError with the first that holds a NaN or an infinity."""
+        for info in self.file.tensors.values():
+            if info.dtype in _FLOATS and not self.file.is_finite(info):
+                raise FileError(
+                    f"{self.file.path}: {info.name} holds NaN or infinity: its training diverged, or the file is damaged"
+                )
+
     def close(self) -> None:
         self.file.close()
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -16,7 +16,9 @@ from .safetensors_file import HOW_TO_CONVERT, PICKLES, SafetensorsFile
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 MOST_INDEX_BYTES = 12 << 20
-MOST_SMALL_BYTES = 256 << 20  # tokenizers have up to some 40 MB
+_MOST_METADATA = 64 << 10  # characters
+MOST_SMALL_BYTES = 256 << 20  # tokenizers have up to some 40 MB; larger are weights of another name, or data
+MOST_SMALL_FILES = 1000
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin.index.json", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
 _QUANTIZATION = ("quantization_config", "compression_config")
 _QUANTIZED = ("F8_", "F6_", "F4")
@@ -59,18 +61,22 @@ class BaseModel:
             raise FileError(f"{folder} has no tensor in its files of weights: expected those of a model")
         self._check_index()
 
-    def small_files(self) -> Iterator[Path]:
-        """The files beside the weights that go with the model: tokenizer, generation config, licence, code; not ``config.json``.
+    def small_files(self, out: Path) -> list[str]:
+        """The files beside the weights that go with the model, by their names below its folder; not ``config.json``.
 
-        Nor an adapter's configuration that lies there too: transformers would look for the adapter beside the result.
+        Tokenizer, generation config, licence, code, and the same in folders that have no weights: those that have are other
+        models, adapters or checkpoints. Nor an adapter's configuration that lies there too: transformers would look for the adapter
+        beside the result. Nor what is in ``out``.
         """
-        for path in sorted(self.folder.iterdir()):
-            is_weight = path.name.endswith(_WEIGHTS) or path.suffix in PICKLES or path.stem == "adapter_model"
-            is_config = path.name in (CONFIG, INDEX, adapter_config.CONFIG)
-            if path.is_file() and not (is_weight or is_config or path.name.startswith(".")):
-                if path.stat().st_size > MOST_SMALL_BYTES:
-                    continue  # weights under a name of their own, or data
-                yield path
+        not_small = (CONFIG, INDEX, adapter_config.CONFIG)
+        found = [name for name in _plain_files(self.folder) if name not in not_small and not _is_weight(name)]
+        found += _in_folders(self.folder, out.resolve())
+        if len(found) > MOST_SMALL_FILES:
+            raise FileError(
+                f"{self.folder} has more than {MOST_SMALL_FILES:,} files beside its weights: expected those of a model, so move the "
+                "others away"
+            )
+        return found
 
     def _file_names(self) -> list[str]:
         if (self.folder / SINGLE).exists():
@@ -115,6 +121,28 @@ class BaseModel:
         del self._weight_map
 
 
+def _plain_files(folder: Path) -> list[str]:
+    files = (path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith("."))
+    return [path.name for path in files if path.stat().st_size <= MOST_SMALL_BYTES]
+
+
+def _is_weight(name: str) -> bool:
+    path = Path(name)
+    return name.endswith(_WEIGHTS) or path.suffix in PICKLES or path.stem == "adapter_model"
+
+
+def _in_folders(folder: Path, out: Path) -> list[str]:
+    """The files in the folders of a folder, by their names below it; not of those that have weights or cannot be read, nor of ``out``."""
+    found: list[str] = []
+    for path in sorted(folder.iterdir()):
+        is_own = (
+            path.is_dir() and not path.is_symlink() and not path.name.startswith((".", "__")) and path.resolve() != out
+        )
+        if is_own and os.access(path, os.R_OK | os.X_OK) and not any(_is_weight(each.name) for each in path.rglob("*")):
+            found += [f"{path.name}/{name}" for name in (*_plain_files(path), *_in_folders(path, out))]
+    return found
+
+
 def _refuse_quantized(path: Path, how: str) -> NoReturn:
     raise FileError(
         f"{path}: the model is quantized ({how}): merge into the model that it was made of, in bf16, fp16 or fp32, and quantize "
@@ -123,7 +151,7 @@ def _refuse_quantized(path: Path, how: str) -> NoReturn:
 
 
 def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    """The files by the names of their tensors, and the metadata."""
+    """The files by the names of their tensors, and the numbers and texts in the metadata."""
     found: dict[str, Any] = {}
 
     def take(key: str, at: int) -> int:
@@ -135,12 +163,11 @@ def _read_index(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
         if key != "metadata":
             raise Malformed(f"has {key[:80]!r}: expected metadata and weight_map")
         begin = skip(text, at)
-        end = text.find("}", begin, begin + 4096) + 1
         try:
-            found[key] = json.loads(text[begin:end])
+            found[key], length = json.JSONDecoder().raw_decode(text[begin : begin + _MOST_METADATA])
         except (ValueError, RecursionError):
-            raise Malformed("has a metadata that is no object of numbers and texts") from None
-        return end
+            raise Malformed(f"has a metadata that is no JSON of at most {_MOST_METADATA:,} characters") from None
+        return begin + length
 
     try:
         text = read_bytes(path, MOST_INDEX_BYTES).decode("utf-8")

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -23,10 +24,12 @@ from ..program.errors import FileError, JobError
 from ..program.files import flush, free_bytes, write_json
 from .adapter import Adapter
 from .base import CONFIG, INDEX, BaseModel
+from .jobs import Shard
 from .pipeline import Pipeline, RunningHash
-from .plan import Plan, Shard, make_plan, parse_dtype, parse_size
+from .plan import Plan, make_plan, parse_dtype, parse_size
 from .safetensors_file import SafetensorsFile, refuse_changed
-from .staging import MANIFEST, Staging, blocks_of, entry_of, opened, sha256_of
+from .sealed import blocks_of, entry_of, sha256_of
+from .staging import MANIFEST, Staging, check, opened
 
 PathLike = str | os.PathLike[str]
 
@@ -102,9 +105,9 @@ def merge(
         adapters = [stack.enter_context(Adapter(Path(path).expanduser())) for path in paths]
         _check_place(place, base_model, adapters)
         plan = make_plan(base_model, adapters, kind, most, scale)
+        for each in adapters:
+            each.check_finite()
         report = _report(place, plan, adapters)
-        if dry_run:
-            return report
         request = {
             "base": str(base_model.folder.resolve()),
             "adapters": [str(each.folder.resolve()) for each in adapters],
@@ -112,9 +115,12 @@ def merge(
             "dtype": None if kind is None else str(kind).removeprefix("torch."),
             "max_shard_size": most,
         }
-        small = [path for path in base_model.small_files() if path.name != MANIFEST]
-        names = [*(shard.name for shard in plan.shards), *([INDEX] if plan.sharded else []), *(p.name for p in small)]
+        small = [name for name in base_model.small_files(place) if name != MANIFEST]
+        names = [*(shard.name for shard in plan.shards), *([INDEX] if plan.sharded else []), *small]
         inputs = {str(path.absolute()): entry_of(path) for path in _inputs(base_model, adapters, small)}
+        if dry_run:
+            report.was_done = check(place, request, inputs, [*names, CONFIG], overwrite).is_done
+            return report
         with opened(place, request, inputs, [*names, CONFIG], overwrite) as staging:
             report.was_done = staging.is_done
             if not staging.is_done:
@@ -128,14 +134,14 @@ def _write(
     base: BaseModel,
     adapters: list[Adapter],
     plan: Plan,
-    small: list[Path],
+    small: list[str],
     report: MergeReport,
     progress: Callable[[int, int], None] | None,
 ) -> None:
     missing = [shard for shard in plan.shards if shard.name not in staging.outputs]
     report.kept_files = len(plan.shards) - len(missing)
     report.written_bytes = sum(shard.nbytes for shard in missing)
-    _check_space(staging.out, report.written_bytes + sum(path.stat().st_size for path in small))
+    _check_space(staging.out, report.written_bytes + sum((base.folder / name).stat().st_size for name in small))
     done = plan.nbytes - report.written_bytes
 
     def tell(count: int) -> None:
@@ -151,8 +157,8 @@ def _write(
                 sha256 = _write_shard(staging.folder, pipeline, shard)
                 hashes.keep()
                 staging.finished(shard.name, sha256)
-        for path in small:
-            _finish(staging, path.name, partial(_copy, path))
+        for name in small:
+            _finish(staging, name, partial(_copy, base.folder / name))
         if plan.sharded:
             files = {job.name: shard.name for shard in plan.shards for job in shard.jobs}
             index = {"metadata": plan.index_metadata, "weight_map": dict(sorted(files.items()))}
@@ -213,6 +219,7 @@ def _finish(staging: Staging, name: str, write: Callable[[Path], None]) -> None:
     if name in staging.outputs:
         return
     path = staging.folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
     write(path)
     flush(path)
     staging.finished(name, sha256_of(path))
@@ -226,23 +233,22 @@ def _copy(path: Path, to: Path) -> None:
 def _write_config(path: Path, base: BaseModel, plan: Plan) -> None:
     if not plan.config_changes:
         return _copy(base.folder / CONFIG, path)
-    config = dict(base.config)
-    for key, value in plan.config_changes.items():
-        if key == "dtype":
-            _set_dtype(config, value)
-        else:
-            config[key] = value
+    config = copy.deepcopy(base.config)
+    config |= {key: value for key, value in plan.config_changes.items() if key != "dtype"}
+    for part in _parts(config):
+        for name, key in (("dtype", "dtype"), ("torch_dtype", "dtype"), ("tie_word_embeddings",) * 2):
+            if name in part and key in plan.config_changes:
+                part[name] = plan.config_changes[key]
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")  # some have Infinity, which is no JSON
 
 
-def _set_dtype(config: dict[str, Any], value: str) -> None:
-    """The dtype of a configuration and of those within it, under the name that it has there."""
-    names = [name for name in ("dtype", "torch_dtype") if name in config]
-    for name in names:
-        config[name] = value
-    for part in config.values():
-        if isinstance(part, dict) and any(name in part for name in ("dtype", "torch_dtype")):
-            _set_dtype(part, value)
+def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A configuration and all within it: models of several parts have one for each."""
+    parts = [config]
+    while parts:
+        part = parts.pop()
+        yield part
+        parts += [value for value in part.values() if isinstance(value, dict)]
 
 
 def _check_place(out: Path, base: BaseModel, adapters: list[Adapter]) -> None:
@@ -262,11 +268,11 @@ def _check_space(out: Path, needed: int) -> None:
         )
 
 
-def _inputs(base: BaseModel, adapters: list[Adapter], small: list[Path]) -> list[Path]:
+def _inputs(base: BaseModel, adapters: list[Adapter], small: list[str]) -> list[Path]:
     folder = base.folder
     index = [folder / INDEX] if base.sharded else []
-    weights = [folder / name for name in base.files]
-    return [folder / CONFIG, *index, *weights, *small, *(path for adapter in adapters for path in adapter.files)]
+    files = [folder / name for name in (*base.files, *small)]
+    return [folder / CONFIG, *index, *files, *(path for adapter in adapters for path in adapter.files)]
 
 
 def _report(out: Path, plan: Plan, adapters: list[Adapter]) -> MergeReport:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from .plan import Job, Shard
+from .jobs import Job, Shard
 from .safetensors_file import TORCH_DTYPES, SafetensorsFile, SafetensorsWriter, refuse_changed
 from .strips import merge_strip_
 

@@ -12,9 +12,10 @@ import torch
 from ..program.errors import FileError
 from .adapter import Adapter, Layer
 from .base import SINGLE, BaseModel, Source
-from .header import nbytes_of
-from .names import Names, names_of, parameters_of
+from .jobs import Addition, Job, Shard
+from .names import Names, names_of
 from .safetensors_file import NAMES_OF_DTYPES, TORCH_DTYPES
+from .ties import untie
 
 FLOATS = ("BF16", "F16", "F32", "F64")
 _DTYPES = {
@@ -25,48 +26,6 @@ _DTYPES = {
     "fp32": torch.float32,
     "float32": torch.float32,
 }
-
-
-@dataclass
-class Addition:
-    """One layer of one adapter, to be added to a weight."""
-
-    layer: Layer
-    scaling: float
-    fan_in_fan_out: bool
-
-
-@dataclass(slots=True)  # a model may have 100,000 tensors
-class Job:
-    """One tensor of the result."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    source: Source
-    computed: str  # the dtype in which it is added to: that of the base, or a wider one
-    additions: tuple[Addition, ...] = ()
-
-    @property
-    def nbytes(self) -> int:
-        return nbytes_of(self.dtype, self.shape)
-
-    @property
-    def is_copy(self) -> bool:
-        return not self.additions and self.source.info.dtype == self.dtype
-
-
-@dataclass
-class Shard:
-    """One file of weights of the result."""
-
-    name: str
-    jobs: list[Job]
-    metadata: dict[str, str]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(job.nbytes for job in self.jobs)
 
 
 @dataclass
@@ -126,7 +85,7 @@ def make_plan(
     }
     owners: dict[str, str] = {}  # the tensor of the base beside which a new one is written
     _add_heads(adapters, names, jobs, owners)
-    shared = _untie(base, adapters, names, jobs, owners)
+    untied = untie(base, adapters, names, jobs, owners)
     for adapter in adapters:
         _add(base, adapter, names, jobs, scale)
     for job in jobs.values():
@@ -137,7 +96,7 @@ def make_plan(
             job.dtype = NAMES_OF_DTYPES[dtype]
     changes: dict[str, Any] = {"dtype": str(dtype).removeprefix("torch.")} if dtype is not None else {}
     changes |= _config_of_heads(names, jobs)
-    if shared and len(names.tied) == 1 and base.config.get("tie_word_embeddings", True):
+    if untied:
         changes["tie_word_embeddings"] = False
     new = sum(math.prod(job.shape) for name, job in jobs.items() if name not in base.tensors)
     metadata = dict(base.index_metadata)
@@ -181,53 +140,6 @@ def _config_of_heads(names: Names, jobs: dict[str, Job]) -> dict[str, Any]:
             changes["id2label"] = {str(n): f"LABEL_{n}" for n in range(ours[0])}
             changes["label2id"] = {label: int(n) for n, label in changes["id2label"].items()}
     return changes
-
-
-def _untie(
-    base: BaseModel, adapters: list[Adapter], names: Names, jobs: dict[str, Job], owners: dict[str, str]
-) -> bool:
-    """Gives a parameter that shares a tensor with another one its own, where an adapter changes only one of them.
-
-    In memory PEFT would then change both, or one, by how they are tied; here each becomes what the adapter makes of it. Returns
-    whether any was given its own.
-    """
-    changed = {parameter for adapter in adapters for parameter in parameters_of(adapter)}
-    untied = False
-    for target, source in names.tied.items():
-        if not changed & {target, source} or _is_same_whole(adapters, target, source):
-            continue
-        stored = [name for name in (target, source) if name in names.tensors]
-        if len(stored) == 2:
-            untied = True
-            continue
-        if len(stored) == 1:
-            missing = target if stored == [source] else source
-            tensor = names.tensors[stored[0]]
-            job = jobs[tensor]
-            jobs[missing] = Job(missing, job.dtype, job.shape, job.source, job.computed)
-            owners[missing] = tensor
-            names.tensors[missing] = missing
-            untied = True
-    return untied
-
-
-def _is_same_whole(adapters: list[Adapter], target: str, source: str) -> bool:
-    """Whether the adapters train both, as one: then the result shares them as the base does."""
-    found = False
-    for adapter in adapters:
-        if any(
-            parameter in adapter.layers
-            for parameter in (target.removesuffix(".weight"), source.removesuffix(".weight"))
-        ):
-            return False
-        pair = [adapter.whole.get(parameter) for parameter in (target, source)]
-        if pair == [None, None]:
-            continue
-        first, second = pair
-        if first is None or second is None or not adapter.file.is_same(first, second):
-            return False
-        found = True
-    return found
 
 
 def _add(base: BaseModel, adapter: Adapter, names: Names, jobs: dict[str, Job], scale: float) -> None:

@@ -101,6 +101,16 @@ class SafetensorsFile:
                 return False
         return True
 
+    def is_finite(self, info: TensorInfo) -> bool:
+        """Whether a floating-point tensor holds neither NaN nor infinity."""
+        buffer = torch.empty(min(_PIECE, info.nbytes), dtype=torch.uint8)
+        for at in range(0, info.nbytes, _PIECE):
+            piece = buffer[: info.nbytes - at]
+            self.read_into(info.begin + at, piece.numpy())
+            if not torch.isfinite(piece.view(TORCH_DTYPES[info.dtype])).all():
+                return False
+        return True
+
     def check_unchanged(self) -> None:
         """Raises a FileError where the file has been written to since it was opened."""
         if _measured(self.fd, self.path)[1] != self.stamp:
@@ -121,11 +131,12 @@ class SafetensorsFile:
         prefix = bytearray(8)
         self.read_into(0, prefix)
         length = int.from_bytes(prefix, "little")
-        if length > min(MOST_HEADER_BYTES, self.size - 8):
+        if length > self.size - 8:
             raise FileError(
-                f"{self.path} is no whole safetensors file: expected a header of at most {MOST_HEADER_BYTES:,} bytes that "
-                f"ends in the file's {self.size:,}, got one of {length:,}"
+                f"{self.path} is no whole safetensors file: expected a header that ends in the file's {self.size:,} bytes, got one of "
+                f"{length:,}"
             )
+        _check_header(self.path, length)
         text = bytearray(length)
         self.read_into(8, text)
         try:
@@ -143,6 +154,7 @@ class SafetensorsWriter:
     def __init__(self, path: Path, tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: dict[str, str]):
         self.path = path
         self.header, self.tensors = lay_out(tensors, metadata)
+        _check_header(path, len(self.header) - 8)
         self.size = max((tensor.end for tensor in self.tensors.values()), default=len(self.header))
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         try:
@@ -165,6 +177,15 @@ class SafetensorsWriter:
 
     def close(self) -> None:
         os.close(self.fd)
+
+
+def _check_header(path: Path, length: int) -> None:
+    """What is written can be read again."""
+    if length > MOST_HEADER_BYTES:
+        raise FileError(
+            f"{path}: its list of tensors takes {length:,} bytes: expected a header of at most {MOST_HEADER_BYTES:,}, so keep the "
+            "tensors in more files"
+        )
 
 
 def refuse_changed(path: Path) -> NoReturn:

@@ -9,44 +9,23 @@ touched but where the result has a file of its name, and then gets another name.
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Container, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from ..program.errors import FileError, JobError
-from ..program.files import disk_errors, flush, put_aside
+from ..program.errors import FileError
+from ..program.files import alone_in, disk_errors, flush, put_aside
 from ..program.signals import stopper
 from .base import CONFIG, INDEX, SINGLE
-from .json_text import read_bytes
 from .safetensors_file import stamp_of
+from .sealed import is_as_written, read_sealed, sha256_of, write_sealed
 
 # The state's name is hidden: no small file of a base has such a one, and is staged beside it.
 STAGE, STATE, MANIFEST = ".gralora_ext-merge", ".state.json", "merge.json"
-_MOST_MANIFEST_BYTES = 16 << 20
 OVERWRITE = "give overwrite=True (--overwrite) to write it anew"
-
-
-def sha256_of(path: Path) -> str:
-    value = hashlib.sha256()
-    for block in blocks_of(path):
-        value.update(block)
-    return value.hexdigest()
-
-
-def blocks_of(path: Path) -> Iterator[bytes]:
-    """The bytes of a file that is read, in blocks; a FileError where it cannot be."""
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                yield block
-    except OSError as error:
-        raise FileError(f"{path} cannot be read: {error.strerror}") from error
 
 
 class Staging:
@@ -88,11 +67,17 @@ class Staging:
                 flush(self.out)
             for name in staged:
                 if name != CONFIG:
+                    _check_parents(self.out, name)
                     self._clear(name)
+                    (self.out / name).parent.mkdir(parents=True, exist_ok=True)
                     os.replace(self.folder / name, self.out / name)
             for name in self.theirs:
                 if name not in self.outputs:
                     self._clear(name)
+                    with suppress(OSError):  # other files are in it
+                        os.removedirs((self.out / name).parent)
+            for parent in {(self.out / name).parent for name in staged}:
+                flush(parent)
             content = {"versions": versions, "request": self.request}
             write_sealed(
                 self.folder / MANIFEST,
@@ -142,31 +127,57 @@ def opened(
         if not out.exists():
             out.mkdir(parents=True, exist_ok=True)
             flush(out.parent)
-    with _locked(out):
-        staging = Staging(out, request, inputs)
-        done, pending = read_sealed(out / MANIFEST), read_sealed(staging.folder / STATE, "theirs", "placing")
-        placing = bool(pending and pending["placing"])
-        if not (done and not placing and _is_done(staging, done, overwrite)):
-            ours = {MANIFEST, *(done["outputs"] if done else ())}
-            if pending:
-                ours |= {*pending["theirs"], *(pending["outputs"] if placing else ())}
-                _take_up(staging, pending, overwrite)
-            _refuse_foreign(out, [*names, MANIFEST], ours, begun=bool(pending or done))
-            if done:
-                _find_theirs(staging, done["outputs"], since=(out / MANIFEST).stat().st_ctime_ns)
-            if pending:
-                _find_theirs(staging, pending["theirs"])
-            if pending and placing and not staging.outputs:  # those of another merge, which no manifest lists
-                _find_theirs(staging, pending["outputs"])
-            staging.refuse_single(names)
+    with alone_in(out):
+        staging = _examined(out, request, inputs, names, overwrite)
         with disk_errors(out):
-            if not staging.is_done:
+            if staging.is_done:
+                shutil.rmtree(staging.folder, ignore_errors=True)
+            else:
                 staging.folder.mkdir(exist_ok=True)
                 staging.save()  # first: what is in place already must be in some list at any moment
-                for path in staging.folder.iterdir():
-                    if path.name not in (STATE, *staging.outputs):  # what was being written when a try was killed
-                        path.unlink()
+                _clear_unfinished(staging)
             yield staging
+
+
+def check(
+    out: Path, request: dict[str, Any], inputs: dict[str, dict[str, Any]], names: list[str], overwrite: bool
+) -> Staging:
+    """What :func:`opened` raises and finds, with nothing written."""
+    if not out.exists():
+        return Staging(out, request, inputs)
+    with alone_in(out):
+        return _examined(out, request, inputs, names, overwrite)
+
+
+def _examined(
+    out: Path, request: dict[str, Any], inputs: dict[str, dict[str, Any]], names: list[str], overwrite: bool
+) -> Staging:
+    staging = Staging(out, request, inputs)
+    done, pending = read_sealed(out / MANIFEST), read_sealed(staging.folder / STATE, "theirs", "placing")
+    placing = bool(pending and pending["placing"])
+    if done and not placing and _is_done(staging, done, overwrite):
+        return staging
+    ours = {MANIFEST, *(done["outputs"] if done else ())}
+    if pending:
+        ours |= {*pending["theirs"], *(pending["outputs"] if placing else ())}
+        _take_up(staging, pending, overwrite)
+    _refuse_foreign(out, [*names, MANIFEST], ours, begun=bool(pending or done))
+    if done:
+        _find_theirs(staging, done["outputs"], since=(out / MANIFEST).stat().st_ctime_ns)
+    if pending:
+        _find_theirs(staging, pending["theirs"])
+    if pending and placing and not staging.outputs:  # those of another merge, which no manifest lists
+        _find_theirs(staging, pending["outputs"])
+    staging.refuse_single(names)
+    return staging
+
+
+def _clear_unfinished(staging: Staging) -> None:
+    """Removes what was being written when a try was killed."""
+    for path in staging.folder.rglob("*"):
+        name = path.relative_to(staging.folder).as_posix()
+        if name not in (STATE, *staging.outputs) and not path.is_dir():
+            path.unlink()
 
 
 def _is_done(staging: Staging, done: dict[str, Any], overwrite: bool) -> bool:
@@ -183,7 +194,6 @@ def _is_done(staging: Staging, done: dict[str, Any], overwrite: bool) -> bool:
         return False
     staging.refuse_single(done["outputs"])
     staging.outputs, staging.is_done = done["outputs"], True
-    shutil.rmtree(staging.folder, ignore_errors=True)
     return True
 
 
@@ -208,6 +218,7 @@ def _find_theirs(staging: Staging, entries: dict[str, dict[str, Any]], since: in
     """What an earlier merge has written, and nobody has changed since."""
     for name, entry in entries.items():
         path = staging.out / name
+        _check_parents(staging.out, name)
         if name not in staging.theirs and is_as_written(path, entry, since):
             staging.theirs[name] = {**entry, "stamp": list(stamp_of(path.lstat()))}
 
@@ -229,17 +240,6 @@ def _difference(staging: Staging, earlier: dict[str, Any]) -> str:
     return ""
 
 
-def is_as_written(path: Path, entry: dict[str, Any], since: int) -> bool:
-    """Whether a file is the one that ``entry`` describes: nothing has touched it after ``since``, or its digest is the same."""
-    try:
-        status = path.stat()
-        if path.is_symlink() or not path.is_file() or status.st_size != entry["bytes"]:
-            return False
-        return status.st_ctime_ns <= since or sha256_of(path) == entry["sha256"]
-    except (OSError, FileError):
-        return False
-
-
 def _refuse_foreign(out: Path, names: list[str], ours: set[str], begun: bool) -> None:
     found = sorted(path.name for path in out.iterdir() if path.name != STAGE)
     if found and not begun:
@@ -247,68 +247,17 @@ def _refuse_foreign(out: Path, names: list[str], ours: set[str], begun: bool) ->
             f"{out} holds other files ({found[0]}), and is not of an earlier merge: expected a new or empty folder"
         )
     for name in names:
-        if name in found and name not in ours:
-            raise FileError(f"{out / name} is in the way, and no merge wrote it: move it, or name another folder")
+        if os.path.lexists(out / name) and name not in ours:
+            _refuse_in_the_way(out / name)
+        _check_parents(out, name)
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    with disk_errors(folder):
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise JobError(f"{folder} is in use by another gralora-ext job: wait for it, or name another folder") from None
-    except OSError:
-        pass  # some network file systems have no locks: the user then sees to it that merges do not share a folder
-    try:
-        yield
-    finally:
-        os.close(handle)
+def _check_parents(out: Path, name: str) -> None:
+    """The folders between ``out`` and the file of this name are folders, if they are there, and lead nowhere else."""
+    for parent in list((out / name).parents)[: len(Path(name).parts) - 1]:
+        if os.path.lexists(parent) and (parent.is_symlink() or not parent.is_dir()):
+            _refuse_in_the_way(parent)
 
 
-def entry_of(path: Path) -> dict[str, Any]:
-    """What an input is told by; its digest comes later."""
-    try:
-        stamp = stamp_of(path.stat())
-    except OSError as error:
-        raise FileError(f"{path} cannot be read: {error.strerror}") from error
-    return {"bytes": stamp[0], "stamp": list(stamp), "sha256": None}
-
-
-def write_sealed(path: Path, content: dict[str, Any]) -> None:
-    """Writes ``content`` with a digest of itself, beside its place, flushed and renamed; on the disk when this returns."""
-    beside = path.with_name(f"{path.name}.new")
-    beside.write_text(json.dumps({**content, "seal": _seal(content)}, indent=2) + "\n", encoding="utf-8")
-    flush(beside)
-    os.replace(beside, path)
-    flush(path.parent)
-
-
-def read_sealed(path: Path, *more: str) -> dict[str, Any] | None:
-    """What :func:`write_sealed` wrote; None where there is nothing, or it is not as it was written.
-
-    It has request, inputs, outputs, and ``more``. The seal is no secret: names and entries are checked all the same.
-    """
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(read_bytes(path, _MOST_MANIFEST_BYTES))
-        seal = content.pop("seal")
-        written = [*content["outputs"].items(), *content.get("theirs", {}).items()]
-        is_whole = (
-            seal == _seal(content)
-            and content.keys() >= {"request", "inputs", *more}
-            and isinstance(content["request"], dict)
-            and all(name == Path(name).name and name[0] != "." and "\0" not in name for name, _ in written)
-            and all(entry.keys() >= {"bytes", "sha256"} for _, entry in written)
-            and all(entry.keys() >= {"bytes", "sha256", "stamp"} for entry in content["inputs"].values())
-        )
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
-        return None
-    return content if is_whole else None
-
-
-def _seal(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def _refuse_in_the_way(path: Path) -> NoReturn:
+    raise FileError(f"{path} is in the way, and no merge wrote it: move it, or name another folder")
