@@ -98,6 +98,14 @@ def test_a_wrong_option_is_told_before_torch_is_imported(folder, words, monkeypa
         parse(list(words))
 
 
+@pytest.mark.parametrize("scale", ["-1e-3", "-.5", "-1", "2E3"])
+def test_options_may_stand_between_the_folders_and_a_scale_may_be_negative(folder, scale, monkeypatch):
+    monkeypatch.chdir(folder)
+    options = parse(["base", "--dtype", "bf16", "first", "--scale", scale, "second", "--overwrite", "out"])
+    assert options.folders == ["base", "first", "second", "out"]
+    assert (options.dtype, options.scale, options.overwrite) == ("bf16", float(scale), True)
+
+
 def test_torch_is_not_imported_for_the_options():
     program = "import sys; sys.argv[0] = 'gralora-ext'; import gralora_ext.cli.merge; assert 'torch' not in sys.modules"
     command = [sys.executable, "-c", program]

@@ -16,6 +16,7 @@ HELP = (
     "activations and adapter, such as bfloat16, or both, such as bfloat16/float32"
 )
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+MOST = 10**9  # the kernels count in 64 bits, in which the bytes of a matrix of this size have room
 PASSES = {
     "forward": "forward",
     "backward": "backward",
@@ -53,10 +54,10 @@ def explain(words: Sequence[str], parser: _Parser) -> None:
 def _case(words: Sequence[str], parser: _Parser) -> dict[str, Any]:
     numbers: dict[str, int] = {}
     for name, word in zip(METAVAR[:-1], words, strict=False):
-        if not word.isdigit() or int(word) < (0 if name == "T" else 1):
-            parser.error(
-                f"--explain: {name} must be a {'number' if name == 'T' else 'positive number'}, but it is '{word}'"
-            )
+        least = 0 if name == "T" else 1
+        is_number = word.isascii() and word.isdigit() and len(word) <= len(str(MOST))
+        if not is_number or not least <= int(word) <= MOST:
+            parser.error(f"--explain: {name} must be a number from {least} to {MOST:,}, but it is '{word}'")
         numbers[name] = int(word)
     for name in ("N", "M", "r"):
         if numbers[name] % numbers["k"] != 0:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -87,11 +88,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--overwrite", action="store_true", help="replace the files of an earlier merge in OUT")
     parser.add_argument("--dry-run", action="store_true", help="check, tell tensors and disk, and write nothing")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    options = parser.parse_args(argv)
+    parser._negative_number_matcher = re.compile(r"-\.?\d")  # before Python 3.14 it does not know -1e-3
+    options = parser.parse_intermixed_args(argv)
     if len(options.folders) < 3:
         raise JobError(f"merge: expected BASE, at least one ADAPTER, and OUT, got {len(options.folders)} folders")
     for what, folder in (("BASE", options.folders[0]), *(("ADAPTER", each) for each in options.folders[1:-1])):
-        if not Path(folder).is_dir():
+        if not Path(folder).expanduser().is_dir():
             raise JobError(f"{what}: {clipped(folder)} is not a folder")
     return options
 
@@ -158,6 +160,9 @@ def _tell(console: Console, report: MergeReport) -> None:
 
 
 def _tell_plan(report: MergeReport) -> None:
+    if report.was_done:
+        print(f"{report.out} has this merge already: nothing to do")
+        return
     print(f"{report.out}: {len(report.files)} files of weights with {report.tensors} tensors")
     print(f"{report.merged} weights would be merged{_replaced(report)}")
     print(

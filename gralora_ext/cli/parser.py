@@ -48,7 +48,12 @@ class Parser(argparse.ArgumentParser):
         raise JobError(re.sub(r"\S{80,}", lambda word: clipped(word[0]), message))
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        options, unknown = self.parse_known_args(args, namespace)
+        return self._checked(*self.parse_known_args(args, namespace))
+
+    def parse_intermixed_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        return self._checked(*self.parse_known_intermixed_args(args, namespace))
+
+    def _checked(self, options: Any, unknown: list[str]) -> Any:
         if unknown:
             first = next((word for word in unknown if word.startswith("-")), unknown[0])
             raise JobError(f"unrecognized arguments: {clipped(' '.join(unknown))}{self.nearest(first)}")
