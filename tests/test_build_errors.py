@@ -69,7 +69,9 @@ def other_torch() -> tuple[bytes, str]:
     return built[:at] + other + built[at + len(other) :], other.decode()
 
 
-def test_a_checkout_takes_the_installed_extension_where_its_own_is_for_another_torch(tree: Path, tmp_path: Path) -> None:
+def test_a_checkout_takes_the_installed_extension_where_its_own_is_for_another_torch(
+    tree: Path, tmp_path: Path
+) -> None:
     own, installed = tree / "gralora_ext" / "_C.abi3.so", tmp_path / "site" / "gralora_ext"
     own.write_bytes(other_torch()[0])
     assert "run `pip install --no-build-isolation --editable .` again" in problem(tree / "gralora_ext")

@@ -220,8 +220,8 @@ def _check_layers_hold_all(model: nn.Module, adapter: str, config: Any) -> None:
             )
     old = getattr(model, "peft_config", {}).get(adapter)
     for which, each in (("loaded", old), ("new", config)):
-        if getattr(each, "bias", "none") != "none":
-            raise ValueError(f"hotswap_adapter: expected bias 'none', got {each.bias!r} of the {which} adapter")
+        if (bias := getattr(each, "bias", "none")) != "none":
+            raise ValueError(f"hotswap_adapter: expected bias 'none', got {bias!r} of the {which} adapter")
 
 
 def _checked(layer: Any, tensors: dict[str, Tensor], adapter: str, config: Any) -> float:

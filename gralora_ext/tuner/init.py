@@ -7,7 +7,7 @@ import math
 
 import torch
 from peft.tuners.gralora.layer import GraloraLayer
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def finish(layer: GraloraLayer, adapter: str, config: object) -> None:
