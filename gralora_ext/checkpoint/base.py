@@ -61,16 +61,16 @@ class BaseModel:
             raise FileError(f"{folder} has no tensor in its files of weights: expected those of a model")
         self._check_index()
 
-    def small_files(self, out: Path) -> list[str]:
+    def small_files(self) -> list[str]:
         """The files beside the weights that go with the model, by their names below its folder; not ``config.json``.
 
         Tokenizer, generation config, licence, code, and the same in folders that have no weights: those that have are other
         models, adapters or checkpoints. Nor an adapter's configuration that lies there too: transformers would look for the adapter
-        beside the result. Nor what is in ``out``.
+        beside the result.
         """
         not_small = (CONFIG, INDEX, adapter_config.CONFIG)
         found = [name for name in _plain_files(self.folder) if name not in not_small and not _is_weight(name)]
-        found += _in_folders(self.folder, out.resolve())
+        found += _in_folders(self.folder)
         if len(found) > MOST_SMALL_FILES:
             raise FileError(
                 f"{self.folder} has more than {MOST_SMALL_FILES:,} files beside its weights: expected those of a model, so move the "
@@ -131,15 +131,13 @@ def _is_weight(name: str) -> bool:
     return name.endswith(_WEIGHTS) or path.suffix in PICKLES or path.stem == "adapter_model"
 
 
-def _in_folders(folder: Path, out: Path) -> list[str]:
-    """The files in the folders of a folder, by their names below it; not of those that have weights or cannot be read, nor of ``out``."""
+def _in_folders(folder: Path) -> list[str]:
+    """The files in the folders of a folder, by their names below it; not of those that have weights or cannot be read."""
     found: list[str] = []
     for path in sorted(folder.iterdir()):
-        is_own = (
-            path.is_dir() and not path.is_symlink() and not path.name.startswith((".", "__")) and path.resolve() != out
-        )
+        is_own = path.is_dir() and not path.is_symlink() and not path.name.startswith((".", "__"))
         if is_own and os.access(path, os.R_OK | os.X_OK) and not any(_is_weight(each.name) for each in path.rglob("*")):
-            found += [f"{path.name}/{name}" for name in (*_plain_files(path), *_in_folders(path, out))]
+            found += [f"{path.name}/{name}" for name in (*_plain_files(path), *_in_folders(path))]
     return found
 
 

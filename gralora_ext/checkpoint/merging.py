@@ -115,7 +115,7 @@ def merge(
             "dtype": None if kind is None else str(kind).removeprefix("torch."),
             "max_shard_size": most,
         }
-        small = [name for name in base_model.small_files(place) if name != MANIFEST]
+        small = [name for name in base_model.small_files() if name != MANIFEST]
         names = [*(shard.name for shard in plan.shards), *([INDEX] if plan.sharded else []), *small]
         inputs = {str(path.absolute()): entry_of(path) for path in _inputs(base_model, adapters, small)}
         if dry_run:
