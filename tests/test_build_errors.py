@@ -191,8 +191,9 @@ def test_install_without_torch(tree: Path, tmp_path: Path) -> None:
 
 def test_install_with_an_old_setuptools(tree: Path, tmp_path: Path) -> None:
     old = tmp_path / "old"
-    (old / "setuptools").mkdir(parents=True)
+    (old / "setuptools" / "command").mkdir(parents=True)
     (old / "setuptools" / "__init__.py").write_text("__version__ = '65.5.0'\nclass Extension: ...\ndef setup(): ...\n")
+    (old / "setuptools" / "command" / "build_py.py").write_text("class build_py: ...\n")
     output = helpers.run(
         sys.executable, "setup.py", env=helpers.environment(PYTHONPATH=str(old)), cwd=tree, check=False
     ).stdout
