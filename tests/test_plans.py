@@ -230,7 +230,10 @@ def test_explain_tells_which_dtypes_run_on_tensor_cores(activations: str, adapte
         (["x", "4096", "1024", "32", "2", "float32"], "T must be a number from 0 to 1,000,000,000, but it is 'x'"),
         (["²", "4096", "1024", "32", "2", "float32"], "T must be a number from 0 to 1,000,000,000, but it is '²'"),
         (["512", f"{10**20}", "1024", "32", "2", "float32"], "N must be a number from 1 to 1,000,000,000, but it is "),
-        (["512", f"{10**9 + 1}", "1024", "32", "2", "float32"], "N must be a number from 1 to 1,000,000,000, but it is "),
+        (
+            ["512", f"{10**9 + 1}", "1024", "32", "2", "float32"],
+            "N must be a number from 1 to 1,000,000,000, but it is ",
+        ),
         (["1", "4096", "1024", "32", "2", "int8"], "DTYPE must be of float32"),
     ],
 )
