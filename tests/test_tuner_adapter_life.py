@@ -157,12 +157,15 @@ def test_a_hundred_adapters_leave_nothing_behind(at_once: int, tmp_path: Path) -
     expected = model(rows(4)).detach().clone()
     for i in range(4):
         live(model, tmp_path / "two", [f"early_{i}", f"also_{i}"])
-    before = held()
-    for i in range(0, 100, at_once):
-        live(model, tmp_path / "two", [f"number_{j}" for j in range(i, i + at_once)])
-    after = held()
-    assert (after["tensors"], after["bytes"]) == (before["tensors"], before["bytes"])
-    assert after["objects"] - before["objects"] < 50  # of a hundred adapters, each of which is some hundred objects
+    grown = []
+    for _ in range(3):  # what earlier tests have left in the process comes and goes, but not each time
+        before = held()
+        for i in range(0, 100, at_once):
+            live(model, tmp_path / "two", [f"number_{j}" for j in range(i, i + at_once)])
+        after = held()
+        assert (after["tensors"], after["bytes"]) == (before["tensors"], before["bytes"])
+        grown.append(after["objects"] - before["objects"])
+    assert min(map(abs, grown)) < 50, grown  # of a hundred adapters, each of which is some hundred objects
     assert list(model.peft_config) == ["one", "two"]
     for layer in layers(model).values():
         own = {n: v for n, v in vars(layer).items() if isinstance(v, dict) and not n.startswith("_")}
