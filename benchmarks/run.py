@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from gralora_ext import build_info
-from gralora_ext._loader import newer_source
+from gralora_ext._loader import is_of_other_sources
 from gralora_ext.cli.checks import quiet_libraries
 from gralora_ext.program import machine
 from gralora_ext.program.console import Console
@@ -88,8 +88,8 @@ def run(options: argparse.Namespace) -> int:
 def _refuse_stale_extension() -> None:
     """The results would be told of the checkout's commit, and be another one's."""
     info = build_info()
-    if info["build"] == "prebuilt" and (source := newer_source(Path(info["path"]))) is not None:
-        raise JobError(f"{source} is newer than the extension in use, {info['path']}: build it first")
+    if info["build"] == "prebuilt" and is_of_other_sources(Path(info["path"])):
+        raise JobError(f"the extension in use, {info['path']}, was built from other sources than the checkout's: build it first")
 
 
 def _header(options: argparse.Namespace, device: torch.device, threads: int, kept: bool) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Autograd of the forward ops. Saved: x itself, the parameters, U, the mask of dropout and the seed.
-// Backward is an op of its own without a derivative, so differentiating twice raises torch's usual
-// error.
+// Autograd of the forward ops. It saves x itself, the parameters, U, the mask of dropout and its
+// seed. Backward is an op of its own without a derivative, so that differentiating twice raises
+// torch's usual error.
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -27,8 +27,8 @@ bool differentiated(const OptionalTensor& tensor) { return tensor.has_value() &&
 bool has_tangent(const at::Tensor& tensor) { return tensor.defined() && tensor._fw_grad(0).defined(); }
 bool has_tangent(const OptionalTensor& tensor) { return tensor.has_value() && has_tangent(*tensor); }
 
-// Forward mode has no derivative here, and works without grad mode too: dropping a tangent would be
-// silent.
+// Forward mode has no derivative here. It works without grad mode too, so that a tangent would be
+// dropped in silence.
 template <class... Inputs>
 void check_no_tangents(const Inputs&... inputs) {
   if (torch::autograd::ForwardADLevel::try_get_by_idx(0) == nullptr) return;
@@ -135,9 +135,9 @@ void check_no_leaf(const at::Tensor& base) {
               "gralora_ext: base is a leaf that requires grad, or a view of one, so y cannot be written into it");
 }
 
-// y as a tensor of its own on base's memory: were it base itself, a base that is a view would bring
-// CopySlices into the graph, which copies the whole gradient. It counts its versions with base, so
-// that what has saved it learns of any later writing into base.
+// y as a tensor of its own on base's memory. Were it base itself, a base that is a view would
+// bring CopySlices into the graph, which copies the whole gradient. It counts versions with base,
+// so that what has saved it learns of later writing into base.
 at::Tensor alias_of(const at::Tensor& base) {
   at::Tensor y = base.detach();
   y.unsafeGetTensorImpl()->set_version_counter(base.unsafeGetTensorImpl()->version_counter());

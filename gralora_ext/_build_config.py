@@ -10,6 +10,7 @@ flags per extension). So :func:`compile_kernels` makes those objects with ninja 
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import platform
@@ -51,12 +52,12 @@ KERNEL_SOURCES = [
     "csrc/cpu/linear.cpp",
 ]
 
-# GCC would multiply and add in two steps, rounded twice, where a loop has one sum alone. A token's
-# bits would then depend on how many are beside it.
+# GCC would multiply and add in two steps, rounded twice, where a loop has one sum alone. The bits
+# of a token would then depend on how many are beside it.
 FMA_FLAGS = ["-mfma", "--param=avoid-fma-max-bits=0"]
 
-# In rising order: the linker keeps the first copy of a shared inline function, so the portable one
-# must come first.
+# In rising order. The linker keeps the first copy of a shared inline function, so that of the
+# portable set must come first.
 X86_CAPABILITY_FLAGS = {
     "default": [],
     "avx2": ["-mavx2", *FMA_FLAGS, "-mf16c"],
@@ -66,6 +67,7 @@ X86_CAPABILITY_FLAGS = {
     ],
 }
 
+SOURCES_MARK = "gralora_ext built from sources "
 INSTALL_COMMAND = "pip install --no-build-isolation ."
 EDITABLE_COMMAND = "pip install --no-build-isolation --editable ."
 
@@ -211,7 +213,7 @@ def cuda_command(source: str, build: CudaBuild, root: Path = ROOT) -> list[str]:
 def compile_kernels(build_dir: Path, build: CudaBuild | None = None, root: Path = ROOT) -> list[Path]:
     """Compiles the kernels into ``build_dir`` (only what changed): KERNEL_SOURCES for each capability, and those for CUDA.
 
-    Returns the objects in the order in which they must be linked.
+    One more object holds the digest of all sources, by which the loader tells an extension of other ones. Returns the objects in the order in which they must be linked.
     """
     build_dir = build_dir.resolve()
     build_dir.mkdir(parents=True, exist_ok=True)
@@ -239,10 +241,11 @@ def compile_kernels(build_dir: Path, build: CudaBuild | None = None, root: Path 
             objects.append(build_dir / f"{Path(source).stem}.cuda.o")
             rules += [f"build {objects[-1].name}: compile_cuda {_in_ninja(root / source)}"]
             rules += ["  nvcc = " + shlex.join(cuda_command(source, build, root)).replace("$", "$$")]
-    ninja_file = build_dir / "build.ninja"
-    text = "\n".join(rules) + "\n"
-    if not ninja_file.exists() or ninja_file.read_text() != text:
-        ninja_file.write_text(text)
+    mark = f'extern const char gralora_sources[];\nconst char gralora_sources[] = "{SOURCES_MARK}{digest_of_sources(root)}";\n'
+    _write_changed(build_dir / "sources.cpp", mark)
+    objects.append(build_dir / "sources.o")
+    rules += ["build sources.o: compile sources.cpp", "  flags ="]
+    _write_changed(build_dir / "build.ninja", "\n".join(rules) + "\n")
     jobs = os.environ.get("MAX_JOBS", "")
     command = ["ninja", *(["-j", jobs] if jobs.isdigit() else [])]
     try:
@@ -250,6 +253,22 @@ def compile_kernels(build_dir: Path, build: CudaBuild | None = None, root: Path 
     except subprocess.CalledProcessError as error:
         raise RuntimeError(compile_failure(error.stdout)) from None
     return objects
+
+
+def digest_of_sources(root: Path = ROOT) -> str:
+    """The SHA-256 of all that the extension is compiled from, which it carries: see :func:`compile_kernels`."""
+    value = hashlib.sha256()
+    for path in sorted((root / INCLUDE_DIR).rglob("*")):
+        if path.suffix in (".cpp", ".h", ".cu", ".cuh"):
+            content = path.read_bytes()
+            value.update(f"{path.relative_to(root).as_posix()} {len(content)}\n".encode() + content)
+    return value.hexdigest()
+
+
+def _write_changed(path: Path, text: str) -> None:
+    """Leaves a file of this content as it is, so that ninja makes nothing anew of it."""
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
 
 
 def _in_ninja(path: Path) -> str:

@@ -18,7 +18,7 @@ from . import _build_config as config
 
 PACKAGE = Path(__file__).resolve().parent
 _MARK = re.compile(rb"gralora_ext built for torch ([^\0]+)\0")
-_SOURCES = (".cpp", ".h", ".cu", ".cuh")
+_SOURCES_MARK = re.compile(config.SOURCES_MARK.encode() + rb"([0-9a-f]{64})")
 _SUFFIXES = tuple(importlib.machinery.EXTENSION_SUFFIXES)
 
 _loaded: ModuleType | None = None
@@ -70,10 +70,10 @@ def _prebuilt() -> ModuleType:
     path = next((p for p in found if _minor(built_for[p]) == _minor(torch.__version__)), None)
     if path is None:
         raise RuntimeError(_other_torch(found[0], built_for[found[0]]))
-    if (source := newer_source(path)) is not None:
+    if is_of_other_sources(path):
         warnings.warn(
-            f"{source} is newer than the native extension of gralora_ext, {path}, which may compute otherwise: "
-            f"run `{_command(path)}` in {config.ROOT}.",
+            f"the native extension of gralora_ext, {path}, was built from other sources than those in {config.ROOT}: "
+            f"run `{_command(path)}` there.",
             stacklevel=2,
         )
     spec = importlib.util.spec_from_file_location(f"{__package__}._C", path)
@@ -89,13 +89,10 @@ def _prebuilt() -> ModuleType:
     return module
 
 
-def newer_source(extension: Path) -> Path | None:
-    """A source of the checkout's kernels that was changed after ``extension`` was built; None outside a checkout."""
-    if not _in_checkout():
-        return None
-    built = extension.stat().st_mtime
-    sources = (path for path in (config.ROOT / config.INCLUDE_DIR).rglob("*") if path.suffix in _SOURCES)
-    return next((path for path in sorted(sources) if path.stat().st_mtime > built), None)
+def is_of_other_sources(extension: Path) -> bool:
+    """Whether ``extension`` says that it was built from other sources than those of this checkout; False outside one."""
+    mark = _SOURCES_MARK.search(extension.read_bytes()) if _in_checkout() else None
+    return mark is not None and mark[1].decode() != config.digest_of_sources()
 
 
 def _in_checkout() -> bool:

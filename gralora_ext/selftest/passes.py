@@ -16,8 +16,8 @@ from ..tolerances import tolerance
 from ..tuner.exact import Kept, Operands
 
 P_DROPOUT = 0.25
-# Of the bound for results of few elements, for each element of a large one: what is rounded on the
-# way may be some times as large as the element.
+# Each element of a large result has so many times the bound of results of few elements: what is
+# rounded on the way may be some times as large as the element.
 ELEMENT = 4.0
 
 

@@ -27,7 +27,8 @@ from .config import check_peft
 
 _pefts_prepare = pefts.prepare_model_for_compiled_hotswap
 _pefts_swap = pefts.hotswap_adapter_from_state_dict
-# What PEFT wants to be the same in both configurations: what is not in the weights, nor in B here.
+# What must be the same in both configurations, as PEFT asks: it is neither in the weights nor,
+# here, in B.
 SAME_IN_BOTH = ["gralora_dropout"]
 _IS_COMPILED = (
     "prepare_model_for_compiled_hotswap: the model is compiled already, and would be compiled again: call it before"
