@@ -89,7 +89,9 @@ def _refuse_stale_extension() -> None:
     """The results would be told of the checkout's commit, and be another one's."""
     info = build_info()
     if info["build"] == "prebuilt" and is_of_other_sources(Path(info["path"])):
-        raise JobError(f"the extension in use, {info['path']}, was built from other sources than the checkout's: build it first")
+        raise JobError(
+            f"the extension in use, {info['path']}, was built from other sources than the checkout's: build it first"
+        )
 
 
 def _header(options: argparse.Namespace, device: torch.device, threads: int, kept: bool) -> dict[str, Any]:
