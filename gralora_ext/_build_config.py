@@ -213,7 +213,8 @@ def cuda_command(source: str, build: CudaBuild, root: Path = ROOT) -> list[str]:
 def compile_kernels(build_dir: Path, build: CudaBuild | None = None, root: Path = ROOT) -> list[Path]:
     """Compiles the kernels into ``build_dir`` (only what changed): KERNEL_SOURCES for each capability, and those for CUDA.
 
-    One more object holds the digest of all sources, by which the loader tells an extension of other ones. Returns the objects in the order in which they must be linked.
+    One more object holds the digest of all sources, by which the loader tells an extension of other ones. Returns the objects in
+    the order in which they must be linked.
     """
     build_dir = build_dir.resolve()
     build_dir.mkdir(parents=True, exist_ok=True)

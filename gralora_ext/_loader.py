@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
+import itertools
 import os
 import re
 import sys
@@ -67,9 +68,10 @@ def _prebuilt() -> ModuleType:
             f"run `{config.INSTALL_COMMAND}` in its source tree."
         )
     built_for = {path: _torch_of(path) for path in found}
-    path = next((p for p in found if _minor(built_for[p]) == _minor(torch.__version__)), None)
-    if path is None:
+    loadable = [path for path in found if _minor(built_for[path]) == _minor(torch.__version__)]
+    if not loadable:
         raise RuntimeError(_other_torch(found[0], built_for[found[0]]))
+    path = next(itertools.filterfalse(is_of_other_sources, loadable), loadable[0])
     if is_of_other_sources(path):
         warnings.warn(
             f"the native extension of gralora_ext, {path}, was built from other sources than those in {config.ROOT}: "

@@ -11,6 +11,7 @@ from pathlib import Path
 import build_helpers as helpers
 import pytest
 
+from gralora_ext import _build_config as config
 from gralora_ext import _loader
 
 LOAD = "from gralora_ext import _loader; _loader.load()"
@@ -92,6 +93,19 @@ def test_an_extension_of_other_sources_is_told_of(tree: Path, tmp_path: Path) ->
     said = helpers.run(sys.executable, "-c", LOAD, env=env, cwd=tmp_path).stdout
     assert f"UserWarning: the native extension of gralora_ext, {own}, was built from other sources than" in said
     assert f"those in {tree}: run `pip install --no-build-isolation --editable .` there." in said
+
+
+def test_a_checkout_takes_the_installed_extension_where_its_own_is_of_other_sources(tree: Path, tmp_path: Path) -> None:
+    own, installed = tree / "gralora_ext" / "_C.abi3.so", tmp_path / "site" / "gralora_ext"
+    mark = config.SOURCES_MARK.encode()
+    built = library().read_bytes()
+    at = built.index(mark) + len(mark)
+    own.write_bytes(built[:at] + b"0" * 64 + built[at + 64 :])
+    installed.mkdir(parents=True)
+    shutil.copy(library(), installed / "_C.abi3.so")
+    env = helpers.environment(PYTHONPATH=f"{tree}:{tmp_path / 'site'}")
+    show = "import gralora_ext; print(gralora_ext.build_info()['path'])"
+    assert helpers.run(sys.executable, "-c", show, env=env, cwd=tmp_path).stdout.strip() == str(installed / own.name)
 
 
 def test_jit_in_a_folder_that_cannot_be_written(tree: Path) -> None:
