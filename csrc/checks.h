@@ -4,6 +4,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/DeviceGuard.h>
 #include <c10/util/Exception.h>
 
 #include <cmath>
@@ -118,7 +119,10 @@ inline void check_apart(const at::Tensor& written, const char* name, const at::T
 }
 inline void check_written(const at::Tensor& written, const char* name, const at::Tensor& A, const at::Tensor& B,
                           const OptionalTensor& A_general, const OptionalTensor& B_general) {
-  if (written.has_storage()) (void)written.mutable_data_ptr();  // a lazy clone gets memory of its own
+  if (written.has_storage()) {  // a lazy clone gets memory of its own, which torch takes from the current device
+    const c10::DeviceGuard guard(written.device());
+    (void)written.mutable_data_ptr();
+  }
   TORCH_CHECK_VALUE(!overlaps_itself(written), "gralora_ext: ", name,
                     " must not overlap itself where it is written in place: no two elements may share memory, but it "
                     "has shape ",

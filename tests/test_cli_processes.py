@@ -18,11 +18,12 @@ from gralora_ext.cli.checks import check_shared, device
 from gralora_ext.cli.group import LOST, Group
 from gralora_ext.cli.job import Job
 from gralora_ext.cli.launcher import Place, again, engine, place_here
+from gralora_ext.cli.main import main
 from gralora_ext.cli.options import parse
 from gralora_ext.cli.resume import _compare_processes, processes
 from gralora_ext.cli.shares import ShareLoader, Shares, has_labels
 from gralora_ext.cli.spawn import _Launch
-from gralora_ext.program.errors import JobError, Stopped
+from gralora_ext.program.errors import JobError, Stopped, stops_unwrapped
 from gralora_ext.program.signals import Stopper
 
 SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -255,6 +256,38 @@ def test_signal_that_comes_to_one_process_twice_at_once_is_one(monkeypatch):
         monkeypatch.setattr(time, "monotonic", lambda: later)
         stopper._handle(signal.SIGTERM, None)
         assert ended == [128 + signal.SIGTERM]
+
+
+class _Stops:
+    """A signal comes while a class with such an attribute is made; Python 3.11 makes a RuntimeError of what it raises."""
+
+    def __set_name__(self, owner, name):
+        raise Stopped(signal.SIGINT)
+
+
+def test_signal_that_comes_while_a_class_is_made_stops_the_job(monkeypatch, capsys):
+    def imports(arguments):
+        type("Imported", (), {"field": _Stops()})
+
+    monkeypatch.setattr(sys.modules["gralora_ext.cli.main"], "_dispatch", imports)
+    assert main(["finetune"]) == 128 + signal.SIGINT
+    assert capsys.readouterr().err.startswith("stopped by Ctrl-C before anything was trained")
+
+
+def test_error_that_comes_after_a_signal_stays_an_error():
+    with pytest.raises(OSError, match="disk"), stops_unwrapped():
+        try:
+            raise Stopped(signal.SIGINT)
+        except Stopped:
+            raise OSError("disk")  # noqa: B904  as where it is not known that something was stopped
+
+
+def test_stage_of_the_job_tells_nobody_of_an_error_that_a_signal_caused():
+    with pytest.raises(Stopped), Group(Place()).together():
+        try:
+            raise Stopped(signal.SIGTERM)
+        except Stopped as stop:
+            raise JobError("the model cannot be loaded") from stop
 
 
 def test_signal_that_comes_while_processes_agree_is_told_the_next_time(monkeypatch):

@@ -14,12 +14,12 @@ DEFAULTS = {
     "methods": list(DEFAULT),
     "seeds": 3,
     "rank": 32,
-    "steps": 30,
+    "steps": 16,
     "batch_size": 4,
     "max_length": 384,
-    "test_rows": 128,
-    "validation_rows": 64,
-    "general_texts": 32,
+    "test_rows": 64,
+    "validation_rows": 40,
+    "general_texts": 24,
     "extend": 2,
 }
 QUICKLY = {

@@ -7,7 +7,7 @@ import argparse
 import sys
 from contextlib import ExitStack
 
-from ..program.errors import JobError, Stopped
+from ..program.errors import JobError, Stopped, stops_unwrapped
 from ..program.files import locked
 from ..program.resources import memory_failure
 from ..program.signals import reader_may_be_gone
@@ -26,7 +26,7 @@ def run(options: argparse.Namespace, group: Group) -> int:
     """
     job = Job(options, group)
     try:
-        with ExitStack() as lock:
+        with stops_unwrapped(), ExitStack() as lock:
             with group.together():
                 job.check()
             with group.together():

@@ -19,7 +19,7 @@ from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, NoReturn
 
-from ..program.errors import JobError, Told
+from ..program.errors import JobError, Told, stops_unwrapped
 from ..program.signals import stopper
 from .launcher import Place
 
@@ -84,7 +84,8 @@ class Group:
         """
         error: JobError | None = None
         try:
-            yield
+            with stops_unwrapped():
+                yield
         except JobError as own:
             error = own
         if self.size == 1 or (self.is_first and error is not None and not self.joined):

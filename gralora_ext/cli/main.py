@@ -9,7 +9,7 @@ import sys
 import traceback
 from importlib import import_module
 
-from ..program.errors import JobError, Stopped, Told, clipped, did_you_mean, first_sentence
+from ..program.errors import JobError, Stopped, Told, clipped, did_you_mean, first_sentence, stops_unwrapped
 from ..program.resources import disk_failure, memory_failure
 from ..program.signals import reader_may_be_gone, silence, stopper
 from .checks import check_packages
@@ -47,7 +47,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _code_of(arguments: list[str]) -> int:
     try:
-        code = _dispatch(arguments)
+        with stops_unwrapped():
+            code = _dispatch(arguments)
         sys.stdout.flush()
         return code
     except JobError as error:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..program.console import LINE_SECONDS, Console
-from ..program.errors import JobError, Stopped, clipped
+from ..program.errors import JobError, Stopped, clipped, stops_unwrapped
 from ..program.files import free_bytes
 from ..program.signals import stopper
 from .parser import Parser
@@ -47,12 +47,13 @@ def run(argv: list[str]) -> int:
     settings = {"dtype": options.dtype, "max_shard_size": options.max_shard_size, "scale": options.scale}
     settings["overwrite"] = options.overwrite
     try:
-        if options.dry_run:
-            _tell_plan(merge(base, adapters, out, **settings, dry_run=True))
-            return 0
-        with _progress(console) as progress:
-            report = merge(base, adapters, out, **settings, progress=progress)
-        _tell(console, report)
+        with stops_unwrapped():
+            if options.dry_run:
+                _tell_plan(merge(base, adapters, out, **settings, dry_run=True))
+                return 0
+            with _progress(console) as progress:
+                report = merge(base, adapters, out, **settings, progress=progress)
+            _tell(console, report)
     except Stopped as stop:
         print(f"stopped by {stop.name}; the same command goes on from the files that are finished", file=sys.stderr)
         return stop.exit_code

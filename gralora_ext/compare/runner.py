@@ -16,7 +16,7 @@ from typing import Any
 
 from ..cli.report import versions
 from ..program.console import Bar, Console
-from ..program.errors import JobError, clipped
+from ..program.errors import JobError, clipped, stops_unwrapped
 from ..program.files import LOCK, PARTIAL, locked, staged, write_json
 from .plan import PROGRESS, Run
 from .texts import Texts
@@ -127,7 +127,7 @@ def running(folder: Path, settings: dict[str, Any], texts: Texts, total: int, wh
     """A runner in ``folder``, which no other process writes into meanwhile; the texts lie there, and the settings."""
     console = Console()
     check_folder(folder)
-    with locked(folder, wait=False), locked(folder / RUNS, wait=False):
+    with stops_unwrapped(), locked(folder, wait=False), locked(folder / RUNS, wait=False):
         texts.write(folder / TEXTS)
         with staged(folder) as stage:
             write_json(stage / SETTINGS, settings)

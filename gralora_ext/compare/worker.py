@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..program import machine
-from ..program.errors import JobError, Stopped
+from ..program.errors import JobError, Stopped, stops_unwrapped
 from ..program.files import PARTIAL, staged, write_json
 from ..program.memory import keep_freed_memory
 from ..program.resources import memory_failure
@@ -36,7 +36,8 @@ def main() -> int:
     task = json.load(sys.stdin)
     try:
         folder = Path(task["folder"])
-        record = measured(run_of(task["run"]), Path(task["texts"]), folder)
+        with stops_unwrapped():
+            record = measured(run_of(task["run"]), Path(task["texts"]), folder)
         with staged(folder / RUNS) as stage:
             write_json(stage / f"{record['name']}.json", record)
     except JobError as error:

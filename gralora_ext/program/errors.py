@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import difflib
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class JobError(Exception):
@@ -42,6 +43,24 @@ class Stopped(BaseException):
     @property
     def exit_code(self) -> int:
         return 128 + self.signum
+
+
+@contextmanager
+def stops_unwrapped() -> Iterator[None]:
+    """A block that raises the :class:`Stopped` of which somebody has made an error of their own.
+
+    Python 3.11 does so where it comes while a class is made, as during imports, and so do libraries
+    that import lazily.
+    """
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, Stopped):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+        raise cause from None
 
 
 def signal_name(signum: int) -> str:
