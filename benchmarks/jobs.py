@@ -11,6 +11,7 @@ from typing import Any
 
 from gralora_ext.cli.manifest import digest
 from gralora_ext.compare.page import cells
+from gralora_ext.compare.plan import MEASURE
 from gralora_ext.compare.summary import Spread
 from gralora_ext.program.errors import JobError
 
@@ -137,7 +138,9 @@ def methods(folder: Path) -> str:
         f"{s['test_rows']} test rows; mean ± standard deviation over seeds."
     )
     busy = ["In some runs threads had to wait for a core, so that their speeds are too low, and not comparable."]
-    said = content["sentences"] + (busy if content["busy"] else [])
+    mixed = ["Processor or threads differ between runs: speeds and memory are not comparable."]
+    places = {_place(run) for run in _runs(folder / COMPARED) if run["run"]["part"] == MEASURE}
+    said = content["sentences"] + (busy if content["busy"] else []) + (mixed if len(places) > 1 else [])
     return "\n\n".join([sizes, markdown(table), *said, _measured(folder / COMPARED)])
 
 
@@ -167,13 +170,20 @@ def _steps(steps: dict[str, Any]) -> list[str]:
     return ["The same direction, taken apart into a step on A alone and one on B alone:", markdown(table)]
 
 
+def _runs(folder: Path) -> list[dict[str, Any]]:
+    return sorted(map(read_json, (folder / "runs").glob("*.json")), key=lambda run: run["date"])
+
+
 def _measured(folder: Path) -> str:
     """With what and where the runs in ``folder`` were made, which may be of several days and commits."""
-    made = sorted((read_json(file) for file in (folder / "runs").glob("*.json")), key=lambda run: run["date"])
-    return f"Measured with {'; '.join(dict.fromkeys(map(_place, made)))}."
+    made = (f"{_with(run)}: {_place(run)}, {when(run)}" for run in _runs(folder))
+    return f"Measured with {'; '.join(dict.fromkeys(made))}."
+
+
+def _with(made: dict[str, Any]) -> str:
+    return f"torch {made['versions']['torch']}, PEFT {made['versions']['peft']}"
 
 
 def _place(made: dict[str, Any]) -> str:
-    versions = made["versions"]
-    place = f"{made['machine']['cpu']}, {made['threads']} threads"
-    return f"torch {versions['torch']}, PEFT {versions['peft']}: {place}, {when(made)}"
+    """The processor, by its instruction set too, since one name may stand for several kinds, and the threads."""
+    return f"{made['machine']['cpu']} ({made['versions']['cpu_capability']}), {made['threads']} threads"

@@ -44,7 +44,8 @@ function showHead() {
   if (edge.length) {
     notes.push(`Best learning rate at the edge of those tried, so that one beyond may be better: ${edge.join(", ")}.`);
   }
-  const placeOf = run => [run.machine.cpu, run.machine.gpu, `${run.threads} threads`].filter(Boolean).join(", ");
+  const cpuOf = run => `${run.machine.cpu} (${run.versions.cpu_capability})`;  // one name may stand for several kinds
+  const placeOf = run => [cpuOf(run), run.machine.gpu, `${run.threads} threads`].filter(Boolean).join(", ");
   const commitOf = run => (run.git.commit || "unknown").slice(0, 7) + (run.git.dirty ? " with changes" : "");
   const [places, commits] = [placeOf, commitOf].map(of => [...new Set(data.runs.map(of))]);
   const versions = data.made.versions;
