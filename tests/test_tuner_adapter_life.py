@@ -178,9 +178,15 @@ def a_hundred_adapters(at_once: int, place: str) -> None:
     assert torch.equal(model(rows(4)), expected)
 
 
-@pytest.mark.usefixtures("enabled")
-@pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted")
 def test_adapters_that_come_and_go_take_no_memory_of_pythons(tmp_path: Path) -> None:
+    """In a process of its own: it counts what all threads of the process allocate."""
+    run_python(f"import test_tuner_adapter_life as life; life.come_and_go({str(tmp_path)!r})")
+
+
+def come_and_go(place: str) -> None:
+    warnings.filterwarnings("ignore", "Adapter .* was active which is now deleted")
+    enable()
+    tmp_path = Path(place)
     model = two({"hybrid_r": 2}, {**SMALL, "use_rslora": True})
     model.save_pretrained(tmp_path, selected_adapters=["two"])
     live(model, tmp_path / "two", ["early"])
