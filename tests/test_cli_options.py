@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from gralora_ext.cli.checks import is_slow_in_bf16
 from gralora_ext.cli.option_table import NOT_HERE, OPTIONS
 from gralora_ext.cli.options import decisive, parse, settings
 from gralora_ext.cli.parser import HOW, OTHER_NAMES, JobParser
@@ -346,3 +348,18 @@ def test_bad_argument_of_info_is_named_too():
 
     with pytest.raises(JobError, match=r"unrecognized arguments: --self \(did you mean --selftest\?\)"):
         run(["--self"])
+
+
+@pytest.mark.parametrize(
+    ("words", "device", "quick", "slow"),
+    [
+        (["--dtype", "bf16"], "cpu", False, True),
+        (["--bf16"], "cpu", False, True),
+        (["--bf16"], "cpu", True, False),
+        (["--bf16"], "cuda", False, False),
+        ([], "cpu", False, False),
+    ],
+)
+def test_bfloat16_is_slow_where_torch_has_only_plain_loops_for_it(monkeypatch, words, device, quick, slow):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: quick)
+    assert is_slow_in_bf16(parse(words), device) == slow

@@ -22,7 +22,7 @@ model, trained by the job of `finetune`, and in one wide layer that is trained a
 small model's layers do not hold.
 """,
         {**_COMMON, "rank": 16, "steps": 10, "test_rows": 8, "lrs": [1e-3]},
-        {**_QUICKLY, "steps": 3},
+        {**_QUICKLY, "steps": 2, "test_rows": 4, "seeds": 2},
     ),
     "outlier": (
         """\
@@ -31,7 +31,7 @@ strongest channel of a layer's input and with that channel at the median's size:
 last block, after some steps of training.
 """,
         {**_COMMON, "rank": 32, "steps": 10, "test_rows": 8, "lrs": [1e-3]},
-        {**_QUICKLY, "steps": 3},
+        {**_QUICKLY, "steps": 2, "test_rows": 4, "seeds": 2},
     ),
     "grid": (
         """\

@@ -25,12 +25,12 @@ DEFAULTS = {
 QUICKLY = {
     "methods": list(QUICK),
     "seeds": 2,
-    "steps": 4,
+    "steps": 3,
     "batch_size": 2,
     "max_length": 256,
-    "test_rows": 12,
-    "validation_rows": 8,
-    "general_texts": 4,
+    "test_rows": 8,
+    "validation_rows": 6,
+    "general_texts": 3,
     "extend": 0,
 }
 

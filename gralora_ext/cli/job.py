@@ -16,7 +16,16 @@ from ..program.signals import stopper
 from ..program.silent import Silent
 from . import launcher, resume
 from .checkpoints import Checkpoints, History
-from .checks import check_backend, check_needed, check_output, check_shared, command, device, quiet_libraries
+from .checks import (
+    check_backend,
+    check_needed,
+    check_output,
+    check_shared,
+    command,
+    device,
+    is_slow_in_bf16,
+    quiet_libraries,
+)
 from .gather import gather
 from .group import Group
 from .kinds import LARGEST
@@ -69,6 +78,10 @@ class Job:
         quiet_libraries()
         check_backend(o.backend)
         self.device = device(o, self.group.place)
+        if is_slow_in_bf16(o, self.device):
+            self.console.say(
+                "torch has no quick bfloat16 products for this processor: in fp32 a step takes a fraction of the time"
+            )
         self.group.join(cuda=self.device != "cpu")
 
     def meet(self) -> None:
