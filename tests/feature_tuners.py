@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -27,10 +28,16 @@ class Feature:
     try_it: Callable[[Tuner], None]
     needs: str = ""  # a package
     later: bool = False  # ours refuses it today
+    processor: str = ""  # an instruction set, as /proc/cpuinfo names it, with which the tuners differ
 
     @property
     def can_be_tried(self) -> bool:
         return not self.needs or find_spec(self.needs) is not None
+
+    @property
+    def tells_them_apart(self) -> bool:
+        """Whether what is tried here is what the page says."""
+        return self.can_be_tried and (not self.processor or self.processor in Path("/proc/cpuinfo").read_text("utf-8"))
 
 
 FEATURES: dict[str, Feature] = {}  # by title, in the order in which they are registered
@@ -69,12 +76,12 @@ TUNERS = [Tuner("LoRA", is_lora=True), Tuner("PEFT's GraLoRA"), Tuner("gralora_e
 
 
 def feature(
-    title: str, *, needs: str = "", later: bool = False
+    title: str, *, needs: str = "", later: bool = False, processor: str = ""
 ) -> Callable[[Callable[[Tuner], None]], Callable[[Tuner], None]]:
     """Registers a function as the :class:`Feature` of this title."""
 
     def register(function: Callable[[Tuner], None]) -> Callable[[Tuner], None]:
-        FEATURES[title] = Feature(function, needs, later)
+        FEATURES[title] = Feature(function, needs, later, processor)
         return function
 
     return register

@@ -2,7 +2,7 @@
 """The page of what LoRA users do, made by trying each feature with LoRA, PEFT's GraLoRA and ours.
 
 ``python tests/features.py`` rewrites docs/features.md, and says why a tuner does not have a feature. What needs a
-package that is not installed keeps its row.
+package that is not installed, or another processor, keeps its row.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def mark(tuner: Tuner, title: str) -> str:
 def row(title: str) -> str:
     """The feature's line; as it stands on the page where it cannot be tried here."""
     start = f"| {title} | "
-    if FEATURES[title].can_be_tried:
+    if FEATURES[title].tells_them_apart:
         return start + " | ".join(mark(tuner, title) for tuner in TUNERS) + " |"
     return next(line for line in PAGE.read_text("utf-8").splitlines() if line.startswith(start))
 

@@ -63,7 +63,11 @@ def _(tuner: Tuner) -> None:
     trains_merges_and_unmerges(tuner, "hqq")
 
 
-@feature("evaluation between training steps of a 4-bit model", needs="bitsandbytes")
+@feature(
+    "evaluation between training steps of a 4-bit model (CPUs with AVX512-BF16)",
+    needs="bitsandbytes",
+    processor="avx512_bf16",
+)
 def _(tuner: Tuner) -> None:
     def loss_after(evaluate: bool) -> Tensor:
         model = adapted(tuner, "nf4")
