@@ -242,7 +242,7 @@ def test_a_signal_whose_sender_has_taken_the_output_away_leaves_a_checkpoint(wor
     process = subprocess.Popen(
         [sys.executable, "-m", "gralora_ext", *map(str, arguments(f"lost-{lost}"))],
         cwd=work, env=environment(), stdin=subprocess.DEVNULL, stdout=writer, stderr=writer,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509  a background job ignores it
+        preexec_fn=lambda: signal.signal(signum, signal.SIG_DFL),  # noqa: PLW1509  in the background, or by nohup, it is ignored
     )  # fmt: skip
     os.close(writer)
     read = b""
