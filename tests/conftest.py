@@ -11,6 +11,7 @@ import random
 import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 # The benchmarks are not installed. Their folder comes last, so that what is installed is tested.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
@@ -78,6 +79,21 @@ def keep_cases(config: pytest.Config, items: list[pytest.Item], most: int) -> No
     kept = {item for of in cases.values() for item in random.Random(0).sample(of, min(most, len(of)))}
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of several processes each gets whole files, and one of them all files that share :func:`builds`."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "builds" if Path(file).name.startswith("test_build_") else file
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")
