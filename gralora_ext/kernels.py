@@ -94,3 +94,9 @@ def _covers(arch: str, capability: tuple[int, int]) -> bool:
     if kind == "a":
         return version == capability
     return version <= capability and (version[0] == capability[0] or (ptx is not None and kind == ""))
+
+
+def torch_has_bf16_loops() -> bool:
+    """Whether torch multiplies bfloat16 matrices on this CPU by plain loops, as on x86 without AVX-512: many times slower."""
+    quick = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # None: a build without it
+    return quick is not None and not quick()

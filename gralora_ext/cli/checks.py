@@ -91,13 +91,10 @@ def device(options: argparse.Namespace, place: Place) -> str:
 
 
 def is_slow_in_bf16(options: argparse.Namespace, device: str) -> bool:
-    """Whether the job multiplies in bfloat16 on a processor for which torch has only plain loops: x86 without AVX-512."""
-    import torch
+    """Whether the job multiplies in bfloat16 on a processor for which torch has only plain loops."""
+    from ..kernels import torch_has_bf16_loops
 
-    if device != "cpu" or not (options.bf16 or options.dtype == "bf16"):
-        return False
-    quick = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # None: a build without it
-    return quick is not None and not quick()
+    return device == "cpu" and (options.bf16 or options.dtype == "bf16") and torch_has_bf16_loops()
 
 
 def _kind_of_device(options: argparse.Namespace) -> str:
