@@ -10,11 +10,16 @@ import torch
 from cli_helpers import call, sentence
 from compare_helpers import OF_SEVERAL_RANKS, SMALL, command, make_here, make_work, records
 
+from gralora_ext.cli.analyze import options as analyze_options
+from gralora_ext.cli.compare import options as compare_options
 from gralora_ext.compare import findings, runner, wide_layer
+from gralora_ext.compare.analysis import Grid
+from gralora_ext.compare.comparison import Comparison
 from gralora_ext.compare.extras import Adapted, rank_of
 from gralora_ext.compare.findings import NOT_REPRODUCED, OUT_OF_REACH, REPRODUCED
 from gralora_ext.compare.grid_findings import Case, best_k, predicted_ks, worse_at_high_rank
 from gralora_ext.compare.methods import beyond
+from gralora_ext.compare.plan import CHOOSE, MEASURE
 from gralora_ext.compare.summary import Spread, apart, best_rate, beyond_t, spread
 
 
@@ -69,6 +74,17 @@ def test_loss_over_rank_and_k(work):
         assert sorted(cell["values"]) == sorted(losses) and len(losses) == 3
     assert {(c["r"], c["k"]) for c in content["cells"] if c["predicted"]} == {(8, 1), (16, 1), (16, 2)}
     assert len(content["findings"]) == 3
+
+
+def test_a_comparison_s_runs_are_runs_of_the_grid():
+    """By default: so that runs of ``compare``, copied beside, need not be made again."""
+    grid, comparison = Grid(analyze_options(["grid"])), Comparison(compare_options([]))
+    shared = [method for rank, method in grid.cases() if rank == comparison.settings.rank]
+    assert [method.name for method in shared] == ["lora", "gralora-k2", "gralora-k4", "gralora-k8"]
+    for method in shared:
+        for part in (CHOOSE, MEASURE):
+            names = {of.chooser.run(method, part, 1e-3, 0, comparison.settings.rank).name for of in (grid, comparison)}
+            assert len(names) == 1
 
 
 def test_gradient_of_lora_is_the_formula_of_the_docstring():

@@ -38,8 +38,10 @@ last block, after some steps of training.
 Measures the held-out loss over rank and k: whether LoRA gets worse at high rank and GraLoRA does not, and whether the
 best k is the one with r/k² nearest to 8. Each case has its learning rate chosen on validation rows.
 """,
-        {**_COMMON, "ranks": [8, 32, 128, 256], "ks": [2, 4, 8], "steps": 16, "validation_rows": 40, "extend": 2},
-        {**_QUICKLY, "ranks": [8, 32], "ks": [2], "steps": 3, "seeds": 2, "extend": 0, "lrs": [1e-3]},
+        # A run's sizes are those of `compare`, so that its runs are runs of the grid too.
+        {**_COMMON, "ranks": [8, 32, 128, 256], "ks": [2, 4, 8], "steps": 16, "validation_rows": 40, "extend": 2,
+         "general_texts": 24},
+        {**_QUICKLY, "ranks": [8, 32], "ks": [2], "steps": 3, "seeds": 2, "extend": 0, "lrs": [1e-3], "general_texts": 1},
     ),
 }  # fmt: skip
 ABOUT = "rank, outlier or grid comes first; `gralora-ext analyze rank --help` and so on list the options of each."
