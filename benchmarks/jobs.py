@@ -185,5 +185,6 @@ def _with(made: dict[str, Any]) -> str:
 
 
 def _place(made: dict[str, Any]) -> str:
-    """The processor, by its instruction set too, since one name may stand for several kinds, and the threads."""
-    return f"{made['machine']['cpu']} ({made['versions']['cpu_capability']}), {made['threads']} threads"
+    """The processor, by its instruction set too, since one name may stand for several kinds, a GPU, and the threads."""
+    cpu = f"{made['machine']['cpu']} ({made['versions']['cpu_capability']})"
+    return ", ".join(filter(None, (cpu, made["machine"].get("gpu"), f"{made['threads']} threads")))

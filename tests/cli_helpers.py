@@ -54,12 +54,14 @@ def make_model(folder: Path) -> Path:
     return folder
 
 
-def make_data(file: Path, rows: int = 48) -> Path:
-    """Questions about words, each with the answer that it asks for."""
+def make_data(file: Path, rows: int = 48, times: int = 5) -> Path:
+    """Questions about words, each with the answer that it asks for. With 9 ``times`` the first 72 rows differ."""
     lines = []
     for i in range(rows):
         word = WORDS[i % len(WORDS)]
-        lines.append(json.dumps({"question": f"{i % 5} times {word}?", "answer": " ".join([word] * (i % 5)) or "none"}))
+        lines.append(
+            json.dumps({"question": f"{i % times} times {word}?", "answer": " ".join([word] * (i % times)) or "none"})
+        )
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return file
 

@@ -26,7 +26,7 @@ SMALL = (*OF_SEVERAL_RANKS, "--rank", 8)
 def make_work(folder: Path) -> Path:
     """A folder with a model, rows and a general text."""
     make_model(folder / "model")
-    make_data(folder / "rows.jsonl", rows=60)
+    make_data(folder / "rows.jsonl", rows=60, times=9)
     text = "\n\n".join(f"It was a {word} in the garden, and nobody knew why." for word in WORDS)
     (folder / "general.txt").write_text(text, encoding="utf-8")
     return folder

@@ -95,6 +95,18 @@ def test_no_test_row_is_trained_on_or_chosen_with(work, tmp_path):
     assert gather(options).test == texts.test, "the same ones each time"
 
 
+def test_a_row_that_repeats_counts_once(work, tmp_path):
+    """Else a test row's copy would be trained on."""
+    rows = (work / "rows.jsonl").read_text()
+    (tmp_path / "twice.jsonl").write_text(rows + rows)
+    options = cli.options(list(map(str, ["--output", tmp_path / "x", *SMALL])))
+    options.data, options.general_text = str(tmp_path / "twice.jsonl"), str(work / "general.txt")
+    found = gather(options)
+    assert (
+        len([*found.train, *found.validation, *found.test]) == len({*found.train, *found.validation, *found.test}) == 60
+    )
+
+
 def test_a_tilde_is_the_home_folder():
     assert cli.options(["--output", "~/compared"]).output == str(Path.home() / "compared")
 
@@ -233,15 +245,28 @@ def test_what_diverged_beside_lora_is_said():
     assert findings.beside(rows, "loss", "Loss") == (
         "Loss: below lora's: gralora-k2; above lora's: none; not told apart from lora's: none; diverged: dora."
     )
+    rows[1] = row_of("dora", 2.0, 2.1, 2.2, diverged=1)  # on the general text, so that it has a loss here
+    assert "above lora's: dora; not told apart from lora's: none." in findings.beside(rows, "loss", "Loss")
     rows[0] = row_of("lora", diverged=2)
     assert findings.beside(rows, "loss", "Loss") == "Loss: lora diverged, so that no method can be told apart from it."
 
 
-def test_what_a_failed_run_said_is_told(work, monkeypatch):
-    monkeypatch.setattr(runner.sys, "executable", "/bin/false")
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("echo before; echo the disk is on fire; exit 3", "the disk is on fire"),
+        ("exit 3", "it ended with exit code 3"),
+        ("echo before; kill -9 $$", "it was killed by SIGKILL"),
+    ],
+)
+def test_what_a_failed_run_said_is_told(work, monkeypatch, script, said):
+    program = work / "program"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(runner.sys, "executable", str(program))
     done = call("compare", "--output", "failed", *SMALL, cwd=work)
     assert done.returncode == 2
-    assert "the run base-measure" in sentence(done) and "failed" in sentence(done)
+    assert "the run base-measure" in sentence(done) and f"failed: {said}; its output is in" in sentence(done)
 
 
 @pytest.mark.parametrize(

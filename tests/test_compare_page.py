@@ -118,13 +118,59 @@ def test_the_plot_shows_the_axes_that_are_chosen(shown, output):
     assert "loss on general text" in shown.locator("#pareto .y-name").text_content()
 
 
+def test_a_line_joins_the_methods_that_no_other_one_beats_on_both_axes(browser, output, tmp_path):
+    """Less loss is better and more speed: of these lora is beaten by gralora-k2, and no other one is."""
+    placed = {"full": (1.0, 10), "lora": (2.0, 20), "gralora-k2": (1.5, 30), "gralora-k4": (3.0, 40)}
+    content = content_of(output)
+    for row in content["rows"][1:]:
+        for key, mean in zip(("loss", "tokens_per_second"), placed[row["method"]], strict=True):
+            row["metrics"][key] |= {"mean": mean, "deviation": 0.0}
+    (tmp_path / PAGE).write_text(page.made(content), encoding="utf-8")
+    shown, complaints, _ = opened(browser, tmp_path / PAGE)
+    shown.select_option("#x-axis", "tokens_per_second")
+    shown.select_option("#y-axis", "loss")
+    line = [tuple(map(float, p.split(","))) for p in shown.locator("#pareto .front").get_attribute("points").split()]
+    dots = {d.get_attribute("data-method"): (float(d.get_attribute("cx")), float(d.get_attribute("cy")))
+            for d in shown.locator("#pareto circle").all()}  # fmt: skip
+    assert line == [dots[name] for name in ("full", "gralora-k2", "gralora-k4")] and complaints == []
+    shown.close()
+
+
 def test_curves_are_drawn_for_the_methods_that_are_ticked(shown):
     shown, *_ = shown
-    drawn = shown.locator("#curves polyline")
-    assert drawn.count() == 4
+    drawn, bands = (shown.locator(f"#curves {name}") for name in ("polyline", "polygon"))
+    assert drawn.count() == bands.count() == 4
     shown.locator("#legend input").first.uncheck()
-    assert drawn.count() == 3
+    assert drawn.count() == bands.count() == 3
     shown.locator("#legend input").first.check()
+
+
+def test_a_curve_ends_where_a_run_diverged(browser, output, tmp_path):
+    """What remains would be the mean of fewer seeds."""
+    content = content_of(output)
+    run = next(run for run in content["runs"] if (run["run"]["method"], run["run"]["seed"]) == ("lora", 1))
+    run["losses"][-1]["loss"] = None
+    (tmp_path / PAGE).write_text(page.made(content), encoding="utf-8")
+    shown, complaints, _ = opened(browser, tmp_path / PAGE)
+    points = {name: len(shown.locator(f'#curves [data-method="{name}"]').get_attribute("points").split())
+              for name in ("lora", "gralora-k2")}  # fmt: skip
+    assert points == {"lora": len(run["losses"]) - 1, "gralora-k2": len(run["losses"])} and complaints == []
+    shown.close()
+
+
+def test_what_is_marked_is_the_best_and_what_is_not_told_apart_from_it():
+    def row(method, *losses):
+        spread = {"mean": statistics.fmean(losses), "deviation": statistics.stdev(losses), "values": list(losses)}
+        return {"method": method, "metrics": {"loss": spread}}
+
+    rows = [
+        row("base", 0.1, 0.1, 0.1),
+        row("lora", 0.5, 0.6, 0.7),
+        row("dora", 0.52, 0.59, 0.71),
+        row("full", 0.6, 0.7, 0.81),
+    ]
+    summary.mark(rows)
+    assert [r["metrics"]["loss"].get("mark") for r in rows] == [None, "best", "near", None]
 
 
 def test_each_run_can_be_opened_with_its_settings(shown, output):

@@ -177,7 +177,7 @@ class Outliers(Analysis):
 
 class Grid(Analysis):
     def cases(self) -> list[tuple[int, Method]]:
-        methods = [METHODS["lora"], *(METHODS[f"gralora-k{k}"] for k in self.options.ks)]
+        methods = [METHODS["lora"], *(METHODS[f"gralora-k{k}"] for k in sorted(set(self.options.ks)))]
         return [(rank, method) for rank in sorted(set(self.options.ranks)) for method in methods]
 
     def run(self, runner: Runner) -> dict[str, Any]:

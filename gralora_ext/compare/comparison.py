@@ -147,6 +147,14 @@ class Comparison:
             pictures.comparison(content, stage / PICTURE)
             self.written = sorted(p.name for p in stage.iterdir())
 
+    def _left_out(self) -> str:
+        """How many test rows the losses do not have, since finetune measures no row whose answer is cut off."""
+        assert self.base is not None
+        asked, measured = self.settings.held_out_rows(MEASURE), self.base["results"]["held_out_rows"]
+        if measured == asked:
+            return ""
+        return f"Test rows: {measured} of {asked} are measured; the answers of the others lie beyond --max-length."
+
     def content(self) -> dict[str, Any]:
         """All that the page shows."""
         assert self.base is not None
@@ -167,7 +175,7 @@ class Comparison:
                 for m in summary.METRICS
             ],
             "rows": table,
-            "sentences": [sentence for sentence in said if sentence],
+            "sentences": [sentence for sentence in (*said, self._left_out()) if sentence],
             "made": {key: self.base[key] for key in ("date", "git", "machine", "versions", "threads")},
             "busy": any(map(summary.was_busy, runs)),
             "choices": [choice.as_dict() for choice in self.choices.values()],

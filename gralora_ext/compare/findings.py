@@ -110,7 +110,9 @@ def nearer_to_full(cosines: Mapping[int, Spread], without: Mapping[int, Spread],
         return too_few(claim, "nearer (a figure, no number)", ours, len(lora.values), parameters)
     nearer = [k for k, c in others.items() if apart(c, lora) and c.mean > lora.mean]
     farther = [k for k, c in others.items() if apart(c, lora) and c.mean < lora.mean]
-    verdict = NOT_REPRODUCED if farther else REPRODUCED if len(nearer) == len(others) else OUT_OF_REACH
+    # All k must say the same: one of several pairs is told apart by chance too often.
+    every = list(others)
+    verdict = REPRODUCED if nearer == every else NOT_REPRODUCED if farther == every else OUT_OF_REACH
     sides = {"nearer": nearer, "farther": farther, "not told apart from LoRA's": set(others) - {*nearer, *farther}}
     told = ", ".join(f"{side} for {_ks(ks)}" for side, ks in sides.items() if ks)
     change = max(abs(cosines[k].mean - without[k].mean) for k in cosines)
@@ -124,7 +126,7 @@ def beside(rows: Sequence[Mapping[str, Any]], key: str, what: str, reference: st
     names = {row["method"]: row["label"] for row in rows}
     one = found.get(names.get(reference, ""))
     others = {label: s for label, s in found.items() if label not in (names.get(reference), names.get("base"))}
-    diverged = [row["label"] for row in rows if row["diverged"]]
+    diverged = [row["label"] for row in rows if row["diverged"] and row["label"] not in found]
     if names.get(reference) in diverged:
         return f"{what}: {names[reference]} diverged, so that no method can be told apart from it."
     if one is None or not {*others, *diverged}:

@@ -38,10 +38,10 @@ def worse_at_high_rank(name: str, by_rank: Mapping[int, Case], expected: bool, p
     others = [r for r in losses if r != top]
     if top not in losses:
         verdict, why = OUT_OF_REACH, f"at the highest rank, r = {top}, a run diverged, so that there is no mean"
-    elif best != top and apart(losses[best], losses[top]):
+    elif best != top and apart(losses[best], losses[top], len(others)):
         verdict = REPRODUCED if expected else NOT_REPRODUCED
         why = f"its loss at r = {top} is above that at r = {best}, and told apart from it"
-    elif best == top and (above := [r for r in others if apart(losses[r], losses[top])]):
+    elif best == top and (above := [r for r in others if apart(losses[r], losses[top], len(others))]):
         verdict = NOT_REPRODUCED if expected else REPRODUCED
         why = f"its loss is least at the highest rank, r = {top}, and told apart from that at {_ranks(above)}"
     else:
@@ -57,7 +57,8 @@ def best_k(cases: Mapping[tuple[int, int], Case], parameters: int) -> Finding:
     """``cases`` by (r, k), LoRA as k = 1: whether the best k is the one with r/k² nearest to 8.
 
     A rank speaks for it where that k is told apart from all others and better, and against it where
-    another one is told apart from that k and better. It follows only where that holds for two k.
+    another one is told apart from that k and better. One rank proves nothing: it follows where two
+    k are found so and no rank speaks against it, and it does not where two ranks do.
     """
     claim, paper = "The best k follows r/k² ≈ 8.", "r/k² ≈ 8"
     speaks: dict[str, list[int]] = {"for": [], "against": [], "neither": []}
@@ -78,12 +79,17 @@ def best_k(cases: Mapping[tuple[int, int], Case], parameters: int) -> Finding:
     seeds = min((len(case.losses.values) for case in cases.values() if case.losses), default=0)
     if seeds < LEAST_SEEDS:
         return too_few(claim, paper, ours, seeds, parameters)
-    verdict = NOT_REPRODUCED if speaks["against"] else REPRODUCED if len(followed) > 1 else OUT_OF_REACH
-    why = (
-        f"the k with r/k² nearest to 8 is better than all others at {_ranks(speaks['for'])}, another k is better than it "
-        f"at {_ranks(speaks['against'])}, and at {_ranks(speaks['neither'])} {seeds} seeds do not tell, at "
-        f"{model_size(parameters)}"
-    )
+    against = len(speaks["against"])
+    verdict = NOT_REPRODUCED if against > 1 else REPRODUCED if len(followed) > 1 and not against else OUT_OF_REACH
+    words = {
+        "for": "the k with r/k² nearest to 8 is better than all others at {}",
+        "against": "another k is better than the one with r/k² nearest to 8 at {}",
+        "neither": f"{seeds} seeds do not tell at {{}}",
+    }
+    told_of = [text.format(_ranks(speaks[side])) for side, text in words.items() if speaks[side]]
+    why = f"at {model_size(parameters)} {', '.join(told_of)}"
+    if verdict == OUT_OF_REACH:
+        why += "; it takes two k that are better so, or two ranks that speak against it"
     in_words = {f"r = {r}, k = {k}": case for (r, k), case in sorted(cases.items())}
     return finding(claim, paper, ours, verdict, f"{why}{_reservations(in_words)}.")
 
@@ -106,4 +112,4 @@ def _reservations(cases: Mapping[str, Case]) -> str:
 
 
 def _ranks(ranks: Iterable[int]) -> str:
-    return ", ".join(f"r = {r}" for r in ranks) or "no rank"
+    return ", ".join(f"r = {r}" for r in ranks)

@@ -15,7 +15,7 @@ from ..cli.job import Job
 from ..cli.launcher import Place
 from ..cli.options import parse
 from ..cli.report import peak_memory_mib
-from ..program.errors import Diverged
+from ..program.errors import Diverged, JobError
 from ..program.signals import stopper
 from .plan import MEASURE, Run
 from .progress import Progress
@@ -91,6 +91,8 @@ class RunJob(Job):
         }
         if self.run.part == MEASURE and self.diverged is None:
             result["general_loss"] = self._general_loss(trainer)
+            if result["general_loss"] is None:
+                self.diverged = "the loss on the general text is not finite"
         self.results = {**result, "diverged": self.diverged}
 
     def checkpoint_bytes(self, folder: Path) -> int:
@@ -113,6 +115,8 @@ class RunJob(Job):
 
         tokens = [self.tokenizer(text)["input_ids"][: self.options.max_length] for text in read_general(self.texts)]
         examples = [{"input_ids": t, "labels": [IGNORED, *t[1:]]} for t in tokens if len(t) > 1]
+        if not examples:
+            raise JobError("--general-text: expected a text of two tokens or more, got none")
         before = trainer.held_out, list(self.history.eval_losses)
         trainer.held_out = sorted(examples, key=lambda e: len(e["input_ids"]))
         try:

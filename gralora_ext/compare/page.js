@@ -55,6 +55,7 @@ function showHead() {
     notes.push("In some runs threads had to wait for a core, as when other programs use the machine: " +
       "their speeds are too low, and not comparable.");
   }
+  if (commits.length > 1) notes.push("The runs are of several commits: what changed between them may change a loss.");
   if (places.length > 1) notes.push("Processor or threads differ between runs: speeds and memory are not comparable.");
   if (data.made.machine.gpu && !(versions.cuda_archs || []).length) {
     notes.push("gralora_ext was built without CUDA kernels: GraLoRA's layers ran as plain torch operations.");

@@ -96,34 +96,41 @@ function placed(labels, text, cx, cy, box) {
 function smoothed(values) {
   const reach = Math.floor(values.length / 24);
   return values.map((_, i) => {
-    const near = values.slice(Math.max(0, i - reach), i + reach + 1).filter(v => v !== null);
-    return near.length ? near.reduce((a, b) => a + b, 0) / near.length : null;
+    const near = values.slice(Math.max(0, i - reach), i + reach + 1);
+    return near.reduce((a, b) => a + b, 0) / near.length;
   });
 }
 
+// The mean over seeds of each step, and the least and the greatest; up to where the first run ends, if one diverged.
 function curveOf(method) {
-  const runs = data.runs.filter(run => run.run.method === method).map(run => run.losses.map(entry => entry.loss));
-  const steps = Math.max(0, ...runs.map(losses => losses.length));
-  return smoothed(Array.from({length: steps}, (_, i) => {
-    const here = runs.map(losses => losses[i]).filter(v => v !== null && v !== undefined);
-    return here.length ? here.reduce((a, b) => a + b, 0) / here.length : null;
-  }));
+  const finite = losses => losses.includes(null) ? losses.slice(0, losses.indexOf(null)) : losses;
+  const runs = data.runs.filter(run => run.run.method === method)
+    .map(run => finite(run.losses.map(entry => entry.loss)));
+  const steps = runs.length ? Math.min(...runs.map(losses => losses.length)) : 0;
+  const over = of => smoothed(Array.from({length: steps}, (_, i) => of(runs.map(losses => losses[i]))));
+  return {
+    mean: over(losses => losses.reduce((a, b) => a + b, 0) / losses.length),
+    least: over(losses => Math.min(...losses)),
+    greatest: over(losses => Math.max(...losses)),
+  };
 }
 
 const hidden = new Set();
 
 function showCurves() {
-  const shown = methods.filter(row => !hidden.has(row.method)).map(row => ({row, losses: curveOf(row.method)}))
-    .filter(curve => curve.losses.some(loss => loss !== null));
+  const shown = methods.filter(row => !hidden.has(row.method)).map(row => ({row, ...curveOf(row.method)}))
+    .filter(curve => curve.mean.length);
   const svg = document.getElementById("curves");
   if (!shown.length) return svg.replaceChildren();
-  const all = shown.flatMap(curve => curve.losses).filter(loss => loss !== null);
-  const longest = Math.max(...shown.map(curve => curve.losses.length));
+  const all = shown.flatMap(curve => [...curve.least, ...curve.greatest]);
+  const longest = Math.max(...shown.map(curve => curve.mean.length));
   const {x, y} = frame(svg, 1100, 400, [1, longest], all, "optimizer step", "training loss (nats per answer token)");
-  for (const {row, losses} of shown) {
-    const points = losses.map((loss, i) => loss === null ? null : `${x.at(i + 1)},${y.at(loss)}`).filter(Boolean);
-    drawn(svg, "polyline", {fill: "none", stroke: colourOf[row.method], "stroke-width": 1.7, "data-method": row.method,
-      points: points.join(" ")});
+  const points = losses => losses.map((loss, i) => `${x.at(i + 1)},${y.at(loss)}`);
+  for (const {row, mean, least, greatest} of shown) {
+    const [colour, spread] = [colourOf[row.method], [...points(least), ...points(greatest).reverse()]];
+    drawn(svg, "polygon", {fill: colour, "fill-opacity": 0.12, points: spread.join(" ")});
+    drawn(svg, "polyline", {fill: "none", stroke: colour, "stroke-width": 1.7, "data-method": row.method,
+      points: points(mean).join(" ")});
   }
 }
 

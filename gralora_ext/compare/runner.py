@@ -104,7 +104,8 @@ class Runner:
                     last = line.strip() or last
             code = child.wait()
         if code:
-            why = f"it was killed by {signal.Signals(-code).name}" if code < 0 else clipped(last, 300)
+            ended = f"it was killed by {signal.Signals(-code).name}" if code < 0 else f"it ended with exit code {code}"
+            why = clipped(last, 300) if code > 0 and last else ended
             raise JobError(f"the run {run.name} failed: {why}; its output is in {self._log(run)}")
 
     def _log(self, run: Run) -> Path:

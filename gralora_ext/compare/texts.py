@@ -85,10 +85,15 @@ def gather(options: Any) -> Texts:
     """Reads all and cuts the rows, see :func:`_cut`."""
     given = None if options.data is None else [options.data]
     rows = read_rows(given, Fields(options.prompt_field, options.answer_field))
-    train, validation, test = _cut(rows, options, None if options.data is None else _SEED)
+    train, validation, test = _cut(_once(rows), options, None if options.data is None else _SEED)
     general_name, general = _general(options.general_text, options.general_texts)
     name = rows.name if options.data is None else Path(options.data).name
     return Texts(name, general_name, train, validation, test, general)
+
+
+def _once(rows: Rows) -> Rows:
+    """Each row once: a copy of a test row would be trained on."""
+    return Rows(rows.name, list({json.dumps(row, default=text_for_digest): row for row in rows.rows}.values()))
 
 
 def _cut(rows: Rows, options: Any, seed: int | None) -> tuple[list[Row], list[Row], list[Row]]:

@@ -71,6 +71,8 @@ class Bar:
                 leave=first,
                 ncols=size.columns,
                 nrows=size.lines,
+                smoothing=0,  # the time left is from the mean speed: what was there already counts as no work
+                miniters=1,
             )
 
     def update(self, done: int, *notes: str) -> None:
