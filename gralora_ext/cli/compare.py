@@ -32,7 +32,6 @@ QUICKLY = {
     "validation_rows": 6,
     "general_texts": 3,
     "extend": 0,
-    "lrs": [1e-3, 3e-3],
 }
 
 DESCRIPTION = f"""\

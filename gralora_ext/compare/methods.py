@@ -13,7 +13,7 @@ from typing import Any
 
 from ..program.errors import JobError, did_you_mean
 
-RATES = (3e-4, 1e-3, 3e-3)
+RATES = (1e-3, 3e-3)  # the best one is at an edge, so that one beyond is tried too
 RATES_RSLORA = (1e-4, 3e-4, 1e-3)
 RATES_FULL = (3e-5, 1e-4, 3e-4)
 
