@@ -242,7 +242,7 @@ def test_the_k_with_a_ratio_nearest_to_eight():
             OUT_OF_REACH,
             "others at r = 32, 3 seeds do not tell at r = 128;",
         ),
-        ((LOW, HIGH, MIDDLE), (HIGH, MIDDLE, LOW), OUT_OF_REACH, "nearest to 8 at r = 32; it takes two k that are"),
+        ((LOW, HIGH, MIDDLE), (HIGH, MIDDLE, LOW), OUT_OF_REACH, "nearest to 8 at r = 32; reproduced takes two such"),
         (
             (LOW, HIGH, MIDDLE),
             (MIDDLE, LOW, HIGH),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import select
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import time
 import pytest
 from cli_helpers import environment
 
+from gralora_ext.compare.runner import Runner
 from gralora_ext.program.console import Console
 
 SCRIPT = """
@@ -52,6 +54,24 @@ def test_bar_shows_on_a_terminal_even_of_unknown_width():
     os.close(ours)
     assert "step" in shown and "3/3" in shown and "loss 1.0, 80 tokens/s" in shown
     assert "step" not in lines and "done" in lines
+
+
+def test_the_time_left_on_a_terminal_does_not_count_runs_that_were_there(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "stderr", Terminal(io.StringIO()))
+    console = Console()
+    with console.bar("compare", 1000, first=True) as bar:
+        assert bar.shown is not None
+        now = bar.shown.start_t
+        bar.shown._time = lambda: now
+        runner = Runner(tmp_path, console, bar)
+        for kept in range(1, 10):
+            now += 0.2
+            runner._leave_out(100)
+            bar.update(kept * 100)
+        for made in range(1, 6):
+            now += 2
+            bar.update(900 + made)
+        assert re.search(r"<03:[0-4]\d", str(bar.shown)), "95 units are left, of two seconds each"
 
 
 NOTES = ("loss 10.1234", "12,345 tokens/s", "lr 1.0e-03", "norm 0.52")

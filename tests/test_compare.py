@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from cli_helpers import call, run, sentence, start
-from compare_helpers import SMALL, command, make_work, records
+from compare_helpers import SMALL, command, make_here, make_work, records
 
 from gralora_ext.cli import compare as cli
 from gralora_ext.compare import findings, runner, texts
@@ -105,6 +105,38 @@ def test_a_row_that_repeats_counts_once(work, tmp_path):
     assert (
         len([*found.train, *found.validation, *found.test]) == len({*found.train, *found.validation, *found.test}) == 60
     )
+
+
+def test_how_many_test_rows_the_losses_do_not_have_is_said(compared, work):
+    options = cli.options(list(map(str, SMALL)))
+    options.model, options.data, options.general_text = (
+        str(work / name) for name in ("model", "rows.jsonl", "general.txt")
+    )
+    comparison = Comparison(options)
+    comparison.base = next(r for r in records(compared[0]) if r["run"]["method"] == "base")
+    assert comparison.base["results"]["held_out_rows"] == 6 and comparison._left_out() == ""
+    comparison.base["results"]["held_out_rows"] = 4
+    assert (
+        "4 of 6 are measured; the answers of the others lie beyond --max-length"
+        in comparison.content()["sentences"][-1]
+    )
+
+
+def test_a_general_text_without_a_token_to_predict_is_told(work, monkeypatch):
+    monkeypatch.setattr(runner.Runner, "_make", make_here)
+    (work / "letter.txt").write_text("x")
+    done = call("compare", "--output", "letter", *SMALL, "--general-text", "letter.txt", cwd=work)
+    assert done.returncode == 2
+    assert "--general-text: expected a text of two tokens or more, got none" in sentence(done)
+
+
+def test_a_general_loss_that_is_not_finite_is_a_divergence(work, monkeypatch):
+    """The held-out loss stays, and the cells of the general text say why they have no number."""
+    monkeypatch.setattr(RunJob, "_general_loss", lambda job, trainer: None if job.run.kind == "adapter" else 3.0)
+    said = command(work, "compare", "--output", "general", "--methods", "lora", "--lrs", 1e-2, "--seeds", 1)
+    row = json.loads((work / "general" / "summary.json").read_text())["rows"][1]
+    assert row["diverged"] == 1 and "loss" in row["metrics"] and "general_loss" not in row["metrics"]
+    assert "diverged" in said
 
 
 def test_a_tilde_is_the_home_folder():

@@ -89,7 +89,7 @@ def best_k(cases: Mapping[tuple[int, int], Case], parameters: int) -> Finding:
     told_of = [text.format(_ranks(speaks[side])) for side, text in words.items() if speaks[side]]
     why = f"at {model_size(parameters)} {', '.join(told_of)}"
     if verdict == OUT_OF_REACH:
-        why += "; it takes two k that are better so, or two ranks that speak against it"
+        why += "; reproduced takes two such k and no rank against them, and not reproduced two ranks against"
     in_words = {f"r = {r}, k = {k}": case for (r, k), case in sorted(cases.items())}
     return finding(claim, paper, ours, verdict, f"{why}{_reservations(in_words)}.")
 

@@ -101,7 +101,8 @@ function smoothed(values) {
   });
 }
 
-// The mean over seeds of each step, and the least and the greatest; up to where the first run ends, if one diverged.
+// The mean over seeds of each step, and the least and the greatest. It ends with the shortest run:
+// after a divergence the others' mean would be of fewer seeds.
 function curveOf(method) {
   const finite = losses => losses.includes(null) ? losses.slice(0, losses.indexOf(null)) : losses;
   const runs = data.runs.filter(run => run.run.method === method)
