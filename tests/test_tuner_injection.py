@@ -29,6 +29,17 @@ class Odd(Mlp):
         return self.head(super().forward(x))
 
 
+class WithList(Mlp):
+    """Whose list of modules cannot be saved with an adapter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(12, 12)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.blocks[0](super().forward(x))
+
+
 ALL = ["first", "second", "head"]
 # Each fits `first`, and fails at a layer after it.
 MISFITS: dict[str, dict[str, Any]] = {
@@ -102,3 +113,15 @@ def test_ctrl_c_in_the_middle_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     with enable(), pytest.raises(KeyboardInterrupt):
         model.add_adapter("other", config(target_modules=["first", "second"]))
     assert state(model) == before
+
+
+def test_an_addition_that_fails_after_the_model_was_unmerged_spoils_no_weight() -> None:
+    """PEFT wraps the modules to save after it has activated the adapter, for which it unmerges."""
+    model = adapted("fused", WithList, torch.float32, target_modules=["first"]).eval()
+    x = rows(3, dtype=torch.float32)
+    expected, weight = model(x), model.base_model.model.first.base_layer.weight
+    before = weight.clone()
+    model.merge_adapter()
+    with enable(), pytest.warns(UserWarning, match="Unmerging the model first"), pytest.raises(TypeError):
+        model.add_adapter("other", config(target_modules=["first"], modules_to_save=["blocks"]))
+    assert same_bits(weight, before) and same_bits(model(x), expected)

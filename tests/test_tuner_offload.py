@@ -12,6 +12,8 @@ from accelerate import cpu_offload, disk_offload
 from helpers import same_bits
 from tuner_helpers import DEVICE, Mlp, adapted, config, llama, needs_new_peft, tokens
 
+from gralora_ext.tuner import enable
+
 pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="the device of execution is the CPU here")
 
 
@@ -66,3 +68,38 @@ def test_training_of_an_offloaded_adapter_is_refused(tmp_path: Path) -> None:
     offload(model, "memory", tmp_path)
     with pytest.raises(ValueError, match="the input is on cpu, but adapter 'default' is on meta"):
         model(torch.randn(3, model.base_model.model.first.in_features, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+@pytest.mark.parametrize("how", ["set_adapter", "disable_adapter", "add_adapter"])
+@pytest.mark.filterwarnings("ignore:Adapter cannot be set when the model is merged")
+def test_whatever_unmerges_an_offloaded_model_changes_the_weights_that_are_kept(
+    where: str, how: str, tmp_path: Path
+) -> None:
+    """PEFT unmerges layers by themselves, with their weights on meta."""
+    model = adapted("fused", llama, torch.float32, target_modules=["q_proj"]).eval()
+    ids, fields = tokens(2, 6), {"target_modules": ["q_proj"]}
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        with model.disable_adapter():
+            without = model(input_ids=ids).logits
+        offload(model, where, tmp_path)
+        model.merge_adapter()
+        if how == "disable_adapter":
+            with model.disable_adapter():
+                assert same_bits(model(input_ids=ids).logits, without)
+        elif how == "add_adapter":
+            with enable():
+                model.add_adapter("other", config(**fields))
+        model.set_adapter("default")
+        assert same_bits(model(input_ids=ids).logits, expected)
+
+
+def test_a_weight_that_went_to_meta_is_not_said_to_be_unmerged() -> None:
+    model = adapted("fused", Mlp)
+    model.merge_adapter()
+    layer = model.base_model.model.first
+    layer.base_layer.to("meta")
+    with pytest.raises(ValueError, match="the base weight is on meta, but adapter 'default' is on cpu"):
+        layer.unmerge()
+    assert layer.merged

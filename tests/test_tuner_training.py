@@ -110,6 +110,31 @@ def test_autocast_gives_pefts_dtypes_and_no_larger_error(dtype: torch.dtype) -> 
     assert errors[1] <= errors[0] < 0.05
 
 
+def test_a_general_part_that_was_cast_alone_is_computed_in_the_dtype_of_the_blocks() -> None:
+    """What casts modules that have a weight, as TRL casts a head for bfloat16, finds no blocks."""
+    model, x = adapted("fused", dtype=torch.float32, hybrid_r=3), rows(30, dtype=torch.float32)
+    layers = [model.base_model.model.first, model.base_model.model.second]
+    for layer in layers:
+        for part in (layer.gralora_A_general, layer.gralora_B_general):
+            part["default"].weight.data = part["default"].weight.data.bfloat16().float()
+    expected = model(x)
+    expected.square().sum().backward()
+    grads = gradients(model)
+    model.zero_grad()
+    for layer in layers:
+        layer.gralora_A_general.to(torch.bfloat16)
+        layer.gralora_B_general.to(torch.bfloat16)
+    y = model(x)
+    y.square().sum().backward()
+    assert same_bits(y, expected)
+    for name, grad in gradients(model).items():
+        assert same_bits(grad, grads[name].to(grad.dtype)), name
+    with torch.autocast(DEVICE.type, torch.bfloat16):
+        torch.testing.assert_close(model(x), expected, rtol=0.05, atol=0.1)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_frozen_modes_give_the_same_output() -> None:
     model, x = adapted("fused", gralora_dropout=0.5).eval(), rows(3)
     y = model(x)

@@ -12,7 +12,7 @@ Where the list would take more than a tenth of a byte for each weight, the weigh
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -42,6 +42,8 @@ class Operands(NamedTuple):
 
     def taken_off(self, device: torch.device) -> Operands:
         """What subtracts this adapter from a weight on ``device``."""
+        if device.type == "meta" != self.A.device.type:
+            refuse_device("the base weight", device, self.name, self.A)
         tensors = (None if t is None else t.to(device) for t in self[1:5])
         return Operands._make((self.name, *tensors, -self.scaling))
 
@@ -297,6 +299,15 @@ def not_finite(adapter: str) -> str:
     return (
         f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken: its weights would be "
         "NaN or infinite, and it was not merged"
+    )
+
+
+def refuse_device(what: str, device: torch.device, adapter: str, A: Tensor) -> NoReturn:
+    # Where one of them is on meta, the dispatcher would pick the fake kernel, which computes
+    # nothing.
+    raise ValueError(
+        f"{what} is on {device}, but adapter {adapter!r} is on {A.device}: move the model to one device, "
+        "or load the weights of what is on meta"
     )
 
 

@@ -6,11 +6,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from peft.tuners.gralora.layer import Linear
-from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge, onload_layer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module
@@ -184,7 +184,8 @@ class GraloraLinear(Linear):
         """
         if not self.merged:
             return super().unmerge()  # PEFT's warning that there is nothing to do
-        reason = self.take_off()
+        with onload_layer(self):  # set_adapter and forward call this on offloaded layers
+            reason = self.take_off()
         if reason is not None:
             warnings.warn(inexact(f"the base weight of {self.module_name} {reason}"), stacklevel=2)
 
@@ -236,7 +237,7 @@ class GraloraLinear(Linear):
                 _from_elsewhere(self._modules[name], adapter, t) for name, t in (("gralora_A", A), ("gralora_B", B))
             )
         if x.device != A.device:
-            _refuse_device("the input", x, adapter, A)
+            exact.refuse_device("the input", x.device, adapter, A)
         A_general = B_general = None
         if self.hybrid_r[adapter] > 0:
             modules = self._modules
@@ -244,6 +245,8 @@ class GraloraLinear(Linear):
             B_module = modules["gralora_B_general"]._modules[adapter]
             if frozen.only_multiplies(A_module) and frozen.only_multiplies(B_module):
                 A_general, B_general = A_module.weight, B_module.weight
+                if not A_general.dtype == B_general.dtype == A.dtype:  # cast by what looks for modules with a weight
+                    A_general, B_general = A_general.to(A.dtype), B_general.to(A.dtype)
         dropout = self._modules["gralora_dropout"]._modules[adapter]  # nn.Identity where there is none
         if type(dropout) is not nn.Dropout or not dropout.training or not 0.0 < dropout.p < 1.0:
             return A, B, A_general, B_general, None, self.scaling[adapter], 0.0
@@ -259,9 +262,11 @@ class GraloraLinear(Linear):
 
     def _weights(self, adapter: str) -> tuple[Any, ...]:
         """A, B, A_general and B_general for a merge, the latter two None where there are none."""
+        A, B = self._blocks(adapter)
         if self.hybrid_r[adapter] == 0:
-            return *self._blocks(adapter), None, None
-        return *self._blocks(adapter), self.gralora_A_general[adapter].weight, self.gralora_B_general[adapter].weight
+            return A, B, None, None
+        general = (self.gralora_A_general[adapter].weight, self.gralora_B_general[adapter].weight)
+        return A, B, *(weight.to(A.dtype) for weight in general)
 
     def check_mergeable(self, adapter: str | None) -> None:
         """Whether the base weight can be merged into; and, if one is named, this adapter.
@@ -273,7 +278,7 @@ class GraloraLinear(Linear):
         base = self.get_base_layer()
         weight = quantized.packed(base)
         if adapter is not None and weight.device != (A := self.gralora_A[adapter]).device:
-            _refuse_device("the base weight", weight, adapter, A)
+            exact.refuse_device("the base weight", weight.device, adapter, A)
         if self.quantization_backend is not None:
             return quantized.check(self)
         if parametrize.is_parametrized(base, "weight") or not _ORIGINALS.isdisjoint(base._parameters):
@@ -308,12 +313,3 @@ def _from_elsewhere(container: nn.Module, adapter: str, tensor: Tensor) -> Tenso
     if not tensor.is_meta or wanted or not getattr(hook, "offload", False):
         return tensor
     return hook.weights_map[adapter].to(hook.execution_device)
-
-
-def _refuse_device(name: str, tensor: Tensor, adapter: str, A: Tensor) -> NoReturn:
-    # Where one of them is on meta, the dispatcher would pick the fake kernel, which computes
-    # nothing.
-    raise ValueError(
-        f"{name} is on {tensor.device}, but adapter {adapter!r} is on {A.device}: move the model to one device, "
-        "or load the weights of what is on meta"
-    )

@@ -52,6 +52,7 @@ class GraloraModel(stock.GraloraModel):
         config.fan_in_fan_out = own.fan_in_fan_out  # which PEFT sets by the class of the layer
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        transaction.unmerge_before_adding(model)
         with injection.all_or_nothing(self):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             patterns.warn_of_unmatched(self.peft_config[adapter_name], adapter_name, model)

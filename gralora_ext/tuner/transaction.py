@@ -117,6 +117,13 @@ def unmerge(model: nn.Module) -> None:
         warnings.warn(inexact(reasons[0] + others), stacklevel=3)
 
 
+def unmerge_before_adding(model: nn.Module) -> None:
+    """Takes merged adapters off, as PEFT does while it adds one. What undoes a failed addition restores no weights."""
+    if any(isinstance(module, BaseTunerLayer) and module.merged for module in model.modules()):
+        warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
+        unmerge(model)
+
+
 class _Before:
     """What a layer was, and what puts it back."""
 
