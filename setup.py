@@ -51,6 +51,10 @@ class BuildPackage(build_py):
 class BuildGralora(BuildExtension):
     """torch's builder, with the kernel objects made first and one sentence where something is missing."""
 
+    def __init__(self, *args, **kwargs):
+        config.put_ninja_on_path()  # torch's builder looks for it here
+        super().__init__(*args, **kwargs)
+
     def finalize_options(self):
         super().finalize_options()
         # Always in the tree: an editable install would take a temporary folder and compile everything anew each time.

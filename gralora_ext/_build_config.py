@@ -58,6 +58,9 @@ FMA_FLAGS = ["-mfma", "--param=avoid-fma-max-bits=0"]
 
 # In rising order. The linker keeps the first copy of a shared inline function, so that of the
 # portable set must come first.
+# Before each set's own flags, since the user's may name another one, such as -march=native: a set
+# holds its own instructions alone, and the sizes of its panels follow from them.
+X86_BASELINE = ["-march=x86-64", "-mno-avx"]
 X86_CAPABILITY_FLAGS = {
     "default": [],
     "avx2": ["-mavx2", *FMA_FLAGS, "-mf16c"],
@@ -146,7 +149,8 @@ def kernel_flags(capability: str, machine: str | None = None) -> list[str]:
     # than half of its long compilation.
     optimization = "-O1" if capability == "default" and len(capabilities) > 1 else "-O3"
     flags = [*cxx_flags(optimization), "-falign-functions=64", f"-DGRALORA_CPU_CAPABILITY={capability}"]
-    return ["-std=c++17", *flags, *capabilities[capability]]
+    baseline = X86_BASELINE if len(capabilities) > 1 else []
+    return ["-std=c++17", *flags, *baseline, *capabilities[capability]]
 
 
 def cuda_build(torch_version: str, torch_cuda: str | None) -> CudaBuild | None:
@@ -180,7 +184,7 @@ def compiler() -> list[str]:
 
 
 def check_tools() -> None:
-    """Raises :class:`BuildError` unless a usable compiler and ninja are there; puts ninja's wheel on PATH if need be."""
+    """Raises :class:`BuildError` unless a usable compiler and ninja are there, which is then on PATH."""
     cxx = compiler()
     wanted = "run `apt-get install g++` (or your system's equivalent), or set CXX to an installed g++."
     try:
@@ -194,15 +198,20 @@ def check_tools() -> None:
             f"gralora_ext needs GCC, because clang ('{shlex.join(cxx)}') would bring a second OpenMP runtime "
             f"beside torch's: {wanted}"
         )
-    if shutil.which("ninja") is None:
-        # ninja's wheel puts the program beside Python, which is not on PATH when a venv is used
-        # without activating it.
-        spec = importlib.util.find_spec("ninja")
-        if spec is None:
-            raise BuildError("gralora_ext needs ninja to compile: run `pip install ninja`.")
-        import ninja
+    if not put_ninja_on_path():
+        raise BuildError("gralora_ext needs ninja to compile: run `pip install ninja`.")
 
-        os.environ["PATH"] = os.pathsep.join((ninja.BIN_DIR, os.environ.get("PATH", os.defpath)))
+
+def put_ninja_on_path() -> bool:
+    """Whether there is a ninja. Its wheel puts it beside Python, which is not on PATH where a venv is not activated."""
+    if shutil.which("ninja") is not None:
+        return True
+    if importlib.util.find_spec("ninja") is None:
+        return False
+    import ninja
+
+    os.environ["PATH"] = os.pathsep.join((ninja.BIN_DIR, os.environ.get("PATH", os.defpath)))
+    return True
 
 
 def cuda_command(source: str, build: CudaBuild, root: Path = ROOT) -> list[str]:

@@ -105,7 +105,8 @@ def capabilities(asked: str, present: list[str], toolkit: Path) -> list[str]:
     """The devices to build for, such as ["8.0", "9.0+PTX"]; the PTX of the newest serves devices still to come.
 
     ``asked`` is ``TORCH_CUDA_ARCH_LIST`` (numbers, separated by blanks or semicolons), ``present`` are the capabilities of the
-    devices in this machine. Where both are empty it is all that we know of.
+    devices in this machine. Where both are empty it is all that we know of. Where nvcc knows none of the devices, they are newer
+    than it, and get the PTX of the newest that it knows.
     """
     if asked.strip():
         names = re.split(r"[\s;]+", asked.strip())
@@ -116,8 +117,9 @@ def capabilities(asked: str, present: list[str], toolkit: Path) -> list[str]:
                     f"{toolkit_version(toolkit)} knows, such as 9.0 or 9.0+PTX: run `unset TORCH_CUDA_ARCH_LIST`."
                 )
         return names
-    names = sorted(set(present) or CAPABILITIES, key=lambda name: tuple(map(int, name.split("."))))
-    names = [name for name in names if _number(name) in _known(toolkit)]
+    known = [name for name in CAPABILITIES if _number(name) in _known(toolkit)]
+    names = sorted(set(present), key=lambda name: tuple(map(int, name.split("."))))
+    names = [name for name in names if _number(name) in _known(toolkit)] or (known[-1:] if present else known)
     return [*names[:-1], f"{names[-1]}+PTX"] if names else []
 
 
@@ -158,7 +160,10 @@ def link_flags(torch_version: str, torch_cuda: str | None, toolkit: Path) -> lis
     """torch's own CUDA runtime where it has one, so that there is one in the process; else a copy inside the extension."""
     folder = next((toolkit / name for name in ("lib64", "lib") if (toolkit / name).is_dir()), toolkit / "lib64")
     if torch_cuda:
-        return [f"-L{folder}", "-lcudart", *(["-lc10_cuda"] if hides_streams(torch_version) else [])]
+        # pip's packages have the library by its full name alone.
+        full = sorted(folder.glob("libcudart.so.*"))
+        name = f"-l:{full[0].name}" if full and not (folder / "libcudart.so").exists() else "-lcudart"
+        return [f"-L{folder}", name, *(["-lc10_cuda"] if hides_streams(torch_version) else [])]
     return [str(folder / "libcudart_static.a"), "-ldl", "-lrt", "-lpthread"]
 
 

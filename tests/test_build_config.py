@@ -36,6 +36,7 @@ def test_no_flag_narrows_the_machine_or_the_maths() -> None:
     for capability in config.capability_flags():
         flags += config.kernel_flags(capability)
     assert "-fopenmp" in flags
+    flags = [flag for flag in flags if flag not in config.X86_BASELINE]
     assert not [flag for flag in flags if flag.startswith(("-march", "-mtune", "-ffast-math", "-Ofast", "-funsafe"))]
     assert not [flag for flag in config.common_flags(torch.__version__) if flag.startswith("-std")]
 
@@ -54,7 +55,8 @@ def test_capabilities_of_a_machine(machine: str, capabilities: list[str]) -> Non
     assert list(config.capability_flags(machine)) == capabilities
     have = [flag for flag in config.common_flags("2.13.0", machine) if flag.startswith("-DGRALORA_HAVE_")]
     assert have == [f"-DGRALORA_HAVE_{name.upper()}" for name in capabilities[1:]]
-    assert not [flag for flag in config.kernel_flags("default", machine) if flag.startswith("-m")]
+    found = [flag for flag in config.kernel_flags("default", machine) if flag.startswith("-m")]
+    assert found == (config.X86_BASELINE if len(capabilities) > 1 else [])
 
 
 def test_the_users_flags_come_last(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,6 +64,40 @@ def test_the_users_flags_come_last(monkeypatch: pytest.MonkeyPatch) -> None:
     flags = config.cxx_flags()
     assert flags[-2:] == ["-O1", "-DNAME=two words"]
     assert flags.index("-O3") < flags.index("-O1")
+
+
+@pytest.mark.skipif(len(config.capability_flags()) == 1, reason="a processor of one set")
+@pytest.mark.parametrize("user", ["", "-march=native", "-march=x86-64-v3", "-march=x86-64-v4", "-mavx512f -mavx2"])
+def test_a_set_of_kernels_has_its_own_instructions_whatever_the_users_flags_say(
+    user: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CXXFLAGS", user)
+    (tmp_path / "asks.cpp").write_text('#include "cpu/simd.h"\n')  # which refuses other ones
+    for name in config.capability_flags():
+        flags = [flag for flag in config.kernel_flags(name) if flag != "-fopenmp"]
+        command = [*config.compiler(), *flags, f"-I{ROOT / 'csrc'}", "-E", "-dM", str(tmp_path / "asks.cpp")]
+        macros = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        found = [m for m in ("__AVX__", "__FMA__", "__AVX2__", "__AVX512F__", "__AVX512VNNI__") if f" {m} " in macros]
+        expected = {"default": 0, "avx2": 3, "avx512": 4}[name]
+        assert len(found) == expected, (name, found)
+
+
+@pytest.mark.skipif(len(config.capability_flags()) == 1, reason="a processor of one set")
+def test_flags_of_another_set_are_refused_by_the_compiler(tmp_path: Path) -> None:
+    (tmp_path / "asks.cpp").write_text('#include "cpu/simd.h"\n')
+    command = [*config.compiler(), *config.kernel_flags("default"), "-mavx2", f"-I{ROOT / 'csrc'}", "-fsyntax-only"]
+    done = subprocess.run([*command, str(tmp_path / "asks.cpp")], check=False, capture_output=True, text=True)
+    assert "the compiler's flags are those of another instruction set" in done.stderr
+
+
+def test_torchs_builder_finds_the_ninja_of_an_environment_that_is_not_activated(tmp_path: Path) -> None:
+    code = (
+        "import sys, setuptools; setuptools.setup = lambda **options: found.update(options); found = {}; "
+        f"sys.path.insert(0, {str(ROOT)!r}); import setup; "
+        "print(found['cmdclass']['build_ext'](setuptools.Distribution()).use_ninja)"
+    )
+    (tmp_path / "bin").mkdir()
+    assert run_python(code, PATH=str(tmp_path / "bin")).strip().endswith("True")
 
 
 @pytest.mark.parametrize(("debug", "level"), [("", "-O3"), ("0", "-O3"), ("1", "-O0"), ("on", "-O0")])

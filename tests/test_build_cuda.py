@@ -87,6 +87,8 @@ def test_cuda_that_cannot_be_built_is_refused_in_one_sentence(
         ("", ["10.0", "8.9", "8.9"], ["8.9", "10.0+PTX"]),
         ("8.0;9.0+PTX", ["12.0"], ["8.0", "9.0+PTX"]),
         (" 8.6 12.0 ", [], ["8.6", "12.0"]),
+        ("", ["99.0"], ["12.0+PTX"]),  # newer than nvcc
+        ("", ["8.9", "99.0"], ["8.9+PTX"]),
     ],
 )
 def test_devices_are_those_asked_for_or_present_or_all(
@@ -170,6 +172,14 @@ def test_each_code_of_the_tensor_core_kernels_is_made_once(
 def test_one_cuda_runtime_in_a_process(toolkit: Path) -> None:
     assert "-lcudart" in cuda.link_flags("2.13.0", "13.0", toolkit)
     assert str(toolkit / "lib64" / "libcudart_static.a") in cuda.link_flags("2.13.0+cpu", None, toolkit)
+
+
+def test_the_runtime_of_pips_packages_is_linked_by_its_full_name(tmp_path: Path) -> None:
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "libcudart.so.13").touch()
+    assert cuda.link_flags("2.13.0", "13.0", tmp_path) == [f"-L{tmp_path / 'lib'}", "-l:libcudart.so.13"]
+    (tmp_path / "lib" / "libcudart.so").touch()
+    assert cuda.link_flags("2.13.0", "13.0", tmp_path) == [f"-L{tmp_path / 'lib'}", "-lcudart"]
 
 
 @pytest.mark.parametrize(
