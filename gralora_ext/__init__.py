@@ -58,7 +58,8 @@ def _is_console_script() -> bool:
     """
     program = next(iter(getattr(sys, "argv", [])), "")  # an embedded interpreter may have none
     if program == "-m":
-        return sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] == [__name__]
+        arguments = sys.orig_argv  # where -m is joined with another option, as in -um, torch is imported
+        return "-m" in arguments and arguments[arguments.index("-m") + 1 :][:1] == [__name__]
     return os.path.basename(program) == "gralora-ext"
 
 

@@ -40,6 +40,17 @@ def test_info_without_the_extension_tells_how_to_build_it(tmp_path):
     assert len(job.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("flag", ["-m", "-um", "-Wdefault -m"])
+def test_a_package_that_imports_ours_runs_however_python_is_told(tmp_path, flag):
+    """While Python looks for the main module, sys.argv has "-m" alone."""
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "__init__.py").write_text("import gralora_ext\n")
+    (tmp_path / "theirs" / "train.py").write_text("print('trained')\n")
+    command = [sys.executable, *flag.split(), "theirs.train"]
+    done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout == "trained\n", done.stderr
+
+
 def test_version_and_help_need_no_heavy_import(tmp_path):
     code = (
         "import sys; sys.argv[0] = 'gralora-ext'; from gralora_ext.cli import main; "
