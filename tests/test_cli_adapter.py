@@ -173,3 +173,28 @@ def test_adapter_that_does_not_fit_is_one_sentence(work, more, says):
     assert done.returncode == 2, done.stdout
     assert says in sentence(done)
     assert not (work / "none").exists()
+
+
+def test_a_head_that_is_the_embedding_is_merged_in_files_alone(work):
+    """A merge in memory would add the adapter to the embedding too."""
+    from transformers import AutoModelForCausalLM
+
+    tied = AutoModelForCausalLM.from_pretrained(work / "model", tie_word_embeddings=True)
+    tied.tie_weights()
+    tied.save_pretrained(work / "tied")
+    for file in (work / "model").glob("tokenizer*"):
+        (work / "tied" / file.name).write_bytes(file.read_bytes())
+    job = [str(word) for word in JOB]
+    job[job.index("--model") + 1] = "tied"
+    job += ["--target-modules", "q_proj", "lm_head", "--output", "of tied"]
+    done = call(*job, cwd=work)
+    assert done.returncode == 2
+    assert "--target-modules: lm_head shares its weight with the embedding" in sentence(done)
+    done = call(*job, "--no-merge", cwd=work)
+    assert done.returncode == 0, done.stderr
+    done = call("merge", "tied", "of tied/adapter", "merged tied", cwd=work)
+    assert done.returncode == 0, done.stderr
+    merged = AutoModelForCausalLM.from_pretrained(work / "merged tied")
+    assert not merged.config.tie_word_embeddings
+    assert torch.equal(merged.get_input_embeddings().weight, tied.get_input_embeddings().weight)
+    assert not torch.equal(merged.lm_head.weight, tied.lm_head.weight)

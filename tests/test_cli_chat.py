@@ -64,6 +64,22 @@ def test_each_answer_with_its_end_is_learned_and_nothing_else(tokenizer, templat
     assert remarks == []
 
 
+@pytest.mark.parametrize("end", ["<eos>\n", ""], ids=["behind the mark", "nowhere"])
+def test_an_end_that_a_template_writes_behind_its_marks_is_learned(tokenizer, end):
+    mark = "{% generation %}{{ m['content'] }}{% endgeneration %}" + end
+    tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{% if m['role'] == 'assistant' %}" + mark
+    tokenizer.chat_template += "{% else %}{{ m['content'] }}<eos>\n{% endif %}{% endfor %}"
+    (example,), remarks = Encoder(tokenizer, 100).examples([TURNS], "training")
+    assert learned(tokenizer, example) == ["dog dog dog<eos>" if end else "dog dog dog", "cat dog<eos>"]
+    assert remarks == []
+
+
+def test_an_answer_whose_mark_has_an_end_of_its_own_gets_no_other(tokenizer):
+    tokenizer.chat_template = MARKED.replace("<eos>", "<pad>")
+    (example,), _ = Encoder(tokenizer, 100).examples([TURNS], "training")
+    assert learned(tokenizer, example) == ["dog dog dog<pad>", "cat dog<pad>"]
+
+
 def of_characters(merges=(), **prepended):
     """A tokenizer of characters, with ``merges``; ``prepended`` puts a mark of a space before a text, as Llama's does."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import pytest
 from cli_helpers import environment, make_data, make_model, metrics, run, same_end, sentence, stop_at
+
+from gralora_ext.cli.report import draw
 
 STEPS = 40
 # Dropout, two passes in a step, several epochs and a short last step in each: whatever a resumed
@@ -110,9 +113,23 @@ def test_metrics_tell_the_whole_run(unbroken):
     assert values["tokens"] == sum(e["tokens"] for e in values["losses"]) > 0
     assert values["tokens_per_second"] > 0 and values["peak_memory_mib"]["host"] > 50
     assert values["steps"] == STEPS and values["config"]["lr"] == 0.02
+    assert values["epochs"] == STEPS / math.ceil(values["train_rows"] / 2)
     assert {"gralora_ext", "torch", "peft", "transformers", "python"} <= values["versions"].keys()
     assert len(values["samples"]) == 2
     assert all({"prompt", "reference", "before", "after"} <= sample.keys() for sample in values["samples"])
+
+
+def test_the_merged_models_configuration_is_that_of_the_base(work, unbroken):
+    base, merged = (
+        json.loads((folder / "config.json").read_text()) for folder in (work / "model", unbroken[0] / "merged")
+    )
+    assert base["use_cache"] is True
+    assert {**merged, "transformers_version": base["transformers_version"]} == base
+
+
+def test_a_name_with_dollar_signs_is_no_formula(unbroken, tmp_path):
+    draw({**metrics(unbroken[0]), "data": "cost_$_of_$^^.jsonl"}, tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").stat().st_size > 1000
 
 
 def test_fused_layers_are_used_and_match_pefts_own(work, unbroken):

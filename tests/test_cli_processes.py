@@ -357,3 +357,24 @@ def test_signal_that_comes_while_processes_meet_waits_for_that(monkeypatch):
     with pytest.raises(Stopped):
         group.join(cuda=False)
     assert group.joined
+
+
+@pytest.mark.parametrize("option", [("--accelerate-config", "examples/fsdp2.yaml"), ("--num-processes", "3")])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_another_launchers_processes_are_told_what_they_cannot_take(launched, tmp_path, option, resumed, capsys):
+    launched(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0", MASTER_ADDR="a")
+    options = parse([*option, "--output", str(tmp_path), *(["--resume"] if resumed else [])])
+    job = Job(options, Group(place_here()))
+    said = f"{option[0]} is not read: another launcher has started 2 processes"
+    if resumed:
+        job._leave_to_launcher()
+        assert said in capsys.readouterr().out
+        assert (options.accelerate_config, options.num_processes) == (None, None)
+    else:
+        with pytest.raises(JobError, match=said):
+            job.check()
+
+
+def test_the_number_of_processes_that_another_launcher_has_started_may_be_said(launched, tmp_path):
+    launched(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0", MASTER_ADDR="a")
+    Job(parse(["--num-processes", "2", "--output", str(tmp_path)]), Group(place_here()))._leave_to_launcher()

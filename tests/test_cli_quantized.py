@@ -102,3 +102,24 @@ def test_a_missing_package_is_named_before_anything_is_loaded(work, monkeypatch)
     with pytest.raises(JobError, match="--load-in-8bit needs bitsandbytes: `pip install bitsandbytes`"):
         checks.check_needed(parse(["--load-in-8bit"]))
     checks.check_needed(parse([]))
+
+
+@needs_bitsandbytes
+def test_a_base_that_is_quantized_in_its_files_is_not_merged_into(work):
+    """It is told before the training, and not after it."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    small = BitsAndBytesConfig(load_in_4bit=True)
+    AutoModelForCausalLM.from_pretrained(work / "model", quantization_config=small).save_pretrained(work / "small")
+    for file in (work / "model").glob("tokenizer*"):
+        (work / "small" / file.name).write_bytes(file.read_bytes())
+    for backend in ("fused", "lora"):
+        done = call(*arguments("none", "--backend", backend, model="small"), cwd=work)
+        assert done.returncode == 2 and not (work / "none").exists()
+        assert "--model: its weights are quantized in their files (bitsandbytes)" in sentence(done)
+    done = call(*arguments("none", "--load-in-4bit", model="small"), cwd=work)
+    assert done.returncode == 2
+    assert "--load-in-4bit: small is quantized already: leave that option out" in sentence(done)
+    done = call(*arguments("small-out", "--no-merge", model="small"), cwd=work)
+    assert done.returncode == 0, done.stderr
+    assert losses(work / "small-out")[-1] < losses(work / "small-out")[0]

@@ -245,3 +245,32 @@ def test_a_job_with_rows_to_hold_out_goes_on_by_the_command_that_it_prints(tmp_p
     done = call(*again, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "1 of 2 steps done" in done.stdout
+
+
+def test_model_and_rows_may_lie_elsewhere_than_they_did(work: Path, tmp_path: Path) -> None:
+    """As on another machine, or where a link leads elsewhere."""
+    shutil.copytree(work / "half", tmp_path / "out")
+    shutil.copytree(work / "model", tmp_path / "moved" / "other name")
+    shutil.copy(work / "data.jsonl", tmp_path / "rows.jsonl")
+    (tmp_path / "linked.jsonl").symlink_to(tmp_path / "rows.jsonl")
+    job = [*JOB, "--steps", 12, "--output", "out", "--resume"]
+    job[job.index("model")], job[job.index("data.jsonl")] = "moved/other name", "linked.jsonl"
+    done = call(*job, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    same_end(tmp_path / "out", work / "unbroken")
+    settings = json.loads((tmp_path / "out" / "finetune.json").read_text())
+    assert settings["data"] == str(tmp_path / "linked.jsonl")
+
+
+def test_a_base_with_other_weights_is_not_gone_on_with(work: Path, tmp_path: Path) -> None:
+    shutil.copytree(work / "half", tmp_path / "out")
+    shutil.copytree(work / "model", tmp_path / "model")
+    shutil.copy(work / "data.jsonl", tmp_path / "data.jsonl")
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("1.mlp.up_proj.weight"))
+    tensors[name] = tensors[name] + 1e-3
+    save_file(tensors, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    refused = call(*JOB, "--steps", 12, "--output", "out", "--resume", cwd=tmp_path)
+    assert refused.returncode == 2 and "was made with other weights of the base" in sentence(refused)
+    state = tmp_path / "out" / "checkpoints" / "checkpoint-8"
+    assert state.is_dir() and metrics(tmp_path / "out")["steps"] == 8

@@ -236,6 +236,23 @@ def test_rows_of_ones_own_are_held_out_at_random_and_gsm8ks_last(tmp_path):
     assert parse([]).held_out_from == "end"
 
 
+@pytest.mark.parametrize("more", [[], ["--eval-data", "e.jsonl"]], ids=["drawn", "given"])
+def test_an_evaluation_reads_rows_of_the_whole_that_is_held_out(tmp_path, monkeypatch, more):
+    """A file may be sorted, and there may be several."""
+    monkeypatch.chdir(tmp_path)
+    for name, start in (("d", 0), ("e", 2000)):
+        write(tmp_path / f"{name}.jsonl", [{"text": f"row {i:04}"} for i in range(start, start + 1000)])
+    job = ["--data", "d.jsonl", *more, "--eval-rows", "16"]
+    numbers = [int(row.split()[1]) % 1000 for row in gather(parse(job)).held_out]
+    assert len(numbers) == 16 and numbers == sorted(set(numbers))
+    quarters = [sum(start <= n < start + 250 for n in numbers) for start in range(0, 1000, 250)]
+    assert all(2 <= count <= 6 for count in quarters), quarters
+    first = gather(parse([*job, "--eval-rows-from", "start"])).held_out
+    every = gather(parse([*job, "--eval-rows", "1000"])).held_out
+    assert first == every[:16] and len(every) == (1000 if more else 200)
+    assert parse([]).eval_rows_from == "start"
+
+
 def test_rows_to_hold_out_may_be_files_of_their_own(tmp_path):
     train = write(tmp_path / "d.jsonl", ROWS[:1])
     other = write(tmp_path / "e.jsonl", ROWS[1:])
@@ -315,7 +332,17 @@ def test_checkpoint_of_before_there_was_a_choice_goes_on_with_the_last_rows_held
     assert call(*job, "--steps", 1, "--held-out-from", "end", cwd=tmp_path).returncode == 0
     checkpoint = tmp_path / "out" / "checkpoints" / "checkpoint-1"
     state = json.loads((checkpoint / "gralora_ext.json").read_text())
-    new = ("held_out_from", "weight_decay", "optim", "packing", "bf16", "init_weights", "answers_only", "adam_beta1")
+    new = (
+        "held_out_from",
+        "eval_rows_from",
+        "weight_decay",
+        "optim",
+        "packing",
+        "bf16",
+        "init_weights",
+        "answers_only",
+        "adam_beta1",
+    )
     for name in new:
         del state["settings"][name]
     (checkpoint / "gralora_ext.json").write_text(json.dumps(state))
@@ -323,9 +350,11 @@ def test_checkpoint_of_before_there_was_a_choice_goes_on_with_the_last_rows_held
     Checkpoints(checkpoint.parent, print).seal(checkpoint)
     refused = call(*job, "--steps", 2, "--resume", cwd=tmp_path)
     assert refused.returncode == 2
-    assert "was made with --held-out-from end (now random); go on with `" in sentence(refused)
-    assert sentence(refused).split("`")[1].endswith("--resume --held-out-from end")
-    done = call(*job, "--steps", 2, "--resume", "--held-out-from", "end", cwd=tmp_path)
+    said = "was made with --eval-rows-from start (now all), --held-out-from end (now random); go on with `"
+    assert said in sentence(refused)
+    more = ("--resume", "--eval-rows-from", "start", "--held-out-from", "end")
+    assert sentence(refused).split("`")[1].endswith(" ".join(more))
+    done = call(*job, "--steps", 2, *more, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "1 of 2 steps done" in done.stdout
 
@@ -343,3 +372,9 @@ def test_reading_needs_no_torch(tmp_path):
     command = [sys.executable, "-c", READ]
     result = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=True)
     assert result.stdout == "5 False\n"
+
+
+def test_an_input_of_blanks_beside_an_instruction_is_none(tmp_path):
+    rows = [{"instruction": f"say {i}", "input": blank, "output": "x"} for i, blank in enumerate((" ", "", None, "it"))]
+    found = read_rows([write(tmp_path / "d.jsonl", rows)], Fields())
+    assert [row[0] for row in found.rows] == ["say 0", "say 1", "say 2", "say 3\n\nit"]

@@ -130,6 +130,7 @@ OTHER_VALUES = {
     "backend": ("--backend", "peft"),
     "init-weights": ("--init-weights", "gaussian"),
     "held-out-from": ("--held-out-from", "random"),
+    "eval-rows-from": ("--eval-rows-from", "all"),
     "eval-split": ("--eval-data", "x", "--eval-split", "test"),
     "optim": ("--optim", "sgd"),
     "lr-schedule": ("--lr-schedule", "cosine"),

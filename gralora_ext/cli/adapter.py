@@ -13,6 +13,7 @@ import torch
 from ..program.errors import JobError, first_sentence
 from ..program.resources import memory_failure
 from .option_table import OPTIONS
+from .options import bits_of
 from .source import Source, parse_targets
 
 # Options that a configuration has under the same name; those that are at their defaults are left
@@ -160,14 +161,34 @@ def _check_saved(model: Any, names: list[str]) -> None:
 
 
 def check_mergeable(model: Any, options: Any) -> None:
-    """JobError where the adapter cannot be merged in the end: its bias has no place in a layer that has none."""
-    from peft.tuners.lora import LoraLayer
+    """JobError where the adapter cannot be merged in the end.
 
-    if not (options.lora_bias and options.merge):
+    Its bias has no place in a layer that has none; the files of the base are quantized; an adapted layer is the embedding too.
+    """
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if not options.merge:
         return
+    base = model.get_base_model()
+    method = getattr(base, "quantization_method", None)
+    if method is not None and bits_of(options) is None:
+        raise JobError(
+            f"--model: its weights are quantized in their files ({getattr(method, 'value', method)}), and a quantized model is "
+            "not what the adapter is merged into: give --no-merge too"
+        )
+    embedding = getattr(base.get_input_embeddings(), "weight", None)
     for name, module in model.named_modules():
-        if isinstance(module, LoraLayer) and getattr(module.get_base_layer(), "bias", None) is None:
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        layer = module.get_base_layer()
+        if options.lora_bias and isinstance(module, LoraLayer) and getattr(layer, "bias", None) is None:
             raise JobError(f"--lora-bias cannot be merged, since {name} has no bias: give --no-merge too")
+        if isinstance(layer, torch.nn.Linear) and layer.weight is embedding:
+            raise JobError(
+                f"--target-modules: {name.rsplit('.', 1)[-1]} shares its weight with the embedding, which a merge would change "
+                "too: give --no-merge, and `gralora-ext merge` makes a merged model that has both"
+            )
 
 
 def _check_widths(layers: list[tuple[str, Any]], k: int) -> None:

@@ -26,7 +26,7 @@ class Gathered:
 
 
 def gather(options: argparse.Namespace) -> Gathered:
-    """Reads and checks all rows; of those held out the first ``--eval-rows`` are kept. Raises JobError."""
+    """Reads and checks all rows; of those held out ``--eval-rows`` are kept. Raises JobError."""
     o = options
     template = None if o.chat_template is None else read_template(o.chat_template)
     fields = Fields(o.prompt_field, o.answer_field, o.messages_field, o.text_field)
@@ -48,7 +48,7 @@ def gather(options: argparse.Namespace) -> Gathered:
         which = f"the last {len(held_out):,} held out"
         if o.held_out_from == "random":
             which = f"{len(held_out):,} held out, drawn by --seed {o.seed}"
-    kept = held_out[: o.eval_rows]
+    kept = evaluated(held_out, o.eval_rows, o.eval_rows_from)
     line = f"data: {rows.name}: {len(train):,} {rows.what} to train on, {which} (each evaluation reads {len(kept)})"
     if template is not None:
         digest = _of(digest, template)
@@ -57,6 +57,13 @@ def gather(options: argparse.Namespace) -> Gathered:
             f"{learned} of the {len(kept)} held-out rows are among those to train on: new rows may have a greater loss"
         )
     return Gathered(rows.name, train, kept, [line, *filter(None, said)], digest, template)
+
+
+def evaluated(held_out: list[Row], count: int, where: str) -> list[Row]:
+    """The first ``count`` rows, or as many that are evenly spaced over all: a file may be sorted."""
+    if where == "start" or len(held_out) <= count:
+        return held_out[:count]
+    return [held_out[i * len(held_out) // count] for i in range(count)]
 
 
 def _among(held_out: list[Row], train: list[Row]) -> int:

@@ -44,8 +44,6 @@ class Job:
         self.options = options
         self.group = group
         group.timeout = options.process_timeout
-        if not group.place.of_our_launcher:  # another launcher knows how many, and has accelerate's file
-            options.num_processes = options.accelerate_config = None
         self.console = Console() if group.is_first else Silent()
         self.output = Output(Path(options.output), self.console.say)
         self.checkpoints = Checkpoints(self.output.folder / CHECKPOINTS, self.console.say)
@@ -58,6 +56,7 @@ class Job:
     def check(self) -> None:
         """All that can be wrong before a model is loaded, and what needs no torch before that is: it takes seconds."""
         o = self.options
+        self._leave_to_launcher()
         self.group.engine = launcher.engine(self.group.place)
         check_output(self.output.folder)
         check_needed(o)
@@ -84,6 +83,20 @@ class Job:
             )
         self.group.join(cuda=self.device != "cpu")
 
+    def _leave_to_launcher(self) -> None:
+        """Another launcher than ours knows how many processes there are, and has accelerate's file."""
+        o, size = self.options, self.group.size
+        if self.group.place.of_our_launcher:
+            return
+        if size > 1 and (o.accelerate_config is not None or o.num_processes not in (None, size)):
+            name = "num-processes" if o.accelerate_config is None else "accelerate-config"
+            what = f"--{name} is not read: another launcher has started {size} processes, and "
+            what += "`accelerate launch --config_file FILE` is what shares a model out by such a file"
+            if not o.resume:
+                raise JobError(f"{what}; leave the option out")
+            self.console.say(what)  # it may be in the settings that the job goes on with
+        o.num_processes = o.accelerate_config = None
+
     def meet(self) -> None:
         """Several processes see that they are at one job, and the others learn where it goes on."""
         own = self.checkpoint, self.done, vars(self.history)
@@ -106,7 +119,7 @@ class Job:
         from .adapter import add_adapter, check_mergeable, trainable_parameters
         from .batches import make_batches
         from .data import Encoder
-        from .model import load, save_memory
+        from .model import load, save_memory, weights_digest
 
         o, say = self.options, self.console.say
         self.bits = bits_of(o)
@@ -114,6 +127,7 @@ class Job:
             sharded.prepare(o, self.group.engine, self.device)
         say(f"model: loading {self.source.name} in {o.dtype}{f', quantized to {self.bits} bits' if self.bits else ''}")
         self.model, self.tokenizer = load(self.source, o.dtype, say, self.bits, self.device, o.attn_implementation)
+        self.state["weights_digest"] = weights_digest(self.model)
         longest = getattr(self.model.config, "max_position_embeddings", None)
         if longest and o.max_length > longest:
             raise JobError(f"--max-length {o.max_length} is more than the {longest} positions of {self.source.name}")
@@ -126,7 +140,7 @@ class Job:
         self.batches = make_batches(self.rows, self.encoder, self.model, self.source, o, tried_on, say)
         self.state["tokens_digest"] = self.batches.digest
         if self.checkpoint is not None:
-            resume.check_tokens(self.checkpoint, self.batches.digest)
+            resume.check_content(self.checkpoint, self.batches.digest, self.state["weights_digest"])
         self.rows_per_step = o.batch_size * o.grad_accum * self.group.size
         per_epoch = math.ceil(len(self.batches.items) / self.rows_per_step)
         if not o.steps and o.epochs * per_epoch > LARGEST:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from .gguf import folder_of_gguf
 from .source import Source
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_ELEMENTS = 64  # of each weight, by which a base is known
 
 
 def load(
@@ -36,7 +38,9 @@ def load(
     place = str(folder_of_gguf(Path(source.place), say)) if source.is_gguf else source.place
     part = "config.json"
     try:
-        AutoConfig.from_pretrained(place)  # first, since a hub that does not answer is then asked once
+        config = AutoConfig.from_pretrained(place)  # first, since a hub that does not answer is then asked once
+        if bits is not None and getattr(config, "quantization_config", None) is not None:
+            raise JobError(f"--load-in-{bits}bit: {source.name} is quantized already: leave that option out")
         part = "tokenizer"
         tokenizer = AutoTokenizer.from_pretrained(place)
         part = "weights"
@@ -48,7 +52,7 @@ def load(
             **({} if attention is None else {"attn_implementation": attention}),
         )
     except Exception as error:  # the hub, the network, safetensors and tokenizers all raise their own
-        if memory_failure(error):
+        if isinstance(error, JobError) or memory_failure(error):
             raise
         if attention and part == "weights" and ("attn" in str(error) or "ttention" in str(error)):
             raise JobError(
@@ -93,6 +97,20 @@ def _check_finite(model: torch.nn.Module, source: Source) -> None:
                 f"--model {source.name}: its weight {name} holds NaN or infinity in {weight.dtype}: the file is damaged, "
                 "get or convert it again"
             )
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """The SHA-256 of some elements of each weight, evenly spaced: those of another model differ, wherever its files lie.
+
+    Of quantized weights none is taken, since devices may quantize differently, nor of what processes share out already.
+    """
+    value = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        if weight.is_floating_point() and getattr(weight, "quant_state", None) is None:
+            flat = weight.detach().reshape(-1)
+            some = flat[:: max(1, flat.numel() // _ELEMENTS)].cpu()
+            value.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode() + some.double().numpy().tobytes())
+    return value.hexdigest()
 
 
 def _check_ends(model: Any, source: Source) -> None:

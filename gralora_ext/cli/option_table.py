@@ -184,6 +184,8 @@ TABLE: dict[str, tuple[Option, ...]] = {
         Option("held-out-from", choice("random", "end"), None, "which: drawn by --seed, or the last (default: random; "
                "the last of GSM8K)", before="end"),
         Option("eval-rows", _N, 32, "how many of them each evaluation reads", "max-eval-samples"),
+        Option("eval-rows-from", choice("all", "start"), None, "which: evenly spaced ones, or the first (default: all; "
+               "start of GSM8K)", before="start"),
         Option("eval-every", _N, None, "steps from one evaluation to the next (default: half of all)", "eval-steps",
                free=True),
         Option("sample-tokens", _N, 32, "the greatest length of a sample answer", free=True),

@@ -83,7 +83,7 @@ def bits_of(options: argparse.Namespace) -> int | None:
 
 def _absolute(place: str) -> str:
     path = Path(place).expanduser()
-    return str(path.resolve()) if path.exists() else place
+    return os.path.abspath(path) if path.exists() else place  # a link stays one: what it leads to may move
 
 
 _EXCLUDE = (
@@ -146,6 +146,8 @@ def _resolve(options: argparse.Namespace) -> None:
         options.alpha = 2 * (options.r + options.hybrid_r)
     if options.held_out_from is None and options.eval_data is None:
         options.held_out_from = _held_out_from(options.data)
+    if options.eval_rows_from is None:
+        options.eval_rows_from = "start" if options.data is None else "all"
     if options.report_to == ["none"]:
         options.report_to = None
     if options.output is None:

@@ -87,6 +87,7 @@ def draw(metrics: dict[str, Any], path: Path) -> None:
         f"backend {config['backend']}, r = {config['r']}{grid}{hybrid}, lr = {config['lr']:g}, "
         f"{metrics['tokens_per_second'] or 0:,.0f} tokens/s",
         fontsize=10,
+        parse_math=False,  # a name may have dollar signs
     )
     axes.set_ylabel("loss per answer token (nats)")
     rates.set_ylabel("rate")

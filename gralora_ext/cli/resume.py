@@ -25,7 +25,8 @@ def find(checkpoints: Checkpoints, state: dict[str, Any], data: str, how: str) -
     missing = {n: o.in_old_jobs for n, o in OPTIONS.items() if n not in then["settings"] and not o.free}
     old = {**missing, **then["settings"]}
     new = {**dict.fromkeys(missing), **state["settings"]}
-    other = [n for n in sorted(old.keys() | new.keys()) if old.get(n) != new.get(n)]
+    elsewhere = _known_by_content(then, state)
+    other = [n for n in sorted(old.keys() | new.keys()) if old.get(n) != new.get(n) and n not in elsewhere]
     before, now = processes(then), processes(state)
     if before != now:
         _compare_processes(checkpoint, before, now, f"`{how}`")
@@ -40,13 +41,27 @@ def find(checkpoints: Checkpoints, state: dict[str, Any], data: str, how: str) -
     return checkpoint, step_of(checkpoint), History(then["history"])
 
 
-def check_tokens(checkpoint: Path, digest: str) -> None:
-    """That the same rows have become the same tokens; checkpoints of before this was noted are taken as they are."""
+def _known_by_content(then: dict[str, Any], now: dict[str, Any]) -> tuple[str, ...]:
+    """Settings whose files may lie elsewhere than they did: what is in them is compared."""
+    rows = ("data", "eval_data", "chat_template") if then["data_digest"] == now["data_digest"] else ()
+    return (*rows, "model") if "weights_digest" in then else rows
+
+
+def check_content(checkpoint: Path, tokens: str, weights: str) -> None:
+    """That the same rows have become the same tokens, and that the base is the same, by these digests.
+
+    Checkpoints of before they were noted are taken as they are.
+    """
     then = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    if then.get("tokens_digest", digest) != digest:
+    if then.get("tokens_digest", tokens) != tokens:
         raise JobError(
             f"--resume: {checkpoint} was made with other tokens of the same rows: the model's tokenizer or chat template "
             "has changed since, or the template puts today's date into a text; begin anew, without --resume"
+        )
+    if then.get("weights_digest", weights) != weights:
+        raise JobError(
+            f"--resume: {checkpoint} was made with other weights of the base: name the model that it was made with by "
+            "--model, or begin anew, without --resume"
         )
 
 

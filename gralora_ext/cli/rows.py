@@ -170,6 +170,7 @@ def _pair(row: dict[str, Any], prompt: str, answer: str, more: str | None, where
     question = _string(row, prompt, "--prompt-field", where)
     reply = _string(row, answer, "--answer-field", where)
     beside = row.get(more) if more else None
+    beside = beside.strip() if isinstance(beside, str) else beside
     return (f"{question}\n\n{_string(row, more or '', '--prompt-field', where)}" if beside else question), reply
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from .checkpoints import History
@@ -27,7 +28,7 @@ def metrics(
     before, after = history.eval_loss(0), history.eval_loss(steps)
     return {
         "steps": steps,
-        "epochs": steps * rows_per_step / items,
+        "epochs": steps / math.ceil(items / rows_per_step),  # the last step of each takes what is left
         "train_rows": train_rows,
         "diverged": diverged,
         "eval_loss_before": before,

@@ -94,7 +94,8 @@ class FinetuneTrainer(Trainer):
         group: Group,
     ):
         self.group = group
-        super().__init__(
+        self.used_cache = getattr(model.config, "use_cache", None)
+        super().__init__(  # which puts use_cache of the model's configuration off
             model=model,
             args=arguments,
             train_dataset=train,
@@ -193,7 +194,9 @@ class FinetuneTrainer(Trainer):
         return {"eval_loss": loss}
 
     def unwrap(self) -> None:
-        """Takes the autocast that training put around the model off again."""
+        """Takes the autocast that training put around the model off again; its configuration is what it was."""
+        if self.used_cache is not None:
+            self.model.config.use_cache = self.used_cache
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
