@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
+from peft.tuners.gralora import GraloraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 from torch import nn
 
@@ -119,7 +120,7 @@ def unmerge(model: nn.Module) -> None:
 
 def unmerge_before_adding(model: nn.Module) -> None:
     """Takes merged adapters off, as PEFT does while it adds one. What undoes a failed addition restores no weights."""
-    if any(isinstance(module, BaseTunerLayer) and module.merged for module in model.modules()):
+    if any(isinstance(module, GraloraLayer) and module.merged for module in model.modules()):
         warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=3)
         unmerge(model)
 
