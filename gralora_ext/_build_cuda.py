@@ -19,8 +19,8 @@ from pathlib import Path
 
 SOURCES = [f"csrc/cuda/{name}.cu" for name in ("launch", "bfloat16", "float16", "float32", "conformance")]
 PORTABLE = SOURCES[:1]  # the others use tensor cores of 8.0 and above, and launch.cu calls them there
-# Compute capabilities that are built for where nothing else is asked for and no device is there, if
-# nvcc knows them.
+# Compute capabilities that are built for where none is asked for and no device is there; those that
+# nvcc knows.
 CAPABILITIES = ("7.0", "7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 

@@ -359,13 +359,21 @@ def test_signal_that_comes_while_processes_meet_waits_for_that(monkeypatch):
     assert group.joined
 
 
-@pytest.mark.parametrize("option", [("--accelerate-config", "examples/fsdp2.yaml"), ("--num-processes", "3")])
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (
+            ("--accelerate-config", "examples/fsdp2.yaml"),
+            "--accelerate-config: another launcher has started the processes",
+        ),
+        (("--num-processes", "3"), "--num-processes 3: another launcher has started 2"),
+    ],
+)
 @pytest.mark.parametrize("resumed", [False, True])
-def test_another_launchers_processes_are_told_what_they_cannot_take(launched, tmp_path, option, resumed, capsys):
+def test_another_launchers_processes_are_told_what_they_cannot_take(launched, tmp_path, option, said, resumed, capsys):
     launched(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0", MASTER_ADDR="a")
     options = parse([*option, "--output", str(tmp_path), *(["--resume"] if resumed else [])])
     job = Job(options, Group(place_here()))
-    said = f"{option[0]} is not read: another launcher has started 2 processes"
     if resumed:
         job._leave_to_launcher()
         assert said in capsys.readouterr().out

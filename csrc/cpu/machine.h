@@ -19,6 +19,11 @@ namespace gralora::cpu {
 // In rising order: a processor that runs one of them runs those before it.
 enum class Capability : int8_t { Default, Avx2, Avx512 };
 
+// Of the registers that the kernels use, and that plans count with.
+constexpr int vector_bytes(Capability capability) {
+  return capability == Capability::Avx512 ? 64 : capability == Capability::Avx2 ? 32 : 16;
+}
+
 enum class Vendor : int8_t { Amd, Intel, Other };
 
 // A number is 0 where the system does not tell it.
@@ -34,9 +39,7 @@ struct Machine {
   bool amx = false;
   CacheLevel l1, l2;  // the data caches of one core
 
-  int64_t vector_bytes() const {
-    return capability == Capability::Avx512 ? 64 : capability == Capability::Avx2 ? 32 : 16;
-  }
+  int64_t vector_bytes() const { return cpu::vector_bytes(capability); }
 };
 
 // Throws std::invalid_argument where one of the environment variables above has a value that is

@@ -44,11 +44,11 @@ constexpr int kVectorBytes = 16;
 constexpr int kVectorRegisters = 16;
 #endif
 
-// Plans count with the width that Machine::vector_bytes gives for the set's name.
-constexpr int kVectorBytesOf_default = 16, kVectorBytesOf_avx2 = 32, kVectorBytesOf_avx512 = 64;
-#define GRALORA_VECTOR_BYTES_CONCAT(name) kVectorBytesOf_##name
-#define GRALORA_VECTOR_BYTES_OF(name) GRALORA_VECTOR_BYTES_CONCAT(name)
-static_assert(kVectorBytes == GRALORA_VECTOR_BYTES_OF(GRALORA_CPU_CAPABILITY),
+// Plans count with the width that belongs to the set's name.
+namespace capability_of {
+constexpr Capability isa_default = Capability::Default, isa_avx2 = Capability::Avx2, isa_avx512 = Capability::Avx512;
+}
+static_assert(kVectorBytes == vector_bytes(capability_of::GRALORA_ISA),
               "the compiler's flags are those of another instruction set than GRALORA_CPU_CAPABILITY names");
 
 struct bf16 {

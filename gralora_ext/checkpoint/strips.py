@@ -23,8 +23,8 @@ def merge_strip_(
     """Adds an adapter to ``strip``, the rectangle of a weight that begins at ``row`` and ``column``, in place.
 
     Args:
-        strip: 2-D, of more than one column unless the weight has but one, since the order of a sum's factors follows the strides;
-            rows are out_features, or in_features with ``fan_in_fan_out``.
+        strip: 2-D; rows are out_features, or in_features with ``fan_in_fan_out``, where it must have more than one column
+            unless the weight has one: by the strides the kernel chooses which factor it scales.
         weights: A, B, and where there are some A_general and B_general, as :func:`gralora_ext.ops.merge_` takes them.
         scaling, fan_in_fan_out: as there.
     """

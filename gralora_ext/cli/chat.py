@@ -76,9 +76,15 @@ class Template:
         return pieces, lost
 
     def marked(self, messages: Messages, tools: Tools = ()) -> tuple[list[int], list[bool]]:
-        """The conversation's tokens, and which of them the template's own ``{% generation %}`` marks say are learned."""
+        """The conversation's tokens, and which of them the template's own ``{% generation %}`` marks say are learned.
+
+        So is an end token that the template writes right behind a mark.
+        """
         made = self.text(messages, tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        return list(made["input_ids"]), [bool(mark) for mark in made["assistant_masks"]]
+        tokens, marks = list(made["input_ids"]), [bool(mark) for mark in made["assistant_masks"]]
+        before = zip([False, *marks], tokens, strict=False)  # of each token, whether the one before it is marked
+        ends = [marked and token == self.tokenizer.eos_token_id for marked, token in before]
+        return tokens, [mark or end for mark, end in zip(marks, ends, strict=True)]
 
 
 def _with_arguments_in_text(value: Any) -> Any:

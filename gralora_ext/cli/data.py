@@ -63,8 +63,6 @@ class Encoder:
             return [(self._ended(self._tokens(text, add_special_tokens=False)), True)], 0
         if self.template.has_marks and not talk.asked:
             tokens, learned = self.template.marked(talk.messages, talk.tools)
-            for i in range(1, len(tokens)):  # a template may write the end of an answer behind its mark
-                learned[i] = learned[i] or (learned[i - 1] and tokens[i] == self.tokenizer.eos_token_id)
             end = max((i + 1 for i, mark in enumerate(learned) if mark), default=0)
             pieces = [([token], mark) for token, mark in zip(tokens[:end], learned, strict=False)]
             if 0 < end == len(tokens) and tokens[-1] not in self.tokenizer.all_special_ids:

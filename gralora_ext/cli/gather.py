@@ -48,7 +48,7 @@ def gather(options: argparse.Namespace) -> Gathered:
         which = f"the last {len(held_out):,} held out"
         if o.held_out_from == "random":
             which = f"{len(held_out):,} held out, drawn by --seed {o.seed}"
-    kept = evaluated(held_out, o.eval_rows, o.eval_rows_from)
+    kept = _evaluated(held_out, o.eval_rows, o.eval_rows_from)
     line = f"data: {rows.name}: {len(train):,} {rows.what} to train on, {which} (each evaluation reads {len(kept)})"
     if template is not None:
         digest = _of(digest, template)
@@ -59,7 +59,7 @@ def gather(options: argparse.Namespace) -> Gathered:
     return Gathered(rows.name, train, kept, [line, *filter(None, said)], digest, template)
 
 
-def evaluated(held_out: list[Row], count: int, where: str) -> list[Row]:
+def _evaluated(held_out: list[Row], count: int, where: str) -> list[Row]:
     """The first ``count`` rows, or as many that are evenly spaced over all: a file may be sorted."""
     if where == "start" or len(held_out) <= count:
         return held_out[:count]

@@ -88,12 +88,14 @@ class Job:
         o, size = self.options, self.group.size
         if self.group.place.of_our_launcher:
             return
-        if size > 1 and (o.accelerate_config is not None or o.num_processes not in (None, size)):
-            name = "num-processes" if o.accelerate_config is None else "accelerate-config"
-            what = f"--{name} is not read: another launcher has started {size} processes, and "
-            what += "`accelerate launch --config_file FILE` is what shares a model out by such a file"
+        what = None
+        if size > 1 and o.accelerate_config is not None:
+            what = "--accelerate-config: another launcher has started the processes; `accelerate launch --config_file` takes the file"
+        elif size > 1 and o.num_processes not in (None, size):
+            what = f"--num-processes {o.num_processes}: another launcher has started {size}: leave the option out"
+        if what is not None:
             if not o.resume:
-                raise JobError(f"{what}; leave the option out")
+                raise JobError(what)
             self.console.say(what)  # it may be in the settings that the job goes on with
         o.num_processes = o.accelerate_config = None
 

@@ -303,8 +303,7 @@ def not_finite(adapter: str) -> str:
 
 
 def refuse_device(what: str, device: torch.device, adapter: str, A: Tensor) -> NoReturn:
-    # Where one of them is on meta, the dispatcher would pick the fake kernel, which computes
-    # nothing.
+    """ValueError. Where one of two tensors is on meta, the dispatcher would pick the fake kernel, which computes nothing."""
     raise ValueError(
         f"{what} is on {device}, but adapter {adapter!r} is on {A.device}: move the model to one device, "
         "or load the weights of what is on meta"
