@@ -154,20 +154,36 @@ def findings(folder: Path, what: str) -> str:
         f"`gralora-ext analyze {what}{' --quick' if s['quick'] else ''}`: {s['model'].split(' (')[0]}, {s['steps']} steps of "
         f"{s['batch_size']} rows, {s['seeds']} seeds."
     )
-    more = _steps(content["steps"]) if "steps" in content else []
+    more = _of_outlier(content["means"]) if what == "outlier" else []
     return "\n\n".join([sizes, markdown(table), *more, _measured(folder / f"analyze-{what}")])
 
 
-def _steps(steps: dict[str, Any]) -> list[str]:
-    """Of the outlier's analysis: what a step on A alone and one on B alone give."""
-    heads = {
-        "cosine_of_a": "cosine of a step on A",
-        "cosine_of_b": "cosine of a step on B",
-        "size_of_a": "how far A's step moves ΔW, as a part of B's",
-    }
-    table = [["k", *heads.values()]]
-    table += [[k, *(Spread(tuple(steps[what][k]["values"])).text(3) for what in heads)] for k in steps["cosine_of_a"]]
-    return ["The same direction, taken apart into a step on A alone and one on B alone:", markdown(table)]
+def _of_outlier(means: dict[str, Any]) -> list[str]:
+    """Of the outlier's analysis: cosines in the outlier's blocks, and what a step on A alone and one on B alone give."""
+    said = []
+    for sentence, heads in (
+        (
+            "In the blocks that have the outlier channel among their inputs:",
+            {
+                "block_cosines_without": "mean cosine of a block, without the outlier channel",
+                "block_cosines_with": "with it",
+            },
+        ),
+        (
+            "The direction of the whole, taken apart into a step on A alone and one on B alone:",
+            {
+                "cosine_of_a": "cosine of a step on A",
+                "cosine_of_b": "cosine of a step on B",
+                "size_of_a": "how far A's step moves ΔW, as a part of B's",
+            },
+        ),
+    ):
+        table = [["k", *heads.values()]]
+        table += [
+            [k, *(Spread(tuple(means[what][k]["values"])).text(3) for what in heads)] for k in means["cosine_of_a"]
+        ]
+        said += [sentence, markdown(table)]
+    return said
 
 
 def _runs(folder: Path) -> list[dict[str, Any]]:

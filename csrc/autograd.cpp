@@ -206,14 +206,15 @@ ForwardResult linear_autograd(const at::Tensor& x, const at::Tensor& weight, con
                               const OptionalTensor& B_general, const OptionalTensor& seed, double scaling,
                               double dropout_p, bool own_gemm) {
   check_no_tangents(x, weight, bias, A, B, A_general, B_general);
-  const bool frozen = !(differentiated(weight) || differentiated(bias));
-  TORCH_CHECK(!at::GradMode::is_enabled() || frozen,
-              "gralora_ext: weight and bias must not require grad: they have no derivative here");
+  const bool recording = at::GradMode::is_enabled();
+  const bool trains_weight = recording && differentiated(weight), trains_bias = recording && differentiated(bias);
+  TORCH_CHECK(!trains_weight && !trains_bias, "gralora_ext: ", trains_weight ? "weight" : "bias",
+              " must not require grad, since it has no derivative here");
   const auto run = [&] {
     return linear_op().call(x, weight, bias, A, B, A_general, B_general, seed, scaling, dropout_p, own_gemm);
   };
-  const bool recorded = at::GradMode::is_enabled() && (differentiated(x) || differentiated(A) || differentiated(B) ||
-                                                       differentiated(A_general) || differentiated(B_general));
+  const bool recorded = recording && (differentiated(x) || differentiated(A) || differentiated(B) ||
+                                      differentiated(A_general) || differentiated(B_general));
   if (!recorded) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     return run();
@@ -244,7 +245,7 @@ ForwardResult forward_into_autograd(const at::Tensor& x, const at::Tensor& base,
                                     double dropout_p) {
   auto result = forward_recorded_or_not<true>(x, base, A, B, A_general, B_general, seed, scaling, dropout_p);
   // What has saved base for its backward gets torch's error, as with any in-place operation.
-  if (!base.is_inference()) base.unsafeGetTensorImpl()->bump_version();
+  bump_version(base);
   return result;
 }
 

@@ -16,8 +16,6 @@
 
 namespace gralora {
 
-using OptionalTensor = std::optional<at::Tensor>;
-
 inline bool is_floating(at::ScalarType type) {
   return type == at::kFloat || type == at::kBFloat16 || type == at::kHalf || type == at::kDouble;
 }
@@ -154,8 +152,9 @@ inline Shape check_backward(const at::Tensor& grad, const at::Tensor& x, const a
   check_activation(x, "x", s.N, "N", A.device());
   check_dropout(dropout_p, seed, A.device());
   s.T = leading_size(x);
-  TORCH_CHECK_VALUE(leading_size(grad) == s.T, "gralora_ext: grad must have x's leading dimensions, but x has shape ",
-                    x.sizes(), " and grad has shape ", grad.sizes());
+  TORCH_CHECK_VALUE(grad.sizes().slice(0, grad.dim() - 1) == x.sizes().slice(0, x.dim() - 1),
+                    "gralora_ext: grad must have x's leading dimensions, but x has shape ", x.sizes(),
+                    " and grad has shape ", grad.sizes());
   check_given(u, "u"), check_given(kept, "kept");
   const int64_t ranks = s.k * s.r + s.h;
   const bool may_be_empty = !keeps_u(x, A, s, one_product);

@@ -16,8 +16,11 @@ namespace {
 
 enum Fact : int64_t { kDone, kBefore, kAfter, kListed, kFirstNotFinite, kFacts };
 
-bool is_flat(const at::Tensor& t, at::ScalarType type) {
-  return t.is_cpu() && t.scalar_type() == type && t.dim() == 1 && t.is_contiguous();
+void check_flat(const at::Tensor& t, const char* name, int64_t n, at::ScalarType type) {
+  TORCH_CHECK_VALUE(t.is_cpu() && t.scalar_type() == type && t.dim() == 1 && t.numel() == n && t.is_contiguous(),
+                    "gralora_ext: ", name, " must be contiguous [", n, "] of ", type, " on the CPU, but is ",
+                    t.is_contiguous() ? "" : "not contiguous, ", t.sizes(), " of ", t.scalar_type(), " on ",
+                    t.device());
 }
 
 void check_codes(const at::Tensor& weight, const at::Tensor& codes, const at::Tensor& places,
@@ -26,12 +29,9 @@ void check_codes(const at::Tensor& weight, const at::Tensor& codes, const at::Te
                     weight.device());
   TORCH_CHECK_VALUE(weight.numel() <= INT32_MAX, "gralora_ext: weight must have at most 2^31 - 1 elements, but has ",
                     weight.numel());
-  TORCH_CHECK_VALUE(
-      is_flat(codes, at::kChar) && codes.numel() == weight.numel() && is_flat(places, at::kInt) &&
-          is_flat(values, weight.scalar_type()) && values.numel() == places.numel(),
-      "gralora_ext: codes [", weight.numel(),
-      "] of int8, places of int32 and as many values of weight's dtype must be contiguous, but have shapes ",
-      codes.sizes(), ", ", places.sizes(), " and ", values.sizes());
+  check_flat(codes, "codes", weight.numel(), at::kChar);
+  check_flat(places, "places", places.numel(), at::kInt);
+  check_flat(values, "values", places.numel(), weight.scalar_type());
 }
 
 struct Coded {
@@ -75,10 +75,6 @@ void fill(Coded& coded, const at::Tensor& weight, const at::Tensor& to, const c1
   p.result = &coded.result;
 }
 
-void bump_version(const at::Tensor& written) {
-  if (!written.is_inference()) written.unsafeGetTensorImpl()->bump_version();
-}
-
 }  // namespace
 
 void merge_coded_kernel(const at::Tensor& weight, at::Tensor to, const c10::List<OptionalTensor>& adapters,
@@ -86,8 +82,7 @@ void merge_coded_kernel(const at::Tensor& weight, at::Tensor to, const c10::List
                         at::Tensor values, at::Tensor facts) {
   Coded coded;
   fill(coded, weight, to, adapters, scalings, fan_in_fan_out, codes, places, values);
-  TORCH_CHECK_VALUE(is_flat(facts, at::kLong) && facts.numel() == kFacts, "gralora_ext: facts must be [",
-                    int64_t(kFacts), "] of int64, but have shape ", facts.sizes());
+  check_flat(facts, "facts", kFacts, at::kLong);
   run_merge_coded(coded.p);
   auto* fact = facts.mutable_data_ptr<int64_t>();
   fact[kBefore] = int64_t(coded.result.before), fact[kAfter] = int64_t(coded.result.after);

@@ -2,9 +2,10 @@
 // What a layer calls at each forward in eager mode: the dispatcher's ops, as torch.ops calls them,
 // and when that is right.
 //
-// torch.ops finds the overload by its schema, boxes each argument and wraps each result, pybind11
-// looks for a signature that fits: of the 9 us of a decode step's call 5, and 25 of 80 in a model,
-// beside whose products all this is in no cache. Here an argument is what its place says.
+// torch.ops finds the overload by its schema, boxes each argument and wraps each result; pybind11
+// looks for a signature that fits. Alone that took 5 of the 9 us of a decode step's call; in a
+// model, whose products push it out of the caches, 25 of 80. Here an argument is what its place
+// says.
 // torch.compile, tracing and functorch do not see through these functions, so they are not for
 // them.
 #include <ATen/autocast_mode.h>
@@ -22,20 +23,25 @@
 namespace gralora {
 namespace {
 
-// The arguments of a call, by their places
+// The arguments of a call of `function`, by their places; `names` are the arguments'
 struct Arguments {
+  const char* function;
+  const char* const* names;
   PyObject* const* all;
   Py_ssize_t count;
 
   void expect(Py_ssize_t expected) const {
-    TORCH_CHECK_TYPE(count == expected, "gralora_ext: ", expected, " arguments were expected, but ", count, " came");
+    TORCH_CHECK_TYPE(count == expected, "gralora_ext: ", function, ": ", expected, " arguments were expected, but ",
+                     count, " came");
   }
-  const at::Tensor& tensor(int i) const {
-    TORCH_CHECK_TYPE(THPVariable_Check(all[i]), "gralora_ext: argument ", i, " must be a tensor, but is ",
-                     Py_TYPE(all[i])->tp_name);
+  const at::Tensor& tensor(int i, const char* expected = "a tensor") const {
+    TORCH_CHECK_TYPE(THPVariable_Check(all[i]), "gralora_ext: ", function, ": ", names[i], " must be ", expected,
+                     ", but is ", Py_TYPE(all[i])->tp_name);
     return THPVariable_Unpack(all[i]);
   }
-  OptionalTensor optional(int i) const { return all[i] == Py_None ? OptionalTensor() : OptionalTensor(tensor(i)); }
+  OptionalTensor optional(int i) const {
+    return all[i] == Py_None ? OptionalTensor() : OptionalTensor(tensor(i, "a tensor or None"));
+  }
   double number(int i) const {
     const double value = PyFloat_AsDouble(all[i]);
     if (value == -1.0 && PyErr_Occurred() != nullptr) throw python_error();
@@ -62,7 +68,9 @@ PyObject* call(const Op& op, const Args&... arguments) {
 // (x, base, A, B, A_general, B_general, seed, scaling, dropout_p) -> y
 PyObject* gralora_into(PyObject*, PyObject* const* all, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  const Arguments a{all, count};
+  static constexpr const char* kNames[] = {"x",         "base", "A",       "B",        "A_general",
+                                           "B_general", "seed", "scaling", "dropout_p"};
+  const Arguments a{"gralora_into", kNames, all, count};
   a.expect(9);
   return call(forward_into_op(), a.tensor(0), a.tensor(1), a.tensor(2), a.tensor(3), a.optional(4), a.optional(5),
               a.optional(6), a.number(7), a.number(8));
@@ -72,7 +80,9 @@ PyObject* gralora_into(PyObject*, PyObject* const* all, Py_ssize_t count) {
 // (x, weight, bias, A, B, A_general, B_general, seed, scaling, dropout_p, own_gemm) -> y
 PyObject* linear(PyObject*, PyObject* const* all, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  const Arguments a{all, count};
+  static constexpr const char* kNames[] = {"x",         "weight", "bias",    "A",         "B",       "A_general",
+                                           "B_general", "seed",   "scaling", "dropout_p", "own_gemm"};
+  const Arguments a{"linear", kNames, all, count};
   a.expect(11);
   return call(linear_op(), a.tensor(0), a.tensor(1), a.optional(2), a.tensor(3), a.tensor(4), a.optional(5),
               a.optional(6), a.optional(7), a.number(8), a.number(9), a.flag(10));
@@ -82,7 +92,8 @@ PyObject* linear(PyObject*, PyObject* const* all, Py_ssize_t count) {
 // (weight, A, B, A_general, B_general, scaling, fan_in_fan_out)
 PyObject* merge_into(PyObject*, PyObject* const* all, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  const Arguments a{all, count};
+  static constexpr const char* kNames[] = {"weight", "A", "B", "A_general", "B_general", "scaling", "fan_in_fan_out"};
+  const Arguments a{"merge_into", kNames, all, count};
   a.expect(7);
   const at::Tensor &weight = a.tensor(0), &A = a.tensor(1), &B = a.tensor(2);
   const OptionalTensor A_general = a.optional(3), B_general = a.optional(4);
@@ -124,7 +135,8 @@ PyObject* needs_plain_torch(PyObject*, PyObject*) { return PyBool_FromLong(in_tr
 // (x, least)
 PyObject* may_be_one_operation(PyObject*, PyObject* const* all, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  const Arguments a{all, count};
+  static constexpr const char* kNames[] = {"x", "least"};
+  const Arguments a{"may_be_one_operation", kNames, all, count};
   a.expect(2);
   const at::Tensor& x = a.tensor(0);
   // Where somebody looks on, sizes may be symbols.
@@ -137,7 +149,8 @@ PyObject* may_be_one_operation(PyObject*, PyObject* const* all, Py_ssize_t count
 // (base, x)
 PyObject* may_write_into(PyObject*, PyObject* const* all, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  const Arguments a{all, count};
+  static constexpr const char* kNames[] = {"base", "x"};
+  const Arguments a{"may_write_into", kNames, all, count};
   a.expect(2);
   const bool plain = reinterpret_cast<PyObject*>(Py_TYPE(all[0])) == THPVariableClass && THPVariable_CheckExact(all[1]);
   return PyBool_FromLong(plain && is_unobserved() && a.tensor(0).is_contiguous() &&
@@ -163,8 +176,9 @@ PyMethodDef eager_methods[] = {
     {"needs_plain_torch", &needs_plain_torch, METH_NOARGS,
      "Whether a transform of torch.func or forward-mode differentiation is on, for which the ops have no rule."},
     {"may_be_one_operation", by_place(&may_be_one_operation), METH_FASTCALL,
-     "Whether the first tensor, x, is a tensor proper, on the CPU of as many elements at least, and there is no "
-     "autocast, no dispatch mode, no tracing, and needs_plain_torch is false."},
+     "Whether x, the first argument, is a plain tensor, has as many elements as the second says if it is on the CPU, "
+     "and "
+     "there is no autocast, no dispatch mode, no tracing, and needs_plain_torch is false."},
     {"may_write_into", by_place(&may_write_into), METH_FASTCALL,
      "Whether y may take the memory of the first tensor, beside the second, x: tensors proper, contiguous, apart, with "
      "no dispatch mode, no tracing, and needs_plain_torch false."},

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The plans of the CPU passes (cpu/plan.h), for people and tests.
+// The plans of the CPU passes (cpu/plan.h), and which CUDA kernels a layer would get: for people and
+// tests.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -8,9 +9,9 @@ namespace gralora {
 
 // `case_` has T, N, M, k, r, h, threads, the names of two dtypes as activations and parameters,
 // and dropout (bool). `machine` has what is to differ from this machine: capability and vendor
-// (their names), bf16_instructions, amx. Both are a layer's and its adapter's as PEFT makes them:
-// contiguous. Returns a dict of dicts:
-// machine, forward, backward, backward_without_U, merge, merge_fan_in_fan_out, linear.
+// (their names), bf16_instructions, amx. All tensors are contiguous, as PEFT makes them. Returns a
+// dict of dicts: machine, forward, backward, backward_without_U, merge, merge_fan_in_fan_out,
+// linear, cuda.
 pybind11::dict explain(const pybind11::dict& case_, const pybind11::dict& machine);
 
 }  // namespace gralora

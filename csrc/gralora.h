@@ -41,8 +41,8 @@ struct Param {
   int64_t column_stride = 0;
 };
 
-// A parameter transposed, and the general part's seen as blocks along its wide dimension. Static:
-// the kernels of each instruction set compile copies of their own.
+// Views of a parameter: transposed; and of one of the general part, as blocks along its wide
+// dimension. Static: the kernels of each instruction set compile copies of their own.
 static inline Param transposed(Param p) {
   const int64_t row_stride = p.row_stride;
   p.row_stride = p.column_stride, p.column_stride = row_stride;
@@ -92,8 +92,8 @@ struct ForwardParams {
   int threads = 1;
 };
 
-// Writes (=) the gradients whose data is not null; reads u as forward wrote it, or makes it again
-// where it is null, which it may not be where it is bfloat16.
+// Writes (=) the gradients whose data is not null. u is as forward wrote it; where it is null it is
+// made again from x. It must not be null where u_bf16 is set.
 struct BackwardParams {
   Shape shape;
   Adapter adapter;
@@ -131,8 +131,8 @@ struct MergedAdapter {
 struct CodedResult {
   uint64_t before = 0, after = 0;  // checksums
   int64_t listed = 0;              // exceptions; -1: there was no room for them, and nothing is merged
-  int64_t first_not_finite = 0;    // the first adapter after which a weight is not finite; else, and where this
-                                   // is not asked for, their number
+  int64_t first_not_finite = 0;    // the first adapter after which a weight is not finite; `count` where there
+                                   // is none or finds_broken is off
 };
 
 // A merge that is taken off again bit for bit (cpu/coded_merge.cpp). Sums are in double where the

@@ -128,7 +128,7 @@ void merge_kernel(at::Tensor weight, const at::Tensor& A, const at::Tensor& B, c
                   const OptionalTensor& B_general, double scaling, bool fan_in_fan_out) {
   const Shape shape = check_merge(weight, A, B, A_general, B_general, scaling, fan_in_fan_out);
   merge_into(weight, shape, A, B, A_general, B_general, scaling, fan_in_fan_out, true);
-  if (!weight.is_inference()) weight.unsafeGetTensorImpl()->bump_version();
+  bump_version(weight);
 }
 
 at::Tensor delta_weight_kernel(const at::Tensor& A, const at::Tensor& B, const OptionalTensor& A_general,

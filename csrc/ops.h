@@ -9,11 +9,9 @@
 #include <optional>
 #include <tuple>
 
-#include "gralora.h"
+#include "params.h"
 
 namespace gralora {
-
-using OptionalTensor = std::optional<at::Tensor>;
 
 // (y, u, kept): y [..., M] in base's dtype and strides; for backward u [T, k*r + h] in dtype_of_u,
 // or [0, k*r + h]: see keeps_u (params.h); and the mask of dropout as bits [T, N/8], or [0, N/8]:

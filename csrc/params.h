@@ -13,6 +13,11 @@ namespace gralora {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
+// What autograd has saved of `written` for a backward is told apart from what is in it now.
+inline void bump_version(const at::Tensor& written) {
+  if (!written.is_inference()) written.unsafeGetTensorImpl()->bump_version();
+}
+
 inline DType dtype_of(const at::Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case at::kBFloat16: return DType::bf16;

@@ -64,14 +64,14 @@ class Pool final : public c10::Allocator {
   void copy_data(void* to, const void* from, std::size_t bytes) const override { default_copy_data(to, from, bytes); }
 
  private:
-  // The idle block that fits best and wastes at most an eighth; of several the one used last,
-  // which caches may still hold.
+  // The idle block that fits best and wastes at most an eighth; of several the one released last,
+  // which caches may still hold: blocks lie in the order of their release.
   Block* take(size_t bytes) {
     const std::lock_guard<std::mutex> lock(mutex_);
     auto best = idle_.end();
     for (auto it = idle_.begin(); it != idle_.end(); ++it) {
       const size_t has = (*it)->bytes;
-      if (has >= bytes && has - bytes <= bytes / 8 && (best == idle_.end() || has < (*best)->bytes)) best = it;
+      if (has >= bytes && has - bytes <= bytes / 8 && (best == idle_.end() || has <= (*best)->bytes)) best = it;
     }
     if (best == idle_.end()) return nullptr;
     Block* block = *best;

@@ -56,11 +56,11 @@ KERNEL_SOURCES = [
 # of a token would then depend on how many are beside it.
 FMA_FLAGS = ["-mfma", "--param=avoid-fma-max-bits=0"]
 
-# In rising order. The linker keeps the first copy of a shared inline function, so that of the
-# portable set must come first.
-# Before each set's own flags, since the user's may name another one, such as -march=native: a set
-# holds its own instructions alone, and the sizes of its panels follow from them.
+# Given before each set's own flags: the user's flags may name another set, such as -march=native,
+# and a set must hold its own instructions alone, since the sizes of its panels follow from them.
 X86_BASELINE = ["-march=x86-64", "-mno-avx"]
+# In rising order: the linker keeps the first copy of a shared inline function, which must be that
+# of the portable set.
 X86_CAPABILITY_FLAGS = {
     "default": [],
     "avx2": ["-mavx2", *FMA_FLAGS, "-mf16c"],

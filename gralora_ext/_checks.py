@@ -154,7 +154,9 @@ def check_merge(
 
 def _check_given(tensor: Tensor | None, name: str) -> None:
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"gralora_ext: {name} must be a tensor, but is {tensor}")
+        raise TypeError(
+            f"gralora_ext: {name} must be a tensor, but is {'None' if tensor is None else type(tensor).__name__}"
+        )
 
 
 def _check_tensor(tensor: Tensor, name: str, device: torch.device) -> None:

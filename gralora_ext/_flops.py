@@ -33,7 +33,7 @@ def _path(x: Shape, A: Shape, B: Shape, A_general: Shape | None) -> int:
 def _path_backward(
     x: Shape, u: Shape, A: Shape, B: Shape, A_general: Shape | None, needs: list[bool], ranks_of_gradient: bool
 ) -> int:
-    """``ranks_of_gradient``: the ranks of dL/dy are made, which dx by way of them and dA need."""
+    """``ranks_of_gradient``: whether dH is computed, which dA needs, and dx unless it comes from the one product with W + ΔW."""
     T, (N, M, ranks) = math.prod(x[:-1]), _sizes(A, B, A_general)
     wants_A, wants_B = needs[1] or needs[3], needs[2] or needs[4]
     widths = M * ranks_of_gradient + N * wants_A + M * wants_B

@@ -55,8 +55,9 @@ def gralora(
     Returns:
         y ``[..., M]`` in base's dtype. Sums are taken in float32 (float64 where a tensor is float64), rounded once;
         where x, y, A and B are all bfloat16, from 5 tokens on, processors that multiply pairs (AMX, AVX512-BF16) round the ranks
-        ``x A`` too, as PEFT does. With other adapters beside bfloat16, from 128 tokens on, AMX takes two bfloat16 pieces of the ranks and
-        of B for y (2⁻¹⁶ of their product), where y's own rounding is 2⁻⁹, and all of A and B elsewhere.
+        ``x A`` too, as PEFT does. Where x and y are bfloat16 and the adapter is not, AMX, from 128 tokens on, multiplies sums of bfloat16
+        pieces. For y and dx two pieces of each factor are taken, an error of 2⁻¹⁶ where their own rounding is 2⁻⁹; the ranks and the
+        gradients of parameters take all pieces.
 
     Raises:
         ValueError: a shape, a device or a value does not fit; the message names the argument and what it was.
@@ -149,7 +150,7 @@ def linear(
 
     Without ``own_gemm`` torch multiplies, ``y = x Wᵀ + bias``, the path of x is added in place, and backward adds the path's dx in
     place to that of the layer: y has the bits of :func:`gralora` on such a base, what is kept is the same, and autograd has no two
-    dx to add. So it is with dropout too, of which the layer's own x is free, by either GEMM.
+    dx to add. With dropout it is the same with either GEMM, since dropout falls on the adapter's x alone.
 
     Args:
         x: ``[..., N]``, any rank ≥ 1, any strides; with ``own_gemm`` float32 (float64 for checks).

@@ -221,7 +221,7 @@ def test_a_comparisons_table_names_every_commit_that_made_its_runs_and_what_dive
     (folder / "summary.json").write_text(json.dumps(summary))
     text = jobs.methods(copied)
     assert f"commit {commit}, " in text and text.endswith("commit 0123456 with changes, 2999-01-01.")
-    assert "|GraLoRA, k = 2|0.01 (at the edge)|3|diverged|" in text
+    assert "|GraLoRA (k = 2)|0.01 (at the edge)|3|diverged|" in text
 
 
 def test_a_comparisons_table_says_where_its_runs_are_of_several_processors(copied):

@@ -47,7 +47,7 @@ def test_layers_have_the_delta_of_the_layers_in_a_model(base, tmp_path):
     with Adapter(tmp_path / "a") as adapter:
         assert set(adapter.layers) == set(deltas) and not adapter.whole
         for name, layer in adapter.layers.items():
-            assert torch.equal(ops.delta_weight(**layer.weights(), scaling=layer.scaling), deltas[name]), name
+            assert torch.equal(ops.delta_weight(**layer.stored(), scaling=layer.scaling), deltas[name]), name
         assert adapter.layers["model.layers.0.self_attn.q_proj"].r == 16
         assert adapter.layers["model.layers.0.self_attn.v_proj"].k == 4
         assert adapter.layers["model.layers.0.mlp.up_proj"].scaling == 3 / math.sqrt(10)
@@ -65,7 +65,7 @@ def test_a_lora_is_a_gralora_of_one_block(base, tmp_path):
     with Adapter(tmp_path / "a") as adapter:
         assert set(adapter.layers) == set(deltas)
         for name, layer in adapter.layers.items():
-            got = ops.delta_weight(**layer.weights(), scaling=layer.scaling)
+            got = ops.delta_weight(**layer.stored(), scaling=layer.scaling)
             torch.testing.assert_close(got, deltas[name], rtol=1e-5, atol=1e-6)
 
 

@@ -287,3 +287,12 @@ def test_a_file_that_is_no_template_is_refused(tmp_path, content, says):
 def test_templates_with_transformers_own_blocks_are_taken(tmp_path):
     (tmp_path / "t").write_text(MARKED + "{% for m in messages %}{% break %}{% endfor %}")
     assert json.dumps(MARKED)[1:-1] in json.dumps(read_template(str(tmp_path / "t")))
+
+
+def test_answers_that_stand_bare_behind_what_a_template_opens_them_with_are_counted(tokenizer):
+    tokenizer.chat_template = CHAT.replace("<assistant>{% endif", "<assistant><think>{% endif")
+    (example, _), remarks = Encoder(tokenizer, 100).examples([("dog 1", "dog"), ("cat 1", "cat")], "training")
+    assert tokenizer.decode(example["input_ids"]).endswith("<assistant><think>dog<eos>")
+    assert remarks[0].startswith("2 answers in the 2 training rows stand bare behind what the chat template opens")
+    tokenizer.chat_template = CHAT
+    assert Encoder(tokenizer, 100).examples([("dog 1", "dog")], "training")[1] == []

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import re
@@ -108,3 +109,35 @@ class Terminal:
 
     def isatty(self):
         return True
+
+
+def test_the_switch_for_libraries_bars_does_not_touch_ours():
+    """tqdm reads it when it is imported."""
+    script = (
+        "import sys; sys.stderr.isatty = lambda: True\n"
+        "from gralora_ext.program.console import Console\n"
+        "with Console().bar('step', 2) as bar: bar.update(1, 'loss 1.0')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment(TQDM_DISABLE="1"), capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert "loss 1.0" in done.stderr
+
+
+def test_a_pipe_that_breaks_elsewhere_is_an_error_and_our_own_is_not(monkeypatch, capsys):
+    def broken(arguments):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    main = importlib.import_module("gralora_ext.cli.main")  # the package has the function under this name
+    monkeypatch.setattr(main, "_dispatch", broken)
+    assert main.main(["info"]) == 1
+    assert "gralora-ext: error: BrokenPipeError: [Errno 32] Broken pipe" in capsys.readouterr().err
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "gralora_ext", "--help"], env=environment(), stdout=write, stderr=subprocess.PIPE,
+        text=True, timeout=60, check=False,
+    )  # fmt: skip
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -185,3 +185,17 @@ def test_first_signal_waits_for_held_work_and_the_second_does_not(signals, code,
     command = [sys.executable, "-c", HELD, *(str(int(s)) for s in signals)]
     result = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout) == (code, out), result.stderr
+
+
+def test_a_folder_that_cannot_be_put_into_its_place_leaves_the_old_one_there(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "old").write_text("1")
+
+    def failing(source, target):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with pytest.raises(JobError, match="cannot be written: Input/output error"), staged(tmp_path) as stage:
+        (stage / "a").mkdir()
+        (stage / "a" / "new").write_text("2")
+        monkeypatch.setattr(os, "replace", failing)
+    assert tree(tmp_path) == {"a/old": "1"}

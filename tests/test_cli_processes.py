@@ -138,9 +138,9 @@ def test_the_command_that_goes_on_starts_as_many_processes(launched, monkeypatch
         " -m torch.distributed.run --nproc-per-node 2 -m gralora_ext finetune --resume"
     )
     launched(**torchrun, ACCELERATE_MIXED_PRECISION="no")
-    assert again(["finetune", "--resume"], place_here()) == "LAUNCHER -m gralora_ext finetune --resume"
+    assert again(["finetune", "--resume"], place_here()) == "<your launcher> -m gralora_ext finetune --resume"
     launched(**{**torchrun, "WORLD_SIZE": "4"}, MASTER_ADDR="node0")
-    assert again(["finetune", "--resume"], place_here()) == "LAUNCHER -m gralora_ext finetune --resume"
+    assert again(["finetune", "--resume"], place_here()) == "<your launcher> -m gralora_ext finetune --resume"
 
 
 def collate(rows):
@@ -386,3 +386,21 @@ def test_another_launchers_processes_are_told_what_they_cannot_take(launched, tm
 def test_the_number_of_processes_that_another_launcher_has_started_may_be_said(launched, tmp_path):
     launched(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0", MASTER_ADDR="a")
     Job(parse(["--num-processes", "2", "--output", str(tmp_path)]), Group(place_here()))._leave_to_launcher()
+
+
+def test_other_files_of_the_model_on_another_machine_are_told(monkeypatch):
+    job = Job(parse([]), Group(Place(0, 2)))
+    job.state = {"weights_digest": "a", "tokens_digest": "b"}
+    monkeypatch.setattr(job.group, "exchange", lambda own: [own, own])
+    job.compare_content()
+    for name, what in (("weights_digest", "weights of the base"), ("tokens_digest", "tokens of the same rows")):
+        monkeypatch.setattr(job.group, "exchange", lambda own, name=name: [own, {**own, name: "c"}])
+        with pytest.raises(JobError, match=f"process 1 of 2 has other {what} than the first: the files of --model"):
+            job.compare_content()
+
+
+def test_a_reader_that_has_gone_is_no_process_that_was_lost(monkeypatch):
+    group, error = Group(Place(0, 2)), BrokenPipeError(32, "Broken pipe")
+    assert group.has_lost(error)
+    monkeypatch.setattr("gralora_ext.cli.group.output_is_gone", lambda: True)
+    assert not group.has_lost(error)

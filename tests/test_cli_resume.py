@@ -14,6 +14,9 @@ import torch
 from cli_helpers import CHAT, call, make_chat_data, make_chat_model, make_data, make_model, metrics, same_end, sentence
 from safetensors.torch import load_file, save_file
 
+from gralora_ext.program.errors import JobError
+from gralora_ext.program.files import locked
+
 pytestmark = pytest.mark.usefixtures("no_plot")
 # The rate rises over ten steps, and a row is dropped out: scheduler, optimizer and random numbers
 # all decide the losses.
@@ -274,3 +277,40 @@ def test_a_base_with_other_weights_is_not_gone_on_with(work: Path, tmp_path: Pat
     assert refused.returncode == 2 and "was made with other weights of the base" in sentence(refused)
     state = tmp_path / "out" / "checkpoints" / "checkpoint-8"
     assert state.is_dir() and metrics(tmp_path / "out")["steps"] == 8
+
+
+def test_a_job_that_begins_anew_says_what_it_deletes_and_until_then_the_earlier_one_can_go_on(job, monkeypatch):
+    def broken(*args, **how):
+        raise JobError("the power went off")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("gralora_ext.cli.trainer.FinetuneTrainer.training_step", broken)
+        anew = call(*JOB, "--steps", 12, "--lr", 0.01, "--output", job.output, cwd=job.work)
+    assert anew.returncode == 2 and "the power went off" in sentence(anew)
+    assert f"{job.new} is of an earlier job: this one begins anew, and deletes that" in anew.stdout
+    settings = job.output / "finetune.json"
+    assert json.loads(settings.read_text())["lr"] == 0.02, "of the checkpoints beside it"
+    result = call("finetune", "--config", settings, "--resume", "--steps", 12, cwd=job.work)
+    assert result.returncode == 0, result.stderr
+    assert "of an earlier job" not in result.stdout
+    same_end(job.output, job.work / "unbroken")
+    result = call(*JOB, "--steps", 4, "--lr", 0.01, "--output", job.output, cwd=job.work)
+    assert result.returncode == 0 and json.loads(settings.read_text())["lr"] == 0.01
+    assert [path.name for path in job.old.parent.iterdir()] == ["checkpoint-4"]
+
+
+def test_a_folder_in_use_is_told_before_a_model_is_looked_for(job):
+    before = {path: path.stat().st_mtime_ns for path in job.output.rglob("*")}
+    with locked(job.output, wait=False):
+        result = call(*JOB, "--model", "nowhere", "--output", job.output, cwd=job.work)
+    assert result.returncode == 2 and "is in use by another gralora-ext job" in sentence(result)
+    assert all(path.stat().st_mtime_ns == at for path, at in before.items() if path.is_file() and path.name != ".lock")
+
+
+def test_checkpoints_that_will_be_deleted_count_as_free(job, monkeypatch):
+    """Twelve bytes a parameter each, and two of three are there already."""
+    parameters = metrics(job.work / "half")["trainable_parameters"]
+    monkeypatch.setattr("gralora_ext.cli.job.free_bytes", lambda folder: 2**23 + 6 * 4 * parameters)
+    assert job.resume().returncode == 0
+    anew = call(*JOB, "--steps", 2, "--output", job.output.with_name("new"), cwd=job.work)
+    assert anew.returncode == 2 and "MiB free, and this job writes up to" in sentence(anew)

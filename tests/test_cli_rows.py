@@ -378,3 +378,20 @@ def test_an_input_of_blanks_beside_an_instruction_is_none(tmp_path):
     rows = [{"instruction": f"say {i}", "input": blank, "output": "x"} for i, blank in enumerate((" ", "", None, "it"))]
     found = read_rows([write(tmp_path / "d.jsonl", rows)], Fields())
     assert [row[0] for row in found.rows] == ["say 0", "say 1", "say 2", "say 3\n\nit"]
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--data-split", "train[:10]"], "--data-split: the rows are those of files"),
+        (["--data-config", "main"], "--data-config: the rows are those of files"),
+        (["--eval-data", "e.jsonl", "--eval-split", "test"], "--eval-split: the rows are those of files"),
+    ],
+)
+def test_a_part_of_a_file_cannot_be_asked_for(tmp_path, monkeypatch, more, says):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "d.jsonl", ROWS[:2])
+    write(tmp_path / "e.jsonl", ROWS[2:])
+    with pytest.raises(JobError, match=says):
+        gather(parse(["--data", "d.jsonl", *more]))
+    gather(parse(["--data", "d.jsonl", "--data-split", "train"]))

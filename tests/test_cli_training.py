@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import types
@@ -10,6 +11,7 @@ from importlib.util import find_spec
 
 import pytest
 from cli_helpers import call, make_data, make_model, metrics, same_end, sentence
+from transformers import AutoTokenizer
 
 from gralora_ext.cli.option_table import BITSANDBYTES_OPTIMIZERS, OPTIMIZERS, OPTIONS, REPORTERS
 from gralora_ext.cli.options import decisive, parse, settings
@@ -262,3 +264,19 @@ def raising(error):
         raise error
 
     return raises
+
+
+def test_the_precision_of_accelerates_environment_is_not_the_jobs(work, plain, monkeypatch):
+    """`accelerate launch` sets it, for one process too."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert losses(run(work, "precision", "--steps", 4)) == losses(plain)
+
+
+def test_a_padding_token_that_the_model_lacks_is_no_obstacle(work, plain):
+    """Llama 2's tokenizers with a [PAD] of their own are such."""
+    folder = shutil.copytree(work / "model", work / "other-pad")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(folder)
+    assert tokenizer.pad_token_id == json.loads((folder / "config.json").read_text())["vocab_size"]
+    assert losses(run(work, "padded", "--model", "other-pad", "--steps", 4)) == losses(plain)

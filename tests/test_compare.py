@@ -267,6 +267,20 @@ def test_a_run_whose_threads_had_to_wait_for_a_core_is_busy(compared):
     assert was_busy({**record, "waited": None, "load": load}) and not was_busy({**record, "waited": None, "load": 1})
 
 
+@pytest.mark.parametrize("text", ["{}", '{"seeds": 3, "quick": false}', "[1", None])
+def test_a_folder_with_another_programs_settings_is_left_alone(work, tmp_path, text):
+    (tmp_path / "out").mkdir()
+    settings = tmp_path / "out" / "settings.json"
+    if text is None:
+        settings.mkdir()
+    else:
+        settings.write_text(text)
+    done = call("compare", *SMALL, "--output", str(tmp_path / "out"), cwd=work)
+    assert done.returncode == 2 and "holds other files (settings.json), and no runs of gralora-ext" in sentence(done)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["settings.json"]
+    assert text is None or settings.read_text() == text
+
+
 def row_of(method, *values, diverged=0):
     metrics = {"loss": {"values": list(values)}} if values else {}
     return {"seeds": 3, "method": method, "label": method, "diverged": diverged, "metrics": metrics}
@@ -279,6 +293,11 @@ def test_what_diverged_beside_lora_is_said():
     )
     rows[1] = row_of("dora", 2.0, 2.1, 2.2, diverged=1)  # on the general text, so that it has a loss here
     assert "above lora's: dora; not told apart from lora's: none." in findings.beside(rows, "loss", "Loss")
+    # t is 8.66: enough where there is one pair, from 4.3 on, and not where one of six would do, from 10.9 on.
+    near = [row_of(name, 1.08, 1.11, 1.14) for name in ("dora", "gralora-k2", "gralora-k4", "a", "b", "c")]
+    rows[0] = row_of("lora", 1.0, 1.01, 1.02)
+    assert "above lora's: dora;" in findings.beside([rows[0], near[0]], "loss", "Loss")
+    assert "above lora's: none;" in findings.beside([rows[0], *near], "loss", "Loss")
     rows[0] = row_of("lora", diverged=2)
     assert findings.beside(rows, "loss", "Loss") == "Loss: lora diverged, so that no method can be told apart from it."
 

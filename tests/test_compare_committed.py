@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 from compare_helpers import TINY, command, make_work, records
 
-from gralora_ext.compare import summary
-from gralora_ext.compare.findings import NOT_REPRODUCED, OUT_OF_REACH, REPRODUCED
+from gralora_ext.compare import contents, summary
+from gralora_ext.compare.findings import NOT_REPRODUCED, OUT_OF_REACH, REPRODUCED, beside
 from gralora_ext.compare.plan import MEASURE
-from gralora_ext.program.machine import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -35,6 +34,39 @@ def test_a_committed_table_is_that_of_the_committed_runs(name):
         if row["method"] != "base":
             forgotten = summary.spread([r["results"]["general_loss"] - base["results"]["general_loss"] for r in runs])
             assert row["metrics"]["forgetting"]["mean"] == pytest.approx(forgotten.mean, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_the_committed_sentences_follow_from_the_committed_runs_by_todays_rules(name):
+    content = json.loads((RESULTS / name / "summary.json").read_text(encoding="utf-8"))
+    found = records(RESULTS / name)
+    base = next(r for r in found if r["run"]["method"] == "base")
+    of_methods = {row["method"]: [r for r in found if (r["run"]["method"], r["run"]["part"]) == (row["method"], MEASURE)]
+                  for row in content["rows"][1:]}  # fmt: skip
+    rows = summary.rows(of_methods, base, {})
+    for ours, committed in zip(rows, content["rows"], strict=True):
+        assert ours["label"] == committed["label"] and ours["metrics"] == committed["metrics"]
+    for key, what in (("loss", "Held-out loss"), ("forgetting", "Forgetting")):
+        assert beside(rows, key, what) in content["sentences"]
+
+
+@pytest.mark.parametrize("what", ANALYSES)
+def test_the_committed_findings_follow_from_the_committed_runs_by_todays_rules(what):
+    content = json.loads((RESULTS / f"analyze-{what}" / f"{what}.json").read_text(encoding="utf-8"))
+    named = {r["name"]: r for r in records(RESULTS / f"analyze-{what}")}
+    runs: dict = {}
+    for name in content["runs"]:  # in the order of seeds
+        runs.setdefault((named[name]["run"]["rank"], named[name]["run"]["method"]), []).append(named[name])
+    seeds = range(content["settings"]["seeds"])
+    assert all([run["run"]["seed"] for run in of_case] == [*seeds] for of_case in runs.values())
+    if what == "rank":
+        wide = {k: [named[f"wide-k{k}-seed{seed}"]["ranks"] for seed in seeds] for k in (1, 2, 4, 8)}
+        made = contents.of_ranks(runs, wide, content["wide_rank"], content["width"])
+    elif what == "outlier":
+        made = contents.of_outliers(runs)
+    else:
+        made = contents.of_grid(runs, {(c["rank"], c["method"]): c["at_edge"] for c in content["choices"]})
+    assert json.loads(json.dumps(made)) == {key: content[key] for key in made}
 
 
 @pytest.mark.parametrize("what", ANALYSES)
@@ -72,7 +104,7 @@ def test_committed_runs_repeat_bit_for_bit_on_the_same_kind_of_processor(repeate
     for key in measured:
         one, other = before[key], after[key]
         assert other["results"]["parameters"] == one["results"]["parameters"]
-        if _kind(one) == (machine()["cpu"], machine()["caches"], *_kind(other)[2:]):
+        if _kind(one) == _kind(other):
             assert other["losses"] == one["losses"]
             assert [other["results"][n] for n in ("loss", "general_loss")] == [
                 one["results"][n] for n in ("loss", "general_loss")

@@ -68,20 +68,39 @@ def test_the_page_asks_for_nothing_and_complains_of_nothing(shown, output):
     assert [url for url in asked if not url.startswith("data:")] == [(output / PAGE).as_uri()]
 
 
-def test_the_table_is_what_the_files_of_runs_say(shown, output):
+def of_runs(output, method, metric):
+    """The values of a column, by the files of runs alone."""
+    base = next(r for r in records(output) if r["run"]["method"] == "base")["results"]
+    taken = {
+        "forgetting": lambda r: r["general_loss"] - base["general_loss"],
+        "peak_memory": lambda r: r["peak_memory_mib"]["host"],
+        "parameters": lambda r: r["parameters"] / 1e6,
+        "checkpoint": lambda r: r["checkpoint_bytes"] / 2**20,
+    }.get(metric, lambda r: r[metric])
+    return [taken(r["results"]) for r in records(output)
+            if (r["run"]["method"], r["run"]["part"]) == (method, "measure")]  # fmt: skip
+
+
+def test_the_table_is_what_the_files_of_runs_and_the_summary_say(shown, output):
     shown, *_ = shown
-    for method in ("full", "lora", "gralora-k2", "gralora-k4"):
-        for column, key, digits in (
-            ("loss", "loss", 4),
-            ("general_loss", "general_loss", 4),
-            ("tokens_per_second",) * 2 + (0,),
-        ):
-            cell = shown.locator(f'#table tr[data-method="{method}"] td[data-key="{column}"]')
-            of_runs = values(output, method, key)
-            mean, deviation = statistics.fmean(of_runs), statistics.stdev(of_runs)
-            assert float(cell.get_attribute("data-mean")) == pytest.approx(mean, rel=1e-12)
-            assert float(cell.get_attribute("data-deviation")) == pytest.approx(deviation, rel=1e-9)
-            assert cell.inner_text().lstrip("•\xa0") == f"{mean:,.{digits}f} ± {deviation:,.{digits}f}"
+    content = json.loads((output / "summary.json").read_text())
+    assert [m["key"] for m in content["metrics"]] == [
+        "loss", "general_loss", "forgetting", "tokens_per_second", "peak_memory", "parameters", "checkpoint",
+    ]  # fmt: skip
+    for row in content["rows"][1:]:
+        cells = {name: shown.locator(f'#table tr[data-method="{row["method"]}"] td[data-key="{name}"]')
+                 for name in ("rate", "seeds", *row["metrics"])}  # fmt: skip
+        assert float(cells["rate"].inner_text().replace("\N{MINUS SIGN}", "-")) == row["rate"]
+        assert cells["seeds"].inner_text() == str(row["seeds"]) == "3"
+        for metric in content["metrics"]:
+            cell, of_row = cells[metric["key"]], row["metrics"][metric["key"]]
+            values = of_runs(output, row["method"], metric["key"])
+            mean, deviation = statistics.fmean(values), statistics.stdev(values)
+            for name, value in (("mean", mean), ("deviation", deviation)):
+                assert float(cell.get_attribute(f"data-{name}")) == pytest.approx(value, rel=1e-9, abs=1e-12)
+                assert of_row[name] == pytest.approx(value, rel=1e-9, abs=1e-12)
+            text = f"{mean:,.{metric['digits']}f} ± {deviation:,.{metric['digits']}f}"
+            assert cell.inner_text().lstrip("•\xa0") == text == of_row["text"]
 
 
 def test_a_click_on_a_heading_sorts_by_it_and_another_one_turns_the_order(shown, output):

@@ -223,13 +223,18 @@ def test_eager_functions_refuse_other_counts_and_types() -> None:
     for function in (native.gralora_into, native.linear, native.merge_into, native.may_write_into):
         with pytest.raises(TypeError, match=r"\d+ arguments were expected, but 3 came"):
             function(x, x, x)
-    for function, before, after in ((native.gralora_into, (), (0.0,)), (native.linear, (None,), (0.0, True))):
-        with pytest.raises(TypeError, match="argument 1 must be a tensor, but is str"):
+    for function, second, before, after in (
+        (native.gralora_into, "gralora_into: base", (), (0.0,)),
+        (native.linear, "linear: weight", (None,), (0.0, True)),
+    ):
+        with pytest.raises(TypeError, match=f"{second} must be a tensor, but is str"):
             function(x, "text", *before, x, x, *none, 0.5, *after)
         with pytest.raises(TypeError, match="must be real number, not str"):
             function(x, x, *before, x, x, *none, "text", *after)
     weight, *adapter = torch.zeros(10, 8), *GOOD.inputs().adapter().values()
-    with pytest.raises(TypeError, match="argument 1 must be a tensor, but is str"):
+    with pytest.raises(TypeError, match="linear: bias must be a tensor or None, but is list"):
+        native.linear(x, x, [1.0], x, x, *none, 0.5, 0.0, True)
+    with pytest.raises(TypeError, match="merge_into: A must be a tensor, but is str"):
         native.merge_into(weight, "text", *adapter[1:], 0.5, False)
     with pytest.raises(RuntimeError, match="Boolean value of Tensor"):
         native.merge_into(weight, *adapter, 0.5, x)

@@ -42,7 +42,7 @@ constexpr int64_t kFewTokens = 4;
 // KC, the most columns of a chunk: a micro-panel of so many rows fills two thirds of L1, and
 // longer sums in float lose more digits.
 constexpr int64_t kMostColumns = 256;
-// The most narrow blocks of y that are written together.
+// At most so many narrow blocks of y are written together.
 constexpr int64_t kMostBlocks = 8;
 
 // How numbers are multiplied. Sums are taken in float, or in double with Float64.

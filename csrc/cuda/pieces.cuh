@@ -6,7 +6,7 @@
 //
 // A product of two such sums takes the pairs (i, j) with i + j < level. A bfloat16 is one piece, a
 // half two, a float three: each of them exactly (8 bits a piece), but for parts of a float below
-// bfloat16's least number. What is left out of a product is 2^-8*level of it: below the rounding
+// bfloat16's least number. What is left out of a product is 2^(-8 level) of it: below the rounding
 // of float sums for level = 3, below that of a 16-bit result for level = 2.
 #pragma once
 

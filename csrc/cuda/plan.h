@@ -63,8 +63,10 @@ struct ForwardPlan {
 struct BackwardPlan {
   int splits, token_splits;
   bool need_dH, need_gradients;
-  int64_t from_g, from_x, dH, sums_B,
-      sums_A;  // sizes: latents of g (and of x: U again) by split; dH; gradients by split
+  int64_t from_g;  // latents of g, by split
+  int64_t from_x;  // latents of x, by split, where U is made again
+  int64_t dH;
+  int64_t sums_B, sums_A;  // gradients, by split of the tokens
 
   int64_t floats() const { return from_g + from_x + dH + sums_B + sums_A; }
 

@@ -137,7 +137,7 @@ inline cudaError_t pass(const BackwardParams& p, const BackwardPlan& plan, float
                    stream);
 }
 
-// W with rows of stride 1
+// W with columns of stride 1
 inline cudaError_t merge(const MergeParams& p, cudaStream_t stream) {
   return for_pair(p.weight.dtype, p.adapter.A.dtype, [&](auto pair) {
     using Types = decltype(pair);

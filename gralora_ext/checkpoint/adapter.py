@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from .._gralora_k import plain_k
 from ..program.errors import FileError
-from .adapter_config import CONFIG, WEIGHTS, check_config, is_number, plain_k, read_config, values_of_layers
+from .adapter_config import CONFIG, WEIGHTS, check_config, is_number, read_config, values_of_layers
 from .header import TensorInfo
 from .safetensors_file import HOW_TO_CONVERT, PICKLES, SafetensorsFile
 
@@ -37,7 +38,7 @@ _FLOATS = ("F32", "BF16", "F16", "F64")
 
 @dataclass(frozen=True)
 class Layer:
-    """What an adapter has for one layer: ``ΔW`` is that of :func:`gralora_ext.ops.merge_` with :meth:`weights` and ``scaling``."""
+    """What an adapter has for one layer: ``ΔW`` is that of :func:`gralora_ext.ops.merge_` with :meth:`stored` and ``scaling``."""
 
     name: str
     in_features: int  # N
@@ -50,15 +51,11 @@ class Layer:
     parts: dict[str, TensorInfo]  # A, B, and where h > 0 A_general and B_general
     is_lora: bool
 
-    def weights(self) -> dict[str, Tensor]:
-        """A ``[k, N/k, r]``, B ``[k, r, M/k]``, and where h > 0 A_general ``[h, N]`` and B_general ``[M, h]``, in float32.
-
-        float32 is what PEFT makes of an adapter when it loads it. A LoRA is a GraLoRA with k = 1.
-        """
-        return {part: tensor.to(torch.float32) for part, tensor in self.stored().items()}
-
     def stored(self) -> dict[str, Tensor]:
-        """:meth:`weights` in the file's dtype, where it is one that float32 holds, and in less memory."""
+        """A ``[k, N/k, r]``, B ``[k, r, M/k]``, and where h > 0 A_general ``[h, N]`` and B_general ``[M, h]``.
+
+        They have the file's dtype where all have one that float32 holds, and float32 else. A LoRA is a GraLoRA with k = 1.
+        """
         read = {part: self.file.read(info.name) for part, info in self.parts.items()}
         dtypes = {tensor.dtype for tensor in read.values()}
         if len(dtypes) > 1 or torch.float64 in dtypes:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,6 @@ from .json_text import read_object
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KINDS = ("GRALORA", "LORA")
-_MARKED = re.compile(r"(\d{1,9}|auto) \(needs gralora_ext: [\w, ]+\)")
 # Fields of LoraConfig (PEFT 0.19 to 0.21) with which the merged weight is not W + s B A, or is not
 # that of the base model as it is stored.
 _NOT_PLAIN = (
@@ -103,12 +101,6 @@ def values_of_layers(path: Path, field: str, pattern: object, layers: list[str])
         raise FileError(f"{path}: {field}: {key[:60]!r} is no name and no regular expression: {reason}")
     values = list(pattern.values())
     return {layer: values[place] for layer, place in zip(layers, found, strict=True) if place is not None}
-
-
-def plain_k(said: Any) -> Any:
-    """``gralora_k`` without the note that :class:`gralora_ext.GraloraConfig` puts behind it."""
-    marked = _MARKED.fullmatch(said) if isinstance(said, str) else None
-    return said if not marked else "auto" if marked[1] == "auto" else int(marked[1])
 
 
 def is_number(value: object) -> bool:

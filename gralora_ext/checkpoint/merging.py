@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +22,7 @@ import gralora_ext
 from ..program.errors import FileError, JobError
 from ..program.files import flush, free_bytes, write_json
 from .adapter import Adapter
+from .adapter_config import is_number
 from .base import CONFIG, INDEX, BaseModel
 from .jobs import Shard
 from .pipeline import Pipeline, RunningHash
@@ -96,8 +96,8 @@ def merge(
     paths = [adapter] if isinstance(adapter, (str, os.PathLike)) else list(adapter)
     if not paths:
         raise FileError("adapter: expected at least one folder, got none")
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
-        raise FileError(f"scale: expected a finite number, got {scale!r}")
+    if not is_number(scale):
+        raise FileError(f"scale: expected a finite number, got {scale!r:.60}")
     kind, most = parse_dtype(dtype), parse_size(max_shard_size)
     place = Path(out).expanduser()
     with ExitStack() as stack:

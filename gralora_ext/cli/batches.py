@@ -52,7 +52,9 @@ def make_batches(
     held_out, remarks_held_out = encoder.examples(rows.held_out, "held-out")
     for text in remarks + remarks_held_out:
         say(text)
-    check_vocabulary(model, source, [*examples, *held_out])
+    known = check_vocabulary(model, source, [*examples, *held_out])
+    if encoder.pad >= known:  # some tokenizers have a token for it that the model lacks
+        encoder.pad = 0  # any will do: no position reads padding, and it has no label
     digest = _digest([*examples, *held_out])
     if not o.packing:
         return Batches(examples, encoder.collate, len(examples), held_out, digest)

@@ -53,6 +53,7 @@ class Checkpoints(Owner):
         super().__init__(say)
         self.folder = folder
         self.keep = keep
+        self.before_clear: Callable[[], None] | None = None  # called once, when this run has a checkpoint
         self._ours: set[str] = set()
 
     def newest_whole(self) -> Path | None:
@@ -77,6 +78,15 @@ class Checkpoints(Owner):
             )
         return None
 
+    def newest(self) -> Path | None:
+        """The newest checkpoint, whole or not."""
+        return next(iter(self._all()), None)
+
+    def bytes(self) -> int:
+        """What the checkpoints take that are there."""
+        files = (path / name for path in self._all() for name in self._written(path))
+        return sum(file.stat().st_size for file in files if file.is_file())
+
     def last_of_run(self) -> Path | None:
         """The newest checkpoint that this run wrote or went on from."""
         return max((self.folder / name for name in self._ours), key=step_of, default=None)
@@ -91,6 +101,9 @@ class Checkpoints(Owner):
 
     def clear(self, newest: str) -> None:
         """Keeps the newest ones of this run; those of an earlier run have been superseded."""
+        if self.before_clear is not None:
+            self.before_clear()
+            self.before_clear = None
         self._ours.add(newest)
         self._ours = {path.name for path in sorted(map(Path, self._ours), key=step_of)[-self.keep :]}
         for path in sorted(self.folder.iterdir()):

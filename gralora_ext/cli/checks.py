@@ -26,7 +26,7 @@ NEEDED = ("torch", "transformers", "peft", "accelerate", "safetensors", "matplot
 def check_packages() -> None:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
-        raise JobError(f"finetune needs {', '.join(missing)}: `pip install {' '.join(missing)}`")
+        raise JobError(f"gralora-ext needs {', '.join(missing)}: `pip install {' '.join(missing)}`")
 
 
 def check_output(folder: Path) -> None:

@@ -43,7 +43,7 @@ It writes into --output:
   compare.html      the table, a plot with axes to choose, loss curves, each run's settings; needs no network
   summary.json      the table; compare.png, compare.svg: a picture of it
   runs/             one JSON file per run; a run that is there is not made again, so that a stopped comparison goes on,
-                    and more methods or seeds can be added later
+                    and more methods or seeds can be added later; page and table are of the last command alone
   logs/, texts/     what each run said; the rows
 
 Methods: {", ".join(METHODS)}, or all.

@@ -45,13 +45,14 @@ class Encoder:
         return self._open(prompt + "\n")
 
     def pieces(self, row: Row) -> tuple[list[tuple[list[int], bool]], int]:
-        """The tokens of a row, in pieces that are learned or not; and how many answers could not be told apart."""
+        """The tokens of a row, in pieces that are learned or not; and how many answers the template does not keep as it opens them."""
         if isinstance(row, str):
             return [(self._ended(self._open(row)), True)], 0
         if isinstance(row, tuple):
             prompt, answer = row
-            said = self._tokens(self._answer(prompt, answer), add_special_tokens=False)
-            return [(self.prompt(prompt), False), (self._ended(said), True)], 0
+            text, kept = self._answer(prompt, answer)
+            said = self._tokens(text, add_special_tokens=False)
+            return [(self.prompt(prompt), False), (self._ended(said), True)], int(not kept)
         if not self.template.exists:
             raise JobError(
                 f"the rows are conversations, and the tokenizer in {self.place} has no chat template: name a model that "
@@ -79,15 +80,16 @@ class Encoder:
 
         A row of which no label is left is left out; that all are is a JobError.
         """
-        examples, cut, silent, unmarked, lost = [], 0, True, 0, 0
-        for pieces, not_told in map(self._pieces_or_error, rows):
+        examples, cut, silent, unmarked, lost, bare = [], 0, True, 0, 0, 0
+        for row, (pieces, not_told) in zip(rows, map(self._pieces_or_error, rows), strict=True):
             ids = [token for tokens, _ in pieces for token in tokens]
             labels = [t if said or not self.answers_only else IGNORED for tokens, said in pieces for t in tokens]
             labels[:1] = [IGNORED][: len(labels)]  # it is predicted from nothing, so that it does not count
             cut += len(ids) > self.max_length
             silent = silent and len(ids) < 2  # nothing, or the end token alone
             unmarked += not any(said for _, said in pieces)
-            lost += not_told
+            lost += 0 if isinstance(row, tuple) else not_told
+            bare += not_told if isinstance(row, tuple) else 0
             ids, labels = ids[: self.max_length], labels[: self.max_length]
             if any(label != IGNORED for label in labels):
                 examples.append({"input_ids": ids, "labels": labels})
@@ -103,6 +105,11 @@ class Encoder:
                 f"--max-length {self.max_length} leaves no room for an answer in any of the {len(rows)} {what} rows"
             )
         remarks = self._remarks(len(rows), what, cut, len(rows) - len(examples) - unmarked, unmarked, lost)
+        if bare:
+            remarks.append(
+                f"{bare:,} answers in the {len(rows):,} {what} rows stand bare behind what the chat template opens an answer "
+                "with, since it writes a finished one otherwise (--chat-template takes another template)"
+            )
         tooled = sum(isinstance(row, Completion) and bool(row.tools) for row in rows)
         if tooled and not self.template.shows_tools:
             remarks.append(
@@ -205,13 +212,16 @@ class Encoder:
         eos = self.tokenizer.eos_token_id
         return tokens if eos is None or tokens[-1:] == [eos] else [*tokens, eos]
 
-    def _answer(self, prompt: str, answer: str) -> str:
-        """The answer with what the template puts around it; by itself where the template does not keep what was asked."""
+    def _answer(self, prompt: str, answer: str) -> tuple[str, bool]:
+        """The answer with what the template puts around it, and True; or by itself, and False.
+
+        The latter where the template writes an answer that is there otherwise than it opens one that is to come.
+        """
         if not self.template.exists:
-            return answer
+            return answer, True
         asked = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
         pieces, lost = self.template.parts(asked)
-        return answer if lost else pieces[-1][0]
+        return (answer, False) if lost else (pieces[-1][0], True)
 
 
 def _conversation(row: Messages | Completion) -> Completion:

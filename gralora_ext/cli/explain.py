@@ -16,7 +16,7 @@ HELP = (
     "activations and adapter, such as bfloat16, or both, such as bfloat16/float32"
 )
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-MOST = 10**9  # the kernels count in 64 bits, in which the bytes of a matrix of this size have room
+MOST = 10**6  # the kernels count in 64 bits, in which a product of three such sizes has room
 PASSES = {
     "forward": "forward",
     "backward": "backward",
@@ -48,7 +48,17 @@ def explain(words: Sequence[str], parser: _Parser) -> None:
     print(f"{title}, activations {case['activations']}, adapter {case['parameters']}")
     _table("this machine", plans["machine"])
     for name, heading in PASSES.items():
-        _table(heading, {key: value for key, value in plans[name].items() if value != "absent"})
+        if _occurs(name, case["activations"], case["parameters"]):
+            _table(heading, {key: value for key, value in plans[name].items() if value != "absent"})
+
+
+def _occurs(name: str, activations: str, parameters: str) -> bool:
+    """Whether a layer of these dtypes has the pass: a U in bfloat16 is always kept, and W + ΔW is summed in W's own dtype."""
+    if name == "backward_without_U":
+        return (activations, parameters) != ("bfloat16", "bfloat16")
+    if name == "linear":
+        return activations == "float64" or (activations == "float32" and parameters != "float64")
+    return True
 
 
 def _case(words: Sequence[str], parser: _Parser) -> dict[str, Any]:

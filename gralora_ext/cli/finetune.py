@@ -33,6 +33,7 @@ def run(options: argparse.Namespace, group: Group) -> int:
                 job.meet()
                 job.prepare()
             with group.together():
+                job.compare_content()
                 if group.is_first:
                     lock.enter_context(locked(job.output.folder, wait=False))
                 job.begin()

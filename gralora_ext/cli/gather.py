@@ -7,9 +7,11 @@ import argparse
 import hashlib
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..program.errors import JobError
 from .chat import read_template
+from .option_table import OPTIONS
 from .rows import Fields, Row, read_rows, text_for_digest
 
 
@@ -31,6 +33,7 @@ def gather(options: argparse.Namespace) -> Gathered:
     template = None if o.chat_template is None else read_template(o.chat_template)
     fields = Fields(o.prompt_field, o.answer_field, o.messages_field, o.text_field)
     by_itself = o.eval_data is not None
+    _check_parts(o)
     rows = read_rows(o.data, fields, o.data_config, o.data_split, least=1 if by_itself else 2)
     said, digest = [rows.remark], rows.digest
     if by_itself:
@@ -57,6 +60,24 @@ def gather(options: argparse.Namespace) -> Gathered:
             f"{learned} of the {len(kept)} held-out rows are among those to train on: new rows may have a greater loss"
         )
     return Gathered(rows.name, train, kept, [line, *filter(None, said)], digest, template)
+
+
+def _check_parts(options: argparse.Namespace) -> None:
+    """A file is read whole: an option that asks for a part of it would do nothing."""
+    o = options
+    data, others = o.data or [], o.eval_data or []
+    # What --data-config and --data-split say holds for --eval-data too, but for a split of its own.
+    read_by = {
+        "data_config": [*data, *others],
+        "data_split": [*data, *([] if o.eval_split else others)],
+        "eval_split": others,
+    }
+    for key, places in read_by.items():
+        is_given = getattr(o, key) not in (None, OPTIONS[key].default)
+        if is_given and all(Path(place).expanduser().is_file() for place in places):
+            raise JobError(
+                f"--{OPTIONS[key].name}: the rows are those of files, which are read whole: leave the option out"
+            )
 
 
 def _evaluated(held_out: list[Row], count: int, where: str) -> list[Row]:

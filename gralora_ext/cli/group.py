@@ -20,7 +20,7 @@ from datetime import timedelta
 from typing import Any, NoReturn
 
 from ..program.errors import JobError, Told, stops_unwrapped
-from ..program.signals import stopper
+from ..program.signals import output_is_gone, stopper
 from .launcher import Place
 
 TIMEOUT = 600.0  # seconds for which a process waits for the others, where --process-timeout says nothing
@@ -150,7 +150,7 @@ class Group:
     def has_lost(self, error: BaseException) -> bool:
         """Whether ``error`` comes from another process that has ended or does not answer."""
         torch = sys.modules.get("torch")  # without it this process has met none
-        if self.size == 1 or torch is None:
+        if self.size == 1 or torch is None or (isinstance(error, BrokenPipeError) and output_is_gone()):
             return False
         kinds = (torch.distributed.DistError, ConnectionError)
         return isinstance(error, kinds) or (isinstance(error, RuntimeError) and bool(_GONE.search(str(error))))

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..program.console import Console
 from ..program.errors import Diverged, JobError
-from ..program.files import CHECKPOINTS, free_bytes, write_json
+from ..program.files import CHECKPOINTS, check_unlocked, free_bytes, write_json
 from ..program.signals import stopper
 from ..program.silent import Silent
 from . import launcher, resume
@@ -59,6 +59,9 @@ class Job:
         self._leave_to_launcher()
         self.group.engine = launcher.engine(self.group.place)
         check_output(self.output.folder)
+        if self.group.is_first:
+            check_unlocked(self.output.folder)
+            self._announce()
         check_needed(o)
         check_shared(o, self.group.engine)
         self.source = find_model(o.model)
@@ -99,6 +102,15 @@ class Job:
             self.console.say(what)  # it may be in the settings that the job goes on with
         o.num_processes = o.accelerate_config = None
 
+    def _announce(self) -> None:
+        """Without --resume an earlier job's checkpoints are superseded: that is said before anything is deleted."""
+        newest = self.checkpoints.newest()
+        if newest is not None and not self.options.resume:
+            self.console.say(
+                f"{newest} is of an earlier job: this one begins anew, and deletes that when it saves its first checkpoint "
+                "(--resume goes on from it)"
+            )
+
     def meet(self) -> None:
         """Several processes see that they are at one job, and the others learn where it goes on."""
         own = self.checkpoint, self.done, vars(self.history)
@@ -113,6 +125,17 @@ class Job:
                 )
         self.history = History(history)
 
+    def compare_content(self) -> None:
+        """Several processes see that the files that each has read are the same: model and tokenizer may lie on several machines."""
+        contents = self.group.exchange({n: self.state[n] for n in ("weights_digest", "tokens_digest")})
+        for rank, content in enumerate(contents):
+            for name, what in (("weights_digest", "weights of the base"), ("tokens_digest", "tokens of the same rows")):
+                if content[name] != contents[0][name]:
+                    raise JobError(
+                        f"process {rank} of {self.group.size} has other {what} than the first: the files of --model differ "
+                        "between the machines"
+                    )
+
     def prepare(self) -> None:
         """The model with its adapter, the examples, and the number of steps."""
         from transformers import set_seed
@@ -125,6 +148,7 @@ class Job:
 
         o, say = self.options, self.console.say
         self.bits = bits_of(o)
+        sharded.own_precision(o, self.group.size)
         if self.group.size > 1:
             sharded.prepare(o, self.group.engine, self.device)
         say(f"model: loading {self.source.name} in {o.dtype}{f', quantized to {self.bits} bits' if self.bits else ''}")
@@ -169,8 +193,12 @@ class Job:
         from .adapter import load_adapter
 
         if self.group.is_first:
-            with self.output.staged() as stage:
-                write_json(stage / SETTINGS, settings(self.options))
+            self.output.read()  # a job that has ended since this one began may have written there
+            if self.checkpoint is None and self.checkpoints.newest() is not None:
+                # Until they are superseded, the file beside them is the one to go on from them with.
+                self.checkpoints.before_clear = self._write_settings
+            else:
+                self._write_settings()
         self.trainer = self._trainer()
         sharded.check(self.trainer)
         if self.group.size > 1:
@@ -178,6 +206,10 @@ class Job:
         if self.checkpoint is not None:
             load_adapter(self.model, self.checkpoint)
             self.console.say(f"resuming from {self.checkpoint}, {self.done} of {self.steps} steps done")
+
+    def _write_settings(self) -> None:
+        with self.output.staged() as stage:
+            write_json(stage / SETTINGS, settings(self.options))
 
     def train(self) -> None:
         """From the start or the checkpoint to the last step, with samples and held-out loss before and after."""
@@ -299,7 +331,8 @@ class Job:
         trained = 4 * self.parameters
         # Three checkpoints (the third is written before the first goes) of adapter and two moments,
         # the adapter, the rest.
-        needed = 10 * trained + 2**23
+        # Those that are there are deleted meanwhile.
+        needed = max(10 * trained - self.checkpoints.bytes(), 4 * trained) + 2**23
         if self.options.merge:
             size = 2 if self.options.dtype == "bf16" else 4
             needed += size * self.model.num_parameters()

@@ -94,7 +94,7 @@ def again(words: list[str], place: Place) -> str:
     python, program = shlex.quote(sys.executable), f"-m gralora_ext {shlex.join(words)}"
     if place.of_torchrun:
         return f"{python} -m torch.distributed.run --nproc-per-node {place.size} {program}"
-    return f"LAUNCHER {program}"
+    return f"<your launcher> {program}"
 
 
 def _is_on(name: str) -> bool:

@@ -11,7 +11,7 @@ from importlib import import_module
 
 from ..program.errors import JobError, Stopped, Told, clipped, did_you_mean, first_sentence, stops_unwrapped
 from ..program.resources import disk_failure, memory_failure
-from ..program.signals import reader_may_be_gone, silence, stopper
+from ..program.signals import output_is_gone, reader_may_be_gone, silence, stopper
 from .checks import check_packages
 from .group import Group, end_by, end_now, is_joined
 from .launcher import end_with_launcher, place_here, who
@@ -58,16 +58,18 @@ def _code_of(arguments: list[str]) -> int:
     except Stopped as stop:
         if stopper.quiet:
             end_by(stop.signum)
-        what = "anything was trained" if arguments[0] == "finetune" else "anything was written"
+        where = " before anything was trained;"
+        if arguments[0] in ("export-lora", "import-official"):  # a signal waits for the end of their renames
+            where = ": if adapter_config.json is in OUT, all is there; else"
         with reader_may_be_gone(sys.stderr):
-            print(f"stopped by {stop.name} before {what}; run the same command again", file=sys.stderr, flush=True)
+            print(f"stopped by {stop.name}{where} run the same command again", file=sys.stderr, flush=True)
         return stop.exit_code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        silence(sys.stdout.fileno())  # the reader has gone: nothing more to flush
-        return 141
     except Exception as error:  # noqa: BLE001  a user gets one sentence, and the traceback for the asking
+        if isinstance(error, BrokenPipeError) and output_is_gone():
+            silence(sys.stdout.fileno())  # nothing more to flush
+            return 141
         return _explain(arguments, error)
 
 
@@ -131,7 +133,8 @@ def _explain(arguments: list[str], error: Exception) -> int:
     if reason := memory_failure(error):
         less = "try a smaller --batch-size or --max-length, --gradient-checkpointing or --dtype bf16, or "
         return _fail(arguments, f"{reason}: {less if arguments[0] == 'finetune' else ''}free some", 2)
-    reason = disk_failure(error) or (error.strerror if isinstance(error, OSError) else None)
+    of_a_file = isinstance(error, OSError) and not isinstance(error, ConnectionError)
+    reason = disk_failure(error) or (error.strerror if of_a_file else None)
     if not reason:
         return _fail(arguments, f"{type(error).__name__}: {first_sentence(error)}", 1)
     try:

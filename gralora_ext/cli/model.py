@@ -123,8 +123,8 @@ def _check_ends(model: Any, source: Source) -> None:
             )
 
 
-def check_vocabulary(model: Any, source: Source, examples: list[dict[str, list[int]]]) -> None:
-    """That the model has an embedding for each token that the tokenizer made of the rows."""
+def check_vocabulary(model: Any, source: Source, examples: list[dict[str, list[int]]]) -> int:
+    """That the model has an embedding for each token that the tokenizer made of the rows; how many it has."""
     largest = max(max(e["input_ids"]) for e in examples)
     known = model.get_input_embeddings().weight.shape[0]
     if largest >= known:
@@ -132,6 +132,7 @@ def check_vocabulary(model: Any, source: Source, examples: list[dict[str, list[i
             f"--model {source.name}: its tokenizer makes the token {largest}, and the model knows {known}: "
             "the tokenizer's files are damaged, or another model's"
         )
+    return int(known)
 
 
 def save_memory(model: Any, source: Source) -> None:

@@ -68,14 +68,14 @@ TABLE: dict[str, tuple[Option, ...]] = {
                "dataset-config dataset-config-name"),
         Option("data-split", TEXT, "train", "the split of a `datasets` name",
                "dataset-split dataset-train-split split"),
-        Option("prompt-field", TEXT, "question", "the field of a row that the model is given; where no row has it, "
-               "prompt or instruction", "prompt-column question-field"),
-        Option("answer-field", TEXT, "answer", "the field of a row that it learns to answer; where no row has it, "
-               "completion, response or output", "answer-column completion-field response-field"),
+        Option("prompt-field", TEXT, "question", "the field of a row that the model is given; if neither this nor "
+               "--answer-field is given and the first row lacks question or answer: prompt or instruction", "prompt-column question-field"),
+        Option("answer-field", TEXT, "answer", "the field of a row that it learns to answer; likewise: completion, "
+               "response, output or answer", "answer-column completion-field response-field"),
         Option("messages-field", TEXT, None, "the field of a row that has a conversation (default: messages or "
-               "conversations, where a row has no prompt-field)", "messages-column field-messages"),
+               "conversations, if the first row has one and lacks question or answer)", "messages-column field-messages"),
         Option("text-field", TEXT, None, "the field of a row that has a text, all of which is learned (default: text, "
-               "where a row has none of those above)", "dataset-text-field text-column"),
+               "if the first row has none of those above)", "dataset-text-field text-column"),
         Option("chat-template", _PATH, None, "a file with a chat template, in place of the tokenizer's own",
                "chat-template-path chat-template-file"),
         Option("answers-only", SWITCH, True, "learn the answers and not what is asked",
@@ -143,8 +143,8 @@ TABLE: dict[str, tuple[Option, ...]] = {
         Option("warmup-steps", whole(0), 0, "the steps over which it rises from 0", "num-warmup-steps"),
         Option("warmup-ratio", PROBABILITY, None, "the same as a part of all steps"),
         Option("weight-decay", NOT_NEGATIVE, 0.0, "the optimizer's weight decay on what is trained"),
-        Option("adam-beta1", PROBABILITY, 0.9, "of AdamW"),
-        Option("adam-beta2", PROBABILITY, 0.999, "of AdamW"),
+        Option("adam-beta1", PROBABILITY, 0.9, "of AdamW and Lion"),
+        Option("adam-beta2", PROBABILITY, 0.999, "of AdamW and Lion"),
         Option("adam-epsilon", POSITIVE, 1e-8, "of AdamW"),
         Option("max-grad-norm", NOT_NEGATIVE, 1.0, "clip the norm of the gradient to this; 0: no clipping",
                "max-gradient-norm gradient-clipping"),
@@ -181,11 +181,11 @@ TABLE: dict[str, tuple[Option, ...]] = {
                "--data-split)", "dataset-test-split dataset-eval-split"),
         Option("held-out", _N, None, "how many rows are kept from training (default: a fifth, at most 200)",
                "num-held-out"),
-        Option("held-out-from", choice("random", "end"), None, "which: drawn by --seed, or the last (default: random; "
-               "the last of GSM8K)", before="end"),
-        Option("eval-rows", _N, 32, "how many of them each evaluation reads", "max-eval-samples"),
-        Option("eval-rows-from", choice("all", "start"), None, "which: evenly spaced ones, or the first (default: all; "
-               "start of GSM8K)", before="start"),
+        Option("held-out-from", choice("random", "end"), None, "which rows are held out: random, drawn by --seed, or end, the "
+               "last (default: random; end of GSM8K)", before="end"),
+        Option("eval-rows", _N, 32, "how many of the held-out rows each evaluation reads", "max-eval-samples"),
+        Option("eval-rows-from", choice("all", "start"), None, "which of the held-out rows: all, evenly spaced over them, or "
+               "start, the first (default: all; start of GSM8K)", before="start"),
         Option("eval-every", _N, None, "steps from one evaluation to the next (default: half of all)", "eval-steps",
                free=True),
         Option("sample-tokens", _N, 32, "the greatest length of a sample answer", free=True),
@@ -195,7 +195,7 @@ TABLE: dict[str, tuple[Option, ...]] = {
         Option("merge", SWITCH, True, "write merged/ too", free=True),
         Option("report-to", several(choice(*REPORTERS, "none")), None, "tensorboard or wandb: send each step's "
                "figures there too", free=True),
-        Option("run-name", TEXT, None, "the job's name there", free=True),
+        Option("run-name", TEXT, None, "the job's name in wandb", free=True),
     ),
 }
 # fmt: on

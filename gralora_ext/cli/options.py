@@ -94,6 +94,7 @@ _EXCLUDE = (
     ("eval_data", "held_out"),
     ("eval_data", "held_out_from"),
     ("messages_field", "text_field"),
+    *((whole, part) for whole in ("messages_field", "text_field") for part in ("prompt_field", "answer_field")),
 )
 _BEGINNINGS = {"fused": ("gaussian", "orthogonal"), "peft": (), "lora": ("gaussian", "orthogonal", "olora", "pissa")}
 
@@ -125,6 +126,11 @@ def _check_together(options: argparse.Namespace) -> None:
         raise JobError("--layers-pattern needs --layers-to-transform")
     if options.eval_split and not options.eval_data:
         raise JobError("--eval-split needs --eval-data")
+    for key in ("adam_beta1", "adam_beta2", "adam_epsilon"):
+        of = ("adam", "lion") if key != "adam_epsilon" else ("adam",)
+        if _is_given(options, key) and not any(name in options.optim for name in of):
+            whose = " and ".join({"adam": "AdamW", "lion": "Lion"}[name] for name in of)
+            raise JobError(f"{_typed(key)} is of {whose}, and --optim is {options.optim}")
     if options.report_to and "none" in options.report_to and len(options.report_to) > 1:
         raise JobError("--report-to: none goes with no other name")
 

@@ -20,8 +20,12 @@ class Output(Owner):
     def __init__(self, folder: Path, say: Callable[[str], None]):
         super().__init__(say)
         self.folder = folder
+        self.read()
+
+    def read(self) -> None:
+        """What is on record now."""
         try:
-            self.files = manifest.read(folder / RECORD)[1]
+            self.files = manifest.read(self.folder / RECORD)[1]
         except Damaged:  # there was no job here, or one of an older version: nothing here is known to be a job's
             self.files = {}
 

@@ -24,7 +24,7 @@ It writes into --output, each beside its place and then renamed:
   loss.png        losses, learning rate and gradient norm as a plot
   checkpoints/    what --resume goes on from
   finetune.json   the settings, as a file for --config
-What else lies there, or was changed since, is not the job's: it is kept, and a line says so.
+What else lies there is not the job's: it is kept, and a line says so.
 
 Options may have the names that other programs give them (--learning_rate, --lora_r, --max_steps), with hyphens or
 underscores; docs/finetune.md lists them.

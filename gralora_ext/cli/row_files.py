@@ -143,9 +143,13 @@ def _of_datasets(name: str, config: str | None, split: str, option: str) -> Iter
     try:
         if any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):  # of save_to_disk
             saved = datasets.load_from_disk(str(path))
+            if not isinstance(saved, dict) and split != "train":
+                raise JobError(f"{option}: {name} was saved without splits, and the split {split} is asked for")
             rows = saved[split] if isinstance(saved, dict) else saved
         else:
             rows = datasets.load_dataset(str(path) if path.is_dir() else name, config, split=split)
+    except JobError:
+        raise
     except Exception as error:  # the hub, the network, the cache and the scripts behind it all raise their own
         raise JobError(
             f"{option}: {name} is not a file, and datasets cannot load it ({split} split): {first_sentence(error)}"

@@ -26,10 +26,15 @@ def prepare(options: argparse.Namespace, engine: str, device: str) -> None:
     if engine == "deepspeed":
         os.environ.setdefault("DS_ACCELERATOR", "cpu" if device == "cpu" else "cuda")
         os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = os.environ["ACCELERATE_GRADIENT_CLIPPING"] = "auto"
-    # The job's own options decide how it computes.
-    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if options.bf16 else "fp16" if options.fp16 else "no"
     # Otherwise all but the first process load a model without weights, and look at those.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+
+
+def own_precision(options: argparse.Namespace, size: int) -> None:
+    """The job's options decide how it computes, and not what ``accelerate launch`` has put into the environment."""
+    name = "ACCELERATE_MIXED_PRECISION"
+    if size > 1 or name in os.environ:
+        os.environ[name] = "bf16" if options.bf16 else "fp16" if options.fp16 else "no"
 
 
 def check(trainer: Any) -> None:

@@ -40,7 +40,8 @@ def launch(options: argparse.Namespace, words: list[str]) -> int:
         environment, size = read(Path(options.accelerate_config), size)
     if size == 1:
         raise JobError(
-            "--num-processes 1 and --accelerate-config: what that file shares out takes two processes or more"
+            "--accelerate-config: with one process, by the file's num_processes or --num-processes, nothing can be shared out: "
+            "start two or more, or leave the file out"
         )
     return _Launch(options, words, environment, size).run()
 

@@ -151,7 +151,12 @@ class FinetuneTrainer(Trainer):
         if loss is None:
             raise Diverged(f"the loss is {logs['loss']} at step {step}")
         if self.bar:
-            notes = (f"loss {loss:.4f}", f"{tokens / seconds:,.0f} tokens/s", f"lr {rate:.1e}", f"norm {norm or 0:.2g}")
+            notes = (
+                f"loss {loss:.4f}",
+                f"{tokens / seconds:,.0f} tokens/s",
+                f"lr {rate:.1e}",
+                f"norm {'not finite' if norm is None else f'{norm:.2g}'}",
+            )
             self.bar.update(step, *notes)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

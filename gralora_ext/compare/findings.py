@@ -15,7 +15,6 @@ from .summary import LEAST_SEEDS, Spread, apart
 
 REPRODUCED, NOT_REPRODUCED, OUT_OF_REACH = "reproduced", "not reproduced", "out of reach"
 PAPERS_RANKS = {2: 256, 4: 512, 8: 1016}  # of ΔW at r = 128
-KS = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,10 @@ def nearer_to_full(cosines: Mapping[int, Spread], without: Mapping[int, Spread],
 
 
 def beside(rows: Sequence[Mapping[str, Any]], key: str, what: str, reference: str = "lora") -> str:
-    """One sentence: which rows of a comparison's table have a mean below or above ``reference``'s, which none."""
+    """One sentence: which rows of a comparison's table have a mean below or above ``reference``'s, which none.
+
+    Each row is a pair with ``reference``, and one that is told apart is named, so that the test's 5 % are for all pairs.
+    """
     found = {row["label"]: Spread(tuple(row["metrics"][key]["values"])) for row in rows if key in row["metrics"]}
     names = {row["method"]: row["label"] for row in rows}
     one = found.get(names.get(reference, ""))
@@ -136,7 +138,7 @@ def beside(rows: Sequence[Mapping[str, Any]], key: str, what: str, reference: st
         return f"{what}: nothing can be said of which method is better, since this run has {few} and a claim takes {LEAST_SEEDS}."
     sides: dict[str, list[str]] = {"below": [], "above": [], "not told apart from": []}
     for label, s in others.items():
-        side = "not told apart from" if not apart(s, one) else "below" if s.mean < one.mean else "above"
+        side = "not told apart from" if not apart(s, one, len(others)) else "below" if s.mean < one.mean else "above"
         sides[side].append(label)
     told = [f"{side} {names[reference]}'s: {', '.join(labels) or 'none'}" for side, labels in sides.items()]
     told += [f"diverged: {', '.join(diverged)}"] if diverged else []

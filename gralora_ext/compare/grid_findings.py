@@ -6,10 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from .._gralora_k import nearest_k
 from .findings import NOT_REPRODUCED, OUT_OF_REACH, REPRODUCED, Finding, finding, model_size, too_few
 from .summary import LEAST_SEEDS, Spread, apart
-
-PAPERS_RATIO = 8  # r/k² of the paper's best settings
 
 
 @dataclass(frozen=True)
@@ -20,19 +19,19 @@ class Case:
     at_edge: bool = False
 
 
-def predicted_ks(r: int, ks: Iterable[int]) -> list[int]:
-    """Those of ``ks`` that bring r/k² nearest to 8, in ratio; both at a tie."""
-    far = {k: max(r / k**2, PAPERS_RATIO) / min(r / k**2, PAPERS_RATIO) for k in ks}
-    return [k for k in far if far[k] <= min(far.values()) * (1 + 1e-9)]
+def worse_at_high_rank(
+    name: str, by_rank: Mapping[int, Case], expected: bool, parameters: int, ks: Mapping[int, int] | None = None
+) -> Finding:
+    """``expected``: whether the paper says that the loss gets worse at the highest rank. One case must have a mean.
 
-
-def worse_at_high_rank(name: str, by_rank: Mapping[int, Case], expected: bool, parameters: int) -> Finding:
-    """``expected``: whether the paper says that the loss gets worse at the highest rank. One case must have a mean."""
+    ``ks``: the k of each rank, where it has one.
+    """
     claim = f"{name} gets worse at high rank." if expected else f"{name} does not get worse at high rank."
     paper = "best at a middle rank" if expected else "best at the highest rank"
     losses = {r: case.losses for r, case in by_rank.items() if case.losses}
     best, top = min(losses, key=lambda r: losses[r].mean), max(by_rank)
-    ours = ", ".join(f"{losses[r].text(4) if r in losses else 'diverged'} at r = {r}" for r in sorted(by_rank))
+    names = {r: f"r = {r}{f' (k = {ks[r]})' if ks else ''}" for r in sorted(by_rank)}
+    ours = ", ".join(f"{losses[r].text(4) if r in losses else 'diverged'} at {words}" for r, words in names.items())
     if (seeds := min(len(s.values) for s in losses.values())) < LEAST_SEEDS:
         return too_few(claim, paper, ours, seeds, parameters)
     others = [r for r in losses if r != top]
@@ -41,6 +40,8 @@ def worse_at_high_rank(name: str, by_rank: Mapping[int, Case], expected: bool, p
     elif best != top and apart(losses[best], losses[top], len(others)):
         verdict = REPRODUCED if expected else NOT_REPRODUCED
         why = f"its loss at r = {top} is above that at r = {best}, and told apart from it"
+        if expected and best == min(losses):
+            why += "; but its loss is least at the lowest rank, and not at a middle one"
     elif best == top and (above := [r for r in others if apart(losses[r], losses[top], len(others))]):
         verdict = NOT_REPRODUCED if expected else REPRODUCED
         why = f"its loss is least at the highest rank, r = {top}, and told apart from that at {_ranks(above)}"
@@ -71,7 +72,7 @@ def best_k(cases: Mapping[tuple[int, int], Case], parameters: int) -> Finding:
             continue
         best = min(losses, key=lambda k: losses[k].mean)
         told.append(f"k = {best} at r = {r}")
-        side = _side(best, predicted_ks(r, of_rank), of_rank)
+        side = _side(best, nearest_k(r, of_rank), of_rank)
         speaks[side].append(r)
         if side == "for":
             followed.add(best)
@@ -94,12 +95,12 @@ def best_k(cases: Mapping[tuple[int, int], Case], parameters: int) -> Finding:
     return finding(claim, paper, ours, verdict, f"{why}{_reservations(in_words)}.")
 
 
-def _side(best: int, predicted: list[int], losses: Mapping[int, Spread | None]) -> str:
+def _side(best: int, predicted: int, losses: Mapping[int, Spread | None]) -> str:
     """What a rank says, see :func:`best_k`: nothing where the k that would decide it diverged."""
-    rivals = [losses[k] for k in losses if k not in predicted] if best in predicted else [losses[k] for k in predicted]
+    rivals = [losses[k] for k in losses if k != predicted] if best == predicted else [losses[predicted]]
     least = losses[best]
     if least and rivals and all(rival and apart(least, rival) for rival in rivals):
-        return "for" if best in predicted else "against"
+        return "for" if best == predicted else "against"
     return "neither"
 
 

@@ -68,7 +68,6 @@ class RunJob(Job):
         """Trains, and leaves in ``results`` the losses, the speed, and what memory this process has taken at most."""
         trainer = self._trainer()
         trainer.add_callback(_NoCheckpoints())
-        self.history.losses.clear()
         result: dict[str, Any] = {"loss": None, "general_loss": None, "parameters": self.parameters}
         base = self.model.get_base_model() if self.run.kind == "adapter" else self.model
         of_adapter = self.parameters if self.run.kind == "adapter" else 0

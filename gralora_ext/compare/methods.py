@@ -52,11 +52,11 @@ _ALL = (
     Method("lora", "LoRA", options={"backend": "lora"}),
     Method("rslora", "rsLoRA", rates=RATES_RSLORA, options={"backend": "lora", "use_rslora": True}),
     Method("dora", "DoRA", options={"backend": "lora", "use_dora": True}),
-    *(Method(f"gralora-k{k}", f"GraLoRA, k = {k}", options={"k": k}) for k in (1, 2, 4, 8)),
-    Method("gralora-hybrid", "GraLoRA, k = 2, half the rank plain", options={"k": 2, "hybrid": True}),
-    Method("gralora-auto", "GraLoRA, k by layer (auto)", options={"k": "auto"}),
-    Method("gralora-rslora", "GraLoRA, k = 2, rsLoRA's scale", "adapter", RATES_RSLORA, {"k": 2, "use_rslora": True}),
-    Method("gralora-orthogonal", "GraLoRA, k = 2, orthogonal start", options={"k": 2, "init_weights": "orthogonal"}),
+    *(Method(f"gralora-k{k}", f"GraLoRA (k = {k})", options={"k": k}) for k in (1, 2, 4, 8)),
+    Method("gralora-hybrid", "GraLoRA (k = 2, half the rank plain)", options={"k": 2, "hybrid": True}),
+    Method("gralora-auto", "GraLoRA (k by layer)", options={"k": "auto"}),
+    Method("gralora-rslora", "GraLoRA (k = 2, rsLoRA's scale)", "adapter", RATES_RSLORA, {"k": 2, "use_rslora": True}),
+    Method("gralora-orthogonal", "GraLoRA (k = 2, orthogonal start)", options={"k": 2, "init_weights": "orthogonal"}),
 )
 METHODS = {method.name: method for method in _ALL}
 # Without what GraloraConfig brings besides: `--methods all` has it.

@@ -84,7 +84,7 @@ function cell(row, column) {
   }
   if (!column.metric) {
     const value = row[column.key];
-    return element("td", {}, value === null ? "" : column.key === "rate" ? rateText(value) : String(value));
+    return element("td", {"data-key": column.key}, value === null ? "" : column.key === "rate" ? rateText(value) : String(value));
   }
   const found = row.metrics[column.key];
   if (!found) return element("td", {"data-key": column.key}, row.diverged ? "diverged" : "");

@@ -58,7 +58,7 @@ def comparison(content: dict[str, Any], path: Path) -> None:
             errors |= {"xerr": forgetting["deviation"] or 0, "yerr": loss["deviation"] or 0}
             right.errorbar(forgetting["mean"], loss["mean"], **errors)
         remark = {row["method"]: "diverged" if row["diverged"] else f"lr {row['rate']:g}" for row in rows}
-        left.set_yticks(range(len(rows)), [f"{row['label']} ({remark[row['method']]})" for row in rows])
+        left.set_yticks(range(len(rows)), [f"{row['label']}, {remark[row['method']]}" for row in rows])
         left.invert_yaxis()
         left.set_xlabel("held-out loss (nats per answer token)")
         right.set_xlabel("forgetting: loss on general text, after less before")
@@ -71,6 +71,7 @@ def comparison(content: dict[str, Any], path: Path) -> None:
             f"{s['model'].split(' (')[0]}, rank {s['rank']}, {s['steps']} steps of {s['batch_size']} rows; "
             f"mean and standard deviation over {min(row['seeds'] for row in rows)} seeds",
             fontsize=10,
+            parse_math=False,  # a model's name may have dollar signs
         )
 
 
@@ -117,7 +118,7 @@ def outlier(content: dict[str, Any], path: Path) -> None:
     layers = content["layers"]
     strongest = max(layers, key=lambda layer: layer["times_median"])["layer"]
     ks = sorted({layer["k"] for layer in layers})
-    names = {k: "LoRA" if k == 1 else f"GraLoRA, k = {k}" for k in ks}
+    names = {k: "LoRA" if k == 1 else f"GraLoRA (k = {k})" for k in ks}
 
     def mean(k: int, key: str) -> list[list[float]]:
         found = [layer[key] for layer in layers if layer["layer"] == strongest and layer["k"] == k]
@@ -137,24 +138,25 @@ def outlier(content: dict[str, Any], path: Path) -> None:
         above.colorbar(image, ax=above.axes, shrink=0.8, label="change of the block's\ngradient, relative")
         short = strongest.removeprefix("base_model.model.")
         above.suptitle(f"what the strongest input channel of {short} changes, block by block", fontsize=10)
-        axes = below.subplots()
-        for i, what in enumerate(("without", "with")):
-            found = [content[f"cosines_{what}"][str(k)] for k in ks]
-            places = [place + 0.36 * (i - 0.5) for place in range(len(ks))]
-            axes.bar(
-                places,
-                [f["mean"] for f in found],
-                0.34,
-                yerr=[f["deviation"] or 0 for f in found],
-                capsize=3,
-                color=colour(i),
-                label=f"{what} the outlier channel",
-            )
-        axes.set_xticks(range(len(ks)), [names[k] for k in ks])
-        axes.set_ylabel("cosine with full\nfine-tuning's gradient")
-        axes.margins(y=0.3)
-        axes.legend(fontsize=8, loc="upper left", ncols=2)
-        axes.grid(axis="y", alpha=0.3)
+        parts = {"cosine": "of the whole matrix", "block_cosines": "of the outlier's blocks, their mean"}
+        for axes, (name, part) in zip(below.subplots(1, 2, sharey=True), parts.items(), strict=True):
+            for i, what in enumerate(("without", "with")):
+                found = [content["means"][f"{name}_{what}"][str(k)] for k in ks]
+                axes.bar(
+                    [place + 0.36 * (i - 0.5) for place in range(len(ks))],
+                    [f["mean"] for f in found],
+                    0.34,
+                    yerr=[f["deviation"] or 0 for f in found],
+                    capsize=3,
+                    color=colour(i),
+                    label=f"{what} the outlier channel",
+                )
+            axes.set_xticks(range(len(ks)), [names[k] for k in ks], fontsize=8)
+            axes.set_title(part, fontsize=9)
+            axes.margins(y=0.3)
+            axes.grid(axis="y", alpha=0.3)
+        below.axes[0].set_ylabel("cosine with full\nfine-tuning's gradient")
+        below.axes[0].legend(fontsize=8, loc="upper right", ncols=2)
         _say(drawn, content)
 
 
@@ -172,7 +174,7 @@ def grid(content: dict[str, Any], path: Path) -> None:
                 color=colour(i),
                 marker="o",
                 capsize=3,
-                label="LoRA" if k == 1 else f"GraLoRA, k = {k}",
+                label="LoRA" if k == 1 else f"GraLoRA (k = {k})",
             )
         ringed = [cell for cell in cells if cell["predicted"]]
         axes.scatter(
@@ -199,4 +201,6 @@ def _say(drawn: Any, content: dict[str, Any]) -> None:
     s = content["settings"]
     lines = [line for f in content["findings"] for line in (f"Paper: {f['paper']}. Ours: {f['ours']}.", f["sentence"])]
     lines.append(f"{s['model'].split(' (')[0]}, {s['steps']} steps, {s['seeds']} seed{'s' if s['seeds'] > 1 else ''}.")
-    drawn.supxlabel("\n".join(textwrap.fill(line, 150) for line in lines), fontsize=8, x=0.02, ha="left")
+    drawn.supxlabel(
+        "\n".join(textwrap.fill(line, 150) for line in lines), fontsize=8, x=0.02, ha="left", parse_math=False
+    )

@@ -140,10 +140,19 @@ def check_folder(folder: Path) -> None:
     """That ``folder`` is empty, or holds runs."""
     if folder.exists() and not folder.is_dir():
         raise JobError(f"--output: {folder} is not a folder")
-    if folder.is_dir() and not (folder / SETTINGS).is_file():
+    if folder.is_dir() and not _are_settings(folder / SETTINGS):
         others = [p.name for p in sorted(folder.iterdir()) if p.name != LOCK and not p.name.startswith(PARTIAL)]
         if [name for name in others if name not in (RUNS, TEXTS)]:
             raise JobError(f"--output: {folder} holds other files ({others[0]}), and no runs of gralora-ext")
+
+
+def _are_settings(path: Path) -> bool:
+    """Whether ``path`` is what :func:`running` writes: other programs have files of that name too."""
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(said, dict) and {"quick", "seeds", "validation_rows"} <= said.keys()
 
 
 def read_record(path: Path, digest: str) -> Record | None:

@@ -51,7 +51,7 @@ def _peak(record: Record, base: Record) -> float | None:
 METRICS = (
     Metric("loss", "held-out loss", "nats per answer token", 4, True, _result("loss")),
     Metric("general_loss", "loss on general text", "nats per token", 4, True, _result("general_loss")),
-    Metric("forgetting", "forgetting", "general loss, after less before", 4, True, _forgetting),
+    Metric("forgetting", "forgetting", "general loss after training minus before", 4, True, _forgetting),
     Metric("tokens_per_second", "speed", "tokens/s in training", 0, False, _result("tokens_per_second")),
     Metric("peak_memory", "peak memory", "MiB", 0, True, _peak),
     Metric("parameters", "trained parameters", "millions", 3, True, _result("parameters", 1e6)),
@@ -161,7 +161,10 @@ def rows(records: dict[str, list[Record]], base: Record, choices: dict[str, Choi
 
 
 def mark(table: list[dict[str, Any]]) -> None:
-    """Marks of each metric the best mean, and those that are not told apart from it; not where runs never differ."""
+    """Marks of each metric the best mean, and those that are not told apart from it; not where runs never differ.
+
+    The test's 5 % are for all pairs with the best.
+    """
     for metric in METRICS:
         found = [
             row["metrics"][metric.key] for row in table if row["method"] != "base" and metric.key in row["metrics"]
@@ -170,7 +173,7 @@ def mark(table: list[dict[str, Any]]) -> None:
             continue
         best = (min if metric.less_is_better else max)(found, key=operator.itemgetter("mean"))
         for one in found:
-            near = not apart(Spread(tuple(one["values"])), Spread(tuple(best["values"])))
+            near = not apart(Spread(tuple(one["values"])), Spread(tuple(best["values"])), len(found) - 1)
             one["mark"] = "best" if one is best else "near" if near else None
 
 

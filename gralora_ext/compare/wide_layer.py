@@ -21,11 +21,14 @@ def digest(k: int, r: int, seed: int) -> str:
     return digest_of([k, r, seed, WIDTH, TOKENS, STEPS, RATE])
 
 
-def trained(k: int, r: int, seed: int) -> dict[str, Any]:
+def trained(k: int, r: int, seed: int, threads: int | None = None) -> dict[str, Any]:
     """Ranks of ΔW after training toward the outputs of a random matrix, in float32, with AdamW.
 
     The loss is ‖y - x W*ᵀ‖² over its size, of new random rows ``x`` in each step; A begins as in PEFT, B with zeros.
+    ``threads``: as torch chooses, where it is None.
     """
+    if threads:
+        torch.set_num_threads(threads)
     started = time.perf_counter()
     generator = torch.Generator().manual_seed(seed)
     target = torch.randn(WIDTH, WIDTH, generator=generator) / WIDTH**0.5

@@ -63,6 +63,7 @@ class Bar:
             # 24.
             size = shutil.get_terminal_size()
             self.shown = tqdm(
+                disable=False,  # TQDM_DISABLE is for the libraries' bars
                 total=total,
                 initial=done,
                 desc=what,

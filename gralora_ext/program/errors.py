@@ -47,7 +47,7 @@ class Stopped(BaseException):
 
 @contextmanager
 def stops_unwrapped() -> Iterator[None]:
-    """A block that raises the :class:`Stopped` of which somebody has made an error of their own.
+    """A block that raises :class:`Stopped` again where other code has caught it and raised another exception from it.
 
     Python 3.11 does so where it comes while a class is made, as during imports, and so do libraries
     that import lazily.

@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,9 @@ def staged(folder: Path, owner: Owner | None = None, last: str = "") -> Iterator
     """Yields an empty folder inside ``folder``; what lies in it at the end moves into ``folder``, replacing its equals.
 
     The file named ``last`` moves when all others are in their places, on the disk. What ``owner`` does not own is not
-    replaced: it stays where it is, or, where its name is needed, gets another one. Without an owner all is replaced. On any
-    error the staged work is removed and ``folder`` is as before. Failures of the disk become JobError.
+    replaced: it stays where it is, or, where its name is needed, gets another one. Without an owner all is replaced. On an
+    error before the first move ``folder`` is as before; after one in between, each name in it is whole, old or new. What is
+    still staged is removed. Failures of the disk become JobError.
     """
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -81,6 +82,12 @@ def locked(folder: Path, *, wait: bool) -> Iterator[None]:
         _lock(file.fileno(), folder, wait=wait)
         clear_stages(folder)
         yield
+
+
+def check_unlocked(folder: Path) -> None:
+    """JobError where another process has the lock of :func:`locked`; nothing is written."""
+    with suppress(FileNotFoundError), open(folder / LOCK) as file:
+        _lock(file.fileno(), folder, wait=False)
 
 
 @contextmanager
@@ -157,9 +164,16 @@ def put_aside(path: Path) -> Path:
 def _replace(new: Path, final: Path, stage: Path, owner: Owner | None) -> None:
     if owner is not None and os.path.lexists(final):
         _keep_foreign(new, final, owner)
-    if final.is_dir() and not final.is_symlink():
-        final.rename(stage / f"{final.name}{_OLD}")  # a folder cannot be renamed over one that has files in it
-    os.replace(new, final)
+    if not final.is_dir() or final.is_symlink():
+        os.replace(new, final)
+        return
+    old = stage / f"{final.name}{_OLD}"
+    final.rename(old)  # a folder cannot be renamed over one that has files in it
+    try:
+        os.replace(new, final)
+    except OSError:
+        old.rename(final)
+        raise
 
 
 def _keep_foreign(new: Path, final: Path, owner: Owner) -> None:

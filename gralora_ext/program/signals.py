@@ -7,6 +7,7 @@ import errno
 import os
 import select
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,7 +15,7 @@ from typing import Any, TextIO
 
 from .errors import Stopped
 
-_SIGNAL_SECONDS = 0.1  # within these a signal comes after what it is sent for was seen
+_SIGNAL_SECONDS = 0.1  # a pipe's end is seen before the signal that goes with it, which comes within this time
 ONE_SIGNAL_SECONDS = 2.0  # of several processes: within these a second signal is the first one once more
 
 
@@ -90,8 +91,9 @@ stopper = Stopper()
 
 @contextmanager
 def reader_may_be_gone(stream: TextIO) -> Iterator[None]:
-    """A block that writes to ``stream``, which writes no more where its reader has gone and a signal has come.
+    """A block that writes to ``stream``: where its reader has gone and a signal has come, output is lost from then on.
 
+    Without a signal the error is raised.
     Ctrl-C ends the reader of a pipe too, and a terminal that is closed sends SIGHUP: the job must
     still save what it has.
     """
@@ -111,6 +113,15 @@ def _is_gone(descriptor: int) -> bool:
     poll = select.poll()
     poll.register(descriptor, 0)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def output_is_gone() -> bool:
+    """Whether the reader of what this process prints, on stdout or stderr, has gone."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):  # a stream of Python's own has no descriptor
+            if _is_gone(stream.fileno()):
+                return True
+    return False
 
 
 def silence(descriptor: int) -> None:

@@ -25,11 +25,12 @@ except ImportError as error:
         "run `pip install --upgrade peft`"
     ) from error
 
+from .._gralora_k import plain_k
+
 __all__ = ["GraloraConfig", "PeftsConfig"]
 
 NEEDED_PEFT = "0.21.0"  # for what PEFT's GraLoRA does not have
 CHANGES_NUMBERS = ("rank_pattern", "alpha_pattern", "k_pattern", "use_rslora", "trainable_token_indices")
-_MARKED = re.compile(r"(\d+|auto) \(needs gralora_ext: [\w, ]+\)")
 _OTHER_NAMES = {"lora_alpha": "alpha", "lora_dropout": "gralora_dropout", "init_lora_weights": "init_weights"}
 
 
@@ -40,7 +41,7 @@ class GraloraConfig(PeftsConfig):
 
     Args:
         gralora_k: k, or ``"auto"``: per layer the k of 1, 2, 4 and 8 that divides r, N and M and brings r/k² nearest to 8, the value
-            of the paper's settings; the smaller at a tie. When the layers are made, what was chosen takes its place here and in
+            of the paper's settings. When the layers are made, what was chosen takes its place here and in
             ``k_pattern``.
         init_weights: True (A as in PEFT, B zero), False (both random), ``"gaussian"`` (A normal with deviation 1/r, B zero) or
             ``"orthogonal"`` (A and B random with A_n B_j = 0 for each block; r/k must be even).
@@ -86,8 +87,7 @@ class GraloraConfig(PeftsConfig):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        if isinstance(self.gralora_k, str) and (marked := _MARKED.fullmatch(self.gralora_k)):
-            self.gralora_k = marked[1] if marked[1] == "auto" else int(marked[1])
+        self.gralora_k = plain_k(self.gralora_k)
         chosen_later, self.gralora_k = self.gralora_k == "auto", 1 if self.gralora_k == "auto" else self.gralora_k
         if not _is_whole(self.gralora_k):
             raise ValueError(f"gralora_k: expected a positive integer or 'auto', got {self.gralora_k!r}")

@@ -125,9 +125,9 @@ class Kept:
         """Why ``weight`` is not what the merge made, and cannot be taken back bit for bit; None where it can."""
         now = _description(weight)
         if now != self.made_of:
-            return f"is {_in_words(now)} and was {_in_words(self.made_of)} when they were merged"
+            return f"is {_in_words(now)} and was {_in_words(self.made_of)} when adapters were merged into it, so they were subtracted"
         if self._checksums(weight)[1] != int(self.facts[AFTER]):
-            return "was changed since they were merged"
+            return "was changed after adapters were merged into it, so they were subtracted"
         return None
 
     @torch.no_grad()
@@ -142,7 +142,11 @@ class Kept:
         else:
             before = _chunked().take_off(self, weight)
         # Sums are those of the merge on the same kind of processor alone.
-        return None if before == int(self.facts[BEFORE]) else "was merged on another kind of processor"
+        return (
+            None
+            if before == int(self.facts[BEFORE])
+            else "was merged on another kind of processor, whose sums differ in their last bits"
+        )
 
     def put_on(self, weight: Tensor) -> None:
         """Undoes :meth:`take_off`, if it was called or begun: the same sums once more."""
@@ -297,8 +301,8 @@ def put_back(weight: Tensor, records: Sequence[Kept], old: Kept | None) -> None:
 def not_finite(adapter: str) -> str:
     """The message of a safe merge that is refused."""
     return (
-        f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken: its weights would be "
-        "NaN or infinite, and it was not merged"
+        f"NaNs detected in the merged weights. The adapter {adapter} seems to be broken: the merged weights would hold "
+        "NaN or infinity, and it was not merged"
     )
 
 

@@ -89,9 +89,9 @@ def how_to_multiply(layer: GraloraLinear, x: Tensor) -> tuple[str, bool] | None:
 
 
 def _pays(layer: GraloraLinear, name: str, tokens: int) -> bool:
-    """Whether our GEMM is right for the adapter, and making W + ΔW, 2NM(r/k + h) FLOPs, takes at most half of what it saves.
+    """Whether our GEMM is right for the adapter, and making W + ΔW, 2NM(r/k + h) FLOPs, takes few enough.
 
-    That is half of the product of 2NM·tokens itself, since our GEMM is quicker, and the path's share of it.
+    That is at most half of the FLOPs of torch's product and the path together, 2NM·tokens·(1 + share).
     """
     modules, h = layer._modules, layer.hybrid_r[name]
     if modules["gralora_A"]._parameters[name].dtype == torch.float64:  # sums would be in float64

@@ -149,7 +149,8 @@ def _fill(name: str, parameter: Tensor, new: Tensor | None, factor: float) -> No
     if new is None:
         parameter.zero_()
     else:
-        parameter.copy_(_fitted(name, new.to(parameter.device), parameter.shape, factor))
+        wide = torch.promote_types(new.dtype, parameter.dtype)  # what is rounded is the parameter, and not the file's B
+        parameter.copy_(_fitted(name, new.to(parameter.device, wide), parameter.shape, factor))
 
 
 def _fitted(name: str, tensor: Tensor, shape: Sequence[int], factor: float) -> Tensor:

@@ -299,7 +299,7 @@ class GraloraLinear(Linear):
 
 def inexact(what: str) -> str:
     """The warning where ``what`` keeps codes from leading back."""
-    return f"{what}, so they were subtracted: it is that of before the merge but for rounding"
+    return f"{what}: it is the weight of before the merge except for rounding"
 
 
 def _from_elsewhere(container: nn.Module, adapter: str, tensor: Tensor) -> Tensor:

@@ -16,10 +16,8 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .._gralora_k import CHOICES, nearest_k
 from .config import GraloraConfig, check_init_weights
-
-CHOICES = (1, 2, 4, 8)
-NEAR = 8  # r/k² of the paper's settings
 
 
 def of_layer(config: Any, name: str, layer: nn.Module) -> Any:
@@ -56,9 +54,9 @@ def alpha_of(config: Any, name: str) -> float:
 
 
 def choose_k(r: int, in_features: int, out_features: int) -> int:
-    """The k of 1, 2, 4 and 8 that divides all three and brings r/k² nearest to 8; the smaller at a tie."""
+    """The k of 1, 2, 4 and 8 that divides all three and brings r/k² nearest to 8."""
     possible = [k for k in CHOICES if r % k == in_features % k == out_features % k == 0]
-    return min(possible, key=lambda k: (abs(r / k**2 - NEAR), k))
+    return nearest_k(r, possible)
 
 
 def store_chosen_k(config: Any, adapter: str, model: nn.Module) -> None:

@@ -129,7 +129,8 @@ def merge(layer: GraloraLinear, adapter: str, safe: bool) -> None:
         put_back(before)
         raise
     layer.kept_weight = layer.kept_weight or before
-    error = (lost.norm() / delta.norm()).item() if lost.any() else 0.0  # an adapter of zeros loses nothing
+    # 0 where nothing is lost, also of an adapter of zeros; infinite where that one loses anything
+    error = (lost.norm() / delta.norm()).item() if lost.any() else 0.0
     layer.merge_errors = {**layer.merge_errors, adapter: error}
 
 

@@ -21,5 +21,9 @@ class Uninterrupted:
     def __exit__(self, *error: object) -> None:
         if self.handler is not None:
             signal.signal(signal.SIGINT, self.handler)
-        if self.came and callable(self.handler):
+        if not self.came:
+            return
+        if callable(self.handler):
             self.handler(*self.came[-1])
+        elif self.handler == signal.SIG_DFL:
+            signal.raise_signal(signal.SIGINT)
