@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from gralora_ext.cli.manifest import digest
-from gralora_ext.compare.page import cells
+from gralora_ext.compare.methods import METHODS
+from gralora_ext.compare.page import cells as cells_of
 from gralora_ext.compare.plan import MEASURE
 from gralora_ext.compare.summary import Spread
 from gralora_ext.program.errors import JobError
@@ -21,15 +22,17 @@ JOB = "finetune-default"
 FOUR_BIT = "finetune-4bit"
 OF_ONE_JOB = ("backend", "seed", "output", "sample_tokens")  # settings in which FOUR_BIT's jobs may differ
 FILE_MERGE = "file-merge"
-COMPARED = "compare"  # the folder with the committed comparison; analyses lie in analyze-rank and so on
+# Tables of comparisons, and the folders they are in; analyses lie in analyze-rank and so on.
+COMPARED = {"methods": "compare", "control": "compare-k1"}
 ANALYSES = ("rank", "outlier", "grid")
 
 
 def tables(folder: Path) -> dict[str, Callable[[Path], str]]:
     """Of what is committed in ``folder``, the functions that make a table of it, by name."""
     found: dict[str, Callable[[Path], str]] = {"job": job, "four-bit": four_bit, "file-merge": file_merge}
-    if (folder / COMPARED / "summary.json").exists():
-        found["methods"] = methods
+    for name, of in COMPARED.items():
+        if (folder / of / "summary.json").exists():
+            found[name] = partial(methods, of=of)
     for what in ANALYSES:
         if (folder / f"analyze-{what}" / f"{what}.json").exists():
             found[what] = partial(findings, what=what)
@@ -126,11 +129,11 @@ def _fixed_order(seconds: dict[str, list[float]]) -> str:
     )
 
 
-def methods(folder: Path) -> str:
+def methods(folder: Path, of: str) -> str:
     """The comparison's table, with what follows from it."""
-    content = read_json(folder / COMPARED / "summary.json")
+    content = read_json(folder / of / "summary.json")
     table = [["method", "learning rate", "seeds", *(f"{m['label']} ({m['unit']})" for m in content["metrics"])]]
-    table += [[row["label"], *cells(row)] for row in content["rows"]]
+    table += [[row["label"], *cells_of(row)] for row in content["rows"]]
     s = content["settings"]
     sizes = (
         f"`gralora-ext compare{' --quick' if s['quick'] else ''}`: {s['model'].split(' (')[0]} on {s['data']}, "
@@ -139,9 +142,9 @@ def methods(folder: Path) -> str:
     )
     busy = ["In some runs threads had to wait for a core, so that their speeds are too low, and not comparable."]
     mixed = ["Processor or threads differ between runs: speeds and memory are not comparable."]
-    places = {_place(run) for run in _runs(folder / COMPARED) if run["run"]["part"] == MEASURE}
+    places = {_place(run) for run in _runs(folder / of) if run["run"]["part"] == MEASURE}
     said = content["sentences"] + (busy if content["busy"] else []) + (mixed if len(places) > 1 else [])
-    return "\n\n".join([sizes, markdown(table), *said, _measured(folder / COMPARED)])
+    return "\n\n".join([sizes, markdown(table), *said, _measured(folder / of)])
 
 
 def findings(folder: Path, what: str) -> str:
@@ -154,7 +157,7 @@ def findings(folder: Path, what: str) -> str:
         f"`gralora-ext analyze {what}{' --quick' if s['quick'] else ''}`: {s['model'].split(' (')[0]}, {s['steps']} steps of "
         f"{s['batch_size']} rows, {s['seeds']} seeds."
     )
-    more = _of_outlier(content["means"]) if what == "outlier" else []
+    more = _of_outlier(content["means"]) if what == "outlier" else _of_grid(content) if what == "grid" else []
     return "\n\n".join([sizes, markdown(table), *more, _measured(folder / f"analyze-{what}")])
 
 
@@ -184,6 +187,32 @@ def _of_outlier(means: dict[str, Any]) -> list[str]:
         ]
         said += [sentence, markdown(table)]
     return said
+
+
+def _of_grid(content: dict[str, Any]) -> list[str]:
+    """Of the grid: the losses of each rank and k, and those on the validation rows, by which the rates were chosen."""
+    cells = {(cell["r"], cell["k"]): cell for cell in content["cells"]}
+    choices = {(choice["rank"], METHODS[choice["method"]].options.get("k", 1)): choice for choice in content["choices"]}
+    ks = sorted({k for _, k in cells})
+    heads = ["LoRA" if k == 1 else f"GraLoRA (k = {k})" for k in ks]
+    losses, tried = [["r", *heads]], [["r", "learning rate", *heads]]
+    for r in sorted({r for r, _ in cells}):
+        of_rank = [(cells[r, k], choices[r, k]) for k in ks]
+        losses.append([str(r), *(f"{_loss(cell)} (lr {choice['rate']:g})" for cell, choice in of_rank)])
+        by_rate = [{one["rate"]: one["loss"] for one in choice["tried"]} for _, choice in of_rank]
+        for rate in sorted({rate for of_case in by_rate for rate in of_case}):
+            of_rate = [f"{of_case[rate]:.4f}" if of_case.get(rate) else "" for of_case in by_rate]
+            tried.append([str(r), f"{rate:g}", *of_rate])
+    return [
+        "Held-out loss, mean ± standard deviation over the seeds, and the learning rate that was chosen:",
+        markdown(losses),
+        "Loss on the validation rows, by which the rates were chosen, of one seed that is not among those above:",
+        markdown(tried),
+    ]
+
+
+def _loss(cell: dict[str, Any]) -> str:
+    return Spread(tuple(cell["values"])).text(4) if cell["values"] else "diverged"
 
 
 def _runs(folder: Path) -> list[dict[str, Any]]:

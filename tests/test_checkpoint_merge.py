@@ -214,6 +214,7 @@ def test_values_that_are_none_are_refused(tmp_path):
         ({"max_shard_size": "5 apples"}, "max_shard_size: expected"),
         ({"max_shard_size": 0}, "max_shard_size: expected"),
         ({"scale": float("nan")}, "scale: expected a finite number"),
+        ({"scale": 10**400}, "scale: expected a finite number, got 1000"),
     ):
         with pytest.raises(ValueError, match=message):
             merge(base, adapter, tmp_path / "out", **how)

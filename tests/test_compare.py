@@ -267,6 +267,31 @@ def test_a_run_whose_threads_had_to_wait_for_a_core_is_busy(compared):
     assert was_busy({**record, "waited": None, "load": load}) and not was_busy({**record, "waited": None, "load": 1})
 
 
+QUICKLY = {
+    ("compare",): ("summary.json", {"base", "full", "lora", "gralora-k2"}),
+    ("analyze", "rank"): ("rank.json", {f"gralora-k{k}" for k in (1, 2, 4, 8)}),
+    ("analyze", "outlier"): ("outlier.json", {"lora", "gralora-k2", "gralora-k4", "gralora-k8"}),
+    ("analyze", "grid"): ("grid.json", {"lora", "gralora-k2"}),
+}
+
+
+@pytest.mark.parametrize("words", QUICKLY, ids="-".join)
+def test_quick_runs_make_all_of_their_methods_with_two_seeds_and_claim_nothing(work, words, monkeypatch):
+    """With the options of ``--quick``, but for the model and the length of its rows."""
+    monkeypatch.setattr(runner.Runner, "_make", make_here)
+    output = work / f"quick-{words[-1]}"
+    own = ("--model", "model", "--data", "rows.jsonl", "--general-text", "general.txt", "--max-length", 64)
+    done = call(*words, "--quick", "--output", output, *own, cwd=work)
+    assert done.returncode == 0, done.stderr
+    file, methods = QUICKLY[words]
+    runs = [r["run"] for r in records(output) if r.get("run", {}).get("part") == MEASURE]
+    assert {run["method"] for run in runs} == methods and {run["seed"] for run in runs} == {0, 1}
+    content = json.loads((output / file).read_text())
+    assert content["settings"]["quick"] and content["settings"]["seeds"] == 2
+    assert all(found["verdict"] == findings.OUT_OF_REACH for found in content.get("findings", []))
+    assert all("nothing can be said" in sentence for sentence in content.get("sentences", []))
+
+
 @pytest.mark.parametrize("text", ["{}", '{"seeds": 3, "quick": false}', "[1", None])
 def test_a_folder_with_another_programs_settings_is_left_alone(work, tmp_path, text):
     (tmp_path / "out").mkdir()

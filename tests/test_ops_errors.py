@@ -184,6 +184,7 @@ def test_raw_op_refuses_a_wrong_seed(seed: Tensor | None, error: type[Exception]
     [
         ({"grad": like(7, 9)}, ValueError, ["grad", "10", "7, 9"]),
         ({"grad": like(6, 10)}, ValueError, ["grad", "7, 8", "6, 10"]),
+        ({"grad": like(1, 7, 10)}, ValueError, ["grad", "7, 8", "1, 7, 10"]),  # as many tokens, in another shape
         ({"u": like(7, 12)}, ValueError, ["u", "7, 15", "7, 12"]),
         ({"u": like(7, 15, dtype=torch.float16)}, TypeError, ["u", "(?i)float", "(?i)half|16"]),
         ({"u": like(7, 15, dtype=torch.bfloat16)}, TypeError, ["u", "float32 or float64", "(?i)bfloat16"]),
@@ -199,6 +200,7 @@ def test_raw_op_refuses_a_wrong_seed(seed: Tensor | None, error: type[Exception]
     ids=[
         "grad_width",
         "grad_tokens",
+        "grad_shape",
         "u_width",
         "u_half",
         "u_bfloat16",

@@ -34,6 +34,21 @@ print(result(100).data_ptr() == place)  # it would waste most of it
     assert printed.split() == ["True", "False"]
 
 
+def test_of_blocks_of_one_size_the_one_freed_last_is_taken():
+    """Which caches may still hold. In a process of its own, as above."""
+    printed = run_python("""
+from test_result_memory import result
+kept = [result(1000) for _ in range(3)]
+order = [1, 2, 0]
+places = [kept[i].data_ptr() for i in order]
+for i in order:
+    kept[i] = None
+found = [result(1000) for _ in range(3)]
+print([y.data_ptr() for y in found] == places[::-1])
+""")
+    assert printed.split() == ["True"]
+
+
 def test_memory_in_use_is_never_handed_out_again():
     first = result(1000, 1.0)
     view = first[10:20]

@@ -246,8 +246,16 @@ def test_work_between_chunks_that_breaks_and_whose_undoing_breaks_is_undone_at_l
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"codes": torch.empty(3, dtype=torch.int8)}, ValueError, r"codes must be contiguous \[12\] of Char on the CPU, but is \[3\] of Char"),
-        ({"values": torch.empty(1, dtype=torch.float64)}, ValueError, r"values must be contiguous \[\d+\] of Float on the CPU, but is \[1\] of Double"),
+        (
+            {"codes": torch.empty(3, dtype=torch.int8)},
+            ValueError,
+            r"codes must be contiguous \[12\] of Char on the CPU, but is \[3\] of Char",
+        ),
+        (
+            {"values": torch.empty(1, dtype=torch.float64)},
+            ValueError,
+            r"values must be contiguous \[\d+\] of Float on the CPU, but is \[1\] of Double",
+        ),
         ({"facts": torch.zeros(3, dtype=torch.int64)}, ValueError, r"facts must be contiguous \[5\] of Long"),
         ({"scalings": []}, ValueError, "one scaling for four, but are 4 tensors and 0 scalings"),
         ({"to": torch.zeros(3, 4).t().contiguous().t()}, ValueError, "to must be like weight"),

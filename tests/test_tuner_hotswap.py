@@ -14,6 +14,7 @@ from adapter_helpers import config, delta, layers
 from helpers import same_bits
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import hotswap
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tuner_helpers import DEVICE, Conv1DMlp, Mlp, assert_same_output, fused_layers, needs_new_peft, rows
 
@@ -321,3 +322,16 @@ def test_an_offloaded_adapter_is_not_swapped_in_vain(tmp_path: Path) -> None:
     cpu_offload(model, DEVICE)
     with pytest.raises(ValueError, match="first: the weights of adapter 'default' are on meta"):
         swap(model, folder)
+
+
+def test_a_checkpoint_in_bfloat16_is_rounded_no_more_than_it_is(tmp_path: Path) -> None:
+    """The quotient of the scalings, 2/3, is taken of what the parameters hold, which are float32."""
+    folder, other_model = saved(tmp_path, alpha=16, dtype=torch.float32)
+    file = tmp_path / "adapter_model.safetensors"
+    small = {name: tensor.bfloat16() for name, tensor in load_file(file).items()}
+    save_file(small, file, {"format": "pt"})
+    model = built(dtype=torch.float32)
+    swap(model, folder)
+    for layer, other in zip(layers(model).values(), layers(other_model).values(), strict=True):
+        written = other.gralora_B["default"].detach().bfloat16().float()
+        torch.testing.assert_close(layer.gralora_B["default"].detach(), written * (16 / 24), rtol=2**-23, atol=0)

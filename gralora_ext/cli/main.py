@@ -133,8 +133,9 @@ def _explain(arguments: list[str], error: Exception) -> int:
     if reason := memory_failure(error):
         less = "try a smaller --batch-size or --max-length, --gradient-checkpointing or --dtype bf16, or "
         return _fail(arguments, f"{reason}: {less if arguments[0] == 'finetune' else ''}free some", 2)
-    of_a_file = isinstance(error, OSError) and not isinstance(error, ConnectionError)
-    reason = disk_failure(error) or (error.strerror if of_a_file else None)
+    reason = disk_failure(error)
+    if reason is None and isinstance(error, OSError) and not isinstance(error, ConnectionError):
+        reason = error.strerror
     if not reason:
         return _fail(arguments, f"{type(error).__name__}: {first_sentence(error)}", 1)
     try:

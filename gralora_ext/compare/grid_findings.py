@@ -40,7 +40,7 @@ def worse_at_high_rank(
     elif best != top and apart(losses[best], losses[top], len(others)):
         verdict = REPRODUCED if expected else NOT_REPRODUCED
         why = f"its loss at r = {top} is above that at r = {best}, and told apart from it"
-        if expected and best == min(losses):
+        if expected and best == min(by_rank):
             why += "; but its loss is least at the lowest rank, and not at a middle one"
     elif best == top and (above := [r for r in others if apart(losses[r], losses[top], len(others))]):
         verdict = NOT_REPRODUCED if expected else REPRODUCED
