@@ -129,7 +129,7 @@ def _fixed_order(seconds: dict[str, list[float]]) -> str:
     )
 
 
-def methods(folder: Path, of: str) -> str:
+def methods(folder: Path, of: str = COMPARED["methods"]) -> str:
     """The comparison's table, with what follows from it."""
     content = read_json(folder / of / "summary.json")
     table = [["method", "learning rate", "seeds", *(f"{m['label']} ({m['unit']})" for m in content["metrics"])]]

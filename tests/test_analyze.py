@@ -76,7 +76,7 @@ def test_an_outlier_reaches_all_of_loras_blocks_and_a_kth_of_gralora_s(work_with
     assert {k: s["mean"] for k, s in content["shares"].items()} == {"1": 1.0, "2": 0.5, "4": 0.25, "8": 0.125}
     assert content["findings"][0]["verdict"] == REPRODUCED
     for layer in content["layers"]:
-        assert layer["layer"].endswith("down_proj") and layer["times_median"] > 5
+        assert layer["layer"].endswith("down_proj") and layer["times_median"] > 10
         change, full = (torch.tensor(layer[name]) for name in ("change", "change_of_full"))
         column = layer["block_column"]
         assert (full.sum(0).nonzero().flatten() == column).all(), "full fine-tuning: one column of blocks"

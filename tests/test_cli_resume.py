@@ -290,7 +290,8 @@ def test_a_job_that_begins_anew_says_what_it_deletes_and_until_then_the_earlier_
     assert f"{job.new} is of an earlier job: this one begins anew, and deletes that" in anew.stdout
     settings = job.output / "finetune.json"
     assert json.loads(settings.read_text())["lr"] == 0.02, "of the checkpoints beside it"
-    result = call("finetune", "--config", settings, "--resume", "--steps", 12, cwd=job.work)
+    again = ("finetune", "--config", settings, "--resume", "--steps", 12, "--output", job.output)
+    result = call(*again, cwd=job.work)
     assert result.returncode == 0, result.stderr
     assert "of an earlier job" not in result.stdout
     same_end(job.output, job.work / "unbroken")

@@ -205,6 +205,12 @@ def test_explain_prints_the_plans(tmp_path: Path) -> None:
     assert re.search(rf"^  product +{found['forward']['product']}$", printed, re.MULTILINE)
     for heading in ("this machine", "forward", "backward", "merge"):
         assert f"\n{heading}\n" in printed
+    assert "linear, W + dW as one product" not in printed, "which takes float32, or float64 alone"
+    assert "backward where forward did not keep U" in printed
+    printed = run("info", "--explain", "512", "4096", "1024", "32", "2", "bfloat16", cwd=tmp_path).stdout
+    assert "backward where forward did not keep U" not in printed, "which it always does in bfloat16"
+    largest = run("info", "--explain", *["1000000"] * 4, "8", "float32", cwd=tmp_path).stdout
+    assert "linear, W + dW as one product" in largest and not re.search(r" -\d", largest), "no size has wrapped around"
 
 
 @pytest.mark.parametrize(
@@ -226,13 +232,13 @@ def test_explain_tells_which_dtypes_run_on_tensor_cores(activations: str, adapte
     ("words", "message"),
     [
         (["512", "4096", "1023", "32", "2", "float32"], "M must be divisible by k = 2, but it is 1023"),
-        (["512", "4096", "1024", "32", "0", "float32"], "k must be a number from 1 to 1,000,000,000, but it is '0'"),
-        (["x", "4096", "1024", "32", "2", "float32"], "T must be a number from 0 to 1,000,000,000, but it is 'x'"),
-        (["²", "4096", "1024", "32", "2", "float32"], "T must be a number from 0 to 1,000,000,000, but it is '²'"),
-        (["512", f"{10**20}", "1024", "32", "2", "float32"], "N must be a number from 1 to 1,000,000,000, but it is "),
+        (["512", "4096", "1024", "32", "0", "float32"], "k must be a number from 1 to 1,000,000, but it is '0'"),
+        (["x", "4096", "1024", "32", "2", "float32"], "T must be a number from 0 to 1,000,000, but it is 'x'"),
+        (["²", "4096", "1024", "32", "2", "float32"], "T must be a number from 0 to 1,000,000, but it is '²'"),
+        (["512", f"{10**20}", "1024", "32", "2", "float32"], "N must be a number from 1 to 1,000,000, but it is "),
         (
-            ["512", f"{10**9 + 1}", "1024", "32", "2", "float32"],
-            "N must be a number from 1 to 1,000,000,000, but it is ",
+            ["512", f"{10**6 + 1}", "1024", "32", "2", "float32"],
+            "N must be a number from 1 to 1,000,000, but it is ",
         ),
         (["1", "4096", "1024", "32", "2", "int8"], "DTYPE must be of float32"),
     ],

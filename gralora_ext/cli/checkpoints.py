@@ -79,8 +79,8 @@ class Checkpoints(Owner):
         return None
 
     def newest(self) -> Path | None:
-        """The newest checkpoint, whole or not."""
-        return next(iter(self._all()), None)
+        """The newest checkpoint that a job wrote, whole or not."""
+        return next((path for path in self._all() if self._written(path)), None)
 
     def bytes(self) -> int:
         """What the checkpoints take that are there."""

@@ -116,25 +116,20 @@ def outliers(job: Any) -> list[dict[str, Any]]:
 
 
 def _inputs_and_gradients(job: Any, layers: list[Adapted]) -> dict[str, tuple[Tensor, Tensor]]:
-    """x [T, N] and g [T, M] of each layer in one batch of held-out rows, in float64, without the padding behind a row."""
+    """x [T, N] and g [T, M] of each layer in one batch of held-out rows, in float64; padding counts in x, and g is 0 there."""
     inputs: dict[str, Tensor] = {}
     gradients: dict[str, Tensor] = {}
 
-    device = next(job.model.parameters()).device
-    batch = {key: t.to(device) for key, t in job.encoder.collate(job.batches.held_out[:ROWS]).items()}
-    read = batch["attention_mask"].bool().cpu()
-
-    def rows_of(values: Tensor) -> Tensor:
-        return values.detach().double().cpu()[read]
-
     def watch(name: str) -> Callable[..., None]:
         def hook(module: Any, arguments: Any, output: Tensor) -> None:
-            inputs[name] = rows_of(arguments[0])
-            output.register_hook(lambda g: gradients.__setitem__(name, rows_of(g)))
+            inputs[name] = arguments[0].detach().double().cpu().flatten(0, -2)
+            output.register_hook(lambda g: gradients.__setitem__(name, g.detach().double().cpu().flatten(0, -2)))
 
         return hook
 
     handles = [layer.module.register_forward_hook(watch(layer.name)) for layer in layers]
+    device = next(job.model.parameters()).device
+    batch = {key: t.to(device) for key, t in job.encoder.collate(job.batches.held_out[:ROWS]).items()}
     try:
         job.model.train()
         job.model(**batch, use_cache=False).loss.backward()
