@@ -51,8 +51,8 @@ def transpose(weight: nn.Parameter) -> None:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (change, "was changed since they were merged"),
-        (swap_rows, "was changed since"),
+        (change, "was changed after adapters were merged"),
+        (swap_rows, "was changed after"),
         (cast, r"is torch\.float32 on .* and was torch\.bfloat16 on"),
         (transpose, r"is .* and strides \[1, 512\] and was"),
     ],
@@ -92,7 +92,7 @@ def test_kept_knows_the_weight_that_it_has_made() -> None:
         changed = weight.detach().clone()
         bits = changed.view(torch.int16)
         bits[row, row // 2] ^= 1
-        assert kept.obstacle(changed) == "was changed since they were merged"
+        assert kept.obstacle(changed) == "was changed after adapters were merged into it, so they were subtracted"
         seen.add(kept._checksums(changed)[1])
     assert len(seen) == 15
 
@@ -103,7 +103,7 @@ def test_one_warning_tells_of_all_layers() -> None:
     for module in model.modules():
         if isinstance(module, GraloraLinear):
             module.base_layer.weight.data.mul_(2)
-    with pytest.warns(UserWarning, match=r"second was changed .* \(as were 1 others\), so") as told:
+    with pytest.warns(UserWarning, match=r"second was changed .*subtracted \(and so for 1 more\): it") as told:
         model.unmerge_adapter()
     assert len(told) == 1
 

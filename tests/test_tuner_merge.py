@@ -100,7 +100,7 @@ def test_safe_merge_of_a_broken_adapter_changes_nothing_for_it(base: Any) -> Non
     with torch.no_grad():
         layer.gralora_B["other"][0, 0, 0] = float("inf")
     before = layer.base_layer.weight.detach().clone()
-    with pytest.raises(ValueError, match="The adapter other seems to be broken.*NaN or infinite"):
+    with pytest.raises(ValueError, match="The adapter other seems to be broken.*NaN or infinity"):
         layer.merge(safe_merge=True, adapter_names=["other"])
     assert same_bits(layer.base_layer.weight.detach(), before) and not layer.merged
     with pytest.raises(ValueError, match="The adapter other seems"):

@@ -11,6 +11,15 @@ from helpers import run_python
 from gralora_ext.tuner.uninterrupted import Uninterrupted
 
 
+@pytest.fixture
+def raises_on_ctrl_c():
+    """As a program of Python begins, whatever other tests have set."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("raises_on_ctrl_c")
 def test_it_comes_at_the_end_of_the_block():
     done = []
     with pytest.raises(KeyboardInterrupt), Uninterrupted():

@@ -114,7 +114,7 @@ def unmerge(model: nn.Module) -> None:
 
     all_or_nothing(model, work, last_first=True)
     if reasons:
-        others = f" (as were {len(reasons) - 1} others)" if len(reasons) > 1 else ""
+        others = f" (and so for {len(reasons) - 1} more)" if len(reasons) > 1 else ""
         warnings.warn(inexact(reasons[0] + others), stacklevel=3)
 
 
