@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gralora_ext.cli.manifest import digest
-from gralora_ext.compare.methods import METHODS
+from gralora_ext.compare.methods import k_of, of_k
 from gralora_ext.compare.page import cells as cells_of
 from gralora_ext.compare.plan import MEASURE
 from gralora_ext.compare.summary import Spread
@@ -163,38 +163,35 @@ def findings(folder: Path, what: str) -> str:
 
 def _of_outlier(means: dict[str, Any]) -> list[str]:
     """Of the outlier's analysis: cosines in the outlier's blocks, and what a step on A alone and one on B alone give."""
-    said = []
-    for sentence, heads in (
-        (
-            "In the blocks that have the outlier channel among their inputs:",
-            {
-                "block_cosines_without": "mean cosine of a block, without the outlier channel",
-                "block_cosines_with": "with it",
-            },
-        ),
-        (
-            "The direction of the whole, taken apart into a step on A alone and one on B alone:",
-            {
-                "cosine_of_a": "cosine of a step on A",
-                "cosine_of_b": "cosine of a step on B",
-                "size_of_a": "how far A's step moves ΔW, as a part of B's",
-            },
-        ),
-    ):
-        table = [["k", *heads.values()]]
-        table += [
-            [k, *(Spread(tuple(means[what][k]["values"])).text(3) for what in heads)] for k in means["cosine_of_a"]
-        ]
-        said += [sentence, markdown(table)]
-    return said
+    in_blocks = {
+        "block_cosines_without": "mean cosine of a block, without the outlier channel",
+        "block_cosines_with": "with it",
+    }
+    by_parameter = {
+        "cosine_of_a": "cosine of a step on A",
+        "cosine_of_b": "cosine of a step on B",
+        "size_of_a": "how far A's step moves ΔW, as a part of B's",
+    }
+
+    def table(heads: dict[str, str]) -> str:
+        spreads = {what: {k: Spread(tuple(of["values"])) for k, of in means[what].items()} for what in heads}
+        rows = [[k, *(spreads[what][k].text(3) for what in heads)] for k in means["cosine_of_a"]]
+        return markdown([["k", *heads.values()], *rows])
+
+    return [
+        "In the blocks that have the outlier channel among their inputs:",
+        table(in_blocks),
+        "The direction of the whole, taken apart into a step on A alone and one on B alone:",
+        table(by_parameter),
+    ]
 
 
 def _of_grid(content: dict[str, Any]) -> list[str]:
     """Of the grid: the losses of each rank and k, and those on the validation rows, by which the rates were chosen."""
     cells = {(cell["r"], cell["k"]): cell for cell in content["cells"]}
-    choices = {(choice["rank"], METHODS[choice["method"]].options.get("k", 1)): choice for choice in content["choices"]}
+    choices = {(choice["rank"], k_of(choice["method"])): choice for choice in content["choices"]}
     ks = sorted({k for _, k in cells})
-    heads = ["LoRA" if k == 1 else f"GraLoRA (k = {k})" for k in ks]
+    heads = [of_k(k).label for k in ks]
     losses, tried = [["r", *heads]], [["r", "learning rate", *heads]]
     for r in sorted({r for r, _ in cells}):
         of_rank = [(cells[r, k], choices[r, k]) for k in ks]

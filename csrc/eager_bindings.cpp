@@ -176,9 +176,8 @@ PyMethodDef eager_methods[] = {
     {"needs_plain_torch", &needs_plain_torch, METH_NOARGS,
      "Whether a transform of torch.func or forward-mode differentiation is on, for which the ops have no rule."},
     {"may_be_one_operation", by_place(&may_be_one_operation), METH_FASTCALL,
-     "Whether x, the first argument, is a plain tensor, has as many elements as the second says if it is on the CPU, "
-     "and "
-     "there is no autocast, no dispatch mode, no tracing, and needs_plain_torch is false."},
+     "Whether x is a plain tensor, with `least` elements or more if it is on the CPU, and there is no autocast, no "
+     "dispatch mode, no tracing, and needs_plain_torch is false."},
     {"may_write_into", by_place(&may_write_into), METH_FASTCALL,
      "Whether y may take the memory of the first tensor, beside the second, x: tensors proper, contiguous, apart, with "
      "no dispatch mode, no tracing, and needs_plain_torch false."},

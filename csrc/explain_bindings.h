@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The plans of the CPU passes (cpu/plan.h), and which CUDA kernels a layer would get: for people and
-// tests.
+// For people and tests: the plans of the CPU passes (cpu/plan.h), and which CUDA kernels a layer
+// would get.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -92,8 +92,8 @@ struct ForwardParams {
   int threads = 1;
 };
 
-// Writes (=) the gradients whose data is not null. u is as forward wrote it; where it is null it is
-// made again from x. It must not be null where u_bf16 is set.
+// Writes (=) the gradients whose data is not null. u is as forward wrote it. Where it is null, which
+// it must not be with u_bf16, it is made again from x.
 struct BackwardParams {
   Shape shape;
   Adapter adapter;

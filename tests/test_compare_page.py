@@ -57,18 +57,7 @@ def order(shown):
     return [row.get_attribute("data-method") for row in shown.locator("#table tbody tr").all()]
 
 
-def values(output, method, key):
-    found = [r for r in records(output) if r["run"]["method"] == method and r["run"]["part"] == "measure"]
-    return [r["results"][key] for r in found]
-
-
-def test_the_page_asks_for_nothing_and_complains_of_nothing(shown, output):
-    _, complaints, asked = shown
-    assert complaints == []
-    assert [url for url in asked if not url.startswith("data:")] == [(output / PAGE).as_uri()]
-
-
-def of_runs(output, method, metric):
+def values(output, method, metric):
     """The values of a column, by the files of runs alone."""
     base = next(r for r in records(output) if r["run"]["method"] == "base")["results"]
     taken = {
@@ -79,6 +68,12 @@ def of_runs(output, method, metric):
     }.get(metric, lambda r: r[metric])
     return [taken(r["results"]) for r in records(output)
             if (r["run"]["method"], r["run"]["part"]) == (method, "measure")]  # fmt: skip
+
+
+def test_the_page_asks_for_nothing_and_complains_of_nothing(shown, output):
+    _, complaints, asked = shown
+    assert complaints == []
+    assert [url for url in asked if not url.startswith("data:")] == [(output / PAGE).as_uri()]
 
 
 def test_the_table_is_what_the_files_of_runs_and_the_summary_say(shown, output):
@@ -94,8 +89,8 @@ def test_the_table_is_what_the_files_of_runs_and_the_summary_say(shown, output):
         assert cells["seeds"].inner_text() == str(row["seeds"]) == "3"
         for metric in content["metrics"]:
             cell, of_row = cells[metric["key"]], row["metrics"][metric["key"]]
-            values = of_runs(output, row["method"], metric["key"])
-            mean, deviation = statistics.fmean(values), statistics.stdev(values)
+            of_runs = values(output, row["method"], metric["key"])
+            mean, deviation = statistics.fmean(of_runs), statistics.stdev(of_runs)
             for name, value in (("mean", mean), ("deviation", deviation)):
                 assert float(cell.get_attribute(f"data-{name}")) == pytest.approx(value, rel=1e-9, abs=1e-12)
                 assert of_row[name] == pytest.approx(value, rel=1e-9, abs=1e-12)

@@ -11,9 +11,9 @@
 // tokens. x goes through a ring of kStages chunks of 128 bytes a row (cp.async), each read once
 // per group of ranks; P through two buffers of bfloat16 pieces, converted once a block. Both are
 // read by ldmatrix from rows whose length is an odd multiple of 16 bytes, or a float x by 8-byte
-// loads from rows of 160 bytes: no bank conflicts. Sums are taken in the order of i,
-// in registers, and each chunk's is added to a total that rounds to nearest (promote): the result
-// depends on nothing but the shape and the number of splits.
+// loads from rows of 160 bytes: no bank conflicts. Sums are taken in the order of i, in registers,
+// and each chunk's is added to a total that rounds to nearest (promote): the result depends on
+// nothing but the shape and the number of splits.
 #pragma once
 
 #include "fragments.cuh"

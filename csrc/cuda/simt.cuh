@@ -16,8 +16,8 @@
 namespace gralora::cuda {
 
 // A tensor [blocks, rows, columns] of any dtype and strides, in elements. Blocks are numbered
-// outer * inner_blocks + inner; only merge has inner blocks. Columns lie in groups of `group`, which
-// only latents stored in the order after the exchange use.
+// outer * inner_blocks + inner; only merge has inner blocks. Columns lie in groups of `group`: only
+// latents that are stored in the order after the exchange have groups.
 struct View {
   void* data = nullptr;
   DType dtype = DType::f32;

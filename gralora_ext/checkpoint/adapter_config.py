@@ -16,8 +16,8 @@ from .json_text import read_object
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KINDS = ("GRALORA", "LORA")
-# Fields of LoraConfig (PEFT 0.19 to 0.21) with which the merged weight is not W + s B A, or is not
-# that of the base model as it is stored.
+# Fields of LoraConfig (PEFT 0.19 to 0.21) with which the merged weight is not W + s B A, or W is
+# not the base model's as it is stored.
 _NOT_PLAIN = (
     "use_dora",
     "lora_bias",

@@ -88,8 +88,10 @@ class Encoder:
             cut += len(ids) > self.max_length
             silent = silent and len(ids) < 2  # nothing, or the end token alone
             unmarked += not any(said for _, said in pieces)
-            lost += 0 if isinstance(row, tuple) else not_told
-            bare += not_told if isinstance(row, tuple) else 0
+            if isinstance(row, tuple):
+                bare += not_told
+            else:
+                lost += not_told
             ids, labels = ids[: self.max_length], labels[: self.max_length]
             if any(label != IGNORED for label in labels):
                 examples.append({"input_ids": ids, "labels": labels})

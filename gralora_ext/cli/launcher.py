@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from ..program.errors import JobError
 
-# Of torchrun and accelerate, Open MPI, MPICH and Intel MPI, MVAPICH: how many processes there are,
-# which of them this one is, and which of those on this machine.
+# The variables of torchrun and accelerate, Open MPI, MPICH and Intel MPI, and MVAPICH. They tell how
+# many processes there are, which of them this one is, and which of those on this machine.
 _VARIABLES = (
     ("WORLD_SIZE", "RANK", "LOCAL_RANK"),
     ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),

@@ -96,6 +96,12 @@ _EXCLUDE = (
     ("messages_field", "text_field"),
     *((whole, part) for whole in ("messages_field", "text_field") for part in ("prompt_field", "answer_field")),
 )
+# Of options that not every optimizer reads: those that do, by a part of their name in --optim.
+_READERS = {
+    "adam_beta1": {"adam": "AdamW", "lion": "Lion"},
+    "adam_beta2": {"adam": "AdamW", "lion": "Lion"},
+    "adam_epsilon": {"adam": "AdamW"},
+}
 _BEGINNINGS = {"fused": ("gaussian", "orthogonal"), "peft": (), "lora": ("gaussian", "orthogonal", "olora", "pissa")}
 
 
@@ -126,11 +132,9 @@ def _check_together(options: argparse.Namespace) -> None:
         raise JobError("--layers-pattern needs --layers-to-transform")
     if options.eval_split and not options.eval_data:
         raise JobError("--eval-split needs --eval-data")
-    for key in ("adam_beta1", "adam_beta2", "adam_epsilon"):
-        of = ("adam", "lion") if key != "adam_epsilon" else ("adam",)
-        if _is_given(options, key) and not any(name in options.optim for name in of):
-            whose = " and ".join({"adam": "AdamW", "lion": "Lion"}[name] for name in of)
-            raise JobError(f"{_typed(key)} is of {whose}, and --optim is {options.optim}")
+    for key, readers in _READERS.items():
+        if _is_given(options, key) and not any(name in options.optim for name in readers):
+            raise JobError(f"{_typed(key)} is of {' and '.join(readers.values())}, and --optim is {options.optim}")
     if options.report_to and "none" in options.report_to and len(options.report_to) > 1:
         raise JobError("--report-to: none goes with no other name")
 

@@ -13,7 +13,7 @@ from ..program.files import staged, write_json
 from . import contents, findings, pictures
 from .comparison import Chooser, settings_of, stopped
 from .findings import Finding
-from .methods import METHODS, Method
+from .methods import METHODS, Method, of_k
 from .plan import MEASURE
 from .runner import RUNS, Record, Runner, running
 from .summary import Choice
@@ -122,7 +122,7 @@ class Outliers(Analysis):
     extra = "outliers"
 
     def cases(self) -> list[tuple[int, Method]]:
-        return [(self.options.rank, METHODS[name]) for name in ("lora", *(f"gralora-k{k}" for k in CHOICES if k > 1))]
+        return [(self.options.rank, of_k(k)) for k in CHOICES]
 
     def run(self, runner: Runner) -> dict[str, Any]:
         return {**self.measure(runner), **contents.of_outliers(self.records)}
@@ -130,7 +130,7 @@ class Outliers(Analysis):
 
 class Grid(Analysis):
     def cases(self) -> list[tuple[int, Method]]:
-        methods = [METHODS["lora"], *(METHODS[f"gralora-k{k}"] for k in sorted(set(self.options.ks)))]
+        methods = [of_k(k) for k in (1, *sorted(set(self.options.ks)))]
         return [(rank, method) for rank in sorted(set(self.options.ranks)) for method in methods]
 
     def run(self, runner: Runner) -> dict[str, Any]:

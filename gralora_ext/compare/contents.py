@@ -12,7 +12,7 @@ from ..program.errors import JobError
 from . import findings
 from .findings import Finding
 from .grid_findings import Case, best_k, worse_at_high_rank
-from .methods import METHODS
+from .methods import k_of
 from .summary import Spread, spread
 
 CHANGED = 0.01  # a block whose gradient an outlier changes by more than this share is one that it reaches
@@ -75,7 +75,7 @@ def of_grid(records: Records, at_edge: Mapping[tuple[int, str], bool]) -> dict[s
     cases: dict[tuple[int, int], Case] = {}
     for (rank, name), of_case in records.items():
         losses = spread([record["results"]["loss"] for record in of_case])
-        cases[rank, _k(name)] = Case(losses, at_edge[rank, name])
+        cases[rank, k_of(name)] = Case(losses, at_edge[rank, name])
     ranks = sorted({rank for rank, _ in cases})
     # Of GraLoRA the k of the paper's ratio: the best one would be chosen on the test rows.
     ks = sorted({k for _, k in cases if k > 1})
@@ -103,13 +103,8 @@ def of_grid(records: Records, at_edge: Mapping[tuple[int, str], bool]) -> dict[s
     return {"cells": cells, "findings": _dicts(found)}
 
 
-def _k(method: str) -> int:
-    """LoRA is k = 1."""
-    return METHODS[method].options.get("k", 1)
-
-
 def _by_k(records: Records) -> dict[int, Sequence[Record]]:
-    return {_k(name): of_case for (_, name), of_case in records.items()}
+    return {k_of(name): of_case for (_, name), of_case in records.items()}
 
 
 def _seeds(records: Records) -> int:

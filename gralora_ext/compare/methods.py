@@ -64,6 +64,16 @@ DEFAULT = tuple(name for name in METHODS if name not in ("gralora-auto", "gralor
 QUICK = ("full", "lora", "gralora-k2")
 
 
+def of_k(k: int) -> Method:
+    """The method of an analysis with this k: LoRA is k = 1."""
+    return METHODS["lora" if k == 1 else f"gralora-k{k}"]
+
+
+def k_of(name: str) -> int:
+    """The k of a method of an analysis, 1 for LoRA."""
+    return int(METHODS[name].options.get("k", 1))
+
+
 def chosen(names: list[str]) -> list[Method]:
     """The methods of these names, each once, in the order of the table; JobError for one that is unknown."""
     for name in names:

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .methods import of_k
+
 COLOURS = (
     "#0b6e99",
     "#d9730d",
@@ -118,7 +120,7 @@ def outlier(content: dict[str, Any], path: Path) -> None:
     layers = content["layers"]
     strongest = max(layers, key=lambda layer: layer["times_median"])["layer"]
     ks = sorted({layer["k"] for layer in layers})
-    names = {k: "LoRA" if k == 1 else f"GraLoRA (k = {k})" for k in ks}
+    names = {k: of_k(k).label for k in ks}
 
     def mean(k: int, key: str) -> list[list[float]]:
         found = [layer[key] for layer in layers if layer["layer"] == strongest and layer["k"] == k]
@@ -166,15 +168,15 @@ def grid(content: dict[str, Any], path: Path) -> None:
     with figure(path, 9, 5.8) as drawn:
         axes = drawn.subplots()
         for i, k in enumerate(sorted({cell["k"] for cell in cells})):
-            of_k = sorted((cell for cell in cells if cell["k"] == k), key=lambda cell: cell["r"])
+            line = sorted((cell for cell in cells if cell["k"] == k), key=lambda cell: cell["r"])
             axes.errorbar(
-                [cell["r"] for cell in of_k],
-                [cell["mean"] for cell in of_k],
-                yerr=[cell["deviation"] or 0 for cell in of_k],
+                [cell["r"] for cell in line],
+                [cell["mean"] for cell in line],
+                yerr=[cell["deviation"] or 0 for cell in line],
                 color=colour(i),
                 marker="o",
                 capsize=3,
-                label="LoRA" if k == 1 else f"GraLoRA (k = {k})",
+                label=of_k(k).label,
             )
         ringed = [cell for cell in cells if cell["predicted"]]
         axes.scatter(

@@ -17,6 +17,8 @@ import peft
 from packaging.version import Version
 from typing_extensions import Self
 
+from .._gralora_k import plain_k
+
 try:
     from peft import GraloraConfig as PeftsConfig
 except ImportError as error:
@@ -24,8 +26,6 @@ except ImportError as error:
         f"gralora_ext needs peft 0.19.0 or newer (the first release with GraLoRA), found {peft.__version__}: "
         "run `pip install --upgrade peft`"
     ) from error
-
-from .._gralora_k import plain_k
 
 __all__ = ["GraloraConfig", "PeftsConfig"]
 
@@ -41,8 +41,7 @@ class GraloraConfig(PeftsConfig):
 
     Args:
         gralora_k: k, or ``"auto"``: per layer the k of 1, 2, 4 and 8 that divides r, N and M and brings r/k² nearest to 8, the value
-            of the paper's settings. When the layers are made, what was chosen takes its place here and in
-            ``k_pattern``.
+            of the paper's settings. When the layers are made, what was chosen takes its place here and in ``k_pattern``.
         init_weights: True (A as in PEFT, B zero), False (both random), ``"gaussian"`` (A normal with deviation 1/r, B zero) or
             ``"orthogonal"`` (A and B random with A_n B_j = 0 for each block; r/k must be even).
         rank_pattern: r of layers by name or regular expression.

@@ -125,7 +125,8 @@ class Kept:
         """Why ``weight`` is not what the merge made, and cannot be taken back bit for bit; None where it can."""
         now = _description(weight)
         if now != self.made_of:
-            return f"is {_in_words(now)} and was {_in_words(self.made_of)} when adapters were merged into it, so they were subtracted"
+            was = f"was {_in_words(self.made_of)} when adapters were merged into it, so they were subtracted"
+            return f"is {_in_words(now)} and {was}"
         if self._checksums(weight)[1] != int(self.facts[AFTER]):
             return "was changed after adapters were merged into it, so they were subtracted"
         return None
@@ -142,11 +143,9 @@ class Kept:
         else:
             before = _chunked().take_off(self, weight)
         # Sums are those of the merge on the same kind of processor alone.
-        return (
-            None
-            if before == int(self.facts[BEFORE])
-            else "was merged on another kind of processor, whose sums differ in their last bits"
-        )
+        if before != int(self.facts[BEFORE]):
+            return "was merged on another kind of processor, whose sums differ in their last bits"
+        return None
 
     def put_on(self, weight: Tensor) -> None:
         """Undoes :meth:`take_off`, if it was called or begun: the same sums once more."""
