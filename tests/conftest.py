@@ -2,14 +2,18 @@
 """Fixtures shared by all tests, and hypothesis' profiles.
 
 ``deterministic`` (the default) draws the same cases in every run; ``--hypothesis-profile explore`` draws new ones.
+Which tests a run takes, ``--tests`` says; see ``selection.py``.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import shlex
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import build_helpers
 import pytest
+import selection
 import torch
 from hypothesis import Phase, settings
 
@@ -35,9 +40,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", choices=("cpu", "cuda", "emulated"), default="cpu", help=where)
     most = "run at most N cases of each test, drawn at random, and the same ones each time"
     parser.addoption("--most-cases", type=int, metavar="N", help=most)
+    which = "changed: of the long tests those of what has changed, and a sample; all: everything, and what that adds"
+    parser.addoption("--tests", choices=("changed", "all"), help=which)
+    since = (
+        "changed since this commit (default: where the branch has left origin/main; '' for not known: all is run whole)"
+    )
+    parser.addoption("--since", metavar="COMMIT", default=os.environ.get("GRALORA_EXT_TESTED"), help=since)
+    day = "the day whose sample of the long tests is run (default: today)"
+    parser.addoption("--sample", metavar="YYYY-MM-DD", default=date.today().isoformat(), help=day)
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # for all processes of pytest-xdist alike
+        try:
+            date.fromisoformat(config.getoption("--sample"))
+        except ValueError as error:
+            raise pytest.UsageError(f"--sample: {error}") from None
+        config.option.whole = selection.whole_areas(config.getoption("--since")) if config.getoption("--tests") else {}
     device = config.getoption("--device")
     if device == "cuda":
         if not torch.cuda.is_available():
@@ -56,15 +75,61 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["GRALORA_TEST_DEVICE"] = device  # for tuner_helpers
 
 
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    if not config.getoption("--tests"):
+        return []
+    whole, day = config.option.whole, config.getoption("--sample")
+    since = config.getoption("--since")
+    again = shlex.join(["--sample", day, *(() if since is None else ("--since", since))])
+    return [
+        *(f"long tests, whole: {area} ({why})" for area, why in whole.items()),
+        *(f"long tests, sample of {day}: {area}" for area in selection.AREAS if area not in whole),
+        f"the same tests again: scripts/test.sh {again}",
+    ]
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Builds, and the CUDA kernels on the CPU, are long; other long tests say so themselves."""
     most = config.getoption("--most-cases")
     if most is not None:
         keep_cases(config, items, most)
     for item in items:
-        long = item.get_closest_marker("build") or "cuda_on_cpu" in item.path.parts
-        if long and not item.get_closest_marker("exhaustive"):
+        if item.get_closest_marker("build") or "cuda_on_cpu" in item.path.parts:
             item.add_marker(pytest.mark.long)
+    tests = config.getoption("--tests")
+    if tests is None:
+        return
+    left_out = selection.left_out(items, config.option.whole, date.fromisoformat(config.getoption("--sample")))
+    config.left_out = {area: len(of) for area, of in left_out.items()}
+    if tests == "changed":
+        out = {item for of in left_out.values() for item in of}
+        config.hook.pytest_deselected(items=list(out))
+        items[:] = [item for item in items if item not in out]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """What a process of pytest-xdist has left out, its controller tells."""
+    node.config.left_out = getattr(node, "workeroutput", {}).get("left_out", {})
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = getattr(session.config, "left_out", {})
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Iterator[None]:
+    """At the very end, what was left out, and how to repeat alone what has failed."""
+    yield
+    tests = config.getoption("--tests")
+    if tests:
+        does = "left out" if tests == "changed" else "run, and left out without --all"
+        counts = getattr(config, "left_out", {})
+        terminalreporter.line(f"{does}: " + (", ".join(f"{n} of {area}" for area, n in counts.items()) or "nothing"))
+    bad = [report for kind in ("failed", "error") for report in terminalreporter.stats.get(kind, ())]
+    for nodeid in list(dict.fromkeys(report.nodeid for report in bad))[:5]:
+        terminalreporter.line(f"to repeat it alone: scripts/test.sh -n 0 {shlex.quote(nodeid)}", red=True)
 
 
 def keep_cases(config: pytest.Config, items: list[pytest.Item], most: int) -> None:

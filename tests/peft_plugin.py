@@ -2,9 +2,9 @@
 """A pytest plugin for running PEFT's own tests with PEFT's tuner or with ours; see ``scripts/peft_tests.sh``.
 
 ``pytest -p peft_plugin --gralora-tuner=fused --gralora-report=FILE`` writes the outcome of every test and, for each file of
-tests, the number of times that a fused layer was called. ``python peft_plugin.py STOCK.json FUSED.json`` compares two such
-files and exits with 1 where a test that passes with PEFT's tuner does not pass with ours, where too few pass with PEFT's for
-that to mean something, or where our layer was hardly called.
+tests, the number of times that a fused layer was called. ``python peft_plugin.py FUSED.json`` prints the tests that have not
+passed, which are then run with PEFT's tuner. ``python peft_plugin.py FUSED.json STOCK.json`` exits with 1 where one of them
+passes with PEFT's tuner, where too few have passed for that to mean something, or where our layer was hardly called.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 
 class Least(NamedTuple):
-    """What a file of tests must show: so many tests pass with PEFT's tuner, and our layer is called so often with ours.
+    """What a file of tests must show: so many tests pass, and our layer is called so often with ours.
 
     Of the tests about four fifths of what PEFT 0.21 has, so that another release with some tests more or less is no failure,
     but a run without its models is; of the calls enough to show that the layers were ours.
@@ -103,39 +103,46 @@ def pytest_collection_finish() -> None:
         utils._HUB_MODEL_ACCESSES.update(dict.fromkeys(MODELS, 1))
 
 
-def compare(stock: dict[str, Any], fused: dict[str, Any]) -> list[str]:
-    """What is wrong with ``fused``, one line each; empty where all is well."""
+def not_passed(fused: dict[str, Any]) -> list[str]:
+    return [test for test, outcome in fused["outcomes"].items() if outcome != "passed"]
+
+
+def compare(fused: dict[str, Any], stock: dict[str, Any]) -> list[str]:
+    """What is wrong with ``fused``, one line each; empty where all is well. ``stock``: its tests that did not pass."""
     worse = [
-        f"{fused['outcomes'].get(test, 'not run')} with our tuner, passed with PEFT's: {test}"
-        for test, outcome in stock["outcomes"].items()
-        if outcome == "passed" and fused["outcomes"].get(test) != "passed"
+        f"{fused['outcomes'][test]} with our tuner, passed with PEFT's: {test}"
+        for test in not_passed(fused)
+        if stock["outcomes"].get(test) == "passed"
     ]
-    passed = Counter(file_of(test) for test, outcome in stock["outcomes"].items() if outcome == "passed")
+    passed = Counter(file_of(test) for test, outcome in fused["outcomes"].items() if outcome == "passed")
     for file, least in LEAST.items():
         if passed[file] < least.passed:
-            worse.append(f"{file}: {passed[file]} tests pass with PEFT's tuner, expected at least {least.passed}")
-        if fused["calls"].get(file, 0) < least.calls:
-            calls = fused["calls"].get(file, 0)
+            worse.append(f"{file}: {passed[file]} tests pass, expected at least {least.passed}")
+        calls = fused["calls"].get(file, 0)
+        if calls < least.calls:
             worse.append(f"{file}: our layer was called {calls} times, expected at least {least.calls}")
     return worse
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Compares PEFT's test results with its own tuner and with ours.")
-    parser.add_argument("stock", type=Path)
+    parser = argparse.ArgumentParser(description="Compares PEFT's test results with our tuner and with its own.")
     parser.add_argument("fused", type=Path)
+    parser.add_argument("stock", type=Path, nargs="?")
     arguments = parser.parse_args()
-    stock, fused = (json.loads(path.read_text()) for path in (arguments.stock, arguments.fused))
-    for name, run in (("PEFT's tuner", stock), ("our tuner", fused)):
-        print(f"{name}:")
-        for file in dict.fromkeys(map(file_of, run["outcomes"])):
-            outcomes = Counter(outcome for test, outcome in run["outcomes"].items() if file_of(test) == file)
-            counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
-            print(f"  {file}: {counts}; fused layer called {run['calls'].get(file, 0)} times")
+    fused = json.loads(arguments.fused.read_text())
+    if arguments.stock is None:
+        for test in not_passed(fused):
+            print(test)
+        return 0
+    stock = json.loads(arguments.stock.read_text())
+    for file in dict.fromkeys(map(file_of, fused["outcomes"])):
+        outcomes = Counter(outcome for test, outcome in fused["outcomes"].items() if file_of(test) == file)
+        counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
+        print(f"  {file}: {counts}; fused layer called {fused['calls'].get(file, 0)} times")
     for test, outcome in stock["outcomes"].items():
         if outcome == "failed":
             print(f"fails without us, not counted: {test}")
-    worse = compare(stock, fused)
+    worse = compare(fused, stock)
     print("\n".join(worse) or "no test fails that passes without us")
     return 1 if worse else 0
 
