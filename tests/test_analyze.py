@@ -86,13 +86,13 @@ def test_an_outlier_reaches_all_of_loras_blocks_and_a_kth_of_gralora_s(work_with
 
 
 def test_loss_over_rank_and_k(work):
-    content = analyzed(work, "grid", "--ranks", 8, 16, "--ks", 2, 4, 2, "--seeds", 3, "--extend", 0)
-    assert {(c["r"], c["k"]) for c in content["cells"]} == {(r, k) for r in (8, 16) for k in (1, 2, 4)}
+    content = analyzed(work, "grid", "--ranks", 8, 16, "--ks", 2, 2, "--seeds", 2, "--extend", 0)
+    assert {(c["r"], c["k"]) for c in content["cells"]} == {(r, k) for r in (8, 16) for k in (1, 2)}
     for cell in content["cells"]:
         method = "lora" if cell["k"] == 1 else f"gralora-k{cell['k']}"
         losses = [r["results"]["loss"] for r in records(work / "grid")
                   if (r["run"]["rank"], r["run"]["method"]) == (cell["r"], method)]  # fmt: skip
-        assert sorted(cell["values"]) == sorted(losses) and len(losses) == 3, "a k that is named twice counts once"
+        assert sorted(cell["values"]) == sorted(losses) and len(losses) == 2, "a k that is named twice counts once"
     assert {(c["r"], c["k"]) for c in content["cells"] if c["predicted"]} == {(8, 1), (16, 2)}
     assert len(content["findings"]) == 3
 

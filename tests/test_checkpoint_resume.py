@@ -30,7 +30,7 @@ def killed(base, adapter, out, *how):
     return [(int(count), digest) for count, digest in map(str.split, lines)]
 
 
-@pytest.mark.parametrize("step", [9, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.parametrize("step", [7, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_killed_before_any_call_it_writes_the_same_files(sharded, tmp_path, step):
     found = killed(*sharded, tmp_path / "out", "calls", str(step))
     assert len(found) > 60 / step and len({digest for _, digest in found}) == 1

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cli_helpers import make_data, run
+from cli_helpers import call, make_data
 from torch.utils.cpp_extension import get_default_build_root
 
 from gralora_ext.cli.gguf import cache_folder, folder_of_gguf, rope_types
@@ -188,7 +188,8 @@ def test_job_on_a_gguf_file_names_a_base_that_loads(tmp_path):
     make_gguf(tmp_path / "m.gguf")
     make_data(tmp_path / "d.jsonl")
     job = ("--model", "m.gguf", "--data", "d.jsonl", "--steps", 2, "--max-length", 64, "--sample-tokens", 4)
-    run("finetune", *job, "--dtype", "bf16", cwd=tmp_path)
+    done = call("finetune", *job, "--dtype", "bf16", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     output = tmp_path / "runs" / "m-d"
     base = json.loads((output / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert Path(base).is_absolute() and (Path(base) / "config.json").is_file()

@@ -12,16 +12,23 @@ from cli_helpers import call, make_data, make_model
 from gralora_ext.cli.output import Output
 from gralora_ext.program.files import locked, staged
 
+pytestmark = pytest.mark.usefixtures("no_plot")
 JOB = ("finetune", "--model", "model", "--data", "data.jsonl", "--steps", 2, "--save-every", 1, "--eval-rows", 2)
 JOB += ("--max-length", 64, "--sample-tokens", 2, "--output", "out")
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("output")
+    make_model(folder / "model")
+    make_data(folder / "data.jsonl")
+    assert call(*JOB, cwd=folder).returncode == 0
+    return folder
+
+
 @pytest.fixture
-def work(tmp_path: Path) -> Path:
-    make_model(tmp_path / "model")
-    make_data(tmp_path / "data.jsonl")
-    assert call(*JOB, cwd=tmp_path).returncode == 0
-    return tmp_path
+def work(made: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(made, tmp_path / "work")
 
 
 def job(work: Path, *more: object) -> set[str]:

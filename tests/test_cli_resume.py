@@ -96,8 +96,12 @@ def delete(file: Path, other: Path) -> None:
     file.unlink()
 
 
-@pytest.mark.parametrize("file", FILES)
-@pytest.mark.parametrize("damage", [delete, cut, empty, flip, exchange])
+# Each damage and each file.
+DAMAGES = (delete, cut, empty, flip, exchange)
+SHOWN = (*zip(FILES, (*DAMAGES, *DAMAGES), strict=False), ("optimizer.pt", flip), ("README.md", exchange))
+
+
+@pytest.mark.parametrize(("file", "damage"), SHOWN)
 def test_damaged_checkpoint_is_named_and_the_one_before_it_taken(job, damage, file):
     same = damage is exchange and file in ("README.md", "adapter_config.json")  # they do not change from step to step
     damage(job.new / file, job.old / file)
@@ -137,15 +141,8 @@ def first(tensors: dict[str, torch.Tensor]) -> str:
 
 
 BY_CONTENT = {
-    "a tensor less": change_tensors(lambda t: t.pop(first(t))),
-    "a tensor more": change_tensors(lambda t: t.update(more=torch.zeros(3))),
     "a renamed tensor": change_tensors(lambda t: t.update({first(t) + "x": t.pop(first(t))})),
     "a tensor of zeros": change_tensors(lambda t: t[first(t)].zero_()),
-    "a tensor in half precision": change_tensors(lambda t: t.update({first(t): t[first(t)].half()})),
-    "a tensor of another shape": change_tensors(lambda t: t.update({first(t): t[first(t)][:1].clone()})),
-    "no moments": change_optimizer(lambda o: o.update(state={})),
-    "moments of fewer tensors": change_optimizer(lambda o: o["state"].pop(0)),
-    "another step of the optimizer": change_optimizer(lambda o: o["state"][0]["step"].add_(1)),
     "another rate": change_optimizer(lambda o: o["param_groups"][0].update(lr=1.0)),
     "a manifest without the optimizer": change_manifest(lambda m: m["files"].pop("optimizer.pt")),
     "a manifest with another size": change_manifest(lambda m: m["files"]["scheduler.pt"].update(bytes=1)),
@@ -153,8 +150,6 @@ BY_CONTENT = {
     "a manifest of other types": change_manifest(lambda m: m.update(files=[1])),
     "a manifest nested too deep": lambda c: (c / "manifest.json").write_text("[" * 100_000),
     "the whole of another step": lambda c: (shutil.rmtree(c), shutil.copytree(c.parent / "checkpoint-4", c)),
-    "a file of zeros": lambda c: (c / "optimizer.pt").write_bytes(bytes((c / "optimizer.pt").stat().st_size)),
-    "a longer file": lambda c: (c / "rng_state.pth").open("ab").write(b"\n"),
     "a folder in place of a file": lambda c: ((c / "scheduler.pt").unlink(), (c / "scheduler.pt").mkdir()),
     "nothing": lambda c: (shutil.rmtree(c), c.mkdir()),
 }
@@ -166,8 +161,8 @@ def test_checkpoint_of_other_content_is_left_aside(job, name):
     job.ends_like_the_unbroken_one("checkpoint-8 is damaged and left aside: ", "checkpoint-4, 4 of 12 steps done")
 
 
-@pytest.mark.parametrize("file", FILES)
-def test_where_no_checkpoint_is_whole_nothing_is_trained_and_nothing_lost(job, file):
+def test_where_no_checkpoint_is_whole_nothing_is_trained_and_nothing_lost(job):
+    file = "optimizer.pt"
     (job.new / file).unlink()
     (job.old / file).write_bytes(b"")
     before = {p: p.read_bytes() for p in job.output.rglob("*") if p.is_file()}

@@ -68,10 +68,12 @@ def outcome(page: Path, number: int) -> Path:
     return output.rename(kept)
 
 
-@pytest.mark.parametrize(
-    "number",
-    [pytest.param(n, id=f"line{n}", marks=pytest.mark.long if "zero3" in line else ()) for n, line in enumerate(LINES)],
-)
+def mark_of(line: str) -> pytest.MarkDecorator:
+    """Of the launchers that are not ours, torchrun on two machines: more than on one."""
+    return pytest.mark.long if "--nnodes" in line else pytest.mark.exhaustive
+
+
+@pytest.mark.parametrize("number", [pytest.param(n, id=f"line{n}", marks=mark_of(x)) for n, x in enumerate(LINES)])
 def test_each_command_of_the_page_runs(page, number):
     """By whichever launcher the processes were started, they do the same to the last bit."""
     line = LINES[number]
@@ -82,7 +84,7 @@ def test_each_command_of_the_page_runs(page, number):
     same_end(outcome(page, number), outcome(page, like))
 
 
-@pytest.mark.long
+@pytest.mark.exhaustive
 def test_the_example_of_two_processes_runs(page):
     words = ("--model", "path/to/model", "--data", "train.jsonl", "--output", "example", "--steps", 2)
     command = ["examples/two_processes.sh", *map(str, (*words, *JOB[5:]))]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rows of the engine matrix (``scripts/engines.sh``) that take seconds, as our layer must pass them.
 
-The rows of an engine share one start of it, in processes of their own; the first test of an engine
-waits for all its rows.
+Those rows of an engine that are run share one start of it, in processes of their own; the first test of an engine
+waits for all of them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,37 +22,48 @@ import matrix
 
 ROWS = {
     "ddp": ["plain"],
-    "fsdp1": ["plain", "hybrid", "hybrid checkpointing"],
+    "fsdp1": ["hybrid", "hybrid checkpointing"],
     "fsdp2": ["per adapted layer hybrid", "per Linear hybrid", "per decoder layer"],
-    "deepspeed": ["ZeRO-3 plain", "ZeRO-3 hybrid", "ZeRO-3 checkpointing", "ZeRO-3 bf16"],
+    "deepspeed": ["ZeRO-3 hybrid", "ZeRO-3 checkpointing", "ZeRO-3 bf16"],
     "export": ["strict, MLP, hybrid", "strict, MLP, one length", "not strict, Llama", "AOTInductor package, MLP"],
     "compile": [
-        "training, hybrid",
         "graph breaks, hybrid, dropout, autocast",
         "graphs over nine shapes, training, MLP",
+        "training, hybrid",
     ],
     "trainers": ["SFTTrainer, hybrid"],
-    "checkpointing": ["reentrant", "selective, products saved", "selective, products saved, hybrid"],
-    "func": ["functional_call", "grad", "grad, hybrid", "jvp", "vmap", "vmap over grad"],
+    "checkpointing": ["reentrant", "selective, products saved, hybrid"],
+    "func": ["functional_call", "grad, hybrid", "jvp", "vmap", "vmap over grad"],
     "inspection": ["FLOPs", "FLOPs, hybrid", "jit.trace", "deepcopy"],
 }
+# What compiles C++, or starts the engine once more beside PEFT's layer
+EXHAUSTIVE = {"ZeRO-3 bf16", "not strict, Llama", "AOTInductor package, MLP", "training, hybrid"}
 # PEFT's layer runs too where a number of its own is the limit: graphs, the error in bfloat16
 BESIDE_PEFTS = {"ZeRO-3 bf16", "graphs over nine shapes, training, MLP", "graph breaks, hybrid, dropout, autocast"}
 PACKAGES = {"deepspeed": "deepspeed", "trainers": "trl"}
 
 
+def cases() -> list[Any]:
+    def marks(row: str) -> Any:
+        return pytest.mark.exhaustive if row in EXHAUSTIVE else pytest.mark.long
+
+    return [pytest.param(engine, row, marks=marks(row)) for engine, rows in ROWS.items() for row in rows]
+
+
 @functools.cache
-def results(engine: str, beside_pefts: bool) -> matrix.Results:
-    rows = [row for row in ROWS[engine] if (row in BESIDE_PEFTS) == beside_pefts]
-    pattern = "|".join(f"^{re.escape(row)}$" for row in rows)
-    return matrix.run(engine, pattern, ("peft", "ours") if beside_pefts else ("ours",))
+def results(engine: str, rows: tuple[str, ...], tuners: tuple[str, ...]) -> matrix.Results:
+    return matrix.run(engine, "|".join(f"^{re.escape(row)}$" for row in rows), tuners)
 
 
-@pytest.mark.parametrize("engine, row", [(engine, row) for engine, rows in ROWS.items() for row in rows])
-def test_engine_gives_what_one_process_gives_without_it(engine: str, row: str) -> None:
+@pytest.mark.parametrize(("engine", "row"), cases())
+def test_engine_gives_what_one_process_gives_without_it(engine: str, row: str, request: pytest.FixtureRequest) -> None:
     if engine in PACKAGES and find_spec(PACKAGES[engine]) is None:
         pytest.skip(f"{PACKAGES[engine]} is not installed (pip install 'gralora_ext[engines]')")
-    assert matrix.what_is_wrong(row, results(engine, row in BESIDE_PEFTS)[row]) is None
+    beside_pefts = row in BESIDE_PEFTS
+    run = [i.callspec.params for i in request.session.items if getattr(i, "function", None) is request.function]
+    rows = tuple(r["row"] for r in run if r["engine"] == engine and (r["row"] in BESIDE_PEFTS) == beside_pefts)
+    outcomes = results(engine, rows, ("peft", "ours") if beside_pefts else ("ours",))
+    assert matrix.what_is_wrong(row, outcomes[row]) is None
 
 
 def test_a_row_is_wrong_where_a_number_or_an_error_is_worse_than_pefts() -> None:

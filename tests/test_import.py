@@ -43,3 +43,14 @@ else:
     raise AssertionError("ops were found")
 """
     )
+
+
+def test_a_linear_layer_that_was_patched_before_the_import_is_called() -> None:
+    """As libraries that quantize in training do it."""
+    run_python(
+        "from torch import nn\n"
+        "right = nn.Linear.forward\n"
+        "nn.Linear.forward = lambda self, x: 2 * right(self, x)\n"
+        "from gralora_ext.tuner import frozen\n"
+        "assert not frozen.only_multiplies(nn.Linear(2, 2))"
+    )

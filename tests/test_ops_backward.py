@@ -126,8 +126,8 @@ def test_gradients_are_right_around_the_ends_of_blocks_of_tokens(
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3], ids=["", "dropout"])
 @pytest.mark.parametrize("adapter", DTYPES, ids=lambda d: NAMES[d])
-@pytest.mark.parametrize("rb", [1, 5, 16])
-@pytest.mark.parametrize("T", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("rb", [5, 16])
+@pytest.mark.parametrize("T", [1, 4, 5])
 def test_gradients_of_a_few_tokens(
     T: int, rb: int, adapter: torch.dtype, dropout_p: float, device: torch.device
 ) -> None:

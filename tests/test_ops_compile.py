@@ -71,14 +71,15 @@ def test_opcheck_passes_beside_a_16_bit_x(rb: int, adapter: torch.dtype, device:
     torch.library.opcheck(native.gralora_backward.default, backward_arguments(case, 0.5, device))
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.5], ids=["", "dropout"])
 @each_case
-def test_opcheck_passes_gralora_backward(case: Case, dropout_p: float, device: torch.device) -> None:
-    torch.library.opcheck(native.gralora_backward.default, backward_arguments(case, dropout_p, device))
+def test_opcheck_passes_gralora_backward(case: Case, device: torch.device) -> None:
+    torch.library.opcheck(native.gralora_backward.default, backward_arguments(case, 0.5, device))
 
 
 @pytest.mark.parametrize("fan_in_fan_out", [False, True], ids=["", "fan_in_fan_out"])
-@each_case
+@pytest.mark.parametrize(
+    "case", [CASES[name] for name in ("fp32-2d", "bf16-3d-hybrid")], ids=["fp32-2d", "bf16-hybrid"]
+)
 def test_opcheck_passes_merge_and_delta_weight(case: Case, fan_in_fan_out: bool, device: torch.device) -> None:
     _, _, *adapter, _, scaling, _ = forward_arguments(case, 0.0, device, False)
     torch.library.opcheck(native.delta_weight.default, (*adapter, scaling, fan_in_fan_out))

@@ -150,16 +150,6 @@ def test_delta_weight_refuses(change: dict, error: type[Exception], parts: list[
     assert_refused(ops.delta_weight, {**GOOD.inputs().adapter(), "scaling": 0.5, **change}, error, parts)
 
 
-def test_merge_refuses_a_weight_whose_elements_share_memory() -> None:
-    weight = torch.ones(1, 8).expand(10, 8)
-    assert_refused(
-        ops.merge_,
-        {"weight": weight, **GOOD.inputs().adapter(), "scaling": 0.5},
-        (ValueError, RuntimeError),
-        ["memory"],
-    )
-
-
 @pytest.mark.parametrize(
     ("seed", "error", "parts"),
     [

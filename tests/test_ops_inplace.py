@@ -85,10 +85,8 @@ def test_a_lazy_clone_keeps_its_own_numbers(device: torch.device) -> None:
     [
         (lambda t: {"base": t["base"].requires_grad_()}, "base is a leaf that requires grad"),
         (lambda t: {"base": t["base"].requires_grad_()[:]}, "base is a leaf that requires grad, or a view of one"),
-        (lambda t: {"base": t["base"][:1].expand(t["base"].shape)}, "base must not overlap itself"),
-        (lambda t: {"base": t["x"][..., : t["base"].shape[-1]]}, "base must not share x's memory"),
     ],
-    ids=["leaf", "view of a leaf", "overlap", "alias"],
+    ids=["leaf", "view of a leaf"],
 )
 def test_refuses_what_it_cannot_write_into(change, message: str, device: torch.device) -> None:
     inputs = CASE.inputs(device)
@@ -114,25 +112,3 @@ def test_inference_tensors_are_refused_before_base_is_written(name: str, device:
     if name != "base":
         with pytest.raises(RuntimeError, match=f"{name} must not be an inference tensor"):
             ops.gralora(**tensors, scaling=0.5)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=NAMES.get)
-@pytest.mark.parametrize("adapter", [torch.bfloat16, torch.float32], ids=lambda d: f"adapter_{NAMES[d]}")
-@pytest.mark.parametrize("rb", [1, 20])
-def test_what_is_kept_for_backward(rb: int, adapter: torch.dtype, dtype: torch.dtype, device: torch.device) -> None:
-    """x itself, the parameters and U, in bfloat16 where all is, on the CPU; beside a 16-bit x with float32 parameters, where U
-    would be more than a sixteenth of a float x, not even that."""
-    case = Case(leading=(50,), k=2, n=80, m=60, rb=rb, x_dtype=dtype, base_dtype=dtype, adapter_dtype=adapter)
-    inputs = case.inputs(device)
-    tensors = {name: t.requires_grad_(name in ("A", "B")) for name, t in inputs.tensors.items()}
-    saved: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        ops.gralora(**tensors, scaling=0.5)
-    pointers = {t.data_ptr() for t in tensors.values()}
-    beside = sum(t.nbytes for t in saved if t.data_ptr() not in pointers)
-    ranks = 2 * 2 * rb
-    kept = dtype == torch.float32 or adapter == torch.bfloat16 or 16 * ranks <= 160 + ranks
-    rounded = dtype == adapter == torch.bfloat16 and device.type == "cpu"
-    assert beside == ((2 if rounded else 4) * 50 * ranks if kept else 0)
-    if dtype == torch.bfloat16 and adapter == torch.float32:
-        assert 16 * beside <= 4 * 50 * (160 + ranks)

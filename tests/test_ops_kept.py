@@ -47,6 +47,8 @@ def test_backward_takes_an_empty_u_only_where_forward_keeps_none(
         x, _, adapter = dtypes
         keeps = x.itemsize > 2 or adapter.itemsize <= 2 or rank == 1
         assert len(u) == (tokens if keeps else 0)
+        if set(dtypes) == {torch.bfloat16} and tokens > 4 and device.type == "cpu":
+            assert u.dtype == torch.bfloat16
         if keeps:
             with pytest.raises(ValueError, match=rf"u must be .*\[{tokens}, {4 * rank}\], but has shape \[0, "):
                 backward(arguments, grad, u[:0], kept)

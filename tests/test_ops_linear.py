@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import EXTREME_SIZES, LAYOUTS, NAMES, Case, cases, run_python, same_bits, threads
+from helpers import EXTREME_SIZES, LAYOUTS, NAMES, Case, cases, same_bits, threads
 from hypothesis import given, settings
 from linear_helpers import FP32, assert_layer_near, kept_for_backward, layer_cases, layer_inputs, native, results
 from torch import Tensor
@@ -29,7 +29,7 @@ def linear(request: pytest.FixtureRequest) -> Any:
 
 
 @given(case=layer_cases())
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_the_layer_is_torchs_and_the_references_in_random_cases(case: Case) -> None:
     assert_layer_near(layer_inputs(case))
 
@@ -55,17 +55,6 @@ def test_extreme_sizes(k: int, n: int, m: int, rb: int, h: int, linear: Any) -> 
 def test_widths_of_several_chunks_and_runs(T: int, N: int, M: int) -> None:
     """2100 rows of P do not fit in L2 beside each other: a strip is made in runs."""
     assert_layer_near(layer_inputs(Case((T,), 2, N // 2, M // 2, 8, 4), bias=False))
-
-
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
-def test_every_capability(capability: str) -> None:
-    code = """
-from helpers import Case
-from linear_helpers import assert_layer_near, layer_inputs
-for k, n, m, rb, h in ((2, 288, 96, 8, 0), (3, 37, 53, 5, 2)):
-    assert_layer_near(layer_inputs(Case((131,), k, n, m, rb, h)))
-"""
-    run_python(code, GRALORA_EXT_CPU_CAPABILITY=capability)
 
 
 @given(case=layer_cases())
@@ -156,8 +145,7 @@ def test_gradcheck(own_gemm: bool, dropout_p: float, h: int, bias: bool) -> None
     assert torch.autograd.gradcheck(call, (x, A, B, *general))
 
 
-@pytest.mark.parametrize("h", [0, 2])
-@pytest.mark.parametrize("leading", [(), (3,), (2, 3), (0,)], ids=str)
+@pytest.mark.parametrize(("leading", "h"), [((), 0), ((2, 3), 2), ((0,), 2)], ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 @pytest.mark.parametrize("own_gemm", [True, False])
 def test_opcheck(own_gemm: bool, dropout_p: float, leading: tuple[int, ...], h: int) -> None:
@@ -195,7 +183,7 @@ by_torch = partial(ops.linear, own_gemm=False)
 
 
 @given(case=cases())
-@settings(max_examples=300)
+@settings(max_examples=150)
 def test_by_torchs_gemm_the_layer_is_torchs_and_the_references_in_random_cases(case: Case) -> None:
     """In every dtype; one of 16 bits is rounded by the layer and by the path."""
     assert_layer_near(layer_inputs(case), by_torch)

@@ -32,13 +32,6 @@ def overlapping(sizes: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     return {"rows": (sizes[1] - 1, 1), "columns": (1, sizes[0] - 1), "windows": (1, 1), "expanded": (0, 1)}
 
 
-@pytest.mark.parametrize("how", overlapping((7, 10)))
-def test_a_base_that_overlaps_itself_is_refused(how: str) -> None:
-    inputs, memory = CASE.inputs(), torch.randn(200)
-    inputs.tensors["base"] = memory.as_strided((7, 10), overlapping((7, 10))[how])
-    assert_refused(ops.gralora_, memory, "base must not overlap itself", **inputs.tensors)
-
-
 @pytest.mark.parametrize("fan_in_fan_out", [False, True])
 @pytest.mark.parametrize("how", overlapping((10, 8)))
 def test_a_weight_that_overlaps_itself_is_refused(how: str, fan_in_fan_out: bool) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from cli_helpers import run
+from cli_helpers import call, run
 from helpers import Case, assert_results_near, threads, value_and_gradients
 
 from gralora_ext import _loader, ops, reference
@@ -196,7 +196,7 @@ def test_a_wave_of_several_segments_has_a_bounded_scratch(layer: tuple[int, ...]
 
 
 def test_explain_prints_the_plans(tmp_path: Path) -> None:
-    printed = run("info", "--explain", "512", "4096", "1024", "32", "2", "bfloat16/float32", cwd=tmp_path).stdout
+    printed = call("info", "--explain", "512", "4096", "1024", "32", "2", "bfloat16/float32", cwd=tmp_path).stdout
     assert printed.startswith("512 tokens, 4096 -> 1024, r 32, k 2, activations bfloat16, adapter float32\n")
     found = NATIVE.explain(
         {"T": 512, "N": 4096, "M": 1024, "r": 32, "k": 2, "h": 0, "activations": "bfloat16", "parameters": "float32"}
@@ -207,9 +207,9 @@ def test_explain_prints_the_plans(tmp_path: Path) -> None:
         assert f"\n{heading}\n" in printed
     assert "linear, W + dW as one product" not in printed, "which takes float32, or float64 alone"
     assert "backward where forward did not keep U" in printed
-    printed = run("info", "--explain", "512", "4096", "1024", "32", "2", "bfloat16", cwd=tmp_path).stdout
+    printed = call("info", "--explain", "512", "4096", "1024", "32", "2", "bfloat16", cwd=tmp_path).stdout
     assert "backward where forward did not keep U" not in printed, "which it always does in bfloat16"
-    largest = run("info", "--explain", *["1000000"] * 4, "8", "float32", cwd=tmp_path).stdout
+    largest = call("info", "--explain", *["1000000"] * 4, "8", "float32", cwd=tmp_path).stdout
     assert "linear, W + dW as one product" in largest and not re.search(r" -\d", largest), "no size has wrapped around"
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import product
 from typing import Any
 
@@ -20,11 +21,25 @@ from gralora_ext.tuner.exact import Kept
 CPU = torch.device("cpu")
 
 
-def test_the_cpu_is_trustworthy(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_case_is_tried_and_the_cpu_is_trustworthy(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--selftest"]) == 0
-    printed = capsys.readouterr().out.splitlines()
-    (sentence,) = (line for line in printed if "the CPU is" in line)
-    assert "the CPU is trustworthy: 449 results agree with the reference" in sentence
+    printed = capsys.readouterr()
+    (sentence,) = (line for line in printed.out.splitlines() if "the CPU is" in line)
+    worst = re.search(r"trustworthy: 449 results agree with the reference, at worst with (\d+)% of", sentence)
+    assert 1 <= int(worst[1]) < 100
+    assert len(passes.cases()) == 25
+
+
+def test_each_case_is_said_before_it_is_tried(two_cases: None) -> None:
+    steps: list[str] = []
+    assert selftest.run(CPU, steps.append).results == 52 and len(steps) == 2
+
+
+@pytest.fixture
+def two_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Instead of all, which take ten seconds."""
+    all_cases = passes.cases()
+    monkeypatch.setattr(selftest, "cases", lambda: all_cases[:2])
 
 
 def test_what_is_missing_does_not_keep_it_from_running(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,14 +48,9 @@ def test_what_is_missing_does_not_keep_it_from_running(monkeypatch: pytest.Monke
     assert main(["info", "--selftest"]) == 0
 
 
-def test_every_case_is_tried_and_near_the_reference() -> None:
-    steps: list[str] = []
-    result = selftest.run(CPU, steps.append)
-    assert len(steps) == 25 and result.results == 449 and not result.wrong
-    assert 0.01 < result.worst < 1
-
-
-def test_a_wrong_result_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_result_is_told(
+    two_cases: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     right = ops.merge_
 
     def merge_(weight: Tensor, *tensors: Tensor, scaling: float, **general: Tensor) -> Tensor:
@@ -49,14 +59,14 @@ def test_a_wrong_result_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     monkeypatch.setattr(ops, "merge_", merge_)
     assert main(["info", "--selftest"]) == 1
     printed = capsys.readouterr().out
-    assert "the CPU is NOT trustworthy: 25 of 449 results are wrong." in printed
+    assert "the CPU is NOT trustworthy: 2 of 52 results are wrong." in printed
     assert "- merge T=257 576x1536 r=16 k=2 float32+float32: " in printed
 
 
-def test_a_result_that_is_no_number_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_result_that_is_no_number_is_wrong(two_cases: None, monkeypatch: pytest.MonkeyPatch) -> None:
     right = ops.merge_
     monkeypatch.setattr(ops, "merge_", lambda *args, **kwargs: right(*args, **kwargs) * float("nan"))
-    assert len(selftest.run(CPU).wrong) == 25
+    assert len(selftest.run(CPU).wrong) == 2
 
 
 def test_one_wrong_element_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,6 @@ from tuner_helpers import DEVICE, Mlp, adapted, llama, tokens
 
 from gralora_ext import reference
 from gralora_ext.tuner import GraloraLinear, accelerate, disable, enable, exact, restore
-from gralora_ext.tuner.exact import AFTER
 
 
 def test_training_rescaling_and_deleting_the_merged_adapter_spoil_nothing() -> None:
@@ -87,14 +86,11 @@ def test_kept_knows_the_weight_that_it_has_made() -> None:
     layer.merge()
     kept, weight = layer.kept_merge, layer.base_layer.weight
     assert kept.obstacle(weight) is None
-    seen = {int(kept.facts[AFTER])}
     for row in range(0, 512, 37):
         changed = weight.detach().clone()
         bits = changed.view(torch.int16)
         bits[row, row // 2] ^= 1
         assert kept.obstacle(changed) == "was changed after adapters were merged into it, so they were subtracted"
-        seen.add(kept._checksums(changed)[1])
-    assert len(seen) == 15
 
 
 def test_one_warning_tells_of_all_layers() -> None:
