@@ -15,17 +15,18 @@ from gralora_ext import _build_config as config
 from gralora_ext import _loader
 
 LOAD = "from gralora_ext import _loader; _loader.load()"
-INFO = "import gralora_ext; print(gralora_ext.build_info()['problem'])"
+INFO = "import gralora_ext; print(gralora_ext.build_info()['problem'])\n"
 
 
 def problem(package: Path, **env: str) -> str:
     """What loading the extension of ``package`` says; build_info must say the same, without failing."""
     env = helpers.environment(PYTHONPATH=str(package.parent), **env)
-    loaded = helpers.run(sys.executable, "-c", LOAD, env=env, cwd=package.parent, check=False)
+    loaded = helpers.run(sys.executable, "-c", INFO + LOAD, env=env, cwd=package.parent, check=False)
     assert loaded.returncode == 1
-    kind, message = loaded.stdout.strip().splitlines()[-1].split(": ", 1)
+    told, *_, raised = loaded.stdout.strip().splitlines()
+    kind, message = raised.split(": ", 1)
     assert kind.rsplit(".")[-1] in ("RuntimeError", "BuildError", "ValueError")
-    assert helpers.run(sys.executable, "-c", INFO, env=env, cwd=package.parent).stdout.strip() == message
+    assert told == message
     return message
 
 

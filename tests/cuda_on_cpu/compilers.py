@@ -9,8 +9,10 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,13 +22,14 @@ from pathlib import Path
 from gralora_ext import _build_config as config
 
 HERE = Path(__file__).resolve().parent
-KERNELS = HERE.parent.parent / "csrc" / "cuda"
+REPOSITORY = HERE.parent.parent
+KERNELS = REPOSITORY / "csrc" / "cuda"
 EMULATOR = HERE / "emulator"
 ARCHS = (80, 90, 86, 89, 100, 120)  # those of the tables first
 
 # gcc's unique symbols would make all emulated libraries of a process share one emulator.
 # Both compilers know `#pragma unroll`, under different names.
-HOST_FLAGS = ("-std=c++17", "-g", "-fno-gnu-unique")
+HOST_FLAGS = ("-std=c++17", "-g", "-fno-gnu-unique", f"-ffile-prefix-map={REPOSITORY}=.")
 STRICT = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
 VARIANTS = {
     "plain": ("-O2",),
@@ -39,6 +42,7 @@ VARIANTS = {
 NVCC_FLAGS = ("-std=c++17", "-O3")
 NVCC_STRICT = ("-Werror", "all-warnings")
 PTXAS_STRICT = ("-Xptxas", "-v,-warn-spills,-warn-lmem-usage")
+KEPT = 30 * 24 * 3600  # seconds that a result is kept unused
 
 
 @dataclass(frozen=True)
@@ -197,17 +201,29 @@ def _host_compile(
 
 
 def _cached(command: Sequence[str], suffix: str, roots: Sequence[Path]) -> Path:
-    """Runs ``command`` with an output file, unless that exists for the same command, compiler and sources of ``roots``."""
-    digest = hashlib.sha256("\0".join(command).encode())
+    """Runs ``command`` with an output file, unless that exists for the same command, compiler and sources of ``roots``.
+
+    Wherever checkout and environment lie: CI's are new ones each time.
+    """
+
+    def named(text: str) -> bytes:
+        return text.replace(str(REPOSITORY), "checkout").replace(sys.prefix, "environment").encode()
+
+    digest = hashlib.sha256(named("\0".join(command)))
     digest.update(subprocess.run([command[0], "--version"], capture_output=True, check=True).stdout)
     for file in sorted(_sources(roots)):
-        digest.update(str(file).encode() + b"\0" + file.read_bytes() + b"\0")
+        digest.update(named(str(file)) + b"\0" + file.read_bytes() + b"\0")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gralora_ext" / "cuda_on_cpu"
     built = cache / (digest.hexdigest()[:32] + suffix)
     cache.mkdir(parents=True, exist_ok=True)
     with _being_built[built]:  # perhaps by another thread
         if not built.exists():
             _build(command, built)
+            for file in cache.iterdir():
+                if file.is_file() and time.time() - file.stat().st_mtime > KEPT:
+                    file.unlink(missing_ok=True)
+        for used in (built, built.with_suffix(".log")):
+            os.utime(used)
     return built
 
 

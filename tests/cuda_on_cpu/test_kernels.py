@@ -86,7 +86,7 @@ def test_forward_and_backward(
         st.sampled_from(["fifo", "lifo", "random"]), st.integers(1, 2**31), st.sampled_from(["lazy", "eager", "random"])
     ),
 )
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_random_shapes_orders_and_arrivals_of_copies(
     T: int,
     k: int,
@@ -170,7 +170,7 @@ def test_the_portable_kernels(dtypes: tuple[torch.dtype, torch.dtype], way: Way,
     adapter_layout=st.sampled_from(ADAPTER_LAYOUTS),
     order=st.tuples(st.sampled_from(["fifo", "lifo", "random"]), st.integers(1, 2**31)),
 )
-@settings(max_examples=30)
+@settings(max_examples=20)
 def test_the_portable_kernels_take_any_dtypes(
     T: int,
     k: int,
@@ -280,9 +280,9 @@ def test_the_mask_is_the_references(library: Library) -> None:
 # Tensor cores of 8.x add in one way and those from 9.0 on in another (emulator/tensor_core.h). Sums
 # over ranks are promoted in float32 results alone, those over columns and tokens everywhere.
 LONG_SUMS = [
-    *((pair, Case((16,), 1, 28_672, 64, 16)) for pair in PAIRS[:3]),
-    *((pair, Case((65_536,), 1, 16, 16, 16)) for pair in PAIRS[:3]),
-    (PAIRS[0], Case((16,), 2, 14_336, 48, 20, 4)),
+    *((pair, Case((16,), 1, 8192, 32, 16)) for pair in PAIRS[:2]),
+    *((pair, Case((4096,), 1, 16, 16, 16)) for pair in PAIRS[:2]),
+    (PAIRS[0], Case((16,), 2, 2080, 24, 20, 4)),
     (PAIRS[0], Case((16,), 1, 64, 64, 1024)),
 ]
 
@@ -296,7 +296,7 @@ LONG_SUMS = [
 def test_long_sums_are_right_where_tensor_cores_cut(
     capability: int, dtypes: tuple[torch.dtype, torch.dtype], case: Case, library: Library
 ) -> None:
-    """They would drift towards zero, by 1e-4 at 28,672 terms, if no part of them were added to a total that rounds."""
+    """They would drift towards zero, ten times as far as they may, if no part of them were added to a total that rounds."""
     x, adapter = dtypes
     library.device(capability)
     library.truncate(True)
@@ -306,7 +306,9 @@ def test_long_sums_are_right_where_tensor_cores_cut(
         library.truncate(False)
 
 
-@pytest.mark.parametrize("order", ["0 1 0", "1 1 1", "2 7 0", "2 8 2"])
+@pytest.mark.parametrize(
+    "order", ["2 8 2", *(pytest.param(order, marks=pytest.mark.exhaustive) for order in ("0 1 0", "1 1 1", "2 7 0"))]
+)
 @pytest.mark.parametrize(
     "shape",
     [

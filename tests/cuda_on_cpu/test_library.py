@@ -29,8 +29,7 @@ FILES = [*(f"test_ops_{name}.py" for name in OPERATIONS), "test_model_gradients.
 LAYERS = ("adapters", "checkpoints", "engines", "forward", "frozen", "merge", "mixed_batch", "plugin", "training")
 FILES += [f"test_tuner_{name}.py" for name in LAYERS]
 # The others there are about the CPU's threads.
-DETERMINISM = ("test_repeated_calls_give_the_same_bits", "test_results_do_not_depend_on_what_new_memory_holds")
-MOST_CASES = 6  # of each test: the emulator is slow
+FILES += ["test_ops_determinism.py::test_results_do_not_depend_on_what_new_memory_holds"]
 LAUNCHED = ("project", "expand", "weight_gradient", "reduce", "merge", "products")
 
 
@@ -48,18 +47,21 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_operations_and_layers_pass_their_tests_on_an_emulated_device() -> None:
-    where = [*FILES, *(f"test_ops_determinism.py::{name}" for name in DETERMINISM)]
-    options = ("-q", "-p", "no:cacheprovider", "--device=emulated", f"--most-cases={MOST_CASES}")
-    done = run("-m", "pytest", *options, *(f"tests/{name}" for name in where))
+@pytest.mark.parametrize(
+    ("most_cases", "least_passed"), [(2, 250), pytest.param(6, 500, marks=pytest.mark.exhaustive)], ids=["few", "many"]
+)
+def test_operations_and_layers_pass_their_tests_on_an_emulated_device(most_cases: int, least_passed: int) -> None:
+    """So many cases of each test: the emulator is slow."""
+    options = ("-q", "-p", "no:cacheprovider", "--device=emulated", f"--most-cases={most_cases}")
+    done = run("-m", "pytest", *options, *(f"tests/{name}" for name in FILES))
     assert done.returncode == 0, done.stdout[-20_000:] + done.stderr
     counts = dict(re.findall(r"(\w+) (\d+)", re.search("launched on the emulator: (.*)", done.stdout)[1]))
-    assert all(int(counts[name]) > 100 for name in LAUNCHED), counts
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 500, done.stdout[-1000:]
+    assert all(int(counts[name]) > 40 * most_cases for name in LAUNCHED), counts
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > least_passed, done.stdout[-1000:]
 
 
 def test_what_is_left_out_exists() -> None:
-    sources = "".join((TESTS / name).read_text() for name in FILES)
+    sources = "".join((TESTS / name.partition("::")[0]).read_text() for name in FILES)
     assert [name for name in emulated_device.LEFT_OUT if f"def {name.partition('[')[0]}" not in sources] == []
 
 

@@ -26,7 +26,7 @@ MODELS = {80: "Ampere", 89: "Ada Lovelace", 90: "Hopper", 100: "Blackwell", 120:
 TERMS, SUMS = 16, 16 * 8  # of one mma
 MMA_AT_ONCE = 2_000
 KINDS = [
-    ("normal", 20_000),
+    ("normal", 3 * MMA_AT_ONCE),
     pytest.param("normal", 100_000, marks=pytest.mark.exhaustive),
     ("extreme", MMA_AT_ONCE),
     ("subnormal", MMA_AT_ONCE),
