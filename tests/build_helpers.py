@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,8 @@ def environment(**changes: str) -> dict[str, str]:
     kept = {k: v for k, v in os.environ.items() if k not in steering and not k.startswith("GRALORA_EXT_")}
     path = os.pathsep.join((str(Path(sys.executable).parent), kept.get("PATH", os.defpath)))
     quick = {"CXXFLAGS": "-O0", "NVCC_APPEND_FLAGS": "-Xcicc -O0 -Xptxas -O1"}
+    # Where c++ is ccache, it has the objects of earlier runs, which lay in other temporary folders.
+    quick |= {"CCACHE_BASEDIR": tempfile.gettempdir(), "CCACHE_NOHASHDIR": "1"}
     return {**kept, "PATH": path, **quick, "OMP_NUM_THREADS": "2", **changes}
 
 
