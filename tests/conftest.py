@@ -51,12 +51,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not hasattr(config, "workerinput"):  # for all processes of pytest-xdist alike
+    if hasattr(config, "workerinput"):  # all processes of pytest-xdist run what their controller has chosen
+        config.whole, config.day = config.workerinput["whole"], config.workerinput["day"]
+    else:
+        config.whole = selection.whole_areas(config.getoption("--since")) if config.getoption("--tests") else {}
+        config.day = config.getoption("--sample")
         try:
-            date.fromisoformat(config.getoption("--sample"))
+            date.fromisoformat(config.day)
         except ValueError as error:
             raise pytest.UsageError(f"--sample: {error}") from None
-        config.option.whole = selection.whole_areas(config.getoption("--since")) if config.getoption("--tests") else {}
     device = config.getoption("--device")
     if device == "cuda":
         if not torch.cuda.is_available():
@@ -78,7 +81,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_report_header(config: pytest.Config) -> list[str]:
     if not config.getoption("--tests"):
         return []
-    whole, day = config.option.whole, config.getoption("--sample")
+    whole, day = config.whole, config.day
     since = config.getoption("--since")
     again = shlex.join(["--sample", day, *(() if since is None else ("--since", since))])
     return [
@@ -99,12 +102,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     tests = config.getoption("--tests")
     if tests is None:
         return
-    left_out = selection.left_out(items, config.option.whole, date.fromisoformat(config.getoption("--sample")))
+    left_out = selection.left_out(items, config.whole, date.fromisoformat(config.day))
     config.left_out = {area: len(of) for area, of in left_out.items()}
     if tests == "changed":
         out = {item for of in left_out.values() for item in of}
         config.hook.pytest_deselected(items=list(out))
         items[:] = [item for item in items if item not in out]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    node.workerinput |= {"whole": node.config.whole, "day": node.config.day}
 
 
 @pytest.hookimpl(optionalhook=True)
