@@ -30,6 +30,7 @@ class Area(NamedTuple):
 
 
 GLUE = ("csrc/*.cpp", "csrc/*.h")
+LOADING = ("gralora_ext/_build_*.py", "gralora_ext/_jit.py", "gralora_ext/_loader.py")
 LAYERS = ("gralora_ext/tuner/", "gralora_ext/ops.py", "gralora_ext/_registrations.py")
 AREAS = {
     "CUDA on the CPU": Area(
@@ -38,7 +39,7 @@ AREAS = {
     ),
     "builds": Area(
         ("tests/test_build_*.py", "tests/build_helpers.py"),
-        ("csrc/", "setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "gralora_ext/_*.py", "tests/cpp/"),
+        ("csrc/", "setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "tests/cpp/", *LOADING),
     ),
     "engines": Area(("tests/test_engines.py", "tests/engines/"), (*GLUE, *LAYERS)),
     "job": Area(
@@ -49,8 +50,7 @@ AREAS = {
         ("tests/test_checkpoint_*.py", "tests/checkpoint_helpers.py", "tests/test_benchmarks_*.py"),
         ("gralora_ext/checkpoint/", "gralora_ext/lora_factors.py", "gralora_ext/program/"),
     ),
-    "layers": Area(("tests/test_ops_*.py", "tests/test_tuner_*.py", "tests/test_selftest.py"), ("csrc/cpu/", *GLUE, *LAYERS)),
-}  # fmt: skip
+}
 # No long test reads these: documents, examples and figures, what tools of ours read, and tests that always run.
 NO_LONG_TESTS = (
     *("docs/", "examples/", "benchmarks/", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "mkdocs.yml"),
