@@ -44,16 +44,19 @@ AREAS = {
     "engines": Area(("tests/test_engines.py", "tests/engines/"), (*GLUE, *LAYERS)),
     "job": Area(
         ("tests/test_cli_*.py", "tests/cli_helpers.py", "tests/several_helpers.py", "tests/test_compare*.py"),
-        ("gralora_ext/cli/", "gralora_ext/program/", "gralora_ext/compare/", "gralora_ext/tuner/"),
+        (
+            *("gralora_ext/cli/", "gralora_ext/program/", "gralora_ext/compare/", "gralora_ext/tuner/"),
+            *("examples/", "docs/several_processes.md"),
+        ),
     ),
     "files": Area(
         ("tests/test_checkpoint_*.py", "tests/checkpoint_helpers.py", "tests/test_benchmarks_*.py"),
-        ("gralora_ext/checkpoint/", "gralora_ext/lora_factors.py", "gralora_ext/program/"),
+        ("gralora_ext/checkpoint/", "gralora_ext/lora_factors.py", "gralora_ext/program/", "benchmarks/*.py"),
     ),
 }
-# No long test reads these: documents, examples and figures, what tools of ours read, and tests that always run.
+# No long test reads these: other documents, figures, and tests that always run.
 NO_LONG_TESTS = (
-    *("docs/", "examples/", "benchmarks/", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "mkdocs.yml"),
+    *("docs/", "benchmarks/results/", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "mkdocs.yml"),
     *(".gitignore", "tests/test_*.py"),
 )
 
